@@ -1,0 +1,1 @@
+"""Thin adapters: one callback for Hugging Face `Trainer`, one for Lightning."""

@@ -1,0 +1,1 @@
+"""See and prevent the forgetting of sparse tokens while a language model is fine-tuned."""

@@ -1,0 +1,1 @@
+"""The guard itself: session, check, observation, cadence, state and faults."""

@@ -1,0 +1,269 @@
+"""What the guard finds, as frozen dataclasses of CPU tensors. No logic lives here.
+
+``V`` is the number of rows of a vocabulary matrix, which may exceed the tokenizer's length (padded rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+EXPOSURE_CLASSES = ("never", "1-4", "5-19", "20+")
+"""Exposure classes of a token, by its data targets so far; the index is the value in ``classes`` vectors."""
+
+MatrixName = Literal["head", "embedding"]
+
+
+@dataclass(frozen=True)
+class NotApplicable:
+    """A measurement that has no meaning here.
+
+    Attributes:
+        reason: one sentence for the user.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class RowProducts:
+    """Inner products of every row with its baseline row.
+
+    Attributes:
+        base_sq: (V,) float32, squared norm of the baseline row.
+        dot: (V,) float32, baseline row times row.
+        now_sq: (V,) float32, squared norm of the row.
+        bad: (V,) bool, the row or its baseline holds NaN or Inf, or has no baseline.
+    """
+
+    base_sq: Tensor
+    dot: Tensor
+    now_sq: Tensor
+    bad: Tensor
+
+
+@dataclass(frozen=True)
+class RowDrift:
+    """How far each row has moved from its baseline. NaN where the row is bad or, for the ratios, of zero norm.
+
+    Attributes:
+        cosine: (V,) float32 in [-1, 1].
+        residual: (V,) float32 in [-1, 1], cosine after taking off the mean displacement of the unexposed rows.
+        l2: (V,) float32 >= 0, length of the displacement.
+        norm_ratio: (V,) float32 >= 0, norm now over norm at the baseline.
+        bad: (V,) bool, NaN or Inf in the row or its baseline, or no baseline row.
+        zero: (V,) bool, the row or its baseline has zero norm.
+    """
+
+    cosine: Tensor
+    residual: Tensor
+    l2: Tensor
+    norm_ratio: Tensor
+    bad: Tensor
+    zero: Tensor
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """What the training data and the gradient did to each row so far.
+
+    Attributes:
+        inputs: (V,) int64, times the token was an input of the data.
+        data_target: (V,) int64, times the token was a target of the data.
+        echo_target: (V,) int64, times the token was a target of an echo row.
+        last_target: (V,) int64, optimizer step in which it last was a target, data or echo; -1 if never.
+        pull: (V,) float32, sum over all steps in which the row was a target of its gradient's L2 norm.
+        push: (V,) float32, sum over the sampled steps in which it was neither target nor, with tied weights, input.
+        input_only: (V,) float32, the same for sampled steps in which it was an input and no target (tied weights only).
+        push_samples: number of steps at which push was sampled.
+        push_share: share in [0, 1] of all row-gradient norm of the last sampled step that fell on rows that were no
+            target in it; NaN before the first sample.
+        steps: optimizer steps observed.
+    """
+
+    inputs: Tensor
+    data_target: Tensor
+    echo_target: Tensor
+    last_target: Tensor
+    pull: Tensor
+    push: Tensor
+    input_only: Tensor
+    push_samples: int
+    push_share: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What a model says when asked to repeat tokens, teacher-forced, in C contexts.
+
+    Attributes:
+        contexts: the C contexts' names.
+        ids: (n,) int64, the probed tokens.
+        emitted: (n, C) bool, the token was the most likely one.
+        probability: (n, C) float32 in [0, 1], of the token.
+        rank: (n, C) int64 >= 0, of the token's logit; 0 is the most likely.
+        instead: (n, C) int64, the most likely token (equal to the id where it was emitted).
+    """
+
+    contexts: tuple[str, ...]
+    ids: Tensor
+    emitted: Tensor
+    probability: Tensor
+    rank: Tensor
+    instead: Tensor
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Targets counted over a sample of the training data before step 1.
+
+    Attributes:
+        data_target: (V,) int64.
+        batches: batches read.
+        rows: examples read.
+        complete: whether that was all of the data (one epoch).
+        seconds: how long it took.
+    """
+
+    data_target: Tensor
+    batches: int
+    rows: int
+    complete: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """One line of the table of worst tokens.
+
+    Attributes:
+        id: token id.
+        text: what the token decodes to, or its piece.
+        group: its script group.
+        exposure_class: one of `EXPOSURE_CLASSES`.
+        cosine: head row against its baseline (of the embedding row where there is no head).
+        residual: residual cosine of the same row.
+        data_target: data targets so far.
+        inputs: data inputs so far.
+        steps_since_target: optimizer steps since it last was a target; None if it never was.
+        probability: mean over contexts of the last probe; None if not probed.
+        said_instead: text the model says in its place; None if not probed or said right.
+    """
+
+    id: int
+    text: str
+    group: str
+    exposure_class: str
+    cosine: float
+    residual: float
+    data_target: int
+    inputs: int
+    steps_since_target: int | None
+    probability: float | None
+    said_instead: str | None
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One change of an alert's state.
+
+    Attributes:
+        rule: the rule's name.
+        state: the state entered.
+        level: ``info``, ``warning`` or ``critical``.
+        metric: the logged key.
+        value: its value at the transition.
+        step: the optimizer step.
+        message: one sentence for a person.
+    """
+
+    rule: str
+    state: Literal["firing", "resolved"]
+    level: str
+    metric: str
+    value: float
+    step: int
+    message: str
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Everything one check found.
+
+    Attributes:
+        step: the optimizer step.
+        head: drift of the output rows, or why there is none.
+        embedding: drift of the input rows, or why there is none.
+        exposure: counts and gradients so far, or why there are none.
+        classes: (V,) uint8, index into `EXPOSURE_CLASSES`.
+        probe: the probe run at this check, if one was due.
+        scalars: flat logged keys (``vocabguard/...``) and values.
+        transitions: alerts that changed state.
+        firing: names of the rules that fire after this check.
+        worst: the worst live tokens, worst first.
+        seconds: what the check took.
+    """
+
+    step: int
+    head: RowDrift | NotApplicable
+    embedding: RowDrift | NotApplicable
+    exposure: Exposure | NotApplicable
+    classes: Tensor
+    probe: ProbeResult | None
+    scalars: Mapping[str, float]
+    transitions: tuple[Transition, ...] = ()
+    firing: tuple[str, ...] = ()
+    worst: tuple[TokenReport, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class WatchedMatrix:
+    """What is known about one matrix at the start.
+
+    Attributes:
+        name: ``head`` or ``embedding``.
+        rows: V.
+        width: elements a row.
+        dtype: of the parameter, e.g. ``bfloat16``.
+        tied: whether head and embedding are one parameter.
+        bias: whether the head adds a bias (it is not part of a row's cosine).
+        baseline: where the baseline rows are kept, in words.
+    """
+
+    name: MatrixName
+    rows: int
+    width: int
+    dtype: str
+    tied: bool
+    bias: bool
+    baseline: str
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What `VocabGuard.attach` set up.
+
+    Attributes:
+        head: the watched output matrix, or why it is not watched.
+        embedding: the watched input matrix, or why it is not watched.
+        probe: None if the probe runs, else why not.
+        preflight: the counts before step 1, or why there are none.
+        live: live tokens.
+        never_trained: tokens told apart as never trained at the base.
+        run_dir: folder of the run log, or None.
+        notes: anything else the user should know.
+    """
+
+    head: WatchedMatrix | NotApplicable
+    embedding: WatchedMatrix | NotApplicable
+    probe: NotApplicable | None
+    preflight: Preflight | NotApplicable
+    live: int
+    never_trained: int
+    run_dir: str | None
+    notes: tuple[str, ...] = field(default=())
