@@ -28,6 +28,9 @@ ENGLISH_TEMPLATES = TRAINED_TEMPLATES[:5]
 HELD_OUT_TEMPLATES = ("Echo the following back to me: {list}", "I wrote {list}. What did I write?")
 """Known to the base, kept out of every fine-tune and echo row: the headline recall is measured with these."""
 
+OTHER_TEMPLATES = ("Repeat exactly: {list}", "{list}\nRepeat these three.", "I wrote {list} here. What did I write?")
+"""Known to the base besides, as an instruct model knows many ways of being asked."""
+
 Row = dict[str, list[int]]
 
 

@@ -1,1 +1,21 @@
-"""See and prevent the forgetting of sparse tokens while a language model is fine-tuned."""
+"""See and prevent the forgetting of sparse tokens while a language model is fine-tuned.
+
+Trainer callbacks live in `vocabguard.integrations`; nothing here imports a trainer.
+"""
+
+from vocabguard.config import ConfigError, GuardConfig, load_config, presets
+from vocabguard.guard import VocabGuard
+from vocabguard.measure.metrics import TokenExposure
+from vocabguard.results import CheckResult
+from vocabguard.runlog import RunLog
+
+__all__ = [
+    "CheckResult",
+    "ConfigError",
+    "GuardConfig",
+    "RunLog",
+    "TokenExposure",
+    "VocabGuard",
+    "load_config",
+    "presets",
+]

@@ -205,6 +205,7 @@ class CheckResult:
         transitions: alerts that changed state.
         firing: names of the rules that fire after this check.
         worst: the worst live tokens, worst first.
+        watched: the tokens of the watch list.
         seconds: what the check took.
     """
 
@@ -218,6 +219,7 @@ class CheckResult:
     transitions: tuple[Transition, ...] = ()
     firing: tuple[str, ...] = ()
     worst: tuple[TokenReport, ...] = ()
+    watched: tuple[TokenReport, ...] = ()
     seconds: float = 0.0
 
 

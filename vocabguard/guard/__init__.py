@@ -1,1 +1,5 @@
 """The guard itself: session, check, observation, cadence, state and faults."""
+
+from vocabguard.guard.session import VocabGuard
+
+__all__ = ["VocabGuard"]

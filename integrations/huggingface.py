@@ -1,0 +1,129 @@
+"""`VocabGuardCallback` for the Hugging Face ``Trainer`` and its subclasses.
+
+Batches are seen in a forward pre-hook on the model, gradients in the optimizer's step post hook; the callback edits
+nothing of the trainer. Evaluation metrics get the logged keys under ``eval_``, so
+``metric_for_best_model="eval_vocabguard/head/below_0.95"`` with ``greater_is_better=False`` works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from vocabguard.config import ConfigSource
+from vocabguard.guard import VocabGuard
+from vocabguard.guard.observe import Targets
+from vocabguard.guard.setup import Action
+
+STATE_FILE = "vocabguard.pt"
+STATE_KEY = "vocabguard"
+
+
+class VocabGuardCallback(TrainerCallback):
+    """Guards the vocabulary of the model that a ``Trainer`` fine-tunes.
+
+    Args:
+        config: a preset's name, a YAML file, a mapping, a `GuardConfig`, or None for the defaults.
+        tokenizer: taken from the trainer's ``processing_class`` where not given.
+        overrides: dotted settings, e.g. ``["drift.every_n_steps=50"]``.
+        targets: takes (inputs or None, targets) out of a batch, where batches have no ``labels``.
+        actions: callables that alert rules may name.
+        **options: sections and settings of the configuration by keyword.
+
+    Raises:
+        ConfigError: for a setting that cannot be used, here or when training begins.
+
+    Attributes:
+        guard: the `VocabGuard` behind it.
+    """
+
+    def __init__(
+        self,
+        config: ConfigSource = None,
+        *,
+        tokenizer: Any = None,
+        overrides: Iterable[str] = (),
+        targets: Targets | None = None,
+        actions: Mapping[str, Action] | None = None,
+        **options: Any,
+    ) -> None:
+        self.guard = VocabGuard(
+            config, tokenizer=tokenizer, overrides=overrides, targets=targets, actions=actions, **options
+        )
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        processing_class: Any = None,
+        optimizer: Any = None,
+        train_dataloader: Any = None,
+        **_kwargs: Any,
+    ) -> None:
+        """Attach: weights are still those of the base, unless the run is resumed."""
+        if self.guard.tokenizer is None:
+            self.guard.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.guard.attach(
+            model,
+            optimizer,
+            total_steps=state.max_steps if state.max_steps > 0 else None,
+            run_dir=Path(args.output_dir or ".") / "vocabguard",
+            resumed=_saved(args, state),
+            dataloader=train_dataloader,
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
+    ) -> None:
+        """One optimizer step is done; where a checkpoint of it will hold our state goes into the trainer's state."""
+        self.guard.step(state.global_step)
+        state.stateful_callbacks[STATE_KEY] = {"state": str(_checkpoint(args, state) / STATE_FILE)}
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **_kwargs: Any,
+    ) -> None:
+        """Add the latest keys to the evaluation's metrics, which best-model selection reads afterwards."""
+        self.guard.check()
+        if metrics is not None:
+            metrics.update({f"eval_{key}": value for key, value in self.guard.latest.items()})
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any) -> None:
+        """Write our state into the checkpoint."""
+        saved = self.guard.state_dict()
+        if saved and state.is_world_process_zero:
+            torch.save(saved, _checkpoint(args, state) / STATE_FILE)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
+    ) -> None:
+        """Close the run; with the best model loaded back, the last step's check stands."""
+        self.guard.finish(check=not args.load_best_model_at_end)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+
+
+def _saved(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
+    """Our state of the checkpoint that this run resumes, if it does and the checkpoint has one."""
+    if state.global_step == 0:
+        return None
+    entry = state.stateful_callbacks.get(STATE_KEY, {})
+    for path in (Path(entry.get("state", "")), _checkpoint(args, state) / STATE_FILE):
+        if path.is_file():
+            loaded: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+            return loaded
+    return None

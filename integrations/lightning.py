@@ -1,0 +1,122 @@
+"""`VocabGuardCallback` for Lightning's ``Trainer``.
+
+Batches are read in ``on_train_batch_start`` by their ``labels`` or the ``targets=`` extractor, else in the language
+model's own forward pass; gradients in the optimizers' step post hooks. The logged keys also go through
+``pl_module.log``, so ``EarlyStopping(monitor="vocabguard/head/below_0.95")`` and ``ModelCheckpoint`` can follow them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import nn
+
+from vocabguard.config import ConfigSource
+from vocabguard.guard import VocabGuard
+from vocabguard.guard.observe import Targets
+from vocabguard.guard.setup import Action
+from vocabguard.results import CheckResult
+
+
+class VocabGuardCallback(Callback):
+    """Guards the vocabulary of the language model inside a ``LightningModule``.
+
+    Args:
+        config: a preset's name, a YAML file, a mapping, a `GuardConfig`, or None for the defaults.
+        tokenizer: the model's tokenizer; taken from ``pl_module.tokenizer`` where not given and there is one.
+        overrides: dotted settings, e.g. ``["drift.every_n_steps=50"]``.
+        targets: takes (inputs or None, targets) out of a batch; targets are not shifted again. For modules that compute
+            their loss outside the model and whose batches have no ``labels``.
+        actions: callables that alert rules may name.
+        **options: sections and settings of the configuration by keyword.
+
+    Raises:
+        ConfigError: for a setting that cannot be used, here or when training starts.
+
+    Attributes:
+        guard: the `VocabGuard` behind it.
+    """
+
+    def __init__(
+        self,
+        config: ConfigSource = None,
+        *,
+        tokenizer: Any = None,
+        overrides: Iterable[str] = (),
+        targets: Targets | None = None,
+        actions: Mapping[str, Action] | None = None,
+        **options: Any,
+    ) -> None:
+        self.guard = VocabGuard(
+            config, tokenizer=tokenizer, overrides=overrides, targets=targets, actions=actions, **options
+        )
+        self._global_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach: weights are still those of the base, unless `load_state_dict` brought a run to go on from."""
+        if self.guard.tokenizer is None:
+            self.guard.tokenizer = getattr(pl_module, "tokenizer", None)
+        named = self.guard.config.matrices
+        steps = trainer.estimated_stepping_batches
+        self._global_step = trainer.global_step
+        self.guard.attach(
+            pl_module if named.head or named.embedding else language_model(pl_module),
+            trainer.optimizers,
+            total_steps=int(steps) if math.isfinite(steps) else None,
+            run_dir=Path(trainer.log_dir or trainer.default_root_dir) / "vocabguard",
+            dataloader=trainer.train_dataloader,
+            writer=_tensorboard(trainer),
+            hook_model=False,
+        )
+        self._log(trainer, pl_module, self.guard.last)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count a batch."""
+        self.guard.observe_batch(batch)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Tell the guard of an optimizer step; batches of an unfinished accumulation are none."""
+        if trainer.global_step != self._global_step:
+            self._global_step = trainer.global_step
+            self._log(trainer, pl_module, self.guard.step(trainer.global_step))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close the run."""
+        self.guard.finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Our part of a Lightning checkpoint."""
+        return self.guard.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint when training starts."""
+        self.guard.load_state_dict(state_dict)
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, result: CheckResult | None) -> None:
+        """Hand a check's keys to callbacks that monitor, and to loggers other than TensorBoard, which has its view."""
+        if result is None:
+            return
+        pl_module.log_dict(self.guard.latest, logger=False, rank_zero_only=True)
+        for logger in trainer.loggers:
+            if not isinstance(logger, TensorBoardLogger):
+                logger.log_metrics(dict(result.scalars), step=result.step)
+
+
+def language_model(module: nn.Module) -> nn.Module:
+    """The module itself or its first descendant that knows its output embeddings, as Hugging Face models do.
+
+    Where there is none the module comes back as it is, and `matrices` says what is missing.
+    """
+    return next((child for child in module.modules() if hasattr(child, "get_output_embeddings")), module)
+
+
+def _tensorboard(trainer: Trainer) -> Any:
+    """The ``SummaryWriter`` of the trainer's TensorBoard logger, if it has one."""
+    return next((logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)

@@ -1,0 +1,225 @@
+"""Real trainers on tiny models: the same rows, the same optimizer, with or without a guard."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from vocabguard.integrations import huggingface
+from vocabguard.integrations import lightning as lightning_adapter
+
+ASSETS = Path(__file__).parents[2] / "examples" / "assets"
+ROWS = 8192
+BATCH = 4
+CLIP = 0.05
+QUIET = {"log": {"console": False}, "on_error": "raise"}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The example's tokenizer: 8,160 tokens for 8,192 rows."""
+    return AutoTokenizer.from_pretrained(ASSETS)
+
+
+def tiny_model(kind: str = "llama", *, tied: bool = False) -> nn.Module:
+    """A random model of 8,192 rows x 16; GPT-2 has dropout, Llama has none."""
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=ROWS, n_embd=16, n_layer=1, n_head=2, n_positions=64, tie_word_embeddings=tied)
+        )
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=ROWS, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=64, tie_word_embeddings=tied, pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def random_rows(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
+    """Rows of different lengths over few tokens, the first part of each masked."""
+    rng = Random(seed)
+    rows = []
+    for _ in range(count):
+        ids = [int(rng.paretovariate(0.6)) % 500 + 300 for _ in range(rng.randint(4, 12))]
+        masked = rng.randint(0, 3)
+        rows.append({"input_ids": ids, "labels": [-100] * masked + ids[masked:]})
+    return rows
+
+
+class RecordingAdamW(torch.optim.AdamW):
+    """Keeps a copy of the head's gradient at every step, without any hook."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), lr=1e-2)
+        self.head = model.get_output_embeddings().weight
+        self.gradients: list[Tensor] = []
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        if closure is None:
+            self.gradients.append(self.head.grad.detach().clone())
+            return super().step()
+        # Lightning computes the gradient inside the closure.
+        with torch.enable_grad():
+            loss = closure()
+        self.gradients.append(self.head.grad.detach().clone())
+        super().step()
+        return loss
+
+
+@dataclass
+class Run:
+    """What one training run left behind."""
+
+    model: nn.Module
+    optimizer: RecordingAdamW
+    losses: list[float]
+    callback: Any = None
+    trainer: Any = None
+    base: dict[str, Tensor] = field(default_factory=dict)
+
+
+def run_hf(
+    model: nn.Module,
+    rows: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    steps: int = 6,
+    accumulation: int = 1,
+    shuffle: bool = False,
+    callbacks: tuple[Any, ...] = (),
+    resume: bool | str = False,
+    **arguments: Any,
+) -> Run:
+    base = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    optimizer = RecordingAdamW(model)
+    set_seed(1)
+    defaults: dict[str, Any] = {"save_strategy": "no", "logging_steps": 1, "report_to": "none"}
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=BATCH,
+            gradient_accumulation_steps=accumulation,
+            max_grad_norm=CLIP,
+            train_sampling_strategy="random" if shuffle else "sequential",
+            disable_tqdm=True,
+            use_cpu=True,
+            **(defaults | arguments),
+        ),
+        train_dataset=rows,
+        eval_dataset=rows[:4],
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        processing_class=tokenizer,
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 100)),
+        callbacks=list(callbacks),
+    )
+    trainer.train(resume_from_checkpoint=resume or None)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return Run(model, optimizer, losses, callbacks[0] if callbacks else None, trainer, base)
+
+
+class Module(lightning.LightningModule):
+    """The fewest lines of a LightningModule around a Hugging Face model."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.model(**batch).loss
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.model(**batch).loss)
+
+    def configure_optimizers(self) -> Any:
+        self.optimizer = RecordingAdamW(self.model)
+        schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / 100)
+        return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def run_lightning(
+    model: nn.Module,
+    rows: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    steps: int = 6,
+    accumulation: int = 1,
+    shuffle: bool = False,
+    callbacks: tuple[Any, ...] = (),
+    module: type[Module] = Module,
+    collate: Any = None,
+    validate: bool = False,
+    checkpoint: str | None = None,
+    **arguments: Any,
+) -> Run:
+    base = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    lightning.seed_everything(1, verbose=False)
+    loop = module(model, tokenizer)
+    defaults: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
+    collate = collate or DataCollatorForSeq2Seq(tokenizer)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
+        trainer = lightning.Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            accumulate_grad_batches=accumulation,
+            gradient_clip_val=CLIP,
+            default_root_dir=folder,
+            callbacks=list(callbacks),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **(defaults | arguments),
+        )
+        trainer.fit(
+            loop,
+            DataLoader(rows, batch_size=BATCH, shuffle=shuffle, collate_fn=collate),
+            DataLoader(rows[:4], batch_size=BATCH, collate_fn=collate) if validate else None,
+            ckpt_path=checkpoint,
+        )
+    return Run(model, loop.optimizer, loop.losses, callbacks[0] if callbacks else None, trainer, base)
+
+
+RUNS = {"hf": run_hf, "lightning": run_lightning}
+CALLBACKS = {"hf": huggingface.VocabGuardCallback, "lightning": lightning_adapter.VocabGuardCallback}
+
+
+@pytest.fixture(params=["hf", "lightning"])
+def trainer_name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def kit() -> Any:
+    """The helpers of this file, for tests that cannot import it."""
+    import types
+
+    return types.SimpleNamespace(**{name: value for name, value in globals().items() if not name.startswith("_")})

@@ -1,0 +1,350 @@
+"""The probe against one prompt at a time, and what it must leave alone."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from vocabguard.config import GuardConfig
+from vocabguard.measure import probe as probe_room
+from vocabguard.measure.probe import (
+    PromptContext,
+    probe,
+    probe_applicable,
+    retained,
+    said,
+    said_instead,
+    stratified_sample,
+    summarise_probe,
+)
+from vocabguard.prompts import render_context
+from vocabguard.results import ProbeResult
+
+ASSETS = Path(__file__).parents[2] / "examples" / "assets"
+V = 61
+CONTEXTS = (
+    PromptContext("list", (1, 2, 3), (4,), 5),
+    PromptContext("one", (7,), (8, 9), 1),
+    PromptContext("bare", (), (), 3),
+)
+
+
+def llama(**settings: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=V, max_position_embeddings=64, pad_token_id=0, **sizes, **settings))
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.3)  # else the model says the same everywhere
+    return model
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(1)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_positions=64, n_embd=16, n_layer=2, n_head=2))
+
+
+class BareLanguageModel(nn.Module):
+    """A causal model of one's own, which knows neither ``logits_to_keep`` nor ``use_cache``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.embedding, self.mixer, self.head = nn.Embedding(V, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, V)
+
+    def forward(self, input_ids: Tensor) -> Any:
+        logits = self.head(self.mixer(self.embedding(input_ids))[0])
+        return type("Output", (), {"logits": logits})()
+
+
+class Adapted(nn.Module):
+    """A wrapper that passes keywords on, as PEFT's do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def get_base_model(self) -> nn.Module:
+        return self.inner
+
+    def forward(self, **options: Any) -> Any:
+        assert options["logits_to_keep"] < 8  # the inner model's signature was asked
+        return self.inner(**options)
+
+
+SIZES = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "pad_token_id": 0}
+MODELS = {"llama": llama, "gpt2": gpt2, "own": BareLanguageModel, "adapted": lambda: Adapted(llama())}
+
+
+def lists_asked(model: nn.Module, ids: Tensor, context: PromptContext, seed: int) -> list[list[int]]:
+    """Read from the prompts that reach the model: the ids between `before` and `after`."""
+    seen, begin, k = list[list[int]](), len(context.before), min(context.k, len(ids))
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for row in kwargs["input_ids"].tolist():
+            assert tuple(row[:begin]) == context.before
+            assert tuple(row[begin + k : begin + k + len(context.after)]) == context.after
+            assert row[begin + k + len(context.after) :] == row[begin : begin + k - 1]
+            seen.append(row[begin : begin + k])
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    probe(model, ids, [context], seed=seed, batch_tokens=10_000)
+    hook.remove()
+    return seen
+
+
+@torch.no_grad()
+def naive(model: nn.Module, asked: list[list[int]], context: PromptContext) -> dict[int, tuple[float, int, int]]:
+    """Probability, rank and best token of each id at its first occurrence, one whole prompt and one place at a time."""
+    found: dict[int, tuple[float, int, int]] = {}
+    for one in asked:
+        for place, id_ in enumerate(one):
+            prompt = [*context.before, *one, *context.after, *one[:place]]
+            logits = model(input_ids=torch.tensor([prompt])).logits[0, -1].double()
+            rank = sum(1 for other in logits.tolist() if other > logits[id_].item())
+            found.setdefault(id_, (logits.softmax(0)[id_].item(), rank, int(logits.argmax())))
+    return found
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("batch_tokens", [1, 40, 10_000])
+def test_answers_equal_one_prompt_at_a_time(kind: str, batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_room, "_LOGITS_IN_FLOAT", 4 * V)
+    model = MODELS[kind]().eval()
+    ids = torch.randperm(V)[:23]  # no multiple of any k, in no order
+    result = probe(model, ids, CONTEXTS, seed=3, batch_tokens=batch_tokens)
+    assert result.contexts == ("list", "one", "bare")
+    for column, context in enumerate(CONTEXTS):
+        expected = naive(getattr(model, "inner", model), lists_asked(model, ids, context, seed=3), context)
+        wanted = [expected[int(id_)] for id_ in ids]
+        torch.testing.assert_close(result.probability[:, column], torch.tensor([w[0] for w in wanted]))
+        assert result.rank[:, column].tolist() == [w[1] for w in wanted]
+        assert result.instead[:, column].tolist() == [w[2] for w in wanted]
+        assert result.emitted[:, column].tolist() == [w[2] == id_ for w, id_ in zip(wanted, ids.tolist(), strict=True)]
+    assert len(set(result.instead.flatten().tolist())) > 2  # a model that says one thing would prove nothing
+
+
+@pytest.mark.parametrize(("count", "k"), [(23, 5), (20, 5), (3, 5), (1, 1), (7, 1)])
+def test_every_id_is_asked_once_and_lists_hold_no_id_twice(count: int, k: int) -> None:
+    ids, context = torch.arange(10, 10 + count), PromptContext("x", (1,), (2,), k)
+    asked = lists_asked(llama(), ids, context, seed=0)
+    flat = [id_ for one in asked for id_ in one]
+    assert sorted(flat[:count]) == ids.tolist()
+    assert all(len(set(one)) == len(one) == min(k, count) for one in asked)
+    assert 0 <= len(flat) - count < k
+    assert lists_asked(llama(), ids, context, seed=0) == asked
+    if count > 5:
+        assert lists_asked(llama(), ids, context, seed=1) != asked
+        assert lists_asked(llama(), ids, PromptContext("y", (1,), (2,), k), seed=0) != asked
+
+
+def test_nothing_to_ask_and_no_way_to_ask() -> None:
+    result = probe(llama(), torch.tensor([], dtype=torch.int64), CONTEXTS, seed=0, batch_tokens=64)
+    assert result.emitted.shape == result.probability.shape == (0, 3)
+    assert said_instead(result).shape == (0,)
+    assert summarise_probe(result, result, {}, torch.tensor([1])) == {}
+    with pytest.raises(ValueError, match="contexts is empty"):
+        probe(llama(), torch.tensor([1]), [], seed=0, batch_tokens=64)
+
+
+def test_a_prompt_longer_than_the_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"probe\.contexts\.long: a prompt has 65 tokens; the model takes at most 64"):
+        probe(llama(), torch.arange(30), [PromptContext("long", (1,) * 6, (), 30)], seed=0, batch_tokens=64)
+
+
+def test_a_broken_model_says_nothing() -> None:
+    model = llama()
+    model.lm_head.weight.data.fill_(torch.nan)
+    result = probe(model, torch.arange(8), CONTEXTS, seed=0, batch_tokens=64)
+    assert not result.emitted.any()
+    assert (result.probability == 0).all()
+    assert (result.rank == V).all()
+
+
+def test_everything_is_left_as_it_was() -> None:
+    model = llama(attention_dropout=0.5).train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
+    weights = [p.detach().clone() for p in model.parameters()]
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+
+    inference = []
+
+    def draw(_: nn.Module, __: Any, output: Any) -> None:
+        torch.rand(3)  # a model that uses the global generator even in evaluation mode
+        inference.append(output.logits.is_inference())  # what a model caches then would not serve training
+
+    hook = model.register_forward_hook(draw)
+    with torch.autocast("cpu", torch.bfloat16):
+        probe(model, torch.arange(20), CONTEXTS, seed=0, batch_tokens=64)
+        assert torch.is_autocast_enabled("cpu")
+    first = probe(model, torch.arange(20), CONTEXTS, seed=0, batch_tokens=64)
+    hook.remove()
+    assert [module.training for module in model.modules()] == modes
+    second = probe(model.eval(), torch.arange(20), CONTEXTS, seed=0, batch_tokens=64)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]  # type: ignore[index]
+    for parameter, gradient, weight in zip(model.parameters(), gradients, weights, strict=True):
+        assert torch.equal(parameter.grad, gradient)  # type: ignore[arg-type]
+        assert torch.equal(parameter, weight)
+    assert torch.is_grad_enabled()
+    assert not second.probability.requires_grad
+    assert not any(inference)
+    torch.testing.assert_close(first.probability, second.probability)  # no dropout in either
+
+
+def test_modes_return_when_the_model_fails() -> None:
+    model = llama().train()
+    model.lm_head.eval()
+    with pytest.raises(IndexError):
+        probe(model, torch.tensor([V + 5]), CONTEXTS, seed=0, batch_tokens=64)
+    assert model.training
+    assert not model.lm_head.training
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_compiled_model_is_not_compiled_again(in_place: bool) -> None:
+    torch._dynamo.reset()
+    model, counter = llama().train(), CompileCounter()
+    expected = probe(model, torch.arange(20), CONTEXTS, seed=0, batch_tokens=64)
+    compiled = model if in_place else torch.compile(model, backend=counter)
+    if in_place:
+        model.compile(backend=counter)
+    batch = torch.arange(12)[None]
+    compiled(input_ids=batch, labels=batch)
+    graphs = counter.frame_count
+    result = probe(compiled, torch.arange(20), CONTEXTS, seed=0, batch_tokens=64)  # type: ignore[arg-type]
+    compiled(input_ids=batch, labels=batch)
+    assert counter.frame_count == graphs > 0
+    torch.testing.assert_close(result.probability, expected.probability)
+
+
+def test_the_base_says_what_it_learned() -> None:
+    tokenizer, model = AutoTokenizer.from_pretrained(ASSETS), AutoModelForCausalLM.from_pretrained(ASSETS)
+    never = json.loads((ASSETS / "base.json").read_text(encoding="utf-8"))["never_trained"]
+    ids = torch.tensor(sorted(set(range(300, 8160, 31)) - set(never)))
+    contexts = [render_context(tokenizer, n, c.text, c.k) for n, c in GuardConfig().probe.contexts.items()]
+    result = probe(model, ids, contexts, seed=0, batch_tokens=4096)
+    assert said(result).float().mean() > 0.92
+    model.lm_head.weight.data[ids[:40]] = 0  # rows that no longer answer
+    now = probe(model, ids, contexts, seed=0, batch_tokens=4096)
+    zeroed = torch.arange(len(ids)) < 40
+    assert retained(result, now, zeroed) == 0
+    assert retained(result, now, ~zeroed) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (llama, None),
+        (gpt2, None),
+        (BareLanguageModel, None),
+        (lambda: Adapted(llama()), None),
+        (lambda: Adapted(LlamaModel(LlamaConfig(intermediate_size=8, **SIZES))), "no output matrix"),
+        (lambda: torch.compile(llama(), backend="eager"), None),
+        (lambda: T5ForConditionalGeneration(T5Config(d_model=8, num_heads=1, **SIZES)), "encoder-decoder"),
+        (lambda: BertForMaskedLM(BertConfig(intermediate_size=8, **SIZES)), "ForMaskedLM"),
+        (
+            lambda: LlamaForSequenceClassification(LlamaConfig(intermediate_size=8, **SIZES)),
+            "ForSequenceClassification",
+        ),
+        (lambda: LlamaModel(LlamaConfig(intermediate_size=8, **SIZES)), "no output matrix"),
+        (lambda: nn.Linear(2, 2), "does not take input_ids"),
+    ],
+)
+def test_who_can_be_asked(build: Any, reason: str | None) -> None:
+    found = probe_applicable(build())
+    assert (found is None) if reason is None else (found is not None and reason in found.reason)
+
+
+def result_of(ids: list[int], instead: list[list[int]]) -> ProbeResult:
+    told, table = torch.tensor(instead), torch.tensor(ids)
+    names = tuple(f"c{i}" for i in range(told.shape[1]))
+    emitted = told == table[:, None]
+    return ProbeResult(names, table, emitted, emitted.float() / 2, (~emitted).long(), told)
+
+
+BASE = result_of([4, 5, 6, 7], [[4, 4, 4, 4], [5, 5, 5, 0], [6, 6, 1, 1], [7, 7, 7, 7]])
+NOW = result_of([4, 5, 6, 7], [[4, 4, 4, 9], [8, 9, 9, 8], [6, 6, 6, 6], [3, 7, 2, 2]])
+
+
+def test_retained_is_said_in_most_contexts_then_and_now() -> None:
+    assert said(BASE).tolist() == [True, True, False, True]  # two of four is not most
+    assert said(NOW).tolist() == [True, False, True, False]
+    assert retained(BASE, NOW) == pytest.approx(1 / 3)
+    assert retained(BASE, NOW, torch.tensor([True, False, True, False])) == 1.0
+    assert np.isnan(retained(BASE, NOW, torch.tensor([False, False, True, False])))
+    assert said_instead(NOW).tolist() == [9, 8, -1, 2]  # 8 and 9 tie: the earlier context's
+    assert said_instead(BASE).tolist() == [-1, 0, 1, -1]
+
+
+def test_probes_of_different_things_are_not_compared() -> None:
+    with pytest.raises(ValueError, match="different ids"):
+        retained(BASE, result_of([4, 5, 6, 8], NOW.instead.tolist()))
+    with pytest.raises(ValueError, match="different contexts"):
+        retained(BASE, result_of([4, 5, 6, 7], [[4], [5], [6], [7]]))
+
+
+def test_summary() -> None:
+    parts = {"ja": [5, 6], "ko": [6], "never": [4], "absent": [0]}
+    masks = {name: torch.isin(torch.arange(12), torch.tensor(members)) for name, members in parts.items()}
+    summary = summarise_probe(BASE, NOW, masks, watch=torch.tensor([6, 4, 7, 11]))
+    expected = {"retained": 1 / 3, "ja/retained": 0.0, "never/retained": 1.0, "watch": 0.5}
+    assert summary == pytest.approx(expected | {"probability_mean": 8 / 16 / 2})
+    assert "watch" not in summarise_probe(BASE, NOW, {}, watch=torch.tensor([], dtype=torch.int64))
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 40, 151, 800, 5000])
+def test_sample_gives_strata_their_share_and_small_ones_a_floor(size: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    strata = torch.tensor([0] * 700 + [1] * 200 + [3] * 90 + [4] * 9 + [9] * 1)[
+        torch.randperm(1000, generator=generator)
+    ]
+    eligible = (torch.rand(1000, generator=generator) < 0.9) & (strata != 3) | (strata == 9)
+    sample = stratified_sample(strata, eligible, size, seed=1)
+    ids = sample.tolist()
+    assert len(ids) == min(size, int(eligible.sum()))
+    assert all(a < b for a, b in pairwise(ids))
+    assert all(eligible[id_] for id_ in ids)
+    sizes, drawn = Counter(strata[eligible].tolist()), Counter(strata[sample].tolist())
+    for label, available in sizes.items():
+        floor = min(available, min(size, sum(sizes.values())) // (2 * len(sizes)))
+        share = available * len(ids) / sum(sizes.values())
+        assert floor <= drawn[label] <= max(floor, share) + 1
+        assert drawn[label] >= share / 2 - 1
+    assert torch.equal(stratified_sample(strata, eligible, size, seed=1), sample)
+    if 1 < size < 800:
+        assert not torch.equal(stratified_sample(strata, eligible, size, seed=2), sample)
+
+
+def test_sampling_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    strata = torch.zeros(5, dtype=torch.int64)
+    assert stratified_sample(strata, strata == 1, 3, seed=0).shape == (0,)
+    assert stratified_sample(strata, strata == 0, 3, seed=0).shape == (3,)
+    assert torch.equal(torch.get_rng_state(), before)

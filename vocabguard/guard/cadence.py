@@ -1,0 +1,150 @@
+"""How often to check and to probe: chosen once, from what they cost and what a step costs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import dataclass, field
+
+from vocabguard import collective
+from vocabguard.config import GuardConfig
+from vocabguard.guard.faults import Faults
+
+_NICE = (1, 2, 5)
+
+
+def round_up(steps: float) -> int:
+    """The next of 1, 2, 5, 10, 20, 50, ... that is at least `steps`.
+
+    >>> [round_up(n) for n in (0.2, 3, 11, 201)]
+    [1, 5, 20, 500]
+    """
+    power = 1
+    while True:
+        for base in _NICE:
+            if base * power >= steps:
+                return base * power
+        power *= 10
+
+
+def affordable(cost: float, step_seconds: float, budget: float) -> int:
+    """Fewest steps between two pieces of work of `cost` seconds that keep their share within `budget`, rounded up.
+
+    Args:
+        cost: seconds of one piece.
+        step_seconds: seconds of one training step.
+        budget: largest share of the time, in [0, 1]; 0 stands for one in a million.
+    """
+    share = max(budget, 1e-6)
+    return round_up(min(cost / max(step_seconds * share, 1e-9), 1e9))
+
+
+@dataclass
+class Cadence:
+    """When checks and probes are due.
+
+    Attributes:
+        every: optimizer steps between checks; None until chosen.
+        probe_every: optimizer steps between probes; None until chosen.
+        settle_steps: steps timed before choosing.
+        budget: share of the time for checks.
+        probe_budget: share of the time for probes.
+        max_checks: most checks in `total` steps.
+        total: planned optimizer steps, if known.
+        last_probe: step of the last probe.
+    """
+
+    every: int | None
+    probe_every: int | None
+    settle_steps: int
+    budget: float
+    probe_budget: float
+    max_checks: int
+    total: int | None = None
+    last_probe: int = 0
+
+    @classmethod
+    def of(cls, config: GuardConfig) -> Cadence:
+        """The cadence that a configuration asks for."""
+        return cls(
+            config.drift.every_n_steps,
+            config.probe.every_n_steps,
+            config.cadence.settle_steps,
+            config.cadence.budget,
+            config.probe.budget,
+            config.cadence.max_checks,
+        )
+
+    def choose(self, step_seconds: float, check_seconds: float, probe_seconds: float) -> None:
+        """Fill in what is not given, alike on all processes.
+
+        Args:
+            step_seconds: median of a training step without the guard's work.
+            check_seconds: one check without its probe.
+            probe_seconds: one probe.
+        """
+        every = self.every or max(
+            affordable(check_seconds, step_seconds, self.budget), round_up((self.total or 0) / self.max_checks)
+        )
+        probe_every = self.probe_every
+        if probe_every is None:
+            wanted = affordable(probe_seconds, step_seconds, self.probe_budget)
+            probe_every = every * math.ceil(wanted / every)
+        self.every, self.probe_every = collective.agree((every, probe_every))
+
+    @property
+    def chosen(self) -> bool:
+        """Whether both cadences are known."""
+        return self.every is not None and self.probe_every is not None
+
+    def due(self, step: int) -> bool:
+        """Whether a check is due after `step`: every n-th, and the last planned one."""
+        return (self.every is not None and step % self.every == 0) or step == self.total
+
+    def probe_due(self, step: int) -> bool:
+        """Whether the check after `step` carries a probe: when its time has come, and at the last planned step."""
+        if step == self.total:
+            return True
+        return self.probe_every is not None and step - self.last_probe >= self.probe_every
+
+
+@dataclass
+class StepTimer:
+    """Times training steps apart from the guard's own work.
+
+    Attributes:
+        durations: seconds of the steps so far, without the guard's work; only the first ones are kept.
+    """
+
+    durations: list[float] = field(default_factory=list)
+    _began: float = 0.0
+    _ended: float = 0.0
+    _worked: float = 0.0
+    _worked_before: float = 0.0
+
+    def start(self, faults: Faults) -> None:
+        """Begin to time: what came before is not part of training."""
+        self._began = self._ended = time.perf_counter()
+        self._worked = self._worked_before = faults.seconds
+
+    def step(self, faults: Faults) -> None:
+        """A step has just ended."""
+        now, work = time.perf_counter(), faults.seconds
+        if len(self.durations) < 1000:
+            self.durations.append(max(0.0, now - self._ended - (work - self._worked)))
+        self._ended, self._worked = now, work
+
+    @property
+    def steps(self) -> int:
+        """Steps timed."""
+        return len(self.durations)
+
+    def median(self) -> float:
+        """Seconds of a step, the median of those timed."""
+        return statistics.median(self.durations)
+
+    def overhead(self, faults: Faults) -> float:
+        """Share in [0, 1] of the time since `start` that the guard's work took; 0 before the first step."""
+        elapsed = time.perf_counter() - self._began
+        return min(1.0, (faults.seconds - self._worked_before) / elapsed) if self.durations else 0.0

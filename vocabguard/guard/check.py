@@ -1,0 +1,130 @@
+"""One check: measure everything that is due, once, and put it into one `CheckResult`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from vocabguard import collective
+from vocabguard.alerts.machine import AlertMachine
+from vocabguard.guard import summary
+from vocabguard.guard.probing import Prober
+from vocabguard.guard.setup import Watched
+from vocabguard.matrices import VocabMatrix
+from vocabguard.measure.drift import measure_drift
+from vocabguard.measure.exposure import ExposureCounter, exposure_classes
+from vocabguard.results import CheckResult, Exposure, MatrixName, NotApplicable, ProbeResult, RowDrift
+
+
+@dataclass
+class Checker:
+    """Everything that a check measures.
+
+    Attributes:
+        model: the model that is trained.
+        watched: matrices, baselines and the table.
+        counter: counts and gradients; None where exposure is off.
+        prober: None where the probe does not apply.
+        alerts: the rules' states.
+        chunk_rows: matrix rows read at a time.
+        top_k: worst tokens in a result.
+        check_seconds: cost of the last check without its probe.
+        probe_seconds: cost of the last probe.
+    """
+
+    model: nn.Module
+    watched: Watched
+    counter: ExposureCounter | None
+    prober: Prober | None
+    alerts: AlertMachine
+    chunk_rows: int
+    top_k: int
+    check_seconds: float = 0.0
+    probe_seconds: float = 0.0
+    groups: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.groups = summary.group_masks(self.watched.table)
+
+    def run(self, step: int, *, with_probe: bool, overhead: float) -> CheckResult:
+        """Measure now.
+
+        Args:
+            step: the optimizer step that has just been done.
+            with_probe: whether the probe is due.
+            overhead: the guard's share of the time so far, in [0, 1].
+        """
+        began = time.perf_counter()
+        probes = self._probe() if with_probe else None
+        self.probe_seconds = time.perf_counter() - began if probes else self.probe_seconds
+        exposure = self.exposure()
+        classes = self.classes(exposure)
+        drifts = self._drifts(self.watched.table.live & (classes == 0))
+        scalars = summary.scalars_of(
+            drifts,
+            exposure,
+            classes,
+            probes,
+            live=self.watched.table.live,
+            groups=self.groups,
+            watched=self.prober.watched if self.prober else torch.empty(0, dtype=torch.int64),
+        )
+        scalars[summary.PREFIX + "overhead"] = overhead
+        transitions = self.alerts.update(step, scalars)
+        scalars[summary.PREFIX + "alerts/firing"] = float(len(self.alerts.firing))
+        ranked = drifts["head"] if isinstance(drifts["head"], RowDrift) else drifts["embedding"]
+        last_probe = self.prober.last if self.prober else None
+        worst = summary.worst_ids(ranked, self.watched.table.live, self.top_k)
+        watch_list = self.prober.watched if self.prober else worst[:0]
+        about = (ranked, exposure, classes, last_probe, self.watched.table)
+        seconds = time.perf_counter() - began
+        self.check_seconds = seconds - (self.probe_seconds if probes else 0.0)
+        return CheckResult(
+            step=step,
+            head=drifts["head"],
+            embedding=drifts["embedding"],
+            exposure=exposure,
+            classes=classes,
+            probe=probes[1] if probes else None,
+            scalars=scalars,
+            transitions=transitions,
+            firing=self.alerts.firing,
+            worst=summary.token_reports(worst, *about),
+            watched=summary.token_reports(watch_list, *about),
+            seconds=seconds,
+        )
+
+    def exposure(self) -> Exposure | NotApplicable:
+        """Counts so far, over all processes."""
+        if self.counter is None:
+            return NotApplicable("exposure is off")
+        return collective.total_exposure(self.counter.exposure())
+
+    def classes(self, exposure: Exposure | NotApplicable) -> Tensor:
+        """(V,) uint8 exposure classes; all never where nothing is counted."""
+        if isinstance(exposure, NotApplicable):
+            return torch.zeros(self.watched.rows, dtype=torch.uint8)
+        return exposure_classes(exposure.data_target)
+
+    def _drifts(self, unexposed: Tensor) -> dict[MatrixName, RowDrift | NotApplicable]:
+        found: dict[MatrixName, RowDrift | NotApplicable] = {}
+        for name, matrix in self.watched.matrices.items():
+            if isinstance(matrix, VocabMatrix):
+                # A tied pair is one matrix, measured once.
+                known = found.get("head") if matrix.tied else None
+                found[name] = known or measure_drift(
+                    matrix, self.watched.baselines[name], unexposed, self.chunk_rows
+                )
+            else:
+                found[name] = matrix
+        return found
+
+    def _probe(self) -> tuple[ProbeResult, ProbeResult] | None:
+        if self.prober is None:
+            return None
+        now = self.prober.run(self.model)
+        assert self.prober.base is not None
+        return self.prober.base, now

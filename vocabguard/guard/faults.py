@@ -1,0 +1,59 @@
+"""What happens when the guard itself fails: reported once, then it stands down and training goes on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vocabguard.config import ConfigError
+
+logger = logging.getLogger("vocabguard")
+
+
+class Faults:
+    """Contains the guard's exceptions and adds up the time that its work takes.
+
+    Args:
+        on_error: ``"warn"`` logs the first fault and stands down; ``"raise"`` raises it.
+    """
+
+    def __init__(self, on_error: str) -> None:
+        self._raise = on_error == "raise"
+        self._depth = 0
+        self.reason: str | None = None
+        self.seconds = 0.0
+
+    @property
+    def down(self) -> bool:
+        """Whether the guard has stood down."""
+        return self.reason is not None
+
+    def stand_down(self, reason: str) -> None:
+        """Stop guarding; only the first reason is kept and reported."""
+        if self.reason is None:
+            self.reason = reason
+            logger.warning("vocabguard stands down, training goes on: %s", reason, exc_info=not self._raise)
+
+    @contextmanager
+    def contain(self, what: str) -> Iterator[None]:
+        """Run a piece of the guard's work: timed, and with its exceptions contained.
+
+        Bad configuration is the user's to hear before step 1, so `ConfigError` always passes.
+        """
+        began = time.perf_counter()
+        self._depth += 1
+        try:
+            yield
+        except ConfigError:
+            raise
+        except Exception as error:
+            if self._raise:
+                raise
+            self.stand_down(f"{what} failed with {type(error).__name__}: {error}")
+        finally:
+            self._depth -= 1
+            # Nested work is already inside the outer piece's time.
+            if self._depth == 0:
+                self.seconds += time.perf_counter() - began

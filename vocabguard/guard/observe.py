@@ -1,0 +1,151 @@
+"""What is read while training runs: batches on their way into the model, gradients as the optimizer used them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vocabguard.guard.faults import Faults
+from vocabguard.matrices import VocabMatrix
+from vocabguard.measure.exposure import ExposureCounter
+
+Targets = Callable[[Any], tuple[Tensor | None, Tensor]]
+"""Takes a batch, gives (inputs or None, targets): targets are not shifted again."""
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """Whether the model shifts its labels: position t predicts label t + 1.
+
+    True for causal language models; false for encoder-decoders and masked language models.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return False
+    name = type(model).__name__
+    return not name.endswith(("ForMaskedLM", "ForPreTraining", "ForTokenClassification"))
+
+
+def labels_of(batch: Any, targets: Targets | None) -> tuple[Tensor | None, Tensor, bool] | None:
+    """Inputs, labels and whether the extractor has aligned them already; None where a batch carries no labels.
+
+    Args:
+        batch: a mapping with ``labels`` (and ``input_ids``), or whatever `targets` takes.
+        targets: the user's extractor, if any.
+    """
+    if targets is not None:
+        inputs, aligned = targets(batch)
+        return inputs, aligned, True
+    if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
+        inputs = batch.get("input_ids")
+        return (inputs if isinstance(inputs, Tensor) else None), batch["labels"], False
+    return None
+
+
+class Observer:
+    """Feeds an `ExposureCounter` from forward passes or batches, and from the optimizer's step.
+
+    Args:
+        counter: where counts go.
+        matrix: the matrix whose gradient is read; None if it gets none.
+        shift: whether the model shifts its labels.
+        push_every: optimizer steps between reads of the whole gradient; 0 never.
+        faults: contains exceptions.
+        targets: the user's extractor, if any.
+    """
+
+    def __init__(
+        self,
+        counter: ExposureCounter,
+        matrix: VocabMatrix | None,
+        *,
+        shift: bool,
+        push_every: int,
+        faults: Faults,
+        targets: Targets | None = None,
+    ) -> None:
+        self.counter = counter
+        self._matrix = matrix
+        self._shift = shift
+        self._push_every = push_every
+        self._faults = faults
+        self._targets = targets
+        self._handles: list[Any] = []
+        self._optimizer_steps = 0
+
+    def hook_model(self, model: nn.Module) -> None:
+        """See every training forward pass of `model`."""
+        self._handles.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+
+    def hook_optimizers(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Read the gradient after each step of the optimizer that holds the matrix.
+
+        The step's post hook sees the same clipped, averaged gradient under every trainer.
+        """
+        if self._matrix is None:
+            return
+        weight = self._matrix.weight
+        for optimizer in optimizers:
+            # Wrappers keep the real optimizer inside, and only that one's hooks fire at real steps.
+            inner = getattr(optimizer, "optimizer", optimizer)
+            if any(weight is parameter for group in inner.param_groups for parameter in group["params"]):
+                self._handles.append(inner.register_step_post_hook(self._after_step))
+
+    def batch(self, batch: Any) -> bool:
+        """Count a batch; False where it carries no labels."""
+        found = labels_of(batch, self._targets)
+        if found is None:
+            return False
+        inputs, labels, aligned = found
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        self.observe(inputs, labels, attention_mask=mask, shift=self._shift and not aligned)
+        return True
+
+    def observe(
+        self,
+        inputs: Tensor | None,
+        labels: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        echo_mask: Tensor | None = None,
+        shift: bool | None = None,
+    ) -> None:
+        """Count one micro-batch."""
+        self.counter.observe(
+            inputs,
+            labels,
+            shift=self._shift if shift is None else shift,
+            attention_mask=attention_mask,
+            echo_mask=echo_mask,
+        )
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        labels = kwargs.get("labels")
+        if not module.training or labels is None:
+            return
+        inputs = kwargs.get("input_ids", args[0] if args else None)
+        mask = kwargs.get("attention_mask")
+        if torch.compiler.is_compiling():
+            # A clock or a try block would break the graph here.
+            self.observe(inputs, labels, attention_mask=mask)
+            return
+        with self._faults.contain("counting a batch"):
+            self.observe(inputs, labels, attention_mask=mask)
+
+    def _after_step(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        if self._faults.down or self._matrix is None:
+            return
+        with self._faults.contain("reading the gradient"):
+            gradient = self._matrix.weight.grad
+            if gradient is not None:
+                self._optimizer_steps += 1
+                sample = self._push_every > 0 and self._optimizer_steps % self._push_every == 0
+                self.counter.observe_gradient(gradient, sample)

@@ -1,0 +1,108 @@
+"""Counting targets over a sample of the training data before step 1, without touching the run's order or RNG."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from vocabguard.config import ConfigError
+from vocabguard.guard.observe import Targets, labels_of
+from vocabguard.measure.exposure import count_targets
+from vocabguard.results import NotApplicable, Preflight
+
+
+def preflight(
+    dataloader: Any,
+    *,
+    rows: int,
+    shift: bool,
+    targets: Targets | None,
+    max_batches: int,
+    max_seconds: float,
+    seed: int,
+) -> Preflight | NotApplicable:
+    """Count data targets over batches drawn at random from the dataloader's own dataset and collate function.
+
+    Args:
+        dataloader: a `torch.utils.data.DataLoader`, or accelerate's wrapper of one.
+        rows: V of the vocabulary matrix.
+        shift: whether the model shifts its labels.
+        targets: the user's extractor, if any.
+        max_batches: at most so many batches.
+        max_seconds: at most so long.
+        seed: of the sample's own generator.
+
+    Raises:
+        ConfigError: if a batch carries no labels and there is no extractor.
+    """
+    loader = getattr(dataloader, "base_dataloader", dataloader)
+    if not isinstance(loader, DataLoader):
+        return NotApplicable(f"preflight needs a DataLoader to sample from, got {type(loader).__name__}")
+    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+        return NotApplicable("preflight leaves an iterable dataset alone: reading it would move the run's data on")
+    began = time.perf_counter()
+    counts = torch.zeros(rows, dtype=torch.int64)
+    length, batches, seen = len(loader.dataset), 0, 0
+    with _untouched_rng():
+        for indices, batch in _sample(loader, seed):
+            found = labels_of(batch, targets)
+            if found is None:
+                raise ConfigError(_no_labels(batch))
+            counts += count_targets(found[1].cpu(), shift and not found[2], rows)
+            batches, seen = batches + 1, seen + indices
+            if batches >= max_batches or time.perf_counter() - began > max_seconds:
+                break
+    return Preflight(counts, batches, seen, seen >= length, time.perf_counter() - began)
+
+
+def _sample(loader: DataLoader[Any], seed: int) -> Iterator[tuple[int, Any]]:
+    """(examples, batch) in an order of our own, through a copy of the collate function."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(loader.dataset), generator=generator).tolist()  # type: ignore[arg-type]
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 8
+    collate = _own_copy(loader.collate_fn)
+    fetch = getattr(loader.dataset, "__getitems__", None)
+    for start in range(0, len(order), size):
+        indices = order[start : start + size]
+        examples = fetch(indices) if fetch else [loader.dataset[index] for index in indices]
+        yield len(indices), collate(examples)
+
+
+def _own_copy(collate: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of a collator object, whose own generator must not move; models and tokenizers inside stay shared."""
+    heavy = (nn.Module, PreTrainedTokenizerBase)
+    shared = {id(part): part for part in getattr(collate, "__dict__", {}).values() if isinstance(part, heavy)}
+    if hasattr(collate, "__self__"):
+        # A bound method would take its whole owner along.
+        return collate
+    return copy.deepcopy(collate, shared)
+
+
+@contextmanager
+def _untouched_rng() -> Iterator[None]:
+    """Put Python's, NumPy's and torch's global generators back afterwards: datasets and collators may draw."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def _no_labels(batch: Any) -> str:
+    got = f"the keys {sorted(batch)}" if hasattr(batch, "keys") else type(batch).__name__
+    return (
+        f"no labels: a training batch holds {got}; the guard counts targets from 'labels' of shape (B, T), "
+        "or from what `targets=` takes out of a batch"
+    )

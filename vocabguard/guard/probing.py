@@ -1,0 +1,124 @@
+"""Which tokens are probed and how, and the probe at the base that later ones are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vocabguard.config import ConfigError, ProbeConfig
+from vocabguard.measure.probe import PromptContext, probe, stratified_sample
+from vocabguard.prompts import render_context
+from vocabguard.results import ProbeResult
+from vocabguard.vocabulary import VocabTable, resolve_token
+
+
+def watched_ids(tokenizer: Any, watch: Sequence[int | str], rows: int) -> Tensor:
+    """(w,) int64 ids of the watch list.
+
+    Raises:
+        ConfigError: for an entry that is no token.
+    """
+    ids = []
+    for item in watch:
+        try:
+            ids.append(resolve_token(tokenizer, item, rows))
+        except ValueError as error:
+            raise ConfigError(f"probe.watch: {error}") from error
+    return torch.tensor(list(dict.fromkeys(ids)), dtype=torch.int64)
+
+
+def probed_ids(config: ProbeConfig, table: VocabTable, classes: Tensor | None, watched: Tensor, seed: int) -> Tensor:
+    """(n,) int64, sorted: every live token, or a sample by group (and expected class), and the watched ones.
+
+    Args:
+        config: `ProbeConfig`.
+        table: groups and live rows.
+        classes: (V,) uint8 exposure classes that preflight expects, if it ran.
+        watched: (w,) int64.
+        seed: of the sample's own generator.
+    """
+    if config.whole_vocabulary:
+        chosen = table.live.nonzero().flatten()
+    else:
+        strata = table.group.long() * 8 + (0 if classes is None else classes.long())
+        chosen = stratified_sample(strata, table.live, config.sample, seed)
+    return torch.cat([chosen, watched]).unique()
+
+
+@dataclass
+class Prober:
+    """Asks a model for a fixed set of tokens in fixed contexts.
+
+    Attributes:
+        contexts: rendered prompts.
+        ids: (n,) int64.
+        watched: (w,) int64, a part of `ids`.
+        batch_tokens: tokens in one forward pass.
+        seed: of the shuffles; the same at every probe, so that probes differ only by the model.
+        base: the first result.
+        last: the latest result.
+    """
+
+    contexts: tuple[PromptContext, ...]
+    ids: Tensor
+    watched: Tensor
+    batch_tokens: int
+    seed: int
+    base: ProbeResult | None = None
+    last: ProbeResult | None = None
+
+    def run(self, model: nn.Module) -> ProbeResult:
+        """Probe now; the first call sets the base."""
+        self.last = probe(model, self.ids, self.contexts, seed=self.seed, batch_tokens=self.batch_tokens)
+        self.base = self.base or self.last
+        return self.last
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's result as tensors."""
+        return {} if self.base is None else result_state(self.base)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the base and its ids from an earlier run."""
+        if state:
+            self.base = ProbeResult(**{**state, "contexts": tuple(state["contexts"])})
+            self.ids = self.base.ids
+            kept = {context.name for context in self.contexts}
+            if kept != set(self.base.contexts):
+                raise ConfigError(
+                    f"probe.contexts are {sorted(kept)}, but this run began with {sorted(self.base.contexts)}"
+                )
+
+
+def result_state(result: ProbeResult) -> dict[str, Any]:
+    """A `ProbeResult` as a dict that ``torch.load(weights_only=True)`` takes."""
+    return {
+        "contexts": list(result.contexts),
+        "ids": result.ids,
+        "emitted": result.emitted,
+        "probability": result.probability,
+        "rank": result.rank,
+        "instead": result.instead,
+    }
+
+
+def build_prober(
+    config: ProbeConfig, tokenizer: Any, table: VocabTable, classes: Tensor | None, seed: int
+) -> Prober:
+    """The prober that a configuration asks for.
+
+    Raises:
+        ConfigError: for a watch entry that is no token or a context that cannot be rendered.
+    """
+    watched = watched_ids(tokenizer, config.watch, len(table))
+    try:
+        contexts = tuple(
+            render_context(tokenizer, name, context.text, context.k) for name, context in config.contexts.items()
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    ids = probed_ids(config, table, classes, watched, seed)
+    return Prober(contexts, ids, watched, config.batch_tokens, seed)

@@ -1,0 +1,110 @@
+"""Where results go: run folder, TensorBoard, console, the rules' actions. Main process only."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vocabguard import collective
+from vocabguard.alerts.rules import AlertRule
+from vocabguard.alerts.sinks import dispatch
+from vocabguard.config import GuardConfig
+from vocabguard.results import CheckResult, Watch
+from vocabguard.runlog import RunLog, RunWriter, row_vectors
+from vocabguard.views.console import ConsoleView
+from vocabguard.views.tensorboard import TensorBoardView, open_view
+from vocabguard.vocabulary import VocabTable
+
+
+def free_folder(folder: Path) -> Path:
+    """`folder`, or the first of ``folder-2``, ``folder-3``, ... that holds no run yet."""
+    candidate, number = folder, 2
+    while (candidate / "run.json").exists():
+        candidate = folder.with_name(f"{folder.name}-{number}")
+        number += 1
+    return candidate
+
+
+class Reporter:
+    """Hands each result to every view.
+
+    Args:
+        config: what is wanted.
+        table: groups and texts.
+        rules: whose actions are run.
+        folder: of the run log; None writes none.
+        writer: a TensorBoard ``SummaryWriter`` of the trainer's; None opens one in the folder.
+    """
+
+    def __init__(
+        self,
+        config: GuardConfig,
+        table: VocabTable,
+        rules: Iterable[AlertRule],
+        folder: Path | None,
+        writer: Any = None,
+    ) -> None:
+        main = collective.is_main()
+        self._config = config
+        self._table = table
+        self._rules = tuple(rules)
+        self._main = main
+        self._console = ConsoleView(enabled=main and config.log.console)
+        if main and config.log.console:
+            # Without handlers of the user's, logging would print to the terminal what the console view shows there.
+            logging.getLogger("vocabguard.alerts").addHandler(logging.NullHandler())
+        self._log = RunWriter(folder) if main and folder is not None else None
+        self._board: TensorBoardView | None = None
+        if main and config.log.tensorboard:
+            options: dict[str, Any] = {"table": table, "histogram": config.log.histogram}
+            if writer is not None:
+                self._board = TensorBoardView(writer, **options)
+            elif folder is not None:
+                self._board = open_view(folder, **options)
+        self._checks = 0
+        self._rows_written: int | None = None
+
+    def watch(self, watch: Watch) -> None:
+        """Say what is watched, before step 1."""
+        if self._log is not None:
+            self._log.start(asdict(self._config), watch, self._table.names)
+        if self._board is not None:
+            self._board.watch(watch)
+        self._console.watch(watch, self._table)
+
+    def check(self, result: CheckResult) -> None:
+        """Pass one check on, and run the actions of alerts that changed state."""
+        if not self._main:
+            return
+        every = self._config.log.rows_every_n_checks
+        if self._log is not None:
+            self._log.check(result)
+            if every and self._checks % every == 0:
+                self._rows(result)
+        if self._board is not None:
+            self._board.check(result)
+        self._console.check(result)
+        self._checks += 1
+        dispatch(self._rules, result.transitions)
+
+    def finish(self, last: CheckResult | None) -> RunLog | None:
+        """Write the last rows, show the closing tables, close what is ours.
+
+        Returns:
+            The run log, opened for reading; None where none was written.
+        """
+        if last is not None and self._main:
+            if self._log is not None and self._rows_written != last.step:
+                self._rows(last)
+            self._console.finish(last, self._table)
+        if self._board is not None:
+            self._board.close()
+        return RunLog.open(self._log.folder) if self._log is not None else None
+
+    def _rows(self, result: CheckResult) -> None:
+        assert self._log is not None
+        self._log.rows(result.step, row_vectors(result, self._table.group, self._table.live))
+        self._rows_written = result.step

@@ -1,0 +1,194 @@
+"""What `VocabGuard.attach` puts together: matrices, vocabulary table, baselines, rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vocabguard.alerts.rules import AlertRule, require_parts
+from vocabguard.config import ConfigError, GuardConfig
+from vocabguard.matrices import VocabMatrix, find_matrices
+from vocabguard.measure.untrained import never_trained
+from vocabguard.results import MatrixName, NotApplicable, Transition, WatchedMatrix
+from vocabguard.snapshot import Baseline, copy_baseline, open_baseline, reopen_baseline
+from vocabguard.vocabulary import GROUPS, VocabTable, build_table, plain_table
+
+Action = Callable[[Transition], None]
+
+
+@dataclass
+class Watched:
+    """The matrices under guard and what belongs to them.
+
+    Attributes:
+        matrices: ``head`` and ``embedding``, or why not.
+        baselines: of the matrices that can move; a tied pair has one.
+        table: groups, live rows, texts.
+        rows: V.
+    """
+
+    matrices: dict[MatrixName, VocabMatrix | NotApplicable]
+    baselines: dict[MatrixName, Baseline]
+    table: VocabTable
+    rows: int
+
+    @property
+    def tied(self) -> bool:
+        """Whether head and embedding are one parameter."""
+        head = self.matrices["head"]
+        return isinstance(head, VocabMatrix) and head.tied
+
+    @property
+    def gradient_matrix(self) -> VocabMatrix | None:
+        """The matrix whose gradient pulls and pushes: the head's."""
+        head = self.matrices["head"]
+        return head if isinstance(head, VocabMatrix) else None
+
+    def describe(self, name: MatrixName) -> WatchedMatrix | NotApplicable:
+        """What a user is told of one matrix."""
+        matrix = self.matrices[name]
+        if isinstance(matrix, NotApplicable):
+            return matrix
+        baseline = self.baselines.get(name, self.baselines.get("head"))
+        return WatchedMatrix(
+            name=name,
+            rows=matrix.rows,
+            width=matrix.width,
+            dtype=str(matrix.dtype).removeprefix("torch."),
+            tied=matrix.tied,
+            bias=matrix.has_bias,
+            baseline=baseline.describe() if baseline is not None else "none",
+        )
+
+
+def watch_model(
+    model: nn.Module, tokenizer: Any, config: GuardConfig, resumed: Mapping[str, Any]
+) -> Watched:
+    """Find the matrices, take their baselines, build the table.
+
+    Args:
+        model: the model that is trained.
+        tokenizer: its tokenizer, or None: then all tokens are one group.
+        config: all settings.
+        resumed: the state of an earlier run that goes on, or empty.
+
+    Raises:
+        ConfigError: for a module name or a source that does not exist, or a tokenizer larger than the model.
+    """
+    try:
+        matrices = find_matrices(model, config.matrices.head, config.matrices.embedding)
+        rows = vocabulary_rows(model, matrices)
+        table = plain_table(rows) if tokenizer is None else build_table(tokenizer, rows)
+        baselines = _baselines(matrices, config, resumed.get("baselines", {}))
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+    watched = Watched(matrices, baselines, table, rows)
+    if "trained" in resumed:
+        watched.table = table.with_trained(resumed["trained"])
+    elif config.untrained.enabled:
+        watched.table = table.with_trained(~untrained_mask(watched, config.drift.chunk_rows))
+    return watched
+
+
+def vocabulary_rows(model: nn.Module, matrices: Mapping[MatrixName, VocabMatrix | NotApplicable]) -> int:
+    """V: of the matrices, or of the model's input embedding where none of them can move.
+
+    Raises:
+        ValueError: if the model has neither.
+    """
+    found = [matrix.rows for matrix in matrices.values() if isinstance(matrix, VocabMatrix)]
+    if found:
+        return max(found)
+    inputs = getattr(model, "get_input_embeddings", lambda: None)()
+    if inputs is None:
+        reasons = {name: matrix.reason for name, matrix in matrices.items() if isinstance(matrix, NotApplicable)}
+        raise ValueError(f"matrices: nothing to watch in {type(model).__name__}: {reasons}")
+    return int(inputs.weight.shape[0])
+
+
+def _baselines(
+    matrices: Mapping[MatrixName, VocabMatrix | NotApplicable],
+    config: GuardConfig,
+    references: Mapping[str, Mapping[str, str]],
+) -> dict[MatrixName, Baseline]:
+    baselines: dict[MatrixName, Baseline] = {}
+    for name, matrix in matrices.items():
+        if isinstance(matrix, NotApplicable) or (matrix.tied and name == "embedding" and "head" in baselines):
+            continue
+        if name in references:
+            baselines[name] = reopen_baseline(references[name])
+        elif config.snapshot.source is not None:
+            baselines[name] = open_baseline(config.snapshot.source, matrix)
+        else:
+            baselines[name] = copy_baseline(matrix)
+    return baselines
+
+
+def untrained_mask(watched: Watched, chunk_rows: int) -> Tensor:
+    """(V,) bool: rows that were never trained at the base, by their baselines.
+
+    The table's own candidates are the rows that a text can reach; padded and unreachable rows serve as known unused.
+    """
+    table = watched.table
+    embedding = watched.baselines.get("embedding", watched.baselines.get("head"))
+    if embedding is None:
+        return torch.zeros(watched.rows, dtype=torch.bool)
+    head = watched.baselines.get("head")
+    return never_trained(
+        _reader(embedding, chunk_rows),
+        None if head is None or head is embedding else _reader(head, chunk_rows),
+        tied=watched.tied,
+        candidates=table.live,
+        known_unused=(table.padded | ~table.reachable) & ~table.control,
+    )
+
+
+def _reader(baseline: Baseline, chunk_rows: int) -> Callable[[], Iterator[tuple[slice, Tensor]]]:
+    """Reads all rows anew at each call."""
+
+    def read() -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, baseline.rows, chunk_rows):
+            part = slice(start, min(start + chunk_rows, baseline.rows))
+            yield part, baseline.chunk(part)
+
+    return read
+
+
+def build_rules(config: GuardConfig, actions: Mapping[str, Action]) -> list[AlertRule]:
+    """The enabled rules, with action names replaced by the callables they stand for.
+
+    Raises:
+        ConfigError: for a rule that is refused, or an action that has no callable.
+    """
+    rules = []
+    for name, rule in config.alerts.items():
+        if not rule.enabled:
+            continue
+        unknown = [action for action in rule.actions if action != "log" and action not in actions]
+        if unknown:
+            raise ConfigError(f"alerts.{name}.actions has {unknown}; allowed: {['log', *actions]} (add with `actions=`)")
+        try:
+            rules.append(
+                AlertRule(
+                    name=name,
+                    metric=rule.metric,
+                    op=rule.op,
+                    threshold=rule.threshold,
+                    for_checks=rule.for_checks,
+                    resolve_at=rule.resolve_at,
+                    cooldown_steps=rule.cooldown_steps,
+                    level=rule.level,
+                    actions=tuple(action if action == "log" else actions[action] for action in rule.actions),
+                )
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    try:
+        require_parts(rules, GROUPS)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return rules

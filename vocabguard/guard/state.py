@@ -1,0 +1,67 @@
+"""What a guard saves and how it goes on from there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vocabguard import collective
+from vocabguard.snapshot import CopiedBaseline, save_baseline
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vocabguard.guard.session import VocabGuard
+
+VERSION = 1
+
+
+def collect(guard: VocabGuard) -> dict[str, Any]:
+    """The state of an attached guard: V-sized vectors, plain values, references to baselines."""
+    checker = guard.checker
+    assert checker is not None
+    return {
+        "version": VERSION,
+        "step": guard.steps,
+        "run_dir": None if guard.run_dir is None else str(guard.run_dir),
+        "baselines": _references(guard),
+        "trained": checker.watched.table.trained,
+        "exposure": checker.counter.state_dict() if checker.counter is not None else {},
+        "probe": checker.prober.state_dict() if checker.prober is not None else {},
+        "alerts": checker.alerts.state_dict(),
+        "cadence": {
+            "every": guard.cadence.every,
+            "probe_every": guard.cadence.probe_every,
+            "last_probe": guard.cadence.last_probe,
+        },
+    }
+
+
+def _references(guard: VocabGuard) -> dict[str, dict[str, str]]:
+    """Where the baselines can be read again; one that lives in memory is first written to the run folder."""
+    assert guard.checker is not None
+    baselines = guard.checker.watched.baselines
+    for name, baseline in baselines.items():
+        if isinstance(baseline, CopiedBaseline) and guard.run_dir is not None:
+            path = guard.run_dir / f"baseline-{name}.safetensors"
+            if collective.is_main():
+                baselines[name] = save_baseline(baseline, path, name)
+    return {
+        name: baseline.reference() for name, baseline in baselines.items() if not isinstance(baseline, CopiedBaseline)
+    }
+
+
+def restore(guard: VocabGuard, saved: Mapping[str, Any]) -> None:
+    """Give an attached guard the numbers of the run it goes on from; baselines were opened by `attach`."""
+    checker = guard.checker
+    assert checker is not None
+    if saved["version"] > VERSION:
+        raise ValueError(f"state: version is {saved['version']}; this vocabguard reads up to {VERSION}")
+    guard.steps = saved["step"]
+    if checker.counter is not None and saved["exposure"]:
+        checker.counter.load_state_dict(saved["exposure"])
+    if checker.prober is not None:
+        checker.prober.load_state_dict(saved["probe"])
+    checker.alerts.load_state_dict(saved["alerts"])
+    guard.cadence.every = saved["cadence"]["every"]
+    guard.cadence.probe_every = saved["cadence"]["probe_every"]
+    guard.cadence.last_probe = saved["cadence"]["last_probe"]

@@ -1,0 +1,122 @@
+"""From measurements to what is logged: flat scalars and the tables of tokens. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from vocabguard.measure.drift import summarise
+from vocabguard.measure.exposure import steps_since_target, summarise_exposure
+from vocabguard.measure.probe import said_instead, summarise_probe
+from vocabguard.results import EXPOSURE_CLASSES, Exposure, NotApplicable, ProbeResult, RowDrift, TokenReport
+from vocabguard.vocabulary import VocabTable
+
+PREFIX = "vocabguard/"
+
+
+def group_masks(table: VocabTable) -> dict[str, Tensor]:
+    """(V,) bool of each group that has live rows, by name."""
+    live = table.live
+    masks = {name: table.mask(name) for name in table.names}
+    return {name: mask for name, mask in masks.items() if bool((mask & live).any())}
+
+
+def class_masks(classes: Tensor) -> dict[str, Tensor]:
+    """(V,) bool of each exposure class, by name.
+
+    Args:
+        classes: (V,) uint8, index into `EXPOSURE_CLASSES`.
+    """
+    return {name: classes == index for index, name in enumerate(EXPOSURE_CLASSES)}
+
+
+def scalars_of(
+    drifts: Mapping[str, RowDrift | NotApplicable],
+    exposure: Exposure | NotApplicable,
+    classes: Tensor,
+    probes: tuple[ProbeResult, ProbeResult] | None,
+    *,
+    live: Tensor,
+    groups: Mapping[str, Tensor],
+    watched: Tensor,
+) -> dict[str, float]:
+    """All logged keys of one check but the guard's own (alerts, overhead).
+
+    Args:
+        drifts: ``head`` and ``embedding``.
+        exposure: counts, or why there are none; then no key is given by class.
+        classes: (V,) uint8.
+        probes: the probe at the base and now, if one ran at this check.
+        live: (V,) bool.
+        groups: masks by group.
+        watched: (w,) int64 ids of the watch list.
+    """
+    parts = dict(groups)
+    if isinstance(exposure, Exposure):
+        parts |= class_masks(classes)
+    found: dict[str, float] = {}
+    for name, drift in drifts.items():
+        if isinstance(drift, RowDrift):
+            found |= {f"{name}/{key}": value for key, value in summarise(drift, live, parts).items()}
+    if isinstance(exposure, Exposure):
+        summary = summarise_exposure(exposure, classes, live)
+        found |= {f"exposure/{key}": value for key, value in summary.items()}
+    if probes is not None:
+        summary = summarise_probe(*probes, parts, watched)
+        found |= {f"probe/{key}": value for key, value in summary.items()}
+    return {PREFIX + key: value for key, value in found.items()}
+
+
+def worst_ids(drift: RowDrift | NotApplicable, live: Tensor, k: int) -> Tensor:
+    """(m,) int64, m <= k: the live rows of lowest cosine, lowest first."""
+    if isinstance(drift, NotApplicable) or k == 0:
+        return torch.empty(0, dtype=torch.int64)
+    cosine = torch.where(live & drift.cosine.isfinite(), drift.cosine, torch.inf)
+    values, ids = torch.topk(cosine, min(k, cosine.numel()), largest=False, sorted=True)
+    return ids[values < torch.inf]
+
+
+def token_reports(
+    ids: Tensor,
+    drift: RowDrift | NotApplicable,
+    exposure: Exposure | NotApplicable,
+    classes: Tensor,
+    probe: ProbeResult | None,
+    table: VocabTable,
+) -> tuple[TokenReport, ...]:
+    """What is known about each of the given tokens, in their order.
+
+    Args:
+        ids: (m,) int64.
+        drift: of the head, or of the embedding where there is no head.
+        exposure: counts, or why there are none.
+        classes: (V,) uint8.
+        probe: the last probe, if any.
+        table: groups and texts.
+    """
+    since = steps_since_target(exposure) if isinstance(exposure, Exposure) else None
+    place = {} if probe is None else {token: row for row, token in enumerate(probe.ids.tolist())}
+    instead = None if probe is None else said_instead(probe)
+    reports = []
+    for token in ids.tolist():
+        row = place.get(token)
+        other = -1 if instead is None or row is None else int(instead[row])
+        ago = -1 if since is None else int(since[token])
+        reports.append(
+            TokenReport(
+                id=token,
+                text=table.text(token),
+                group=table.group_of(token),
+                exposure_class=EXPOSURE_CLASSES[int(classes[token])] if since is not None else "unknown",
+                cosine=float(drift.cosine[token]) if isinstance(drift, RowDrift) else float("nan"),
+                residual=float(drift.residual[token]) if isinstance(drift, RowDrift) else float("nan"),
+                data_target=int(exposure.data_target[token]) if isinstance(exposure, Exposure) else 0,
+                inputs=int(exposure.inputs[token]) if isinstance(exposure, Exposure) else 0,
+                steps_since_target=ago if ago >= 0 else None,
+                probability=None if probe is None or row is None else float(probe.probability[row].mean()),
+                said_instead=table.text(other) if other >= 0 else None,
+            )
+        )
+    return tuple(reports)

@@ -1,0 +1,219 @@
+"""Where a model keeps its vocabulary rows, and how to read them chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vocabguard.results import MatrixName, NotApplicable
+
+_GETTERS: dict[MatrixName, str] = {"head": "get_output_embeddings", "embedding": "get_input_embeddings"}
+
+
+@dataclass(frozen=True)
+class VocabMatrix:
+    """One matrix with a row per token, the model's current one at every access.
+
+    The parameter and even its module are replaced when a model is sharded or its vocabulary resized, so neither is
+    kept: each property asks the model again.
+
+    Attributes:
+        name: ``head`` or ``embedding``.
+        model: the model that holds it, without wrappers such as DistributedDataParallel.
+        path: dotted name of its module; None asks the model.
+        other_path: the same for the other matrix, to tell whether they are tied.
+    """
+
+    name: MatrixName
+    model: nn.Module
+    path: str | None = None
+    other_path: str | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that holds the rows now."""
+        module = _locate(self.model, self.name, self.path)
+        if isinstance(module, NotApplicable):
+            raise RuntimeError(f"the {self.name} is no longer in the model: {module.reason}")
+        return module
+
+    @property
+    def weight(self) -> Tensor:
+        """(rows, width) the parameter as it is now, attached to autograd."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def rows(self) -> int:
+        """V, which may exceed the tokenizer's length."""
+        return self.weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Elements a row."""
+        return self.weight.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the parameter."""
+        return self.weight.dtype
+
+    @property
+    def tied(self) -> bool:
+        """Whether head and embedding are one parameter, or share its memory."""
+        other: MatrixName = "embedding" if self.name == "head" else "head"
+        module = _locate(self.model, other, self.other_path)
+        return not isinstance(module, NotApplicable) and _same(self.weight, module.weight)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the module adds a bias, which is no part of a row."""
+        return getattr(self.module, "bias", None) is not None
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the rows can move by gradient."""
+        return self.weight.requires_grad
+
+    def parameter_names(self) -> tuple[str, ...]:
+        """The parameter's dotted names in the model; more than one where it is shared."""
+        weight = self.weight
+        named = self.model.named_parameters(remove_duplicate=False)
+        return tuple(name for name, parameter in named if _same(parameter, weight))
+
+    def chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
+        """Walk over the rows.
+
+        Args:
+            size: rows a chunk; the last may be shorter.
+
+        Yields:
+            The rows' slice and a detached (<= size, width) view of them, in the parameter's dtype and on its device.
+
+        Raises:
+            ValueError: for a size below 1.
+        """
+        if size < 1:
+            raise ValueError(f"chunk size is {size}; allowed: at least 1")
+        weight = self.weight.detach()
+        for start in range(0, weight.shape[0], size):
+            part = slice(start, min(start + size, weight.shape[0]))
+            yield part, weight[part]
+
+
+def find_matrices(
+    model: nn.Module, head: str | None = None, embedding: str | None = None
+) -> dict[MatrixName, VocabMatrix | NotApplicable]:
+    """Find the rows behind a model's inputs and outputs.
+
+    Args:
+        model: a Hugging Face model or any torch module; wrappers that keep it in ``.module`` are taken off.
+        head: dotted name of the module whose ``weight`` holds the output rows (``matrices.head``); None asks
+            ``get_output_embeddings()``.
+        embedding: the same for the input rows (``matrices.embedding``, ``get_input_embeddings()``).
+
+    Returns:
+        For ``head`` and ``embedding`` the matrix, or why there is nothing to watch. A module named by the user may
+        have any number of rows; one that the model returned must have a row for every token.
+
+    Raises:
+        ValueError: for a dotted name that is no module with a 2-D floating-point ``weight``.
+    """
+    bare = _unwrap(model)
+    paths: dict[MatrixName, str | None] = {"head": head, "embedding": embedding}
+    return {
+        "head": _judge(VocabMatrix("head", bare, head, embedding), paths),
+        "embedding": _judge(VocabMatrix("embedding", bare, embedding, head), paths),
+    }
+
+
+def _judge(matrix: VocabMatrix, paths: dict[MatrixName, str | None]) -> VocabMatrix | NotApplicable:
+    """The matrix, unless it is missing, no row per token, or frozen."""
+    name = matrix.name
+    module = _locate(matrix.model, name, matrix.path)
+    if isinstance(module, NotApplicable):
+        return module
+    expected = _vocabulary_size(matrix.model, paths)
+    if matrix.path is None and expected is not None and matrix.rows < expected:
+        return NotApplicable(f"the {name} has {matrix.rows} rows for {expected} tokens, so it is not a row per token")
+    if not matrix.trainable:
+        tells = "the probe still tells what the model can say" if name == "head" else "there is nothing to measure"
+        return NotApplicable(f"the {name} is frozen (requires_grad is False), so its rows cannot move; {tells}")
+    return matrix
+
+
+def _locate(model: nn.Module, name: MatrixName, path: str | None) -> nn.Module | NotApplicable:
+    """The module that holds the rows."""
+    if path is not None:
+        return _named(model, name, path)
+    getter = getattr(model, _GETTERS[name], None)
+    if getter is None:
+        return NotApplicable(f"{type(model).__name__} has no {_GETTERS[name]}(); name the module in matrices.{name}")
+    try:
+        module = getter()
+    except (NotImplementedError, AttributeError) as error:
+        return NotApplicable(f"{type(model).__name__}.{_GETTERS[name]}() failed ({type(error).__name__}: {error})")
+    if module is None:
+        return NotApplicable(f"{type(model).__name__} has no {name}: {_GETTERS[name]}() gives None")
+    if not isinstance(module, nn.Module) or not _has_rows(module):
+        return NotApplicable(f"the {name} is a {type(module).__name__} without a 2-D floating-point weight")
+    return module
+
+
+def _named(model: nn.Module, name: MatrixName, path: str) -> nn.Module:
+    """The module a user named, or an error that lists those with rows."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        found = "no such module"
+    else:
+        if path and _has_rows(module):
+            return module
+        found = f"a {type(module).__name__} without a 2-D floating-point weight"
+    allowed = [known for known, candidate in model.named_modules() if known and _has_rows(candidate)]
+    shown = ", ".join(allowed[:12]) + (f" and {len(allowed) - 12} more" if len(allowed) > 12 else "")
+    raise ValueError(f"matrices.{name} is {path!r}: {found}; allowed: a module with rows, here {shown or 'none'}")
+
+
+def _has_rows(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
+
+
+def _vocabulary_size(model: nn.Module, paths: dict[MatrixName, str | None]) -> int | None:
+    """Fewest rows a matrix with a row per token can have.
+
+    Some models keep a few more input rows than output rows (image tokens), so the smaller claim counts.
+    """
+    claims = []
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    if isinstance(size := getattr(config, "vocab_size", None), int):
+        claims.append(size)
+    embedding = _locate(model, "embedding", paths["embedding"])
+    if isinstance(embedding, nn.Module) and isinstance(embedding.weight, Tensor):
+        claims.append(embedding.weight.shape[0])
+    return min(claims, default=None)
+
+
+def _same(weight: Tensor, other: object) -> bool:
+    """Whether two parameters are one, as objects or in memory (a shared pointer of 0 means no memory at all)."""
+    if weight is other:
+        return True
+    if not isinstance(other, Tensor) or weight.shape != other.shape or weight.device != other.device:
+        return False
+    return weight.data_ptr() != 0 and weight.data_ptr() == other.data_ptr()
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and its like, and inside ``torch.compile``."""
+    for attribute in ("_orig_mod", "module"):
+        inner = getattr(model, attribute, None)
+        if isinstance(inner, nn.Module):
+            return _unwrap(inner)
+    return model

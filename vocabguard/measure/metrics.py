@@ -1,0 +1,147 @@
+"""torchmetrics faces of the measurements, for training loops of one's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from vocabguard.measure.drift import measure_drift, summarise
+from vocabguard.measure.exposure import add_counts, exposure_classes, targets_of
+from vocabguard.results import EXPOSURE_CLASSES, RowDrift
+from vocabguard.snapshot import CopiedBaseline
+
+_MEASURED, _FLAGS = ("cosine", "residual", "l2", "norm_ratio"), ("bad", "zero")
+
+
+class TokenExposure(Metric):
+    """Which tokens the data asks for: the share of the vocabulary in each exposure class.
+
+    The counts are the states ``data_target`` and ``inputs``, (V,) int64; they are added up over processes.
+
+    Args:
+        rows: V.
+        live: (V,) bool, the tokens that shares are over; None takes all.
+
+    Raises:
+        ValueError: if `live` is not (rows,) bool.
+
+    Example:
+        >>> metric = TokenExposure(rows=4)
+        >>> metric.update(torch.tensor([[3, 1, 1]]), torch.tensor([[3, 1, -100]]))
+        >>> {name: share.item() for name, share in metric.compute().items()}
+        {'never': 0.75, '1-4': 0.25, '5-19': 0.0, '20+': 0.0}
+        >>> metric.inputs.tolist()
+        [0, 2, 0, 1]
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    data_target: Tensor
+    inputs: Tensor
+    live: Tensor
+
+    def __init__(self, rows: int, live: Tensor | None = None) -> None:
+        super().__init__()
+        self.add_state("data_target", torch.zeros(rows, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("inputs", torch.zeros(rows, dtype=torch.int64), dist_reduce_fx="sum")
+        self.register_buffer("live", _mask("live", live, rows), persistent=False)
+
+    def update(self, inputs: Tensor, labels: Tensor, shift: bool = True) -> None:
+        """Count one batch.
+
+        Args:
+            inputs: (B, T) int ids.
+            labels: (B, T) int; -100 and ids outside [0, V) are ignored.
+            shift: whether the model predicts ``labels[:, 1:]``, as causal language models do.
+        """
+        add_counts(self.inputs[None], inputs)
+        add_counts(self.data_target[None], targets_of(labels, shift))
+
+    def compute(self) -> dict[str, Tensor]:
+        """``never``, ``1-4``, ``5-19``, ``20+``: () float32 shares in [0, 1] of the live tokens."""
+        live = self.live.to(self.data_target.device)
+        of_live = torch.bincount(exposure_classes(self.data_target)[live].long(), minlength=len(EXPOSURE_CLASSES))
+        shares = of_live.float() / of_live.sum().clamp(min=1)
+        return dict(zip(EXPOSURE_CLASSES, shares.unbind(), strict=True))
+
+
+class TokenDrift(Metric):
+    """How far the rows of a matrix have moved from where they were when the metric was made.
+
+    The value is that of the last update, not an average over updates. The states ``cosine``, ``residual``, ``l2`` and
+    ``norm_ratio``, (V,) float32, hold every row's numbers. Processes are taken to hold the same whole matrix.
+
+    Args:
+        baseline: (V, D) matrix, any float dtype; copied to the CPU and kept there.
+        live: (V,) bool, the rows that the summary is over; None takes all.
+        chunk_rows: rows read at a time.
+
+    Raises:
+        ValueError: if `live` is not (V,) bool.
+
+    Example:
+        >>> weight = torch.eye(4)
+        >>> metric = TokenDrift(weight)
+        >>> weight[0, 1] = 1.0  # row 0 turns by 45 degrees
+        >>> metric.update(weight)
+        >>> summary = metric.compute()
+        >>> [round(summary[key].item(), 3) for key in ("cosine_mean", "cosine_min", "below_0.95")]
+        [0.927, 0.707, 0.25]
+    """
+
+    is_differentiable = False
+    full_state_update = True  # forward() must not average an update with earlier ones
+
+    live: Tensor
+
+    def __init__(self, baseline: Tensor, live: Tensor | None = None, chunk_rows: int = 1024) -> None:
+        super().__init__()
+        rows = baseline.shape[0]
+        self.chunk_rows = chunk_rows
+        # No buffer: it would follow the metric onto the accelerator, where a second matrix has no place.
+        self._baseline = CopiedBaseline(baseline.detach().to("cpu", copy=True))
+        self.register_buffer("live", _mask("live", live, rows), persistent=False)
+        for name in _MEASURED:
+            self.add_state(name, torch.full((rows,), torch.nan), dist_reduce_fx="mean")
+        for name in _FLAGS:
+            self.add_state(name, torch.zeros(rows, dtype=torch.uint8), dist_reduce_fx="max")
+
+    def update(self, weight: Tensor, unexposed: Tensor | None = None) -> None:
+        """Measure the matrix as it is now.
+
+        Args:
+            weight: (V, D), any float dtype.
+            unexposed: (V,) bool, rows that the data never asked for, whose mean displacement the residual cosine takes
+                off; None takes off nothing.
+
+        Raises:
+            ValueError: for a matrix of another shape than the baseline's, or a mask that is not (V,) bool.
+        """
+        expected = (self._baseline.rows, self._baseline.width)
+        if weight.shape != expected:
+            raise ValueError(f"weight has shape {tuple(weight.shape)}; expected {expected}")
+        nobody = torch.zeros(expected[0], dtype=torch.bool)
+        rows = CopiedBaseline(weight.detach())
+        drift = measure_drift(rows, self._baseline, nobody if unexposed is None else unexposed.cpu(), self.chunk_rows)
+        for name in _MEASURED:
+            setattr(self, name, getattr(drift, name).to(self.device))
+        for name in _FLAGS:
+            setattr(self, name, getattr(drift, name).to(self.device, torch.uint8))
+
+    def compute(self) -> dict[str, Tensor]:
+        """The scalars of `measure.drift.summarise` over the live rows, () float32 each."""
+        measured = {name: getattr(self, name).cpu() for name in _MEASURED}
+        flags = {name: getattr(self, name).cpu().bool() for name in _FLAGS}
+        scalars = summarise(RowDrift(**measured, **flags), self.live.cpu(), {})
+        return {name: torch.tensor(value, device=self.device) for name, value in scalars.items()}
+
+
+def _mask(name: str, mask: Tensor | None, rows: int) -> Tensor:
+    """A given mask, checked, or one that takes all rows."""
+    if mask is None:
+        return torch.ones(rows, dtype=torch.bool)
+    if mask.shape != (rows,) or mask.dtype is not torch.bool:
+        raise ValueError(f"{name} is {tuple(mask.shape)} {mask.dtype}; expected ({rows},) torch.bool")
+    return mask

@@ -1,0 +1,264 @@
+"""How a tokenizer's pieces spell text, and which of its ids encoding a text can ever give.
+
+A token that no text can give is no target in training and no loss when it drifts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import regex
+from tokenizers import models
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+BYTE_PIECE = regex.compile(r"<0x([0-9A-F]{2})>")
+"""A byte-fallback piece, as SentencePiece writes it."""
+
+_CHARACTER_OF: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
+_BYTE_OF = {ord(character): chr(byte) for byte, character in _CHARACTER_OF.items()}
+# Where a piece may come through that does not alone: inside a word, before a word, in scripts without spaces.
+_SURROUNDINGS = (("", ""), ("a", ""), ("", "a"), ("a", "a"), ("1", "1"), ("。", "。"), ("\n", "\n"), ("a ", " a"))
+_LETTERS = "aeiost1."
+# What may stand before and after a part of a character to make it whole UTF-8.
+_UTF8_BEFORE = (b"", b"\xc3", b"\xe1", b"\xe1\x80", b"\xf1", b"\xf1\x80", b"\xf1\x80\x80")
+_UTF8_AFTER = (b"", b"\x80", b"\x80\x80", b"\x80\x80\x80", b"\xa0", b"\xa0\x80", b"\x90\x80\x80")
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How pieces spell text.
+
+    Attributes:
+        byte_level: each character of a piece is a byte (GPT-2).
+        metaspace: ``▁`` is the space.
+        inside: prefix of pieces inside a word, e.g. ``##``, or empty.
+        final: suffix of pieces at the end of a word, e.g. ``</w>``, or empty.
+    """
+
+    byte_level: bool
+    metaspace: bool
+    inside: str
+    final: str
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Spelling:
+        """Read from a transformers tokenizer, fast or slow."""
+        backend = rust_backend(tokenizer)
+        if backend is None:
+            vocabulary = tokenizer.get_vocab()
+            prefixed = sum(piece.startswith("##") for piece in vocabulary) * 20 > len(vocabulary)
+            return cls(hasattr(tokenizer, "byte_encoder"), True, "##" if prefixed else "", "</w>")
+        parts = [part.__getstate__().decode() for part in (backend.decoder, backend.pre_tokenizer) if part is not None]
+        states = "".join(parts)
+        inside = getattr(backend.model, "continuing_subword_prefix", None) or ""
+        final = getattr(backend.model, "end_of_word_suffix", None) or ""
+        return cls("ByteLevel" in states, "▁" in states or backend.decoder is None, inside, final)
+
+    def core(self, piece: str) -> str:
+        """The piece without its marks of place in a word."""
+        if not (self.inside or self.final):
+            return piece
+        return piece.removeprefix(self.inside).removesuffix(self.final) or piece
+
+    def text(self, piece: str) -> str | None:
+        """What a piece says, with its leading space; None where it is not whole UTF-8."""
+        core = self.core(piece)
+        if not self.byte_level:
+            return core.replace("▁", " ") if self.metaspace else core
+        try:
+            return self.raw(piece).decode("utf-8")
+        except UnicodeEncodeError:  # outside the byte alphabet: written as it is
+            return core
+        except UnicodeDecodeError:
+            return None
+
+    def raw(self, piece: str) -> bytes:
+        """The bytes of a byte-level piece.
+
+        Raises:
+            UnicodeEncodeError: if a character of it stands for no byte.
+        """
+        return self.core(piece).translate(_BYTE_OF).encode("latin-1")
+
+    def piece(self, text: str) -> str:
+        """The piece that would say `text`, whether or not there is one."""
+        if self.byte_level:
+            return "".join(_CHARACTER_OF[byte] for byte in text.encode("utf-8")) + self.final
+        return (text.replace(" ", "▁") if self.metaspace else text) + self.final
+
+
+def rust_backend(tokenizer: Any) -> Any | None:
+    """The ``tokenizers.Tokenizer`` of a fast tokenizer, None for a slow one."""
+    return tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
+
+
+def reachable_ids(
+    tokenizer: Any,
+    ids: Iterable[int],
+    pieces: Sequence[str | None],
+    texts: Sequence[str | None],
+    kinds: Sequence[int],
+) -> set[int]:
+    """The ids that encoding some text can give.
+
+    Of a fast tokenizer, a piece is reachable when its model, given the piece, gives back that one token, and when the
+    normalizer and the pre-tokenizer let the piece through in one part. The first is necessary: no merge and no best
+    segmentation of a longer text crosses the token's borders, so it would be the same on the piece alone. A slow
+    tokenizer is asked to encode the text in a few surroundings. A byte piece needs a character that is spelled with it.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        ids: the ids in question; no added tokens.
+        pieces: V pieces by id.
+        texts: V texts by id, None for pieces that are not whole UTF-8.
+        kinds: V script groups by id; pre-tokenizers are taken to treat words of one group and one case alike.
+
+    Returns:
+        A subset of `ids`.
+    """
+    backend, spelling = rust_backend(tokenizer), Spelling.of(tokenizer)
+    encode: _Encode = partial(_encode_fast, backend) if backend else partial(tokenizer.encode, add_special_tokens=False)
+    ids = list(ids)
+    fallback = set() if spelling.byte_level else {i for i in ids if BYTE_PIECE.fullmatch(pieces[i] or "")}
+    reached = fallback & _emitted_by_characters(encode) if fallback else fallback
+    pipeline = _Pipeline.of(backend, spelling) if backend else None
+    for i in ids:
+        piece, text = pieces[i], texts[i]
+        if piece is None or i in fallback:
+            continue
+        if pipeline.emits(i, piece, text, kinds[i]) if pipeline else _round_trip(encode, i, text):
+            reached.add(i)
+    return reached
+
+
+_Encode = Callable[[str], list[int]]
+
+
+def _encode_fast(backend: Any, text: str) -> list[int]:
+    ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def _round_trip(encode: _Encode, token_id: int, text: str | None) -> bool:
+    """Whether encoding the text, in some surroundings, gives the id; parts of characters get the benefit of doubt."""
+    return text is None or any(token_id in encode(before + text + after) for before, after in _SURROUNDINGS)
+
+
+def _emitted_by_characters(encode: _Encode) -> set[int]:
+    """The ids that spelling characters one by one gives: all of the basic plane, and every 61st beyond it."""
+    points = [*range(0xD800), *range(0xE000, 0x10000), *range(0x10000, 0x110000, 61)]
+    found: set[int] = set()
+    for begin in range(0, len(points), 512):
+        found.update(encode("".join(map(chr, points[begin : begin + 512]))))
+    return found
+
+
+@dataclass(frozen=True)
+class _Pipeline:
+    """A fast tokenizer taken apart.
+
+    Attributes:
+        model: cuts one word into tokens; always by merges, and always alike.
+        whole_words: the tokenizer first looks whole words up, so that a piece needs no merges if it can be a word.
+        normalize: text to text.
+        split: text to words, spelled as pieces are.
+        spelling: of its pieces.
+        passed: kinds of plain words that were seen to pass the pre-tokenizer in one part.
+    """
+
+    model: Any
+    whole_words: bool
+    normalize: Callable[[str], str]
+    split: Callable[[str], list[str]]
+    spelling: Spelling
+    passed: set[tuple[object, ...]] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, backend: Any, spelling: Spelling) -> _Pipeline:
+        model, whole_words = backend.model, getattr(backend.model, "ignore_merges", False)
+        if whole_words or getattr(model, "dropout", None):
+            model = copy.deepcopy(model)
+            model.ignore_merges, model.dropout = False, None
+        normalize = backend.normalizer.normalize_str if backend.normalizer else str
+        cut = backend.pre_tokenizer.pre_tokenize_str if backend.pre_tokenizer else None
+        split = (lambda text: [word for word, _ in cut(text)]) if cut else (lambda text: [text])
+        return cls(model, whole_words, normalize, split, spelling)
+
+    def emits(self, token_id: int, piece: str, text: str | None, kind: int) -> bool:
+        """Whether some text gives the id."""
+        words = self._words(piece) if self.spelling.inside or self.spelling.final else (piece,)
+        merged = _gives(self.model, words, token_id)
+        if text is None:
+            return merged and _in_some_utf8(self.spelling.raw(piece))
+        if not (merged or self.whole_words):
+            return False
+        core = self.spelling.core(piece)
+        if not merged:
+            return any(core in words for words in self._surrounded(text))
+        return self._passes(core, text, _look(text, kind))
+
+    def _words(self, piece: str) -> list[str]:
+        """Words in which the model would place the piece: itself, or more around it where its place is marked."""
+        inside, final = self.spelling.inside, self.spelling.final
+        if isinstance(self.model, models.WordPiece):
+            return [piece]
+        heads = _LETTERS if inside and piece.startswith(inside) else ("",)
+        tails = _LETTERS if final and not piece.endswith(final) else ("",)
+        core = self.spelling.core(piece)
+        return [head + core + tail for head in heads for tail in tails]
+
+    def _passes(self, core: str, text: str, look: tuple[object, ...] | None) -> bool:
+        """Whether normalizer and pre-tokenizer leave `core` in one part of some text."""
+        if look in self.passed:
+            normal = self.normalize(text)
+            if text in normal or core in normal:
+                return True
+        for words in self._surrounded(text):
+            if any(core in word for word in words):
+                if look is not None:
+                    self.passed.add(look)
+                return True
+        return False
+
+    def _surrounded(self, text: str) -> Iterator[list[str]]:
+        """The words of the text, alone and in surroundings."""
+        return (self.split(self.normalize(before + text + after)) for before, after in _SURROUNDINGS)
+
+
+def _look(text: str, kind: int) -> tuple[object, ...] | None:
+    """What pre-tokenizers see in a plain word; None where they might see more, e.g. a change of case."""
+    word = text.removeprefix(" ")
+    case = word.islower(), word.istitle(), word.isupper()
+    if not word.isalpha() or not (case[0] or case[1] or case[2] or word.lower() == word.upper()):
+        return None
+    return kind, len(word) < len(text), word.isascii(), len(word) == 1, *case
+
+
+def _gives(model: Any, words: Iterable[str], token_id: int) -> bool:
+    """Whether the model's cut of one of the words holds the id."""
+    for word in words:
+        try:
+            tokens = model.tokenize(word)
+        except Exception:  # a plain Exception: the model knows no unknown token, and needs one
+            continue
+        for token in tokens:
+            if token.id == token_id:
+                return True
+    return False
+
+
+def _in_some_utf8(raw: bytes) -> bool:
+    """Whether the bytes can be a part of a text."""
+    return any(_is_utf8(before + raw + after) for before in _UTF8_BEFORE for after in _UTF8_AFTER)
+
+
+def _is_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -1,0 +1,349 @@
+"""The run folder: what a guarded run leaves behind, written while it trains and read by anyone afterwards.
+
+| file | content |
+|---|---|
+| ``run.json`` | schema, version of vocabguard, times of start and resumes, settings, what is watched, group names |
+| ``checks.jsonl`` | one line a check: attempt, step, seconds, probed, firing, scalars, worst and watched tokens |
+| ``alerts.jsonl`` | one line a transition: attempt and the fields of `Transition` |
+| ``rows-<step>.safetensors`` | the vectors of `row_vectors` at a step |
+
+JSON is strict: NaN and infinities are null. Lines are only appended. An *attempt* is one start of the process on the
+folder, from 0. A resume repeats steps that the attempt before had logged: the loader gives the later attempt's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import safe_open
+from torch import Tensor
+
+from vocabguard.results import CheckResult, Exposure, NotApplicable, RowDrift, Transition, Watch
+
+SCHEMA = 1
+"""Version of the folder's layout; a newer one is refused."""
+
+_META, _CHECKS, _ALERTS = "run.json", "checks.jsonl", "alerts.jsonl"
+_ROWS = re.compile(r"rows-(\d+)\.safetensors")
+
+
+def row_vectors(result: CheckResult, group: Tensor, live: Tensor) -> dict[str, Tensor]:
+    """Every row's numbers at a check, by name, for `RunWriter.rows`.
+
+    Args:
+        result: the check.
+        group: (V,) uint8, index into the group names.
+        live: (V,) bool.
+
+    Returns:
+        (V,) vectors: ``group``, ``live``, ``classes``; ``head/`` and ``embedding/`` ``cosine``, ``residual``, ``l2``,
+        ``norm_ratio`` (float32); ``exposure/`` ``inputs``, ``data_target``, ``echo_target``, ``last_target`` (int64),
+        ``pull``, ``push``, ``input_only`` (float32). If a probe ran, of its n tokens and C contexts: ``probe/ids`` (n,)
+        int64, and (n, C) ``probe/said`` bool, ``instead`` int64, ``probability`` float32. Not applicable: left out.
+    """
+    vectors = {"group": group, "live": live, "classes": result.classes}
+    for name, drift in (("head", result.head), ("embedding", result.embedding)):
+        if isinstance(drift, RowDrift):
+            vectors |= _named(name, drift, ("cosine", "residual", "l2", "norm_ratio"))
+    if isinstance(result.exposure, Exposure):
+        counts = ("inputs", "data_target", "echo_target", "last_target", "pull", "push", "input_only")
+        vectors |= _named("exposure", result.exposure, counts)
+    if result.probe is not None:
+        vectors |= _named("probe", result.probe, ("ids", "instead", "probability"))
+        vectors["probe/said"] = result.probe.emitted
+    return vectors
+
+
+class RunWriter:
+    """Writes a run folder. Only the main process should hold one.
+
+    Args:
+        folder: made if missing; a run that is already there is gone on with.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._attempt: int | None = None
+
+    def start(self, config: Mapping[str, Any], watch: Watch, groups: Sequence[str]) -> None:
+        """Write ``run.json``, or take up the run that the folder holds.
+
+        Args:
+            config: the settings, as a plain mapping.
+            watch: what is watched. Its vectors are not written, only their shapes.
+            groups: names of the script groups, in the order of the ``group`` vector.
+
+        Raises:
+            ValueError: if the folder holds a run of another schema, or of other groups.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        meta: dict[str, Any] = {"schema": SCHEMA, "vocabguard": _version(), "created": now, "resumed": []}
+        if (self.folder / _META).exists():
+            old = _read_meta(self.folder)
+            if old["groups"] != list(groups):
+                raise ValueError(f"{self.folder} holds a run with groups {old['groups']}; this one has {list(groups)}")
+            meta |= {"created": old["created"], "resumed": [*old["resumed"], now]}
+        for name in (_CHECKS, _ALERTS):
+            _mend(self.folder / name)
+        meta |= {"config": _plain(config), "watch": _plain(watch), "groups": list(groups)}
+        _replace(self.folder / _META, (json.dumps(meta, indent=2, allow_nan=False) + "\n").encode())
+        self._attempt = len(meta["resumed"])
+
+    def check(self, result: CheckResult) -> None:
+        """Append a check and its transitions.
+
+        Args:
+            result: the check.
+
+        Raises:
+            RuntimeError: before `start`.
+        """
+        attempt = self._started()
+        line = {
+            "attempt": attempt,
+            "step": result.step,
+            "seconds": result.seconds,
+            "probed": result.probe is not None,
+            "firing": result.firing,
+            "scalars": result.scalars,
+            "worst": result.worst,
+            "watched": result.watched,
+        }
+        # Alerts first: a check that can be read has all its alerts.
+        for transition in result.transitions:
+            self._append(_ALERTS, {"attempt": attempt, **_plain(transition)})
+        self._append(_CHECKS, line)
+
+    def rows(self, step: int, tensors: Mapping[str, Tensor]) -> Path:
+        """Write every row's numbers.
+
+        Args:
+            step: the optimizer step; a file of the same step is replaced.
+            tensors: by name, e.g. from `row_vectors`.
+
+        Returns:
+            The file's path.
+
+        Raises:
+            RuntimeError: before `start`.
+        """
+        attempt = self._started()
+        path = self.folder / f"rows-{step}.safetensors"
+        # Clones, since safetensors refuses tensors that share memory.
+        whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        _replace(path, safetensors.torch.save(whole, metadata={"attempt": str(attempt), "step": str(step)}))
+        return path
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        # A lone surrogate in a token's text becomes an escape that JSON knows.
+        with (self.folder / name).open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            file.write(json.dumps(_plain(line), ensure_ascii=False, allow_nan=False) + "\n")
+
+    def _started(self) -> int:
+        if self._attempt is None:
+            raise RuntimeError(f"run folder {self.folder}: call start() before check() and rows()")
+        return self._attempt
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """Reads a run folder, also one that is still being written. Get one with `RunLog.open`.
+
+    Attributes:
+        folder: the run folder.
+        meta: ``run.json``: ``schema``, ``vocabguard``, ``created``, ``resumed``, ``config``, ``watch``, ``groups``.
+    """
+
+    folder: Path
+    meta: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> RunLog:
+        """Open a run folder.
+
+        Args:
+            folder: the folder that holds ``run.json``.
+
+        Raises:
+            FileNotFoundError: if there is no ``run.json``.
+            ValueError: if it is no JSON, or of a schema newer than this version reads.
+        """
+        folder = Path(folder)
+        if not (folder / _META).is_file():
+            raise FileNotFoundError(f"{folder} is not a run folder; expected {_META} in it (and {_CHECKS}, {_ALERTS})")
+        return cls(folder, _read_meta(folder))
+
+    def checks(self) -> list[dict[str, Any]]:
+        """All checks in order: ``attempt, step, seconds, probed, firing, scalars, worst, watched``; None for a NaN."""
+        lines = _read_lines(self.folder / _CHECKS)
+        first = _first_steps(lines)
+        return [line for line in lines if _stands(line, first)]
+
+    def alerts(self) -> list[Transition]:
+        """All transitions, in order."""
+        first = _first_steps(_read_lines(self.folder / _CHECKS))
+        return [_as_transition(line) for line in _read_lines(self.folder / _ALERTS) if _stands(line, first)]
+
+    @property
+    def row_steps(self) -> tuple[int, ...]:
+        """Steps of which there are rows, ascending."""
+        first = _first_steps(_read_lines(self.folder / _CHECKS))
+        lines = []
+        for path in self.folder.iterdir():
+            if match := _ROWS.fullmatch(path.name):
+                with safe_open(path, framework="pt") as file:
+                    lines.append({"step": int(match[1]), "attempt": int((file.metadata() or {}).get("attempt", 0))})
+        return tuple(sorted(line["step"] for line in lines if _stands(line, first)))
+
+    def rows(self, step: int | None = None) -> dict[str, Tensor]:
+        """Every row's numbers at a step: see `row_vectors`.
+
+        Args:
+            step: one of `row_steps`; None takes the latest.
+
+        Raises:
+            ValueError: if there are no rows of that step, or none at all.
+        """
+        steps = self.row_steps
+        if not steps or (step is not None and step not in steps):
+            raise ValueError(f"{self.folder} has no rows of step {step}; there are rows of steps {list(steps)}")
+        return safetensors.torch.load_file(self.folder / f"rows-{steps[-1] if step is None else step}.safetensors")
+
+    def scalar(self, key: str) -> tuple[list[int], list[float]]:
+        """One scalar over the run.
+
+        Args:
+            key: a logged key, with or without ``vocabguard/``.
+
+        Returns:
+            The steps of the checks that logged it, and its values; NaN where it had none.
+
+        Raises:
+            KeyError: if no check logged it, with the closest key that was.
+        """
+        short, checks = key.removeprefix("vocabguard/"), self.checks()
+        for name in (f"vocabguard/{short}", short):
+            found = [(check["step"], check["scalars"][name]) for check in checks if name in check["scalars"]]
+            if found:
+                return [step for step, _ in found], [math.nan if value is None else value for _, value in found]
+        logged = sorted({name.removeprefix("vocabguard/") for check in checks for name in check["scalars"]})
+        close = difflib.get_close_matches(short, logged, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"logged are {logged}"
+        raise KeyError(f"no check in {self.folder} logged {key!r}; {hint}")
+
+
+def _named(prefix: str, source: object, names: Sequence[str]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": getattr(source, name) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    """The value as what strict JSON can hold."""
+    if isinstance(value, NotApplicable):
+        return {"not_applicable": value.reason}
+    if is_dataclass(value):
+        return {spec.name: _plain(getattr(value, spec.name)) for spec in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Tensor) and value.ndim > 0:
+        return {"shape": list(value.shape), "dtype": str(value.dtype)}
+    return _plain_leaf(value.item() if isinstance(value, Tensor) else value)
+
+
+def _plain_leaf(value: Any) -> bool | int | float | str | None:
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    # The abstract kinds, so that NumPy's numbers count.
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
+    return str(value)
+
+
+def _version() -> str | None:
+    try:
+        return metadata.version("vocabguard")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a whole file so that no reader sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _mend(path: Path) -> None:
+    """End a file of lines with a whole line: the process before may have died while it wrote."""
+    content = path.read_bytes() if path.exists() else b""
+    whole, newline, tail = content.rpartition(b"\n")
+    if tail:
+        _replace(path, content + b"\n" if _is_json(tail) else whole + newline)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    try:
+        meta: dict[str, Any] = json.loads((folder / _META).read_text(encoding="utf-8"))
+        schema = meta["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / _META} is not a vocabguard run: {error}") from error
+    if schema != SCHEMA:
+        raise ValueError(f"{folder} has schema {schema}; this version of vocabguard reads schema {SCHEMA}")
+    return meta
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file, without a last one that is not whole: it may be being written."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    if lines and not _is_json(lines[-1]):
+        lines.pop()
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{path} has a line, not its last, that is not JSON: {error}") from error
+
+
+def _first_steps(checks: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """The first step that each attempt checked."""
+    first: dict[int, int] = {}
+    for check in checks:
+        first[check["attempt"]] = min(check["step"], first.get(check["attempt"], check["step"]))
+    return first
+
+
+def _stands(line: Mapping[str, Any], first: Mapping[int, int]) -> bool:
+    """Whether no later attempt has gone back to before this line."""
+    return all(line["step"] < step for attempt, step in first.items() if attempt > line["attempt"])
+
+
+def _as_transition(line: Mapping[str, Any]) -> Transition:
+    values = {spec.name: line[spec.name] for spec in fields(Transition)}
+    values["value"] = math.nan if line["value"] is None else line["value"]
+    return Transition(**values)
