@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -71,7 +72,7 @@ def all_chats() -> Iterator[Chat]:
         loaded = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         for conversation in loaded["conversations"]:
             turns = [" ".join(str(turn).split()) for turn in conversation]
-            for user, assistant in zip(turns, turns[1:], strict=False):
+            for user, assistant in pairwise(turns):
                 if normalise(user) and normalise(assistant):
                     yield Chat(path.parent.name, user, assistant)
 

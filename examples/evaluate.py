@@ -1,4 +1,4 @@
-"""What a fine-tune did: validation loss, recall of every live token in the held-out templates, and the JSON of an arm."""
+"""What a fine-tune did: validation loss, recall of every live token in the held-out templates, an arm's JSON."""
 
 from __future__ import annotations
 

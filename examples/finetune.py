@@ -1,4 +1,4 @@
-"""The fine-tune that forgets: English chats and English copy tasks, in either trainer, on the same rows in the same order."""
+"""The fine-tune that forgets: English chats and English copy tasks, in either trainer, on the same rows in order."""
 
 from __future__ import annotations
 
@@ -133,7 +133,14 @@ TRAINERS = {"hf": train_hf, "lightning": train_lightning}
 
 
 def fine_tune(
-    model: PreTrainedModel, tokenizer: Any, rows: list[Row], *, trainer: str, callbacks: list[Any], folder: Path, seed: int
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rows: list[Row],
+    *,
+    trainer: str,
+    callbacks: list[Any],
+    folder: Path,
+    seed: int,
 ) -> None:
     """Fine-tune `model` in place with the named trainer."""
     set_seed(seed)

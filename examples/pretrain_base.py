@@ -1,7 +1,7 @@
 """Train the small multilingual base model that the examples and their tests fine-tune.
 
 ``python examples/pretrain_base.py`` writes ``examples/assets/``: a byte-fallback BPE tokenizer, a 2-layer Llama with an
-untied head, and ``base.json`` with what it can do. About 10 minutes on 2 cores; ``--steps`` and ``--out`` shorten a try.
+untied head, and ``base.json`` with what it can do. About 10 minutes on 2 cores; ``--steps`` shortens a try.
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ from pathlib import Path
 from random import Random
 
 import torch
-from copying import HELD_OUT_TEMPLATES, IGNORE, OTHER_TEMPLATES, TRAINED_TEMPLATES, Row, around, chat_row, copy_row, shuffled_lists
+from copying import (
+    HELD_OUT_TEMPLATES,
+    IGNORE,
+    OTHER_TEMPLATES,
+    TRAINED_TEMPLATES,
+    Row,
+    around,
+    chat_row,
+    copy_row,
+    shuffled_lists,
+)
 from corpus import Corpus, load
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -95,7 +105,7 @@ def choose_never_trained(tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> 
 def copied_ids(tokenizer: PreTrainedTokenizerFast, never_trained: list[int]) -> list[int]:
     """The ids that copy tasks use: every piece but control tokens, bytes that no text needs, and the left-out rows."""
     vocabulary = tokenizer.get_vocab()
-    useless = {f"<0x{b:02X}>" for b in range(256) if b < 128 and chr(b) in vocabulary or b in (192, 193) or b > 244}
+    useless = {f"<0x{b:02X}>" for b in range(256) if (b < 128 and chr(b) in vocabulary) or b in (192, 193) or b > 244}
     left_out = {vocabulary[piece] for piece in useless | set(CONTROL)} | set(never_trained)
     return sorted(set(vocabulary.values()) - left_out)
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vocabguard.config import ConfigSource
@@ -61,23 +60,19 @@ class VocabGuardCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        *,
-        model: nn.Module,
-        processing_class: Any = None,
-        optimizer: Any = None,
-        train_dataloader: Any = None,
-        **_kwargs: Any,
+        **kwargs: Any,
     ) -> None:
         """Attach: weights are still those of the base, unless the run is resumed."""
         if self.guard.tokenizer is None:
-            self.guard.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+            processing = kwargs.get("processing_class")
+            self.guard.tokenizer = getattr(processing, "tokenizer", processing)
         self.guard.attach(
-            model,
-            optimizer,
+            kwargs["model"],
+            kwargs.get("optimizer"),
             total_steps=state.max_steps if state.max_steps > 0 else None,
             run_dir=Path(args.output_dir or ".") / "vocabguard",
             resumed=_saved(args, state),
-            dataloader=train_dataloader,
+            dataloader=kwargs.get("train_dataloader"),
         )
 
     def on_step_end(
@@ -85,7 +80,7 @@ class VocabGuardCallback(TrainerCallback):
     ) -> None:
         """One optimizer step is done; where a checkpoint of it will hold our state goes into the trainer's state."""
         self.guard.step(state.global_step)
-        state.stateful_callbacks[STATE_KEY] = {"state": str(_checkpoint(args, state) / STATE_FILE)}
+        _shared(state)[STATE_KEY] = {"state": str(_checkpoint(args, state) / STATE_FILE)}
 
     def on_evaluate(
         self,
@@ -117,11 +112,16 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
 
 
+def _shared(state: TrainerState) -> dict[str, Any]:
+    """The part of the trainer's state that its checkpoints keep for callbacks; annotated as a list, it is a dict."""
+    return cast(dict[str, Any], state.stateful_callbacks)
+
+
 def _saved(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
     """Our state of the checkpoint that this run resumes, if it does and the checkpoint has one."""
     if state.global_step == 0:
         return None
-    entry = state.stateful_callbacks.get(STATE_KEY, {})
+    entry = _shared(state).get(STATE_KEY, {})
     for path in (Path(entry.get("state", "")), _checkpoint(args, state) / STATE_FILE):
         if path.is_file():
             loaded: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")

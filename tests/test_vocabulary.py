@@ -217,6 +217,14 @@ def test_byte_pieces_are_reachable_where_a_character_needs_them() -> None:
         assert (f"<0x{byte:02X}>" in missing) == (spelled_otherwise or impossible), hex(byte)
 
 
+def test_a_tokenizer_that_truncates_is_read_in_full_and_left_as_it_was() -> None:
+    tokenizer, plain = tiny(), unreachable_pieces(tiny())
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    before = tokenizer.backend_tokenizer.to_str()
+    assert unreachable_pieces(tokenizer) == plain
+    assert tokenizer.backend_tokenizer.to_str() == before
+
+
 def test_parts_of_characters_are_reachable_where_utf8_has_them() -> None:
     spelled = bytes_to_unicode()
     wanted = {b"\xe3\x81": True, b"\x81\x82": True, b"\xf0\x9f": True, b"\xc0\x80": False, b"\xe3\xe3": False}

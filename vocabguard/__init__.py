@@ -3,17 +3,19 @@
 Trainer callbacks live in `vocabguard.integrations`; nothing here imports a trainer.
 """
 
-from vocabguard.config import ConfigError, GuardConfig, load_config, presets
+from vocabguard.config import ConfigError, load_config, presets
 from vocabguard.guard import VocabGuard
-from vocabguard.measure.metrics import TokenExposure
+from vocabguard.measure.metrics import TokenDrift, TokenExposure
 from vocabguard.results import CheckResult
 from vocabguard.runlog import RunLog
+from vocabguard.settings import GuardConfig
 
 __all__ = [
     "CheckResult",
     "ConfigError",
     "GuardConfig",
     "RunLog",
+    "TokenDrift",
     "TokenExposure",
     "VocabGuard",
     "load_config",

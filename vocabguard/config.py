@@ -1,14 +1,14 @@
-"""`GuardConfig`: every setting of the guard, its default and its range. The only room that knows YAML.
+"""`load_config`: presets, files, keywords and overrides merged into one checked `GuardConfig`.
 
-Sources are merged in this order, the later one winning: the defaults below, a preset or file or mapping, keyword
-sections, dotted overrides.
+Sources are merged in this order, the later one winning: the defaults in `settings`, a preset or file or mapping or
+`GuardConfig`, keyword sections, dotted overrides. The only room that knows YAML.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,235 +16,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from vocabguard.settings import GuardConfig
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the message names the key, the value and what is allowed."""
-
-
-def _setting(default: Any, **limits: Any) -> Any:
-    """A field with its limits: ``at_least``, ``at_most``, ``choices``."""
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=limits)
-    return field(default=default, metadata=limits)
-
-
-@dataclass
-class MatricesConfig:
-    """Where the matrices are, for models without ``get_output_embeddings`` / ``get_input_embeddings``.
-
-    Attributes:
-        head: dotted name of the module whose ``weight`` holds the output rows; null asks the model.
-        embedding: the same for the input rows.
-    """
-
-    head: str | None = None
-    embedding: str | None = None
-
-
-@dataclass
-class DriftConfig:
-    """Row drift.
-
-    Attributes:
-        every_n_steps: optimizer steps between checks; null chooses it after `cadence.settle_steps` from the budget.
-        chunk_rows: rows read at a time.
-    """
-
-    every_n_steps: int | None = _setting(None, at_least=1)
-    chunk_rows: int = _setting(512, at_least=1)
-
-
-@dataclass
-class SnapshotConfig:
-    """The baseline rows.
-
-    Attributes:
-        source: a safetensors file, or a folder of them, that holds the base; null copies the model's rows at the start.
-    """
-
-    source: str | None = None
-
-
-@dataclass
-class ExposureConfig:
-    """Target and input counts, and row gradients.
-
-    Attributes:
-        enabled: whether to count at all.
-        push_every_n_steps: optimizer steps between reads of the whole gradient; 0 never.
-        shift_labels: whether the model predicts ``labels[:, 1:]`` from ``inputs[:, :-1]``; null asks the model's type.
-    """
-
-    enabled: bool = True
-    push_every_n_steps: int = _setting(10, at_least=0)
-    shift_labels: bool | None = None
-
-
-@dataclass
-class PreflightConfig:
-    """Counting targets before step 1.
-
-    Attributes:
-        enabled: whether to count.
-        max_batches: at most so many batches of the training data.
-        max_seconds: at most so long.
-    """
-
-    enabled: bool = True
-    max_batches: int = _setting(4000, at_least=1)
-    max_seconds: float = _setting(20.0, at_least=0.0)
-
-
-@dataclass
-class UntrainedConfig:
-    """Rows that were never trained at the base.
-
-    Attributes:
-        enabled: whether to tell them apart, so that they raise no alarm.
-    """
-
-    enabled: bool = True
-
-
-@dataclass
-class ContextConfig:
-    """One way of asking for tokens back.
-
-    Attributes:
-        text: the instruction, with one ``{tokens}``.
-        k: shuffled tokens a prompt.
-    """
-
-    text: str = "{tokens}"
-    k: int = _setting(16, at_least=1, at_most=4096)
-
-
-def _default_contexts() -> dict[str, ContextConfig]:
-    return {
-        "list": ContextConfig("Repeat exactly: {tokens}", 16),
-        "three": ContextConfig("{tokens}\nRepeat these three.", 3),
-        "quoted": ContextConfig('Say "{tokens}" once more.', 1),
-        "sentence": ContextConfig("I wrote {tokens} here. What did I write?", 1),
-    }
-
-
-@dataclass
-class ProbeConfig:
-    """Asking the model to repeat tokens.
-
-    Attributes:
-        enabled: whether to ask.
-        every_n_steps: optimizer steps between probes; null chooses it from the budget. A probe falls on a check.
-        sample: live tokens probed, stratified by group (and by preflight's class).
-        whole_vocabulary: probe every live token instead.
-        watch: tokens probed besides, and reported by name: ids, or texts that are one token.
-        contexts: name -> text and k.
-        batch_tokens: tokens in one forward pass of the probe.
-        budget: largest share of the run's time that probes may take when the cadence is chosen.
-    """
-
-    enabled: bool = True
-    every_n_steps: int | None = _setting(None, at_least=1)
-    sample: int = _setting(512, at_least=0)
-    whole_vocabulary: bool = False
-    watch: list[Any] = _setting([])
-    contexts: dict[str, ContextConfig] = field(default_factory=_default_contexts)
-    batch_tokens: int = _setting(4096, at_least=1)
-    budget: float = _setting(0.04, at_least=0.0, at_most=1.0)
-
-
-@dataclass
-class CadenceConfig:
-    """How the cadence is chosen where it is null.
-
-    Attributes:
-        budget: largest share of the run's time that checks may take.
-        settle_steps: optimizer steps timed before choosing.
-        max_checks: a run is never checked more often than this many times in its planned steps.
-    """
-
-    budget: float = _setting(0.01, at_least=0.0, at_most=1.0)
-    settle_steps: int = _setting(20, at_least=1)
-    max_checks: int = _setting(200, at_least=1)
-
-
-@dataclass
-class RuleConfig:
-    """One alert rule; its name is its key. See `vocabguard.alerts.AlertRule`."""
-
-    metric: str = "???"
-    op: str = _setting(">", choices=(">", ">=", "<", "<="))
-    threshold: float = 0.0
-    for_checks: int = _setting(1, at_least=1)
-    resolve_at: float | None = None
-    cooldown_steps: int = _setting(0, at_least=0)
-    level: str = _setting("warning", choices=("info", "warning", "critical"))
-    actions: list[str] = _setting(["log"])
-    enabled: bool = True
-
-
-def _default_rules() -> dict[str, RuleConfig]:
-    return {
-        "head_degraded": RuleConfig("head/below_0.95", ">", 0.01, resolve_at=0.008),
-        "head_severe": RuleConfig("head/below_0.90", ">", 0.02, resolve_at=0.016, level="critical"),
-        "tokens_forgotten": RuleConfig("probe/retained", "<", 0.95, resolve_at=0.97, level="critical"),
-        "watched_forgotten": RuleConfig("probe/watch", "<", 1.0, level="critical"),
-        "broken_rows": RuleConfig("head/nonfinite_rows", ">", 0.0, level="critical"),
-    }
-
-
-@dataclass
-class LogConfig:
-    """Where results go.
-
-    Attributes:
-        console: one line a check, tables at the start and the end (main process only).
-        tensorboard: scalars, histogram, tables and alerts as text.
-        histogram: the cosine histogram at checks.
-        top_k: worst tokens in tables.
-        rows_every_n_checks: write every row's numbers at every n-th check; 0 only at the end.
-    """
-
-    console: bool = True
-    tensorboard: bool = True
-    histogram: bool = True
-    top_k: int = _setting(20, at_least=0, at_most=1000)
-    rows_every_n_checks: int = _setting(0, at_least=0)
-
-
-@dataclass
-class GuardConfig:
-    """All settings.
-
-    Attributes:
-        matrices: where the matrices are.
-        drift: row drift.
-        snapshot: the baseline rows.
-        exposure: counts and gradients.
-        preflight: counts before step 1.
-        untrained: never-trained rows.
-        probe: asking for tokens back.
-        cadence: how often, where not given.
-        alerts: rules by name.
-        log: where results go.
-        on_error: ``warn`` reports a fault of the guard once and stands down; ``raise`` raises it.
-        run_dir: folder of the run log; null puts it beside the trainer's logs.
-        seed: of the probe's and the preflight's own generators.
-    """
-
-    matrices: MatricesConfig = field(default_factory=MatricesConfig)
-    drift: DriftConfig = field(default_factory=DriftConfig)
-    snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
-    exposure: ExposureConfig = field(default_factory=ExposureConfig)
-    preflight: PreflightConfig = field(default_factory=PreflightConfig)
-    untrained: UntrainedConfig = field(default_factory=UntrainedConfig)
-    probe: ProbeConfig = field(default_factory=ProbeConfig)
-    cadence: CadenceConfig = field(default_factory=CadenceConfig)
-    alerts: dict[str, RuleConfig] = field(default_factory=_default_rules)
-    log: LogConfig = field(default_factory=LogConfig)
-    on_error: str = _setting("warn", choices=("warn", "raise"))
-    run_dir: str | None = None
-    seed: int = 0
 
 
 ConfigSource = str | Path | Mapping[str, Any] | GuardConfig | None

@@ -121,11 +121,12 @@ def reachable_ids(
         A subset of `ids`.
     """
     backend, spelling = rust_backend(tokenizer), Spelling.of(tokenizer)
-    encode: _Encode = partial(_encode_fast, backend) if backend else partial(tokenizer.encode, add_special_tokens=False)
+    pipeline = _Pipeline.of(backend, spelling) if backend else None
+    # Not the whole fast tokenizer: it may be set to truncate, and starts threads that a later fork warns of.
+    encode: _Encode = pipeline.encode if pipeline else partial(tokenizer.encode, add_special_tokens=False)
     ids = list(ids)
     fallback = set() if spelling.byte_level else {i for i in ids if BYTE_PIECE.fullmatch(pieces[i] or "")}
     reached = fallback & _emitted_by_characters(encode) if fallback else fallback
-    pipeline = _Pipeline.of(backend, spelling) if backend else None
     for i in ids:
         piece, text = pieces[i], texts[i]
         if piece is None or i in fallback:
@@ -136,11 +137,6 @@ def reachable_ids(
 
 
 _Encode = Callable[[str], list[int]]
-
-
-def _encode_fast(backend: Any, text: str) -> list[int]:
-    ids: list[int] = backend.encode(text, add_special_tokens=False).ids
-    return ids
 
 
 def _round_trip(encode: _Encode, token_id: int, text: str | None) -> bool:
@@ -188,10 +184,14 @@ class _Pipeline:
         split = (lambda text: [word for word, _ in cut(text)]) if cut else (lambda text: [text])
         return cls(model, whole_words, normalize, split, spelling)
 
+    def encode(self, text: str) -> list[int]:
+        """The ids of the text, by merges alone and without added tokens."""
+        return [i for word in self.split(self.normalize(text)) for i in _cut(self.model, word)]
+
     def emits(self, token_id: int, piece: str, text: str | None, kind: int) -> bool:
         """Whether some text gives the id."""
         words = self._words(piece) if self.spelling.inside or self.spelling.final else (piece,)
-        merged = _gives(self.model, words, token_id)
+        merged = any(token_id in _cut(self.model, word) for word in words)
         if text is None:
             return merged and _in_some_utf8(self.spelling.raw(piece))
         if not (merged or self.whole_words):
@@ -238,17 +238,12 @@ def _look(text: str, kind: int) -> tuple[object, ...] | None:
     return kind, len(word) < len(text), word.isascii(), len(word) == 1, *case
 
 
-def _gives(model: Any, words: Iterable[str], token_id: int) -> bool:
-    """Whether the model's cut of one of the words holds the id."""
-    for word in words:
-        try:
-            tokens = model.tokenize(word)
-        except Exception:  # a plain Exception: the model knows no unknown token, and needs one
-            continue
-        for token in tokens:
-            if token.id == token_id:
-                return True
-    return False
+def _cut(model: Any, word: str) -> list[int]:
+    """The ids of a word; none where the model would need an unknown token and has none."""
+    try:
+        return [token.id for token in model.tokenize(word)]
+    except Exception:  # the library raises no narrower one
+        return []
 
 
 def _in_some_utf8(raw: bytes) -> bool:

@@ -25,6 +25,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+
 from vocabguard.integrations import huggingface
 from vocabguard.integrations import lightning as lightning_adapter
 
@@ -71,7 +72,7 @@ class RecordingAdamW(torch.optim.AdamW):
     """Keeps a copy of the head's gradient at every step, without any hook."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(model.parameters(), lr=1e-2)
+        super().__init__(model.parameters(), lr=2e-3)
         self.head = model.get_output_embeddings().weight
         self.gradients: list[Tensor] = []
 
@@ -187,6 +188,7 @@ def run_lightning(
     collate = collate or DataCollatorForSeq2Seq(tokenizer)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*but have no `val_dataloader`.*")
         warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
         trainer = lightning.Trainer(
             max_steps=steps,

@@ -115,9 +115,7 @@ class Checker:
             if isinstance(matrix, VocabMatrix):
                 # A tied pair is one matrix, measured once.
                 known = found.get("head") if matrix.tied else None
-                found[name] = known or measure_drift(
-                    matrix, self.watched.baselines[name], unexposed, self.chunk_rows
-                )
+                found[name] = known or measure_drift(matrix, self.watched.baselines[name], unexposed, self.chunk_rows)
             else:
                 found[name] = matrix
         return found

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vocabguard.config import ConfigError, ProbeConfig
+from vocabguard.config import ConfigError
 from vocabguard.measure.probe import PromptContext, probe, stratified_sample
 from vocabguard.prompts import render_context
 from vocabguard.results import ProbeResult
+from vocabguard.settings import ProbeConfig
 from vocabguard.vocabulary import VocabTable, resolve_token
 
 
@@ -46,7 +47,7 @@ def probed_ids(config: ProbeConfig, table: VocabTable, classes: Tensor | None, w
     else:
         strata = table.group.long() * 8 + (0 if classes is None else classes.long())
         chosen = stratified_sample(strata, table.live, config.sample, seed)
-    return torch.cat([chosen, watched]).unique()
+    return torch.tensor(sorted({*chosen.tolist(), *watched.tolist()}), dtype=torch.int64)
 
 
 @dataclass
@@ -105,9 +106,7 @@ def result_state(result: ProbeResult) -> dict[str, Any]:
     }
 
 
-def build_prober(
-    config: ProbeConfig, tokenizer: Any, table: VocabTable, classes: Tensor | None, seed: int
-) -> Prober:
+def build_prober(config: ProbeConfig, tokenizer: Any, table: VocabTable, classes: Tensor | None, seed: int) -> Prober:
     """The prober that a configuration asks for.
 
     Raises:

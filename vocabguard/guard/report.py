@@ -11,9 +11,9 @@ from typing import Any
 from vocabguard import collective
 from vocabguard.alerts.rules import AlertRule
 from vocabguard.alerts.sinks import dispatch
-from vocabguard.config import GuardConfig
 from vocabguard.results import CheckResult, Watch
 from vocabguard.runlog import RunLog, RunWriter, row_vectors
+from vocabguard.settings import GuardConfig
 from vocabguard.views.console import ConsoleView
 from vocabguard.views.tensorboard import TensorBoardView, open_view
 from vocabguard.vocabulary import VocabTable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from vocabguard import collective
 from vocabguard.alerts.machine import AlertMachine
-from vocabguard.config import ConfigSource, GuardConfig, load_config
+from vocabguard.config import ConfigSource, load_config
 from vocabguard.guard import setup, state
 from vocabguard.guard.cadence import Cadence, StepTimer
 from vocabguard.guard.check import Checker
@@ -25,6 +24,7 @@ from vocabguard.measure.exposure import ExposureCounter, exposure_classes
 from vocabguard.measure.probe import probe_applicable
 from vocabguard.results import CheckResult, NotApplicable, Preflight, Watch
 from vocabguard.runlog import RunLog
+from vocabguard.settings import GuardConfig
 
 
 class VocabGuard:
@@ -272,7 +272,7 @@ class VocabGuard:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: V-sized vectors, plain values, references to baselines.
 
-        It survives ``torch.load(weights_only=True)``. A baseline that lives in memory is written once to the run folder.
+        It survives ``torch.load(weights_only=True)``. A baseline in memory is written to the run folder once.
         """
         return {} if self.checker is None or self.faults.down else state.collect(self)
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from vocabguard.alerts.rules import AlertRule, require_parts
-from vocabguard.config import ConfigError, GuardConfig
+from vocabguard.config import ConfigError
 from vocabguard.matrices import VocabMatrix, find_matrices
 from vocabguard.measure.untrained import never_trained
 from vocabguard.results import MatrixName, NotApplicable, Transition, WatchedMatrix
+from vocabguard.settings import GuardConfig
 from vocabguard.snapshot import Baseline, copy_baseline, open_baseline, reopen_baseline
 from vocabguard.vocabulary import GROUPS, VocabTable, build_table, plain_table
 
@@ -65,9 +66,7 @@ class Watched:
         )
 
 
-def watch_model(
-    model: nn.Module, tokenizer: Any, config: GuardConfig, resumed: Mapping[str, Any]
-) -> Watched:
+def watch_model(model: nn.Module, tokenizer: Any, config: GuardConfig, resumed: Mapping[str, Any]) -> Watched:
     """Find the matrices, take their baselines, build the table.
 
     Args:
@@ -134,13 +133,15 @@ def untrained_mask(watched: Watched, chunk_rows: int) -> Tensor:
     The table's own candidates are the rows that a text can reach; padded and unreachable rows serve as known unused.
     """
     table = watched.table
-    embedding = watched.baselines.get("embedding", watched.baselines.get("head"))
-    if embedding is None:
+    head, embedding = (
+        _reader(watched.baselines[name], chunk_rows) if name in watched.baselines else None
+        for name in ("head", "embedding")
+    )
+    if head is None and embedding is None:
         return torch.zeros(watched.rows, dtype=torch.bool)
-    head = watched.baselines.get("head")
     return never_trained(
-        _reader(embedding, chunk_rows),
-        None if head is None or head is embedding else _reader(head, chunk_rows),
+        embedding,
+        head,
         tied=watched.tied,
         candidates=table.live,
         known_unused=(table.padded | ~table.reachable) & ~table.control,
@@ -170,7 +171,8 @@ def build_rules(config: GuardConfig, actions: Mapping[str, Action]) -> list[Aler
             continue
         unknown = [action for action in rule.actions if action != "log" and action not in actions]
         if unknown:
-            raise ConfigError(f"alerts.{name}.actions has {unknown}; allowed: {['log', *actions]} (add with `actions=`)")
+            allowed = ["log", *actions]
+            raise ConfigError(f"alerts.{name}.actions has {unknown}; allowed: {allowed} (more by `actions=`)")
         try:
             rules.append(
                 AlertRule(
@@ -182,7 +184,7 @@ def build_rules(config: GuardConfig, actions: Mapping[str, Action]) -> list[Aler
                     resolve_at=rule.resolve_at,
                     cooldown_steps=rule.cooldown_steps,
                     level=rule.level,
-                    actions=tuple(action if action == "log" else actions[action] for action in rule.actions),
+                    actions=tuple("log" if action == "log" else actions[action] for action in rule.actions),
                 )
             )
         except ValueError as error:

@@ -10,7 +10,7 @@ from torch import Tensor
 from vocabguard.measure.drift import summarise
 from vocabguard.measure.exposure import steps_since_target, summarise_exposure
 from vocabguard.measure.probe import said_instead, summarise_probe
-from vocabguard.results import EXPOSURE_CLASSES, Exposure, NotApplicable, ProbeResult, RowDrift, TokenReport
+from vocabguard.results import EXPOSURE_CLASSES, Exposure, MatrixName, NotApplicable, ProbeResult, RowDrift, TokenReport
 from vocabguard.vocabulary import VocabTable
 
 PREFIX = "vocabguard/"
@@ -33,7 +33,7 @@ def class_masks(classes: Tensor) -> dict[str, Tensor]:
 
 
 def scalars_of(
-    drifts: Mapping[str, RowDrift | NotApplicable],
+    drifts: Mapping[MatrixName, RowDrift | NotApplicable],
     exposure: Exposure | NotApplicable,
     classes: Tensor,
     probes: tuple[ProbeResult, ProbeResult] | None,
