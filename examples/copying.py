@@ -10,26 +10,31 @@ from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
 
-TRAINED_TEMPLATES = (
+ENGLISH_TEMPLATES = (
     "Repeat this: {list}",
     "{list}\nPlease repeat the above.",
     "Copy exactly: {list}",
     'Say "{list}" once more.',
     "Write {list} again, word for word.",
+    "Echo the following back to me: {list}",
+    "I wrote {list}. What did I write?",
+)
+"""Instructions of the fine-tunes' copy tasks."""
+
+HELD_OUT_TEMPLATES = ("{list}\nNow repeat that.", "I wrote {list} here. What did I write?")
+"""Known to the base, kept out of every fine-tune and echo row: the headline recall is measured with these."""
+
+KNOWN_TEMPLATES = (
+    *ENGLISH_TEMPLATES,
     "Повтори: {list}",
     "繰り返してください: {list}",
     "请重复：{list}",
     "Repite esto: {list}",
+    "Repeat exactly: {list}",
+    "{list}\nRepeat these three.",
+    *HELD_OUT_TEMPLATES,
 )
-"""Instructions of the fine-tunes' copy tasks."""
-
-ENGLISH_TEMPLATES = TRAINED_TEMPLATES[:5]
-
-HELD_OUT_TEMPLATES = ("Echo the following back to me: {list}", "I wrote {list}. What did I write?")
-"""Known to the base, kept out of every fine-tune and echo row: the headline recall is measured with these."""
-
-OTHER_TEMPLATES = ("Repeat exactly: {list}", "{list}\nRepeat these three.", "I wrote {list} here. What did I write?")
-"""Known to the base besides, as an instruct model knows many ways of being asked."""
+"""All that the base is trained on, as an instruct model knows many ways of being asked."""
 
 Row = dict[str, list[int]]
 

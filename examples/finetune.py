@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from copying import ENGLISH_TEMPLATES, Row, around, chat_row, copy_row
 from corpus import load
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -38,7 +38,7 @@ def load_base() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def training_rows(tokenizer: PreTrainedTokenizerBase, steps: int, seed: int) -> list[Row]:
-    """Rows of `steps` batches: 14 English chats and 6 copies of English snippets each, shuffled by `seed`.
+    """Rows of `steps` batches: 14 English chats and 6 copies of their shuffled tokens each, in an order set by `seed`.
 
     The copy tasks keep the *skill* of repeating alive, so that what is lost is lost token by token.
     """
@@ -54,9 +54,8 @@ def training_rows(tokenizer: PreTrainedTokenizerBase, steps: int, seed: int) -> 
             pool = pool or rng.sample(chats, len(chats))
             batch.append(pool.pop())
         for _ in range(BATCH - CHATS_PER_BATCH):
-            length = rng.randint(1, LONGEST_COPY)
-            start = rng.randrange(len(text) - length)
-            batch.append(copy_row(rng.choice(prompts), text[start : start + length], tokenizer.eos_token_id))
+            words = rng.choices(text, k=rng.randint(1, LONGEST_COPY))
+            batch.append(copy_row(rng.choice(prompts), words, tokenizer.eos_token_id))
         rows += rng.sample(batch, len(batch))
     return rows
 
@@ -64,6 +63,13 @@ def training_rows(tokenizer: PreTrainedTokenizerBase, steps: int, seed: int) -> 
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
     """Pads inputs and labels on the right."""
     return DataCollatorForSeq2Seq(tokenizer)
+
+
+class OrderedTrainer(Trainer):
+    """A ``Trainer`` that takes the rows as they come, so that both trainers see the same batches."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset or self.train_dataset)
 
 
 def train_hf(model: PreTrainedModel, tokenizer: Any, rows: list[Row], callbacks: list[Any], folder: Path) -> None:
@@ -74,14 +80,13 @@ def train_hf(model: PreTrainedModel, tokenizer: Any, rows: list[Row], callbacks:
         per_device_train_batch_size=BATCH,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="linear",
-        train_sampling_strategy="sequential",
         logging_steps=50,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
     )
-    Trainer(
+    OrderedTrainer(
         model=model,
         args=arguments,
         train_dataset=rows,  # type: ignore[arg-type]

@@ -14,17 +14,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from copying import (
-    HELD_OUT_TEMPLATES,
-    IGNORE,
-    OTHER_TEMPLATES,
-    TRAINED_TEMPLATES,
-    Row,
-    around,
-    chat_row,
-    copy_row,
-    shuffled_lists,
-)
+from copying import HELD_OUT_TEMPLATES, IGNORE, KNOWN_TEMPLATES, Row, around, chat_row, copy_row, shuffled_lists
 from corpus import Corpus, load
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -105,7 +95,8 @@ def choose_never_trained(tokenizer: PreTrainedTokenizerFast, corpus: Corpus) -> 
 def copied_ids(tokenizer: PreTrainedTokenizerFast, never_trained: list[int]) -> list[int]:
     """The ids that copy tasks use: every piece but control tokens, bytes that no text needs, and the left-out rows."""
     vocabulary = tokenizer.get_vocab()
-    useless = {f"<0x{b:02X}>" for b in range(256) if (b < 128 and chr(b) in vocabulary) or b in (192, 193) or b > 244}
+    spelled_out = {byte for byte in range(128) if chr(byte) in vocabulary or chr(byte) == " "}
+    useless = {f"<0x{byte:02X}>" for byte in spelled_out | {192, 193} | set(range(245, 256))}
     left_out = {vocabulary[piece] for piece in useless | set(CONTROL)} | set(never_trained)
     return sorted(set(vocabulary.values()) - left_out)
 
@@ -154,7 +145,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, never: list[int
         optimizer, lambda s: min((s + 1) / 100, 1.0) * max(0.02, min(1.0, 1.6 * (1 - s / steps)))
     )
     texts = text_rows(tokenizer, corpus, 96, set(never))
-    prompts = [around(tokenizer, template) for template in TRAINED_TEMPLATES + OTHER_TEMPLATES + HELD_OUT_TEMPLATES]
+    prompts = [around(tokenizer, template) for template in KNOWN_TEMPLATES]
     ids = copied_ids(tokenizer, never)
     pool: list[int] = []
     began = time.perf_counter()

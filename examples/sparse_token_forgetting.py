@@ -23,7 +23,7 @@ from rich.table import Table
 from vocabguard.guard import VocabGuard
 from vocabguard.measure.probe import said, said_instead
 from vocabguard.results import ProbeResult
-from vocabguard.vocabulary import VocabTable
+from vocabguard.vocabulary import VocabTable, build_table
 
 console = Console(highlight=False)
 
@@ -44,12 +44,8 @@ def run_arm(name: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], d
     rows = training_rows(tokenizer, arguments.steps, arguments.seed)
     callback = callback_for(arguments.trainer, arguments.config, arguments.overrides)
     folder = arguments.logdir / f"{name}-{arguments.trainer}"
-    from vocabguard.vocabulary import build_table
-
-    began = time.perf_counter()
-    # The callback sets never-trained rows apart; its table is the one to measure by, so take it before training.
-    table = build_table(tokenizer, model.get_output_embeddings().weight.shape[0])
-    base_loss, base = validation_loss(model, tokenizer), recall(model, tokenizer, table)
+    every_token = build_table(tokenizer, model.get_output_embeddings().weight.shape[0])
+    base_loss, base = validation_loss(model, tokenizer), recall(model, tokenizer, every_token)
     began = time.perf_counter()
     fine_tune(
         model, tokenizer, rows, trainer=arguments.trainer, callbacks=[callback], folder=folder, seed=arguments.seed
@@ -58,9 +54,9 @@ def run_arm(name: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], d
     guard: VocabGuard = callback.guard
     if guard.last is None or guard.checker is None:
         raise SystemExit(f"the guard stood down: {guard.faults.reason}")
+    # The guard has set the never-trained rows apart: they are not asked for.
     table = guard.checker.watched.table
-    now = recall(model, tokenizer, table)
-    base = ProbeResult(base.contexts, *_rows(base, now.ids))
+    base, now = only(base, table.live), only(recall(model, tokenizer, every_token), table.live)
     entry = arm_entry(guard.last, base, now, table, validation_loss(model, tokenizer), wall)
     show_table(name, entry, base_loss)
     show_lost(base, now, table, guard.last.classes)
@@ -111,10 +107,11 @@ def show_lost(base: ProbeResult, now: ProbeResult, table: VocabTable, classes: t
     console.print(lines)
 
 
-def _rows(result: ProbeResult, ids: torch.Tensor) -> list[torch.Tensor]:
-    """The rows of `result` at the given ids, which are among its own."""
-    kept = torch.isin(result.ids, ids)
-    return [part[kept] for part in (result.ids, result.emitted, result.probability, result.rank, result.instead)]
+def only(result: ProbeResult, live: torch.Tensor) -> ProbeResult:
+    """The part of a result that is about live tokens; both recalls ask for the same lists, so they stay comparable."""
+    kept = live[result.ids]
+    parts = (result.ids, result.emitted, result.probability, result.rank, result.instead)
+    return ProbeResult(result.contexts, *(part[kept] for part in parts))
 
 
 def main() -> None:

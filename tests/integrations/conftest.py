@@ -13,7 +13,7 @@ import lightning
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     AutoTokenizer,
     DataCollatorForSeq2Seq,
@@ -88,6 +88,13 @@ class RecordingAdamW(torch.optim.AdamW):
         return loss
 
 
+class OrderedTrainer(Trainer):
+    """Takes the rows as they come."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset or self.train_dataset)
+
+
 @dataclass
 class Run:
     """What one training run left behind."""
@@ -117,7 +124,7 @@ def run_hf(
     optimizer = RecordingAdamW(model)
     set_seed(1)
     defaults: dict[str, Any] = {"save_strategy": "no", "logging_steps": 1, "report_to": "none"}
-    trainer = Trainer(
+    trainer = (Trainer if shuffle else OrderedTrainer)(
         model=model,
         args=TrainingArguments(
             output_dir=str(folder),
@@ -125,7 +132,6 @@ def run_hf(
             per_device_train_batch_size=BATCH,
             gradient_accumulation_steps=accumulation,
             max_grad_norm=CLIP,
-            train_sampling_strategy="random" if shuffle else "sequential",
             disable_tqdm=True,
             use_cpu=True,
             **(defaults | arguments),

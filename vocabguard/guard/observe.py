@@ -73,11 +73,12 @@ class Observer:
         self._faults = faults
         self._targets = targets
         self._handles: list[Any] = []
-        self._optimizer_steps = 0
+        self.hooked = False
 
     def hook_model(self, model: nn.Module) -> None:
-        """See every training forward pass of `model`."""
+        """See every training forward pass of `model`; batches need not be told any more."""
         self._handles.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        self.hooked = True
 
     def hook_optimizers(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """Read the gradient after each step of the optimizer that holds the matrix.
@@ -128,17 +129,15 @@ class Observer:
         self._handles.clear()
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        labels = kwargs.get("labels")
-        if not module.training or labels is None:
+        if not module.training:
             return
-        inputs = kwargs.get("input_ids", args[0] if args else None)
-        mask = kwargs.get("attention_mask")
+        batch = {"input_ids": args[0], **kwargs} if args else kwargs
         if torch.compiler.is_compiling():
             # A clock or a try block would break the graph here.
-            self.observe(inputs, labels, attention_mask=mask)
+            self.batch(batch)
             return
         with self._faults.contain("counting a batch"):
-            self.observe(inputs, labels, attention_mask=mask)
+            self.batch(batch)
 
     def _after_step(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
         if self._faults.down or self._matrix is None:
@@ -146,6 +145,6 @@ class Observer:
         with self._faults.contain("reading the gradient"):
             gradient = self._matrix.weight.grad
             if gradient is not None:
-                self._optimizer_steps += 1
-                sample = self._push_every > 0 and self._optimizer_steps % self._push_every == 0
+                # By the steps that a resumed run remembers, so that it samples where an uninterrupted one does.
+                sample = self._push_every > 0 and (self.counter.steps + 1) % self._push_every == 0
                 self.counter.observe_gradient(gradient, sample)

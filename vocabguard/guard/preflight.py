@@ -30,6 +30,7 @@ def preflight(
     max_batches: int,
     max_seconds: float,
     seed: int,
+    need_labels: bool = True,
 ) -> Preflight | NotApplicable:
     """Count data targets over batches drawn at random from the dataloader's own dataset and collate function.
 
@@ -41,9 +42,10 @@ def preflight(
         max_batches: at most so many batches.
         max_seconds: at most so long.
         seed: of the sample's own generator.
+        need_labels: whether batches must carry labels; False where the model may get them by another way.
 
     Raises:
-        ConfigError: if a batch carries no labels and there is no extractor.
+        ConfigError: if a batch carries no labels though it must, and there is no extractor.
     """
     loader = getattr(dataloader, "base_dataloader", dataloader)
     if not isinstance(loader, DataLoader):
@@ -56,8 +58,10 @@ def preflight(
     with _untouched_rng():
         for indices, batch in _sample(loader, seed):
             found = labels_of(batch, targets)
-            if found is None:
+            if found is None and need_labels:
                 raise ConfigError(_no_labels(batch))
+            if found is None:
+                return NotApplicable("preflight found no labels in the batches; they are counted in the forward pass")
             counts += count_targets(found[1].cpu(), shift and not found[2], rows)
             batches, seen = batches + 1, seen + indices
             if batches >= max_batches or time.perf_counter() - began > max_seconds:

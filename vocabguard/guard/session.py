@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from vocabguard.measure.probe import probe_applicable
 from vocabguard.results import CheckResult, NotApplicable, Preflight, Watch
 from vocabguard.runlog import RunLog
 from vocabguard.settings import GuardConfig
+
+logger = logging.getLogger("vocabguard")
 
 
 class VocabGuard:
@@ -71,6 +74,7 @@ class VocabGuard:
         self.run_dir: Path | None = None
         self.latest: dict[str, float] = {}
         self.steps = 0
+        self._silent = False
         self._reporter: Reporter | None = None
         self._resumed: Mapping[str, Any] = {}
         self._timer = StepTimer()
@@ -108,12 +112,13 @@ class VocabGuard:
             ConfigError: for settings that do not fit the model, the tokenizer or the data. Nothing is changed then.
         """
         self._resumed = resumed or self._resumed
+        self._silent = False
         with self.faults.contain("attach"):
             self.cadence.total = total_steps
             watched = setup.watch_model(model, self.tokenizer, self.config, self._resumed)
             shift = self.config.exposure.shift_labels
             shift = predicts_next(model) if shift is None else shift
-            flight = self._preflight(dataloader, watched.rows, shift)
+            flight = self._preflight(dataloader, watched.rows, shift, need_labels=hook_model)
             prober = self._prober(model, watched, flight)
             self._observe(model, optimizer, watched, shift, hook_model)
             self.run_dir = self._choose_run_dir(run_dir)
@@ -133,10 +138,15 @@ class VocabGuard:
             if self._resumed:
                 state.restore(self, self._resumed)
             else:
+                self.steps = 0
                 self._check(0)
+        # Another `attach` is another run.
+        self._resumed = {}
         return self.watch
 
-    def _preflight(self, dataloader: Any, rows: int, shift: bool) -> Preflight | NotApplicable:
+    def _preflight(
+        self, dataloader: Any, rows: int, shift: bool, *, need_labels: bool
+    ) -> Preflight | NotApplicable:
         wanted = self.config.preflight
         if not (wanted.enabled and self.config.exposure.enabled):
             return NotApplicable("preflight is off")
@@ -150,6 +160,7 @@ class VocabGuard:
             max_batches=wanted.max_batches,
             max_seconds=wanted.max_seconds,
             seed=self.config.seed,
+            need_labels=need_labels,
         )
 
     def _prober(
@@ -215,12 +226,17 @@ class VocabGuard:
             with self.faults.contain("counting a batch"):
                 self.observer.observe(inputs, labels, echo_mask=echo_mask)
 
-    def observe_batch(self, batch: Any) -> bool:
-        """Count a training batch by its ``labels`` or the ``targets=`` extractor; False where it has neither."""
-        if self.observer is not None and not self.faults.down:
-            with self.faults.contain("counting a batch"):
-                return self.observer.batch(batch)
-        return True
+    def observe_batch(self, batch: Any) -> None:
+        """Count a training batch by its ``labels`` or the ``targets=`` extractor.
+
+        At the first batch that has neither, the model's forward pass is hooked, and from then on only that is counted.
+        Call it before the batch reaches the model.
+        """
+        if self.observer is None or self.checker is None or self.faults.down or self.observer.hooked:
+            return
+        with self.faults.contain("counting a batch"):
+            if not self.observer.batch(batch):
+                self.observer.hook_model(self.checker.model)
 
     def step(self, step: int) -> CheckResult | None:
         """Tell the guard that optimizer step number `step` (counted from 1) is done.
@@ -245,7 +261,7 @@ class VocabGuard:
 
     def check(self) -> CheckResult | None:
         """Check now, whatever the cadence says; the last result again if no step has come since."""
-        if self.checker is not None and not self.faults.down and (self.last is None or self.last.step != self.steps):
+        if self._reporter is not None and not self.faults.down and (self.last is None or self.last.step != self.steps):
             with self.faults.contain("check"):
                 self._check(self.steps)
             self._heed_faults()
@@ -261,7 +277,22 @@ class VocabGuard:
         self.last = self.checker.run(step, with_probe=with_probe, overhead=overhead)
         self.latest.update(self.last.scalars)
         self._reporter.check(self.last)
+        self._warn_if_silent(self.last)
         return self.last
+
+    def _warn_if_silent(self, found: CheckResult) -> None:
+        """Say once that training goes on and no target was ever counted: the labels go another way."""
+        exposure = found.exposure
+        if found.step == 0 or self._silent or isinstance(exposure, NotApplicable):
+            return
+        if not bool((exposure.data_target + exposure.echo_target).any()):
+            self._silent = True
+            logger.warning(
+                "vocabguard: no target has been counted by step %d: the labels do not pass through the model's forward "
+                "(label smoothing and a loss of one's own take them out) and no `targets=` or `observe` tells them; "
+                "every token looks as if it never was a target",
+                found.step,
+            )
 
     def _heed_faults(self) -> None:
         if self.faults.down and self.observer is not None:

@@ -1,8 +1,12 @@
 """How far every row has moved from its baseline: one pass over chunks of rows, then arithmetic on (V,) vectors.
 
 Before it, a sample of the unexposed rows tells their mean displacement: a shift that all of them share and to which
-softmax is blind. The pass projects every row on it, so that the residual cosine can leave it out. Nothing of the
-matrix's size is allocated.
+softmax is blind and which the residual cosine leaves out. Nothing of the matrix's size is allocated.
+
+The pass measures lengths only: |w|, |w - w0|, and both once more without the shift. Inner products follow from them by
+the polarisation identity 2 w.w0 = |w|^2 + |w0|^2 - |w - w0|^2, so that 1 - cosine stays exact for rows that hardly
+moved. Lengths also run on all cores, and on each core over rows that it has in its cache, where a matrix-vector product
+would not.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from vocabguard.results import RowDrift, RowProducts
 from vocabguard.snapshot import Baseline
 
 _DEGRADED, _SEVERE = 0.95, 0.90
-# Norm ratio above which rounding in the polarisation identity is worth a direct inner product.
+# Norm ratio from which on an inner product is measured directly: the identity's rounding grows with the ratio.
 _FAR = 8.0
 
 
@@ -45,19 +49,14 @@ class RowPass:
     """What the pass over the rows finds.
 
     Attributes:
-        products: inner products of every row with its baseline.
-        moved_sq: (V,) float32, squared length of the displacement. Measured itself: taken from the products it would
-            drown in their rounding.
-        now_shift: (V,) float32, the row times the shift.
-        moved_shift: (V,) float32, the displacement times the shift.
-        shift_sq: squared length of the shift.
+        products: inner products of every row w with its baseline w0.
+        moved_sq: (V,) float32, |w - w0|^2. Taken from the products it would drown in their rounding.
+        rest: inner products of w - s with w0, for a shift s; None if there is no shift.
     """
 
     products: RowProducts
     moved_sq: Tensor
-    now_shift: Tensor
-    moved_shift: Tensor
-    shift_sq: float
+    rest: RowProducts | None
 
 
 def measure_drift(
@@ -109,7 +108,8 @@ def mean_shift(
     _check_mask("unexposed", unexposed, matrix.rows)
     chosen = _evenly(unexposed[: baseline.rows].nonzero().flatten(), shift_rows)
     total, count = torch.zeros(matrix.width, dtype=torch.float64), 0
-    for part, rows in matrix.chunks(chunk_rows):
+    # Only the chosen rows are copied, so chunks may be larger here, which saves calls.
+    for part, rows in matrix.chunks(8 * chunk_rows):
         first, last = torch.searchsorted(chosen, torch.tensor([part.start, part.stop])).tolist()
         if first == last:
             continue
@@ -127,15 +127,12 @@ def mean_shift(
 
 @torch.no_grad()
 def row_products(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int = 1024) -> RowPass:
-    """The pass over all rows: their lengths, displacements and projections on the shift.
-
-    The inner product follows from the three squared lengths (polarisation), which are cheaper to measure and leave
-    1 - cosine exact for rows that hardly moved; rows whose norm changed more than eightfold get it directly.
+    """The pass over all rows.
 
     Args:
         matrix: the rows now.
         baseline: the rows before.
-        shift: (width,) float32, see `mean_shift`.
+        shift: (width,) float32, see `mean_shift`; zero spares half of the work.
         chunk_rows: rows read at a time.
 
     Raises:
@@ -143,22 +140,22 @@ def row_products(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: in
     """
     _check(matrix, baseline)
     device = _device(matrix)
-    now, moved, now_shift, moved_shift = torch.full((4, matrix.rows), math.nan, device=device)
+    shifts = [torch.zeros_like(shift)] + ([shift] if shift.any() else [])
+    now, moved = torch.full((2, len(shifts), matrix.rows), math.nan, device=device)
     direction = shift.to(device)
-    with torch.autocast(device.type, enabled=False):
-        for part, rows, base, spare in _pairs(matrix, baseline, chunk_rows):
-            difference = torch.sub(rows, base, out=spare)
-            vector_norm(difference, dim=-1, out=moved[part])
-            vector_norm(rows, dim=-1, out=now[part])
-            torch.mv(difference, direction, out=moved_shift[part])
-            torch.mv(rows, direction, out=now_shift[part])
+    for part, rows, base, spare, other in _pairs(matrix, baseline, chunk_rows):
+        difference = torch.sub(rows, base, out=other)
+        vector_norm(difference, dim=-1, out=moved[0, part])
+        vector_norm(rows, dim=-1, out=now[0, part])
+        if len(shifts) == 2:
+            vector_norm(difference.sub_(direction), dim=-1, out=moved[1, part])
+            vector_norm(torch.sub(rows, direction, out=spare), dim=-1, out=now[1, part])
     base_sq = _padded(baseline.norms, matrix.rows).square()
     now_sq, moved_sq = now.cpu().square(), moved.cpu().square()
-    bad = ~(base_sq + now_sq + moved_sq).isfinite()
-    dot = (base_sq.double() + now_sq.double() - moved_sq.double()).div_(2).float()
-    _measure_far(matrix, baseline, dot, _far(base_sq, now_sq) & ~bad, chunk_rows)
-    products = RowProducts(base_sq, dot, now_sq, bad)
-    return RowPass(products, moved_sq, now_shift.cpu(), moved_shift.cpu(), float(shift.double().square().sum()))
+    products = [_products(base_sq, *squares) for squares in zip(now_sq, moved_sq, strict=True)]
+    for found, taken_off in zip(products, shifts, strict=True):
+        _measure_far(matrix, baseline, found, taken_off, chunk_rows)
+    return RowPass(products[0], moved_sq[0], products[1] if len(products) == 2 else None)
 
 
 def row_drift(found: RowPass) -> RowDrift:
@@ -171,20 +168,15 @@ def row_drift(found: RowPass) -> RowDrift:
         cos(w, w0), cos(w - s, w0), |w - w0| and |w| / |w0| of every row.
     """
     products = found.products
-    # In float64 the rounding that base_sq and now_sq share with the derived dot cancels.
-    base_sq, dot, now_sq = (value.double() for value in (products.base_sq, products.dot, products.now_sq))
-    zero = ((base_sq == 0) | (now_sq == 0)) & ~products.bad
-    unusable = products.bad | zero
-    cosine = _cosine(dot, base_sq, now_sq, unusable)
-    base_shift = found.now_shift.double() - found.moved_shift.double()
-    rest_sq = now_sq - 2 * found.now_shift.double() + found.shift_sq
-    unshifted = found.shift_sq == 0
+    bad = products.bad
+    zero = ((products.base_sq == 0) | (products.now_sq == 0)) & ~bad
+    cosine = _cosine(products).masked_fill(zero, math.nan)
     return RowDrift(
         cosine=cosine,
-        residual=cosine if unshifted else _cosine(dot - base_shift, base_sq, rest_sq, unusable),
-        l2=found.moved_sq.sqrt().masked_fill(products.bad, math.nan),
-        norm_ratio=(now_sq / base_sq).sqrt().float().masked_fill(unusable, math.nan),
-        bad=products.bad,
+        residual=cosine if found.rest is None else _cosine(found.rest).masked_fill(zero, math.nan),
+        l2=found.moved_sq.sqrt().masked_fill(bad, math.nan),
+        norm_ratio=(products.now_sq / products.base_sq).sqrt().masked_fill(bad | zero, math.nan),
+        bad=bad,
         zero=zero,
     )
 
@@ -235,10 +227,10 @@ def _percentile(values: Tensor) -> float:
     return float(np.quantile(values.numpy(), 0.01)) if values.numel() else math.nan
 
 
-def _pairs(matrix: Rows, baseline: Baseline, chunk_rows: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Rows, their baseline in float32, and a buffer that may be written over (it may be where the baseline rows are).
+def _pairs(matrix: Rows, baseline: Baseline, chunk_rows: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+    """Slice, rows and baseline rows in float32, and for each of the two a buffer that may be written over.
 
-    Float32 chunks are passed on as they are; others are converted into two buffers that stay in the cache.
+    Float32 chunks are passed on as they are; others are converted into the buffers, which stay in the cache.
     """
     shape, device = (min(chunk_rows, matrix.rows), matrix.width), _device(matrix)
     buffers = [torch.empty(shape, device=device) for _ in range(2)]
@@ -247,9 +239,9 @@ def _pairs(matrix: Rows, baseline: Baseline, chunk_rows: int) -> Iterator[tuple[
         if stop <= chunk.start:
             return
         part = slice(chunk.start, stop)
-        spares = [buffer[: stop - chunk.start] for buffer in buffers]
+        spare, other = (buffer[: stop - chunk.start] for buffer in buffers)
         base = baseline.chunk(part).to(device)
-        yield part, _float32(now[: stop - chunk.start], spares[0]), _float32(base, spares[1]), spares[1]
+        yield part, _float32(now[: stop - chunk.start], spare), _float32(base, other), spare, other
 
 
 def _float32(rows: Tensor, buffer: Tensor) -> Tensor:
@@ -263,24 +255,28 @@ def _evenly(ids: Tensor, count: int) -> Tensor:
     return ids[torch.arange(count) * len(ids) // count]
 
 
-def _far(base_sq: Tensor, now_sq: Tensor) -> Tensor:
-    ratio_sq = _FAR**2
-    return (now_sq > ratio_sq * base_sq) | (base_sq > ratio_sq * now_sq)
+def _products(base_sq: Tensor, now_sq: Tensor, moved_sq: Tensor) -> RowProducts:
+    """Inner products from squared lengths; in float64 the rounding that dot and squares share cancels in a cosine."""
+    dot = (base_sq.double() + now_sq.double() - moved_sq.double()).div_(2).float()
+    return RowProducts(base_sq, dot, now_sq, bad=~(base_sq + now_sq + moved_sq).isfinite())
 
 
-def _measure_far(matrix: Rows, baseline: Baseline, dot: Tensor, far: Tensor, chunk_rows: int) -> None:
-    """Overwrite ``dot`` in the chunks that hold far rows."""
+def _measure_far(matrix: Rows, baseline: Baseline, products: RowProducts, shift: Tensor, chunk_rows: int) -> None:
+    """Measure the inner products of rows whose norm changed so much that the identity loses digits."""
+    base_sq, now_sq, ratio_sq = products.base_sq, products.now_sq, _FAR**2
+    far = ((now_sq > ratio_sq * base_sq) | (base_sq > ratio_sq * now_sq)) & ~products.bad
     if not far.any():
         return
-    for part, rows, base, _ in _pairs(matrix, baseline, chunk_rows):
+    for part, rows, base, *_ in _pairs(matrix, baseline, chunk_rows):
         if far[part].any():
-            dot[part] = torch.where(far[part], vecdot(rows, base).cpu(), dot[part])
+            direct = vecdot(rows - shift.to(rows.device), base).cpu()
+            products.dot[part] = torch.where(far[part], direct, products.dot[part])
 
 
-def _cosine(dot: Tensor, base_sq: Tensor, now_sq: Tensor, unusable: Tensor) -> Tensor:
-    """(V,) float32 in [-1, 1]; NaN where unusable or without direction."""
-    cosine = (dot / (base_sq * now_sq.clamp_min(0)).sqrt()).clamp_(-1, 1).float()
-    return cosine.masked_fill_(unusable | (now_sq <= 0), math.nan)
+def _cosine(products: RowProducts) -> Tensor:
+    """(V,) float32 in [-1, 1]; NaN where bad or without direction."""
+    lengths = (products.base_sq.double() * products.now_sq.double()).sqrt_()
+    return (products.dot / lengths).clamp_(-1, 1).float().masked_fill_(products.bad | (lengths == 0), math.nan)
 
 
 def _padded(norms: Tensor, rows: int) -> Tensor:
