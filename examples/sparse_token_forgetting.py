@@ -27,6 +27,9 @@ from vocabguard.vocabulary import VocabTable, build_table
 
 console = Console(highlight=False)
 
+CADENCE = ("drift.every_n_steps=10", "probe.every_n_steps=50")
+"""Fixed, and denser than the 1 % of the time that the guard would choose: both trainers tell the story step by step."""
+
 
 def callback_for(trainer: str, config: str, overrides: list[str]) -> Any:
     """The one object that a user adds to a trainer."""
@@ -34,7 +37,7 @@ def callback_for(trainer: str, config: str, overrides: list[str]) -> Any:
         from vocabguard.integrations.huggingface import VocabGuardCallback
     else:
         from vocabguard.integrations.lightning import VocabGuardCallback  # type: ignore[assignment]
-    return VocabGuardCallback(config, overrides=overrides)
+    return VocabGuardCallback(config, overrides=[*CADENCE, *overrides])
 
 
 def run_arm(name: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 Batches are seen in a forward pre-hook on the model, gradients in the optimizer's step post hook; the callback edits
 nothing of the trainer. Evaluation metrics get the logged keys under ``eval_``, so
-``metric_for_best_model="eval_vocabguard/head/below_0.95"`` with ``greater_is_better=False`` works.
+``metric_for_best_model="eval_vocabguard/head/below_0.95"`` with ``greater_is_better=False`` works. Name it before an
+``EarlyStoppingCallback``: callbacks are called in their order.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class VocabGuardCallback(TrainerCallback):
             run_dir=Path(args.output_dir or ".") / "vocabguard",
             resumed=_saved(args, state),
             dataloader=kwargs.get("train_dataloader"),
+            steps_done=state.global_step,
         )
 
     def on_step_end(

@@ -56,6 +56,7 @@ class VocabGuardCallback(Callback):
             config, tokenizer=tokenizer, overrides=overrides, targets=targets, actions=actions, **options
         )
         self._global_step = 0
+        self._monitored = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: weights are still those of the base, unless `load_state_dict` brought a run to go on from."""
@@ -72,8 +73,10 @@ class VocabGuardCallback(Callback):
             dataloader=trainer.train_dataloader,
             writer=_tensorboard(trainer),
             hook_model=False,
+            steps_done=trainer.global_step,
         )
-        self._log(trainer, pl_module, self.guard.last)
+        self._monitored = False
+        _to_loggers(trainer, self.guard.last)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count a batch."""
@@ -83,9 +86,16 @@ class VocabGuardCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Tell the guard of an optimizer step; batches of an unfinished accumulation are none."""
+        result = None
         if trainer.global_step != self._global_step:
             self._global_step = trainer.global_step
-            self._log(trainer, pl_module, self.guard.step(trainer.global_step))
+            result = self.guard.step(trainer.global_step)
+        # The start's values wait for the first batch: what `on_train_start` logs is averaged over the epoch, and would
+        # cover all later values when the epoch ends.
+        if result is not None or not self._monitored:
+            self._monitored = True
+            pl_module.log_dict(self.guard.latest, logger=False, rank_zero_only=True)
+        _to_loggers(trainer, result)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the run."""
@@ -99,15 +109,6 @@ class VocabGuardCallback(Callback):
         """Go on from a checkpoint when training starts."""
         self.guard.load_state_dict(state_dict)
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule, result: CheckResult | None) -> None:
-        """Hand a check's keys to callbacks that monitor, and to loggers other than TensorBoard, which has its view."""
-        if result is None:
-            return
-        pl_module.log_dict(self.guard.latest, logger=False, rank_zero_only=True)
-        for logger in trainer.loggers:
-            if not isinstance(logger, TensorBoardLogger):
-                logger.log_metrics(dict(result.scalars), step=result.step)
-
 
 def language_model(module: nn.Module) -> nn.Module:
     """The module itself or its first descendant that knows its output embeddings, as Hugging Face models do.
@@ -115,6 +116,13 @@ def language_model(module: nn.Module) -> nn.Module:
     Where there is none the module comes back as it is, and `matrices` says what is missing.
     """
     return next((child for child in module.modules() if hasattr(child, "get_output_embeddings")), module)
+
+
+def _to_loggers(trainer: Trainer, result: CheckResult | None) -> None:
+    """Hand a check's keys to the loggers other than TensorBoard, which has its own view."""
+    for logger in trainer.loggers if result is not None else ():
+        if not isinstance(logger, TensorBoardLogger):
+            logger.log_metrics(dict(result.scalars), step=result.step)
 
 
 def _tensorboard(trainer: Trainer) -> Any:

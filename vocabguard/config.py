@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from vocabguard.settings import GuardConfig
 
@@ -53,7 +54,7 @@ def load_config(
         if isinstance(source, GuardConfig):
             merged = OmegaConf.structured(source)
         merged = OmegaConf.merge(merged, _named_rules(dict(options or {})))
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(merged, _sections(OmegaConf.from_dotlist(_assignments(overrides))))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
@@ -65,29 +66,59 @@ def load_config(
     return config
 
 
-def _layer(source: ConfigSource) -> Any:
-    """One source as something OmegaConf merges."""
+def _layer(source: Any) -> Any:
+    """One source as something OmegaConf merges.
+
+    Raises:
+        ConfigError: for a name that is neither a file nor a preset, or a file that is no YAML.
+    """
     if source is None or isinstance(source, GuardConfig):
         return {}
     if isinstance(source, Mapping):
         return dict(source)
+    if not isinstance(source, (str, Path)):
+        kind = type(source).__name__
+        raise ConfigError(f"config is of type {kind}; allowed: a preset's name, a YAML file, a mapping, a GuardConfig")
     if str(source) in presets():
         text = resources.files("vocabguard").joinpath("configs", f"{source}.yaml").read_text(encoding="utf-8")
         return OmegaConf.create(text)
     if not Path(source).is_file():
         raise ConfigError(f"config is {str(source)!r}; allowed: a YAML file, or one of the presets {list(presets())}")
-    return OmegaConf.load(source)
+    try:
+        return OmegaConf.load(source)
+    except YAMLError as error:
+        raise ConfigError(f"config {source} is no YAML: {error}") from error
+
+
+def _assignments(overrides: Iterable[str]) -> list[str]:
+    """The overrides; one without a value would set its key to null."""
+    given = [overrides] if isinstance(overrides, str) else list(overrides)
+    for override in given:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} has no value; allowed: 'section.key=value'")
+    return given
+
+
+def _sections(layer: Any) -> Any:
+    """Refuse a value where a section stands: OmegaConf's message would not name the key."""
+    if not isinstance(layer, Mapping):
+        raise ConfigError(f"config is {layer!r}; allowed: settings by name, {[f.name for f in fields(GuardConfig)]}")
+    for spec in fields(GuardConfig):
+        value, section = layer.get(spec.name), getattr(GuardConfig(), spec.name)
+        if is_dataclass(section) and not (value is None or isinstance(value, Mapping) or is_dataclass(value)):
+            raise ConfigError(f"{spec.name} is {value!r}; allowed: a section of {[f.name for f in fields(section)]}")
+    return layer
 
 
 def _named_rules(layer: Any) -> Any:
     """Accept ``alerts`` as a list of rules that carry their names."""
-    rules = layer.get("alerts")
+    rules = _sections(layer).get("alerts")
     if not isinstance(rules, (list, tuple)) and not OmegaConf.is_list(rules):
         return layer
     named = {}
     for rule in rules:
-        if "name" not in rule:
-            raise ConfigError(f"alerts: a rule in a list needs a 'name'; got {dict(rule)}")
+        if not isinstance(rule, Mapping) or "name" not in rule:
+            raise ConfigError(f"alerts: a rule in a list needs a 'name'; got {rule}")
         named[rule["name"]] = {key: value for key, value in rule.items() if key != "name"}
     plain = OmegaConf.to_container(layer) if isinstance(layer, DictConfig) else dict(layer)
     assert isinstance(plain, dict)

@@ -211,9 +211,8 @@ def _same(weight: Tensor, other: object) -> bool:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and its like, and inside ``torch.compile``."""
-    for attribute in ("_orig_mod", "module"):
-        inner = getattr(model, attribute, None)
-        if isinstance(inner, nn.Module):
-            return _unwrap(inner)
+    """The model inside DistributedDataParallel and its like, and inside ``torch.compile``: their only child."""
+    children = dict(model.named_children())
+    if len(children) == 1 and children.keys() <= {"module", "_orig_mod"}:
+        return _unwrap(*children.values())
     return model

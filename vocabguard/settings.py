@@ -135,7 +135,7 @@ class ProbeConfig:
     watch: list[Any] = _setting([])
     contexts: dict[str, ContextConfig] = field(default_factory=_default_contexts)
     batch_tokens: int = _setting(4096, at_least=1)
-    budget: float = _setting(0.04, at_least=0.0, at_most=1.0)
+    budget: float = _setting(0.005, at_least=0.0, at_most=1.0)
 
 
 @dataclass
@@ -148,7 +148,7 @@ class CadenceConfig:
         max_checks: a run is never checked more often than this many times in its planned steps.
     """
 
-    budget: float = _setting(0.01, at_least=0.0, at_most=1.0)
+    budget: float = _setting(0.005, at_least=0.0, at_most=1.0)
     settle_steps: int = _setting(20, at_least=1)
     max_checks: int = _setting(200, at_least=1)
 

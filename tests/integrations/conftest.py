@@ -16,11 +16,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
     DataCollatorForSeq2Seq,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -42,16 +46,30 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(ASSETS)
 
 
-def tiny_model(kind: str = "llama", *, tied: bool = False) -> nn.Module:
-    """A random model of 8,192 rows x 16; GPT-2 has dropout, Llama has none."""
+def tiny_model(kind: str = "llama", *, tied: bool = False, rows: int = ROWS) -> nn.Module:
+    """A random model of 8,192 rows x 16; Llama has no dropout. BERT and T5, always tied, do not shift labels."""
     torch.manual_seed(0)
+    if kind == "bert":
+        return BertForMaskedLM(
+            BertConfig(
+                vocab_size=rows, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                max_position_embeddings=64,
+            )
+        )  # fmt: skip
+    if kind == "t5":
+        return T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=rows, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0,
+                pad_token_id=0, initializer_factor=0.05,
+            )
+        )  # fmt: skip
     if kind == "gpt2":
         return GPT2LMHeadModel(
-            GPT2Config(vocab_size=ROWS, n_embd=16, n_layer=1, n_head=2, n_positions=64, tie_word_embeddings=tied)
+            GPT2Config(vocab_size=rows, n_embd=16, n_layer=1, n_head=2, n_positions=64, tie_word_embeddings=tied)
         )
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=ROWS, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=rows, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
             max_position_embeddings=64, tie_word_embeddings=tied, pad_token_id=0,
         )
     )  # fmt: skip
@@ -66,6 +84,54 @@ def random_rows(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
         masked = rng.randint(0, 3)
         rows.append({"input_ids": ids, "labels": [-100] * masked + ids[masked:]})
     return rows
+
+
+def naive_counts(
+    rows: list[dict[str, list[int]]], rows_a_step: int, *, shift: bool = True, first_step: int = 1
+) -> tuple[list[int], list[int], list[int]]:
+    """Data targets, inputs and the last step as a target, by plain loops over rows that are read in order."""
+    targets, inputs, last = [0] * ROWS, [0] * ROWS, [-1] * ROWS
+    for number, row in enumerate(rows):
+        for token in row["input_ids"]:
+            inputs[token] += 1
+        for label in row["labels"][1 if shift else 0 :]:
+            if label != -100:
+                targets[label] += 1
+                last[label] = first_step + number // rows_a_step
+    return targets, inputs, last
+
+
+def assert_counts(found: Any, expected: tuple[list[int], list[int], list[int]]) -> None:
+    """An `Exposure` holds exactly these counts."""
+    targets, inputs, last = expected
+    assert found.data_target.tolist() == targets
+    assert found.inputs.tolist() == inputs
+    assert found.last_target.tolist() == last
+
+
+def naive_cosine(before: Tensor, now: Tensor) -> Tensor:
+    """(V,) float64."""
+    return torch.nn.functional.cosine_similarity(before.double(), now.double(), dim=1)
+
+
+def naive_below(before: Tensor, now: Tensor, live: Tensor, limit: float = 0.95) -> float:
+    """Share of the live rows whose cosine is below the limit."""
+    return float((naive_cosine(before, now)[live] < limit).double().mean())
+
+
+def assert_same_findings(found: Any, expected: Any) -> None:
+    """Two checks agree in counts exactly and in numbers to float tolerance."""
+    assert found.step == expected.step
+    for name in ("data_target", "inputs", "last_target", "echo_target", "push_samples", "steps"):
+        one, other = getattr(found.exposure, name), getattr(expected.exposure, name)
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other)), name
+    for name in ("pull", "push"):
+        torch.testing.assert_close(getattr(found.exposure, name), getattr(expected.exposure, name))
+    for matrix in ("head", "embedding"):
+        for name in ("cosine", "residual", "l2"):
+            one, other = getattr(getattr(found, matrix), name), getattr(getattr(expected, matrix), name)
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=0, equal_nan=True)
+    assert found.firing == expected.firing
 
 
 class RecordingAdamW(torch.optim.AdamW):
@@ -118,6 +184,7 @@ def run_hf(
     shuffle: bool = False,
     callbacks: tuple[Any, ...] = (),
     resume: bool | str = False,
+    collator: Any = None,
     **arguments: Any,
 ) -> Run:
     base = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -138,7 +205,7 @@ def run_hf(
         ),
         train_dataset=rows,
         eval_dataset=rows[:4],
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        data_collator=collator or DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 100)),
         callbacks=list(callbacks),
@@ -190,17 +257,17 @@ def run_lightning(
     base = {name: value.detach().clone() for name, value in model.state_dict().items()}
     lightning.seed_everything(1, verbose=False)
     loop = module(model, tokenizer)
-    defaults: dict[str, Any] = {"logger": False, "enable_checkpointing": False}
+    defaults: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "gradient_clip_val": CLIP}
     collate = collate or DataCollatorForSeq2Seq(tokenizer)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*but have no `val_dataloader`.*")
         warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")
+        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty.*")
         trainer = lightning.Trainer(
             max_steps=steps,
             accelerator="cpu",
             accumulate_grad_batches=accumulation,
-            gradient_clip_val=CLIP,
             default_root_dir=folder,
             callbacks=list(callbacks),
             enable_progress_bar=False,

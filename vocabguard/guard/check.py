@@ -12,7 +12,7 @@ from vocabguard import collective
 from vocabguard.alerts.machine import AlertMachine
 from vocabguard.guard import summary
 from vocabguard.guard.probing import Prober
-from vocabguard.guard.setup import Watched
+from vocabguard.guard.setup import Watched, vocabulary_rows
 from vocabguard.matrices import VocabMatrix
 from vocabguard.measure.drift import measure_drift
 from vocabguard.measure.exposure import ExposureCounter, exposure_classes
@@ -58,6 +58,7 @@ class Checker:
             overhead: the guard's share of the time so far, in [0, 1].
         """
         began = time.perf_counter()
+        self._follow_resize()
         probes = self._probe() if with_probe else None
         self.probe_seconds = time.perf_counter() - began if probes else self.probe_seconds
         exposure = self.exposure()
@@ -79,7 +80,7 @@ class Checker:
         last_probe = self.prober.last if self.prober else None
         worst = summary.worst_ids(ranked, self.watched.table.live, self.top_k)
         watch_list = self.prober.watched if self.prober else worst[:0]
-        about = (ranked, exposure, classes, last_probe, self.watched.table)
+        about = (ranked, exposure, classes, last_probe, self.watched.table, step)
         seconds = time.perf_counter() - began
         self.check_seconds = seconds - (self.probe_seconds if probes else 0.0)
         return CheckResult(
@@ -109,13 +110,24 @@ class Checker:
             return torch.zeros(self.watched.rows, dtype=torch.uint8)
         return exposure_classes(exposure.data_target)
 
+    def _follow_resize(self) -> None:
+        """A matrix resized in mid-run: rows in common go on, new ones start at nothing."""
+        rows = vocabulary_rows(self.model, self.watched.matrices)
+        if rows == self.watched.rows:
+            return
+        self.watched.resize(rows)
+        self.groups = summary.group_masks(self.watched.table)
+        if self.counter is not None and self.counter.rows != rows:
+            self.counter.resize(rows)
+
     def _drifts(self, unexposed: Tensor) -> dict[MatrixName, RowDrift | NotApplicable]:
         found: dict[MatrixName, RowDrift | NotApplicable] = {}
         for name, matrix in self.watched.matrices.items():
             if isinstance(matrix, VocabMatrix):
                 # A tied pair is one matrix, measured once.
                 known = found.get("head") if matrix.tied else None
-                found[name] = known or measure_drift(matrix, self.watched.baselines[name], unexposed, self.chunk_rows)
+                baseline = self.watched.baseline_of(name)
+                found[name] = known or measure_drift(matrix, baseline, unexposed, self.chunk_rows)
             else:
                 found[name] = matrix
         return found

@@ -114,6 +114,8 @@ class Observer:
         shift: bool | None = None,
     ) -> None:
         """Count one micro-batch."""
+        if not torch.compiler.is_compiling():
+            self._follow_resize()
         self.counter.observe(
             inputs,
             labels,
@@ -128,8 +130,13 @@ class Observer:
             handle.remove()
         self._handles.clear()
 
+    def _follow_resize(self) -> None:
+        """Before a step's first batch is counted, so that its targets are not forgotten."""
+        if self._matrix is not None and self._matrix.rows != self.counter.rows:
+            self.counter.resize(self._matrix.rows)
+
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not module.training:
+        if not module.training or self._faults.down:
             return
         batch = {"input_ids": args[0], **kwargs} if args else kwargs
         if torch.compiler.is_compiling():
@@ -143,6 +150,7 @@ class Observer:
         if self._faults.down or self._matrix is None:
             return
         with self._faults.contain("reading the gradient"):
+            self._follow_resize()
             gradient = self._matrix.weight.grad
             if gradient is not None:
                 # By the steps that a resumed run remembers, so that it samples where an uninterrupted one does.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType, NoneType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +21,10 @@ from vocabguard.config import ConfigError
 from vocabguard.guard.observe import Targets, labels_of
 from vocabguard.measure.exposure import count_targets
 from vocabguard.results import NotApplicable, Preflight
+
+_HEAVY = (nn.Module, PreTrainedTokenizerBase)
+# How far generators, models and tokenizers are looked for inside a dataset or collator.
+_DEPTH, _FEW = 4, 64
 
 
 def preflight(
@@ -55,7 +61,7 @@ def preflight(
     began = time.perf_counter()
     counts = torch.zeros(rows, dtype=torch.int64)
     length, batches, seen = len(loader.dataset), 0, 0
-    with _untouched_rng():
+    with _untouched_rng(loader.dataset, loader.collate_fn):
         for indices, batch in _sample(loader, seed):
             found = labels_of(batch, targets)
             if found is None and need_labels:
@@ -73,8 +79,12 @@ def _sample(loader: DataLoader[Any], seed: int) -> Iterator[tuple[int, Any]]:
     """(examples, batch) in an order of our own, through a copy of the collate function."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(loader.dataset), generator=generator).tolist()  # type: ignore[arg-type]
-    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 8
     collate = _own_copy(loader.collate_fn)
+    if loader.batch_sampler is None:
+        # Without automatic batching an example of the dataset is a batch.
+        yield from ((1, collate(loader.dataset[index])) for index in order)
+        return
+    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 8
     fetch = getattr(loader.dataset, "__getitems__", None)
     for start in range(0, len(order), size):
         indices = order[start : start + size]
@@ -83,25 +93,58 @@ def _sample(loader: DataLoader[Any], seed: int) -> Iterator[tuple[int, Any]]:
 
 
 def _own_copy(collate: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of a collator object, whose own generator must not move; models and tokenizers inside stay shared."""
-    heavy = (nn.Module, PreTrainedTokenizerBase)
-    shared = {id(part): part for part in getattr(collate, "__dict__", {}).values() if isinstance(part, heavy)}
+    """A copy of a collator object, whose state must not move; models and tokenizers inside stay shared."""
     if hasattr(collate, "__self__"):
-        # A bound method would take its whole owner along.
+        # A bound method would take its whole owner along, which may be the data module.
         return collate
-    return copy.deepcopy(collate, shared)
+    return copy.deepcopy(collate, {id(part): part for part in _parts(collate) if isinstance(part, _HEAVY)})
+
+
+def _parts(owner: Any, depth: int = _DEPTH, seen: set[int] | None = None) -> Iterator[Any]:
+    """The object and what it holds, some levels deep: attributes, items, arguments of a `functools.partial`."""
+    seen = set() if seen is None else seen
+    if id(owner) in seen or isinstance(owner, (str, bytes, int, float, type, ModuleType, NoneType)):
+        return
+    seen.add(id(owner))
+    yield owner
+    if depth == 0 or isinstance(owner, (*_HEAVY, Tensor)):
+        return
+    held = [*getattr(owner, "__dict__", {}).values(), getattr(owner, "__self__", None)]
+    if isinstance(owner, functools.partial):
+        held += [owner.func, *owner.args, *owner.keywords.values()]
+    elif isinstance(owner, (list, tuple)) and len(owner) <= _FEW:
+        held += owner
+    elif isinstance(owner, dict) and len(owner) <= _FEW:
+        held += owner.values()
+    for part in held:
+        yield from _parts(part, depth - 1, seen)
 
 
 @contextmanager
-def _untouched_rng() -> Iterator[None]:
-    """Put Python's, NumPy's and torch's global generators back afterwards: datasets and collators may draw."""
-    python, numpy = random.getstate(), np.random.get_state()
+def _untouched_rng(*owners: Any) -> Iterator[None]:
+    """Put random numbers back afterwards: datasets and collators may draw.
+
+    Those are Python's, NumPy's and torch's global generators, and the generators that the owners hold.
+    """
+    put_back: list[Callable[[], object]] = [
+        functools.partial(random.setstate, random.getstate()),
+        functools.partial(np.random.set_state, np.random.get_state()),
+    ]
+    for part in (part for owner in owners for part in _parts(owner)):
+        if isinstance(part, random.Random):
+            put_back.append(functools.partial(part.setstate, part.getstate()))
+        elif isinstance(part, np.random.RandomState):
+            put_back.append(functools.partial(part.set_state, part.get_state()))
+        elif isinstance(part, np.random.Generator):
+            put_back.append(functools.partial(setattr, part.bit_generator, "state", part.bit_generator.state))
+        elif isinstance(part, torch.Generator):
+            put_back.append(functools.partial(part.set_state, part.get_state()))
     with torch.random.fork_rng():
         try:
             yield
         finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+            for restore in put_back:
+                restore()
 
 
 def _no_labels(batch: Any) -> str:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from vocabguard.config import ConfigError
-from vocabguard.measure.probe import PromptContext, probe, stratified_sample
+from vocabguard.measure.exposure import exposure_classes
+from vocabguard.measure.probe import PromptContext, probe, probe_applicable, stratified_sample
 from vocabguard.prompts import render_context
-from vocabguard.results import ProbeResult
-from vocabguard.settings import ProbeConfig
+from vocabguard.results import NotApplicable, Preflight, ProbeResult
+from vocabguard.settings import GuardConfig, ProbeConfig
 from vocabguard.vocabulary import VocabTable, resolve_token
 
 
@@ -25,6 +26,8 @@ def watched_ids(tokenizer: Any, watch: Sequence[int | str], rows: int) -> Tensor
     """
     ids = []
     for item in watch:
+        if isinstance(item, bool) or not isinstance(item, (int, str)):
+            raise ConfigError(f"probe.watch holds {item!r}; allowed: token ids, and texts that are one token")
         try:
             ids.append(resolve_token(tokenizer, item, rows))
         except ValueError as error:
@@ -104,6 +107,31 @@ def result_state(result: ProbeResult) -> dict[str, Any]:
         "rank": result.rank,
         "instead": result.instead,
     }
+
+
+def choose_prober(
+    model: nn.Module, config: GuardConfig, tokenizer: Any, table: VocabTable, flight: Preflight | NotApplicable
+) -> Prober | NotApplicable:
+    """The prober that a configuration asks for, or why there is none.
+
+    Args:
+        model: the model to be asked.
+        config: all settings.
+        tokenizer: its tokenizer, or None.
+        table: groups and live rows.
+        flight: what preflight found: tokens are drawn by the exposure that it expects.
+
+    Raises:
+        ConfigError: see `build_prober`.
+    """
+    if not config.probe.enabled:
+        return NotApplicable("the probe is off")
+    if tokenizer is None:
+        return NotApplicable("the probe needs a tokenizer")
+    if (reason := probe_applicable(model)) is not None:
+        return reason
+    expected = exposure_classes(flight.data_target) if isinstance(flight, Preflight) else None
+    return build_prober(config.probe, tokenizer, table, expected, config.seed)
 
 
 def build_prober(config: ProbeConfig, tokenizer: Any, table: VocabTable, classes: Tensor | None, seed: int) -> Prober:

@@ -49,6 +49,7 @@ class Reporter:
     ) -> None:
         main = collective.is_main()
         self._config = config
+        self._writer = writer
         self._table = table
         self._rules = tuple(rules)
         self._main = main
@@ -57,13 +58,8 @@ class Reporter:
             # Without handlers of the user's, logging would print to the terminal what the console view shows there.
             logging.getLogger("vocabguard.alerts").addHandler(logging.NullHandler())
         self._log = RunWriter(folder) if main and folder is not None else None
-        self._board: TensorBoardView | None = None
-        if main and config.log.tensorboard:
-            options: dict[str, Any] = {"table": table, "histogram": config.log.histogram}
-            if writer is not None:
-                self._board = TensorBoardView(writer, **options)
-            elif folder is not None:
-                self._board = open_view(folder, **options)
+        self._folder = folder
+        self._board = self._open_board()
         self._checks = 0
         self._rows_written: int | None = None
 
@@ -75,10 +71,17 @@ class Reporter:
             self._board.watch(watch)
         self._console.watch(watch, self._table)
 
-    def check(self, result: CheckResult) -> None:
-        """Pass one check on, and run the actions of alerts that changed state."""
+    def check(self, result: CheckResult, table: VocabTable) -> None:
+        """Pass one check on, and run the actions of alerts that changed state.
+
+        Args:
+            result: the check.
+            table: of as many rows as the result has; another one than before where the matrix was resized.
+        """
         if not self._main:
             return
+        if table is not self._table:
+            self._take(table)
         every = self._config.log.rows_every_n_checks
         if self._log is not None:
             self._log.check(result)
@@ -103,6 +106,21 @@ class Reporter:
         if self._board is not None:
             self._board.close()
         return RunLog.open(self._log.folder) if self._log is not None else None
+
+    def _open_board(self) -> TensorBoardView | None:
+        if not (self._main and self._config.log.tensorboard):
+            return None
+        options: dict[str, Any] = {"table": self._table, "histogram": self._config.log.histogram}
+        if self._writer is not None:
+            return TensorBoardView(self._writer, **options)
+        return None if self._folder is None else open_view(self._folder, **options)
+
+    def _take(self, table: VocabTable) -> None:
+        """Go on with a table of other rows; TensorBoard's view holds the one it was made with."""
+        self._table = table
+        if self._board is not None:
+            self._board.close()
+            self._board = self._open_board()
 
     def _rows(self, result: CheckResult) -> None:
         assert self._log is not None

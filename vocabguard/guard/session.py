@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,22 @@ from vocabguard.guard.check import Checker
 from vocabguard.guard.faults import Faults
 from vocabguard.guard.observe import Observer, Targets, predicts_next
 from vocabguard.guard.preflight import preflight
-from vocabguard.guard.probing import Prober, build_prober
+from vocabguard.guard.probing import Prober, choose_prober
 from vocabguard.guard.report import Reporter, free_folder
-from vocabguard.measure.exposure import ExposureCounter, exposure_classes
-from vocabguard.measure.probe import probe_applicable
+from vocabguard.measure.exposure import ExposureCounter
 from vocabguard.results import CheckResult, NotApplicable, Preflight, Watch
 from vocabguard.runlog import RunLog
 from vocabguard.settings import GuardConfig
 
 logger = logging.getLogger("vocabguard")
+
+_BEGINS_LATE = (
+    "vocabguard: %d steps are done and no saved state of a guard is there: drift and counts begin here, not at the base"
+)
+_NO_TARGETS = (
+    "vocabguard: no target has been counted by step %d, so every token looks as if it never was one. The labels do not "
+    "reach the model's forward pass (label smoothing and a custom loss take them out); tell them by `targets=`"
+)
 
 
 class VocabGuard:
@@ -92,6 +100,7 @@ class VocabGuard:
         dataloader: Any = None,
         writer: Any = None,
         hook_model: bool = True,
+        steps_done: int = 0,
     ) -> Watch | None:
         """Begin to guard: take the baseline, count targets of the data to come, probe the base, set hooks.
 
@@ -104,6 +113,8 @@ class VocabGuard:
             dataloader: the training dataloader, for preflight; it is not iterated.
             writer: a TensorBoard ``SummaryWriter`` to share.
             hook_model: see batches in the model's forward pass; False where `observe` or `observe_batch` is called.
+            steps_done: optimizer steps that the trainer has behind it. With no state to resume the base is what the
+                model is now, and a warning says so.
 
         Returns:
             What is watched and what is not; None if the guard stood down.
@@ -111,42 +122,47 @@ class VocabGuard:
         Raises:
             ConfigError: for settings that do not fit the model, the tokenizer or the data. Nothing is changed then.
         """
+        self._begin_anew()
         self._resumed = resumed or self._resumed
-        self._silent = False
-        with self.faults.contain("attach"):
-            self.cadence.total = total_steps
-            watched = setup.watch_model(model, self.tokenizer, self.config, self._resumed)
-            shift = self.config.exposure.shift_labels
-            shift = predicts_next(model) if shift is None else shift
-            flight = self._preflight(dataloader, watched.rows, shift, need_labels=hook_model)
-            prober = self._prober(model, watched, flight)
-            self._observe(model, optimizer, watched, shift, hook_model)
-            self.run_dir = self._choose_run_dir(run_dir)
-            self.watch = self._describe(watched, flight, prober)
-            self.checker = Checker(
-                model,
-                watched,
-                self.observer.counter if self.observer else None,
-                prober if isinstance(prober, Prober) else None,
-                AlertMachine(self.rules),
-                self.config.drift.chunk_rows,
-                self.config.log.top_k,
-            )
-            self._reporter = Reporter(self.config, watched.table, self.rules, self.run_dir, writer)
-            self._reporter.watch(self.watch)
-            self._timer.start(self.faults)
-            if self._resumed:
-                state.restore(self, self._resumed)
-            else:
-                self.steps = 0
-                self._check(0)
-        # Another `attach` is another run.
-        self._resumed = {}
-        return self.watch
+        if steps_done > 0 and not self._resumed:
+            logger.warning(_BEGINS_LATE, steps_done)
+        self.cadence.total = total_steps
+        attached = False
+        try:
+            with self.faults.contain("attach"):
+                state.require_known(self._resumed)
+                watched = setup.watch_model(model, self.tokenizer, self.config, self._resumed)
+                shift = self.config.exposure.shift_labels
+                shift = predicts_next(model) if shift is None else shift
+                flight = self._preflight(dataloader, watched.rows, shift, need_labels=hook_model)
+                prober = choose_prober(model, self.config, self.tokenizer, watched.table, flight)
+                self._put_together(model, watched, prober if isinstance(prober, Prober) else None, shift)
+                self.run_dir = self._choose_run_dir(run_dir)
+                self.watch = setup.describe(watched, flight, prober, self.run_dir)
+                self._reporter = Reporter(self.config, watched.table, self.rules, self.run_dir, writer)
+                self._reporter.watch(self.watch)
+                self._hook(model if hook_model else None, optimizer)
+                if not self._resumed:
+                    self.steps = steps_done
+                    self._check(steps_done, first=True)
+                attached = True
+        finally:
+            if not attached:
+                self._let_go()
+        self._resumed = {}  # another `attach` is another run
+        # Only now, since the work of attaching is booked when it ends.
+        self._timer.start(self.faults)
+        return self.watch if attached else None
 
-    def _preflight(
-        self, dataloader: Any, rows: int, shift: bool, *, need_labels: bool
-    ) -> Preflight | NotApplicable:
+    def _begin_anew(self) -> None:
+        """Forget an earlier run of this guard: its hooks, its faults, its numbers."""
+        self.finish(check=False)
+        self.faults = Faults(self.config.on_error)
+        self.cadence = Cadence.of(self.config)
+        self.watch = self.last = self.observer = self.checker = self.run_dir = None
+        self.latest, self.steps, self._silent, self._timer = {}, 0, False, StepTimer()
+
+    def _preflight(self, dataloader: Any, rows: int, shift: bool, *, need_labels: bool) -> Preflight | NotApplicable:
         wanted = self.config.preflight
         if not (wanted.enabled and self.config.exposure.enabled):
             return NotApplicable("preflight is off")
@@ -163,33 +179,28 @@ class VocabGuard:
             need_labels=need_labels,
         )
 
-    def _prober(
-        self, model: nn.Module, watched: setup.Watched, flight: Preflight | NotApplicable
-    ) -> Prober | NotApplicable:
-        if not self.config.probe.enabled:
-            return NotApplicable("the probe is off")
-        if self.tokenizer is None:
-            return NotApplicable("the probe needs a tokenizer")
-        if (reason := probe_applicable(model)) is not None:
-            return reason
-        expected = exposure_classes(flight.data_target) if isinstance(flight, Preflight) else None
-        return build_prober(self.config.probe, self.tokenizer, watched.table, expected, self.config.seed)
-
-    def _observe(self, model: nn.Module, optimizer: Any, watched: setup.Watched, shift: bool, hook: bool) -> None:
-        if not self.config.exposure.enabled:
-            return
-        self.observer = Observer(
-            ExposureCounter(watched.rows, next(model.parameters()).device, watched.tied),
-            watched.gradient_matrix,
-            shift=shift,
-            push_every=self.config.exposure.push_every_n_steps,
-            faults=self.faults,
-            targets=self.targets,
+    def _put_together(self, model: nn.Module, watched: setup.Watched, prober: Prober | None, shift: bool) -> None:
+        """What counts and what checks, gone on from the state that is resumed; nothing is hooked or written yet."""
+        if self.config.exposure.enabled:
+            self.observer = Observer(
+                ExposureCounter(watched.rows, next(model.parameters()).device, watched.tied),
+                watched.gradient_matrix,
+                shift=shift,
+                push_every=self.config.exposure.push_every_n_steps,
+                faults=self.faults,
+                targets=self.targets,
+            )
+        self.checker = Checker(
+            model,
+            watched,
+            self.observer.counter if self.observer else None,
+            prober,
+            AlertMachine(self.rules),
+            self.config.drift.chunk_rows,
+            self.config.log.top_k,
         )
-        if optimizer is not None:
-            self.observer.hook_optimizers([optimizer] if hasattr(optimizer, "param_groups") else optimizer)
-        if hook:
-            self.observer.hook_model(model)
+        if self._resumed:
+            state.restore(self, self._resumed)
 
     def _choose_run_dir(self, suggested: str | Path | None) -> Path | None:
         if self._resumed.get("run_dir"):
@@ -197,20 +208,13 @@ class VocabGuard:
         folder = self.config.run_dir or suggested
         return None if folder is None else collective.agree(free_folder(Path(folder)))
 
-    def _describe(
-        self, watched: setup.Watched, flight: Preflight | NotApplicable, prober: Prober | NotApplicable
-    ) -> Watch:
-        notes = [] if self.tokenizer is not None else ["no tokenizer: tokens have no groups and no texts"]
-        return Watch(
-            head=watched.describe("head"),
-            embedding=watched.describe("embedding"),
-            probe=prober if isinstance(prober, NotApplicable) else None,
-            preflight=flight,
-            live=int(watched.table.live.sum()),
-            never_trained=int((~watched.table.trained).sum()),
-            run_dir=None if self.run_dir is None else str(self.run_dir),
-            notes=tuple(notes),
-        )
+    def _hook(self, model: nn.Module | None, optimizer: Any) -> None:
+        if self.observer is None:
+            return
+        if optimizer is not None:
+            self.observer.hook_optimizers([optimizer] if hasattr(optimizer, "param_groups") else optimizer)
+        if model is not None:
+            self.observer.hook_model(model)
 
     # -- while training runs -----------------------------------------------------------------------------------------
 
@@ -225,6 +229,7 @@ class VocabGuard:
         if self.observer is not None and not self.faults.down:
             with self.faults.contain("counting a batch"):
                 self.observer.observe(inputs, labels, echo_mask=echo_mask)
+        self._heed_faults()
 
     def observe_batch(self, batch: Any) -> None:
         """Count a training batch by its ``labels`` or the ``targets=`` extractor.
@@ -237,6 +242,7 @@ class VocabGuard:
         with self.faults.contain("counting a batch"):
             if not self.observer.batch(batch):
                 self.observer.hook_model(self.checker.model)
+        self._heed_faults()
 
     def step(self, step: int) -> CheckResult | None:
         """Tell the guard that optimizer step number `step` (counted from 1) is done.
@@ -244,7 +250,8 @@ class VocabGuard:
         Returns:
             The check, if one was due.
         """
-        if self.checker is None or self.faults.down:
+        if self.checker is None or self._reporter is None or self.faults.down:
+            self._heed_faults()
             return None
         result = None
         with self.faults.contain("step"):
@@ -267,35 +274,38 @@ class VocabGuard:
             self._heed_faults()
         return self.last
 
-    def _check(self, step: int) -> CheckResult:
+    def _check(self, step: int, *, first: bool = False) -> CheckResult:
         assert self.checker is not None
         assert self._reporter is not None
-        with_probe = step == 0 or self.cadence.probe_due(step)
+        with_probe = first or self.cadence.probe_due(step)
         if with_probe:
             self.cadence.last_probe = step
         overhead = self._timer.overhead(self.faults)
         self.last = self.checker.run(step, with_probe=with_probe, overhead=overhead)
         self.latest.update(self.last.scalars)
-        self._reporter.check(self.last)
-        self._warn_if_silent(self.last)
+        began = time.perf_counter()
+        self._reporter.check(self.last, self.checker.watched.table)
+        # To say what was found is a part of what a check costs.
+        self.checker.check_seconds += time.perf_counter() - began
+        if not first:
+            self._warn_if_silent(self.last)
         return self.last
 
     def _warn_if_silent(self, found: CheckResult) -> None:
         """Say once that training goes on and no target was ever counted: the labels go another way."""
         exposure = found.exposure
-        if found.step == 0 or self._silent or isinstance(exposure, NotApplicable):
+        if self._silent or isinstance(exposure, NotApplicable):
             return
         if not bool((exposure.data_target + exposure.echo_target).any()):
             self._silent = True
-            logger.warning(
-                "vocabguard: no target has been counted by step %d: the labels do not pass through the model's forward "
-                "(label smoothing and a loss of one's own take them out) and no `targets=` or `observe` tells them; "
-                "every token looks as if it never was a target",
-                found.step,
-            )
+            logger.warning(_NO_TARGETS, found.step)
 
     def _heed_faults(self) -> None:
-        if self.faults.down and self.observer is not None:
+        if self.faults.down:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self.observer is not None:
             self.observer.remove()
 
     # -- the end -----------------------------------------------------------------------------------------------------
@@ -305,7 +315,12 @@ class VocabGuard:
 
         It survives ``torch.load(weights_only=True)``. A baseline in memory is written to the run folder once.
         """
-        return {} if self.checker is None or self.faults.down else state.collect(self)
+        saved: dict[str, Any] = {}
+        if self.checker is not None and not self.faults.down:
+            with self.faults.contain("state_dict"):
+                saved = state.collect(self)
+            self._heed_faults()
+        return saved
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Resume from `saved` at the next `attach`."""
@@ -324,9 +339,8 @@ class VocabGuard:
             self.check()
         log = None
         with self.faults.contain("finish"):
-            if self.observer is not None:
-                self.observer.remove()
+            self._let_go()
             if self._reporter is not None:
-                log = self._reporter.finish(self.last)
-                self._reporter = None
+                reporter, self._reporter = self._reporter, None
+                log = reporter.finish(self.last)
         return log

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from vocabguard.alerts.rules import AlertRule, require_parts
 from vocabguard.config import ConfigError
 from vocabguard.matrices import VocabMatrix, find_matrices
 from vocabguard.measure.untrained import never_trained
-from vocabguard.results import MatrixName, NotApplicable, Transition, WatchedMatrix
+from vocabguard.results import MatrixName, NotApplicable, Preflight, Transition, Watch, WatchedMatrix
 from vocabguard.settings import GuardConfig
-from vocabguard.snapshot import Baseline, copy_baseline, open_baseline, reopen_baseline
+from vocabguard.snapshot import Baseline, CopiedBaseline, copy_baseline, open_baseline, reopen_baseline
 from vocabguard.vocabulary import GROUPS, VocabTable, build_table, plain_table
 
 Action = Callable[[Transition], None]
@@ -30,12 +31,14 @@ class Watched:
         baselines: of the matrices that can move; a tied pair has one.
         table: groups, live rows, texts.
         rows: V.
+        tokenizer: behind the table; None where there is none.
     """
 
     matrices: dict[MatrixName, VocabMatrix | NotApplicable]
     baselines: dict[MatrixName, Baseline]
     table: VocabTable
     rows: int
+    tokenizer: Any
 
     @property
     def tied(self) -> bool:
@@ -49,12 +52,26 @@ class Watched:
         head = self.matrices["head"]
         return head if isinstance(head, VocabMatrix) else None
 
+    def baseline_of(self, name: MatrixName) -> Baseline:
+        """The rows before; those of a pair that was tied at the start are kept once, as the head's."""
+        return self.baselines[name] if name in self.baselines else self.baselines["head"]
+
+    def resize(self, rows: int) -> None:
+        """Follow a matrix that was resized in mid-run.
+
+        New rows have no baseline: they count as never trained at the base, and so raise no alarm.
+        """
+        trained = torch.zeros(rows, dtype=torch.bool)
+        kept = min(rows, self.rows)
+        trained[:kept] = self.table.trained[:kept]
+        self.table = _table(self.tokenizer, rows).with_trained(trained)
+        self.rows = rows
+
     def describe(self, name: MatrixName) -> WatchedMatrix | NotApplicable:
         """What a user is told of one matrix."""
         matrix = self.matrices[name]
         if isinstance(matrix, NotApplicable):
             return matrix
-        baseline = self.baselines.get(name, self.baselines.get("head"))
         return WatchedMatrix(
             name=name,
             rows=matrix.rows,
@@ -62,7 +79,7 @@ class Watched:
             dtype=str(matrix.dtype).removeprefix("torch."),
             tied=matrix.tied,
             bias=matrix.has_bias,
-            baseline=baseline.describe() if baseline is not None else "none",
+            baseline=self.baseline_of(name).describe(),
         )
 
 
@@ -81,16 +98,41 @@ def watch_model(model: nn.Module, tokenizer: Any, config: GuardConfig, resumed: 
     try:
         matrices = find_matrices(model, config.matrices.head, config.matrices.embedding)
         rows = vocabulary_rows(model, matrices)
-        table = plain_table(rows) if tokenizer is None else build_table(tokenizer, rows)
+        table = _table(tokenizer, rows)
         baselines = _baselines(matrices, config, resumed.get("baselines", {}))
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
-    watched = Watched(matrices, baselines, table, rows)
+    watched = Watched(matrices, baselines, table, rows, tokenizer)
     if "trained" in resumed:
         watched.table = table.with_trained(resumed["trained"])
     elif config.untrained.enabled:
         watched.table = table.with_trained(~untrained_mask(watched, config.drift.chunk_rows))
     return watched
+
+
+def describe(watched: Watched, flight: Preflight | NotApplicable, prober: object, run_dir: Path | None) -> Watch:
+    """What a user is told before step 1.
+
+    Args:
+        watched: the matrices.
+        flight: what preflight found.
+        prober: what probes, or the `NotApplicable` that says why nothing does.
+        run_dir: folder of the run log.
+    """
+    return Watch(
+        head=watched.describe("head"),
+        embedding=watched.describe("embedding"),
+        probe=prober if isinstance(prober, NotApplicable) else None,
+        preflight=flight,
+        live=int(watched.table.live.sum()),
+        never_trained=int((~watched.table.trained).sum()),
+        run_dir=None if run_dir is None else str(run_dir),
+        notes=() if watched.tokenizer is not None else ("no tokenizer: tokens have no groups and no texts",),
+    )
+
+
+def _table(tokenizer: Any, rows: int) -> VocabTable:
+    return plain_table(rows) if tokenizer is None else build_table(tokenizer, rows)
 
 
 def vocabulary_rows(model: nn.Module, matrices: Mapping[MatrixName, VocabMatrix | NotApplicable]) -> int:
@@ -102,7 +144,8 @@ def vocabulary_rows(model: nn.Module, matrices: Mapping[MatrixName, VocabMatrix 
     found = [matrix.rows for matrix in matrices.values() if isinstance(matrix, VocabMatrix)]
     if found:
         return max(found)
-    inputs = getattr(model, "get_input_embeddings", lambda: None)()
+    # DistributedDataParallel keeps the model inside.
+    inputs = getattr(getattr(model, "module", model), "get_input_embeddings", lambda: None)()
     if inputs is None:
         reasons = {name: matrix.reason for name, matrix in matrices.items() if isinstance(matrix, NotApplicable)}
         raise ValueError(f"matrices: nothing to watch in {type(model).__name__}: {reasons}")
@@ -112,14 +155,15 @@ def vocabulary_rows(model: nn.Module, matrices: Mapping[MatrixName, VocabMatrix 
 def _baselines(
     matrices: Mapping[MatrixName, VocabMatrix | NotApplicable],
     config: GuardConfig,
-    references: Mapping[str, Mapping[str, str]],
+    saved: Mapping[str, Mapping[str, str] | Tensor],
 ) -> dict[MatrixName, Baseline]:
     baselines: dict[MatrixName, Baseline] = {}
     for name, matrix in matrices.items():
         if isinstance(matrix, NotApplicable) or (matrix.tied and name == "embedding" and "head" in baselines):
             continue
-        if name in references:
-            baselines[name] = reopen_baseline(references[name])
+        if name in saved:
+            rows = saved[name]
+            baselines[name] = CopiedBaseline(rows) if isinstance(rows, Tensor) else reopen_baseline(rows)
         elif config.snapshot.source is not None:
             baselines[name] = open_baseline(config.snapshot.source, matrix)
         else:

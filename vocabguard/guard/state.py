@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from vocabguard import collective
+from vocabguard.config import ConfigError
 from vocabguard.snapshot import CopiedBaseline, save_baseline
 
 if TYPE_CHECKING:
@@ -15,15 +18,25 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
+def require_known(saved: Mapping[str, Any]) -> None:
+    """Refuse a state that a newer version has written.
+
+    Raises:
+        ConfigError: with both versions.
+    """
+    if saved.get("version", VERSION) > VERSION:
+        raise ConfigError(f"state: version is {saved['version']}; this vocabguard reads up to {VERSION}")
+
+
 def collect(guard: VocabGuard) -> dict[str, Any]:
-    """The state of an attached guard: V-sized vectors, plain values, references to baselines."""
+    """The state of an attached guard: V-sized vectors, plain values, the baselines or where they are."""
     checker = guard.checker
     assert checker is not None
     return {
         "version": VERSION,
         "step": guard.steps,
         "run_dir": None if guard.run_dir is None else str(guard.run_dir),
-        "baselines": _references(guard),
+        "baselines": _baselines(guard),
         "trained": checker.watched.table.trained,
         "exposure": checker.counter.state_dict() if checker.counter is not None else {},
         "probe": checker.prober.state_dict() if checker.prober is not None else {},
@@ -32,12 +45,18 @@ def collect(guard: VocabGuard) -> dict[str, Any]:
             "every": guard.cadence.every,
             "probe_every": guard.cadence.probe_every,
             "last_probe": guard.cadence.last_probe,
+            "check_seconds": checker.check_seconds,
+            "probe_seconds": checker.probe_seconds,
         },
+        "latest": dict(guard.latest),
     }
 
 
-def _references(guard: VocabGuard) -> dict[str, dict[str, str]]:
-    """Where the baselines can be read again; one that lives in memory is first written to the run folder."""
+def _baselines(guard: VocabGuard) -> dict[str, dict[str, str] | Tensor]:
+    """Where the baselines can be read again; one that lives in memory is first written to the run folder.
+
+    Without a run folder the rows themselves go along: a resumed run could not find them anywhere else.
+    """
     assert guard.checker is not None
     baselines = guard.checker.watched.baselines
     for name, baseline in baselines.items():
@@ -46,7 +65,8 @@ def _references(guard: VocabGuard) -> dict[str, dict[str, str]]:
             if collective.is_main():
                 baselines[name] = save_baseline(baseline, path, name)
     return {
-        name: baseline.reference() for name, baseline in baselines.items() if not isinstance(baseline, CopiedBaseline)
+        name: baseline.tensor if isinstance(baseline, CopiedBaseline) else baseline.reference()
+        for name, baseline in baselines.items()
     }
 
 
@@ -54,14 +74,15 @@ def restore(guard: VocabGuard, saved: Mapping[str, Any]) -> None:
     """Give an attached guard the numbers of the run it goes on from; baselines were opened by `attach`."""
     checker = guard.checker
     assert checker is not None
-    if saved["version"] > VERSION:
-        raise ValueError(f"state: version is {saved['version']}; this vocabguard reads up to {VERSION}")
     guard.steps = saved["step"]
     if checker.counter is not None and saved["exposure"]:
         checker.counter.load_state_dict(saved["exposure"])
     if checker.prober is not None:
         checker.prober.load_state_dict(saved["probe"])
     checker.alerts.load_state_dict(saved["alerts"])
-    guard.cadence.every = saved["cadence"]["every"]
-    guard.cadence.probe_every = saved["cadence"]["probe_every"]
-    guard.cadence.last_probe = saved["cadence"]["last_probe"]
+    cadence = saved["cadence"]
+    guard.cadence.every, guard.cadence.probe_every = cadence["every"], cadence["probe_every"]
+    guard.cadence.last_probe = cadence["last_probe"]
+    # Known before the cadence is chosen: a run may stop within its first steps.
+    checker.check_seconds, checker.probe_seconds = cadence["check_seconds"], cadence["probe_seconds"]
+    guard.latest.update(saved["latest"])

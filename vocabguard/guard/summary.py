@@ -85,6 +85,7 @@ def token_reports(
     classes: Tensor,
     probe: ProbeResult | None,
     table: VocabTable,
+    step: int,
 ) -> tuple[TokenReport, ...]:
     """What is known about each of the given tokens, in their order.
 
@@ -95,8 +96,9 @@ def token_reports(
         classes: (V,) uint8.
         probe: the last probe, if any.
         table: groups and texts.
+        step: the optimizer step of the check; a guard that began late has counted fewer.
     """
-    since = steps_since_target(exposure) if isinstance(exposure, Exposure) else None
+    since = steps_since_target(exposure, step) if isinstance(exposure, Exposure) else None
     place = {} if probe is None else {token: row for row, token in enumerate(probe.ids.tolist())}
     instead = None if probe is None else said_instead(probe)
     reports = []

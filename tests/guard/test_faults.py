@@ -1,0 +1,227 @@
+"""A fault of the guard is told once, the guard stands down, and training goes on as if it were not there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader
+
+from vocabguard import ConfigError, VocabGuard
+
+STEPS = 4
+
+
+class OwnFaultError(Exception):
+    """Raised by the tests' own objects."""
+
+
+def broken(*_args: Any, **_kwargs: Any) -> Any:
+    raise OwnFaultError("broken on purpose")
+
+
+class BrokenWriter:
+    """A TensorBoard writer whose disk is full from step `since` on."""
+
+    def __init__(self, since: int = 0) -> None:
+        self.since = since
+
+    def add_scalar(self, tag: str, value: float, global_step: int = 0) -> None:
+        if global_step >= self.since:
+            broken()
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
+def guard_of(kit: Any, on_error: str, **options: Any) -> VocabGuard:
+    log = {"console": False, "tensorboard": "writer" in options}
+    options.pop("writer", None)
+    return VocabGuard(drift={"every_n_steps": 2}, log=log, on_error=on_error, **options)
+
+
+def run_bare(kit: Any) -> tuple[list[float], dict[str, Any]]:
+    model = kit.llama()
+    return kit.loop(None, model, kit.sgd(model), kit.batches(STEPS)), model.state_dict()
+
+
+def in_attach(kit: Any, on_error: str, folder: Path) -> tuple[VocabGuard, dict[str, Any], dict[str, Any]]:
+    rows = [{"labels": torch.tensor([1, 2])}]
+    return guard_of(kit, on_error), {"dataloader": DataLoader(rows, collate_fn=broken)}, {}
+
+
+def at_the_first_check(kit: Any, on_error: str, folder: Path) -> Any:
+    return guard_of(kit, on_error, writer=True), {"writer": BrokenWriter(), "run_dir": folder}, {}
+
+
+def in_step(kit: Any, on_error: str, folder: Path) -> Any:
+    return guard_of(kit, on_error, writer=True), {"writer": BrokenWriter(since=2)}, {}
+
+
+def in_the_forward_hook(kit: Any, on_error: str, folder: Path) -> Any:
+    return guard_of(kit, on_error, targets=broken), {}, {}
+
+
+def in_an_action(kit: Any, on_error: str, folder: Path) -> Any:
+    rule = {"metric": "head/cosine_min", "op": "<", "threshold": 1.0, "actions": ["tell"]}
+    return guard_of(kit, on_error, alerts={"moved": rule}, actions={"tell": broken}), {}, {}
+
+
+def run_dir_is_a_file(kit: Any, on_error: str, folder: Path) -> Any:
+    (folder / "file").write_text("")
+    return guard_of(kit, on_error), {"run_dir": folder / "file"}, {}
+
+
+def run_dir_below_a_file(kit: Any, on_error: str, folder: Path) -> Any:
+    (folder / "file").write_text("")
+    return guard_of(kit, on_error), {"run_dir": folder / "file" / "run"}, {}
+
+
+def in_observe(kit: Any, on_error: str, folder: Path) -> Any:
+    return guard_of(kit, on_error), {}, {1: lambda guard: guard.observe(None, torch.zeros(()))}
+
+
+def in_observe_batch(kit: Any, on_error: str, folder: Path) -> Any:
+    options = {"hook_model": False}
+    return guard_of(kit, on_error, targets=broken), options, {1: lambda guard: guard.observe_batch({})}
+
+
+def in_check(kit: Any, on_error: str, folder: Path) -> Any:
+    return guard_of(kit, on_error, writer=True), {"writer": BrokenWriter(since=1)}, {1: lambda guard: guard.check()}
+
+
+def in_state_dict(kit: Any, on_error: str, folder: Path) -> Any:
+    def lose_folder(guard: VocabGuard) -> None:
+        (folder / "run").rename(folder / "gone")
+        (folder / "run").write_text("")
+        assert guard.state_dict() == {}
+
+    return guard_of(kit, on_error), {"run_dir": folder / "run"}, {1: lose_folder}
+
+
+def in_finish(kit: Any, on_error: str, folder: Path) -> Any:
+    def lose_folder(guard: VocabGuard) -> None:
+        (folder / "run").rename(folder / "gone")
+        assert guard.finish() is None
+
+    return guard_of(kit, on_error), {"run_dir": folder / "run"}, {3: lose_folder}
+
+
+CASES = [
+    in_attach, at_the_first_check, in_step, in_the_forward_hook, in_an_action, run_dir_is_a_file, run_dir_below_a_file,
+    in_observe, in_observe_batch, in_check, in_state_dict, in_finish,
+]  # fmt: skip
+
+
+def run(kit: Any, guard: VocabGuard, attach: dict[str, Any], between: dict[int, Any]) -> Any:
+    """The hand-written loop, with calls to the guard between some steps."""
+    model, losses = kit.llama(), []
+    optimizer = kit.sgd(model)
+    watch = guard.attach(model, optimizer, total_steps=STEPS, **attach)
+    for step, batch in enumerate(kit.batches(STEPS), start=1):
+        losses += kit.loop(guard, model, optimizer, [batch], first=step)
+        if step in between:
+            between[step](guard)
+    return model, optimizer, losses, watch
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_a_fault_is_told_once_and_training_goes_on(kit: Any, tmp_path: Path, caplog: Any, case: Any) -> None:
+    guard, attach, between = case(kit, "warn", tmp_path)
+    with caplog.at_level(logging.WARNING, logger="vocabguard"):
+        model, optimizer, losses, watch = run(kit, guard, attach, between)
+        assert guard.faults.down
+        assert kit.hooks_on(model, optimizer) == 0
+        assert guard.step(STEPS + 1) is None
+        guard.observe(None, torch.zeros(()))
+        guard.check()
+        assert guard.state_dict() == {}
+        guard.finish()
+    told = [record for record in caplog.records if record.name == "vocabguard"]
+    assert len(told) == 1
+    assert "stands down, training goes on" in told[0].getMessage()
+    assert told[0].exc_info is not None
+    bare_losses, bare_weights = run_bare(kit)
+    assert losses == bare_losses
+    assert all(torch.equal(value, bare_weights[name]) for name, value in model.state_dict().items())
+    assert (watch is None) == (case in (in_attach, at_the_first_check, run_dir_is_a_file, run_dir_below_a_file))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_a_fault_is_raised_if_asked(kit: Any, tmp_path: Path, case: Any) -> None:
+    guard, attach, between = case(kit, "raise", tmp_path)
+    with pytest.raises((OwnFaultError, ExceptionGroup, OSError, IndexError, SafetensorError)):
+        run(kit, guard, attach, between)
+    assert not guard.faults.down
+
+
+def test_the_other_actions_run_and_the_rule_is_named(kit: Any, caplog: Any) -> None:
+    seen: list[Any] = []
+    rule = {"metric": "head/cosine_min", "op": "<", "threshold": 1.0, "actions": ["tell", "note", "log"]}
+    guard = guard_of(kit, "raise", alerts={"moved": rule}, actions={"tell": broken, "note": seen.append})
+    with pytest.raises(ExceptionGroup) as raised:
+        run(kit, guard, {}, {})
+    assert len(seen) == 1
+    assert isinstance(raised.value.exceptions[0], OwnFaultError)
+    assert "'moved'" in raised.value.exceptions[0].__notes__[0]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written(kit: Any, tmp_path: Path, caplog: Any) -> None:
+    tmp_path.chmod(0o500)
+    guard = guard_of(kit, "warn")
+    run(kit, guard, {"run_dir": tmp_path / "run"}, {})
+    assert "Permission" in guard.faults.reason
+    tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_config_errors_always_pass_and_leave_nothing_behind(
+    kit: Any, tokenizer: Any, tmp_path: Path, on_error: str
+) -> None:
+    model = kit.llama(kit.TOKENIZER_ROWS)
+    optimizer = kit.sgd(model)
+    guard = VocabGuard(tokenizer=tokenizer, probe={"watch": ["no single token"]}, on_error=on_error)
+    with pytest.raises(ConfigError, match=r"probe.watch: 'no single token' is not one token"):
+        guard.attach(model, optimizer, run_dir=tmp_path / "run")
+    assert kit.hooks_on(model, optimizer) == 0
+    assert not (tmp_path / "run").exists()
+    assert guard.watch is None
+    assert guard.step(1) is None
+
+
+def test_a_guard_that_stood_down_may_be_attached_again(kit: Any) -> None:
+    guard, attach, _ = in_step(kit, "warn", Path())
+    run(kit, guard, attach, {})
+    assert guard.faults.down
+    guard.finish()
+    run(kit, guard, {}, {})
+    assert not guard.faults.down
+    assert guard.last.step == STEPS
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_broken_rows_are_counted_and_alert(kit: Any, tmp_path: Path, value: float) -> None:
+    model = kit.llama()
+    optimizer = kit.sgd(model)
+    guard = VocabGuard(drift={"every_n_steps": 1}, **kit.QUIET)
+    guard.attach(model, optimizer, total_steps=2, run_dir=tmp_path)
+    kit.loop(guard, model, optimizer, kit.batches(1))
+    assert guard.last.scalars["vocabguard/head/nonfinite_rows"] == 0
+    with torch.no_grad():
+        model.lm_head.weight[[5, 9]] = value
+    guard.step(2)
+    log = guard.finish()
+    found = guard.last
+    assert found.scalars["vocabguard/head/nonfinite_rows"] == 2
+    assert found.head.bad.nonzero().flatten().tolist() == [5, 9]
+    assert "broken_rows" in found.firing
+    assert [(alert.rule, alert.step, alert.level) for alert in log.alerts() if alert.rule == "broken_rows"] == [
+        ("broken_rows", 2, "critical")
+    ]
+    assert 0.5 < found.scalars["vocabguard/head/cosine_mean"] < 1, "the other rows are measured"

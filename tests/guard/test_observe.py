@@ -1,0 +1,178 @@
+"""Batches on their way into the model, and gradients as the optimizer used them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+
+from vocabguard import VocabGuard
+from vocabguard.guard.observe import labels_of, predicts_next
+
+
+def attached(kit: Any, model: nn.Module, optimizer: Any = None, **options: Any) -> VocabGuard:
+    attach = {"hook_model": options.pop("hook_model", True)}
+    guard = VocabGuard(**kit.QUIET | {"exposure": {"push_every_n_steps": 2}} | options)
+    guard.attach(model, optimizer, **attach)
+    return guard
+
+
+def test_what_shifts_its_labels(kit: Any) -> None:
+    small: dict[str, Any] = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    masked = BertForMaskedLM(BertConfig(**small, intermediate_size=8))
+    seq2seq = T5ForConditionalGeneration(T5Config(vocab_size=16, d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8))
+    assert predicts_next(kit.llama())
+    assert predicts_next(kit.Plain())
+    assert not predicts_next(masked)
+    assert not predicts_next(seq2seq)
+    batch = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[-100, 2, 4]])}
+    guard = attached(kit, masked.train())
+    masked(**batch)
+    guard.step(1)
+    assert guard.check().exposure.data_target.nonzero().flatten().tolist() == [2, 4]
+
+
+@pytest.mark.parametrize(("shift", "expected"), [(None, [3]), (True, [3]), (False, [2, 3])])
+def test_the_shift_can_be_told(kit: Any, shift: bool | None, expected: list[int]) -> None:
+    guard = attached(kit, kit.llama(), exposure={"shift_labels": shift})
+    guard.observe(None, torch.tensor([[2, 3, -100]]))
+    guard.step(1)
+    assert guard.check().exposure.data_target.nonzero().flatten().tolist() == expected
+
+
+def test_only_training_passes_are_counted(kit: Any) -> None:
+    model, batch = kit.llama(), kit.batches(1)[0]
+    guard = attached(kit, model)
+    model.eval()(**batch)
+    assert not guard.observer.counter.targets_now().any()
+    model.train()(input_ids=batch["input_ids"])
+    assert not guard.observer.counter.targets_now().any(), "a pass without labels asks for nothing"
+    model(**batch)
+    assert guard.observer.counter.targets_now().any()
+
+
+def test_accumulation_counts_every_batch_and_one_gradient(kit: Any) -> None:
+    model, data = kit.llama(), kit.batches(6)
+    optimizer = kit.sgd(model)
+    guard = attached(kit, model, optimizer)
+    pulls = torch.zeros(kit.ROWS)
+    for step in range(1, 4):
+        asked: set[int] = set()
+        for batch in data[2 * step - 2 : 2 * step]:
+            model(**batch).loss.backward()
+            asked |= set(batch["labels"][:, 1:].flatten().tolist()) - {-100}
+        optimizer.step()
+        for token in asked:
+            pulls[token] += model.lm_head.weight.grad[token].norm()
+        guard.step(step)
+        optimizer.zero_grad()
+    found = guard.check().exposure
+    assert found.data_target.tolist() == kit.naive_counts(data)["data_target"]
+    torch.testing.assert_close(found.pull, pulls)
+    assert (found.steps, found.push_samples) == (3, 1)
+
+
+def test_inputs_given_by_position(kit: Any) -> None:
+    class Own(kit.Plain):  # type: ignore[name-defined, misc]
+        def forward(self, ids: Any, labels: Any = None) -> Any:
+            return super().forward(ids)
+
+    model = Own()
+    guard = attached(kit, model.train(), matrices=kit.PLAIN)
+    model(torch.tensor([[1, 2, 2]]), labels=torch.tensor([[1, 2, 2]]))
+    guard.step(1)
+    found = guard.check().exposure
+    assert (found.inputs[2], found.data_target[2], found.data_target[1]) == (2, 2, 0)
+
+
+def test_several_optimizers_one_holds_the_head(kit: Any) -> None:
+    model, batch = kit.llama(), kit.batches(1)[0]
+    head = torch.optim.SGD(model.lm_head.parameters(), lr=0.1)
+    body = torch.optim.SGD(model.model.parameters(), lr=0.1)
+    guard = attached(kit, model, [body, head])
+    model(**batch).loss.backward()
+    body.step()
+    assert guard.observer.counter.pull.sum() == 0
+    head.step()
+    assert guard.observer.counter.pull.sum() > 0
+    assert (len(body._optimizer_step_post_hooks), len(head._optimizer_step_post_hooks)) == (0, 1)
+    guard.finish()
+    assert len(head._optimizer_step_post_hooks) == 0
+
+
+def test_an_optimizer_inside_a_wrapper(kit: Any) -> None:
+    class Wrapper:
+        def __init__(self, optimizer: Any) -> None:
+            self.optimizer = optimizer
+            self.param_groups = optimizer.param_groups
+
+    model = kit.llama()
+    inner = kit.sgd(model)
+    attached(kit, model, Wrapper(inner))
+    assert len(inner._optimizer_step_post_hooks) == 1
+
+
+def test_counting_can_be_off(kit: Any) -> None:
+    model, data = kit.llama(), kit.batches(2)
+    optimizer = kit.sgd(model)
+    guard = attached(kit, model, optimizer, exposure={"enabled": False})
+    assert kit.hooks_on(model, optimizer) == 0
+    kit.loop(guard, model, optimizer, data)
+    guard.observe(None, data[0]["labels"])
+    guard.observe_batch(data[0])
+    guard.finish()
+    assert "off" in guard.last.exposure.reason
+    assert not [key for key in guard.latest if "exposure" in key or "never" in key]
+    assert guard.last.worst[0].exposure_class == "unknown"
+    assert guard.latest["vocabguard/head/cosine_min"] < 1
+
+
+def test_batches_with_labels_are_counted_without_a_hook(kit: Any) -> None:
+    model, data = kit.llama(), kit.batches(2)
+    guard = attached(kit, model, hook_model=False)
+    for step, batch in enumerate(data, start=1):
+        guard.observe_batch(batch)
+        model.train()(**batch)
+        guard.step(step)
+    found = guard.check().exposure
+    assert found.data_target.tolist() == kit.naive_counts(data)["data_target"]
+    assert found.inputs.tolist() == kit.naive_counts(data)["inputs"]
+
+
+def test_batches_without_labels_are_counted_in_the_forward_pass(kit: Any) -> None:
+    model, data = kit.llama(), kit.batches(3)
+    guard = attached(kit, model, hook_model=False)
+    for step, batch in enumerate(data, start=1):
+        guard.observe_batch({"text": "of which the module makes a batch"})
+        model.train()(**batch)
+        guard.step(step)
+    assert guard.check().exposure.data_target.tolist() == kit.naive_counts(data)["data_target"]
+
+
+def test_an_extractor_tells_aligned_targets(kit: Any) -> None:
+    guard = attached(kit, kit.llama(), hook_model=False, targets=lambda batch: (None, batch["y"]))
+    guard.observe_batch({"y": torch.tensor([[7, 8, -100]])})
+    guard.step(1)
+    assert guard.check().exposure.data_target.nonzero().flatten().tolist() == [7, 8]
+
+
+def test_labels_of() -> None:
+    labels = torch.tensor([[1]])
+    assert labels_of([labels], None) is None
+    assert labels_of({"labels": "text"}, None) is None
+    assert labels_of({"labels": labels, "input_ids": "text"}, None) == (None, labels, False)
+    assert labels_of(3, lambda batch: (None, labels)) == (None, labels, True)
+
+
+def test_silence_is_told_once(kit: Any, caplog: Any) -> None:
+    model = kit.Plain()
+    guard = VocabGuard(matrices=kit.PLAIN, drift={"every_n_steps": 1}, **kit.QUIET)
+    guard.attach(model)
+    assert not caplog.records
+    for step in (1, 2, 3):
+        guard.step(step)
+    assert len(caplog.records) == 1
+    assert "no target has been counted by step 1" in caplog.records[0].getMessage()

@@ -1,0 +1,302 @@
+"""A hand-written loop: attach, step, finish; what the guard says equals what plain loops over the run give."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.functional import cosine_similarity
+
+from vocabguard import ConfigError, RunLog, VocabGuard
+from vocabguard.results import NotApplicable, RowDrift
+
+STEPS = 6
+EAGER = {"drift": {"every_n_steps": 2}, "exposure": {"push_every_n_steps": 1}}
+
+
+def cosines(before: Any, now: Any) -> Any:
+    return cosine_similarity(before.double(), now.double(), dim=1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_counts_cosines_and_the_run_folder(kit: Any, tmp_path: Path, tied: bool) -> None:
+    model, data = kit.llama(tied=tied), kit.batches(STEPS)
+    optimizer, base = kit.sgd(model), kit.copy_of(model)
+    guard = VocabGuard(**EAGER, **kit.QUIET)
+    watch = guard.attach(model, optimizer, total_steps=STEPS, run_dir=tmp_path / "run")
+    kit.loop(guard, model, optimizer, data)
+    log = guard.finish()
+
+    assert watch.head.tied == watch.embedding.tied == tied
+    assert (watch.head.rows, watch.head.width, watch.live) == (kit.ROWS, 16, kit.ROWS)
+    now, expected = model.state_dict(), kit.naive_counts(data)
+    rows = RunLog.open(tmp_path / "run").rows()
+    for name, counts in expected.items():
+        assert rows[f"exposure/{name}"].tolist() == counts
+    for name, key in (("head", "lm_head.weight"), ("embedding", "model.embed_tokens.weight")):
+        torch.testing.assert_close(rows[f"{name}/cosine"].double(), cosines(base[key], now[key]), atol=1e-6, rtol=0)
+    assert torch.equal(base["lm_head.weight"], base["model.embed_tokens.weight"]) == tied
+
+    assert log.row_steps == (STEPS,)
+    assert [check["step"] for check in log.checks()] == [0, 2, 4, 6]
+    last = log.checks()[-1]["scalars"]
+    cosine = cosines(base["lm_head.weight"], now["lm_head.weight"])
+    assert last["vocabguard/head/cosine_mean"] == pytest.approx(cosine.mean().item(), abs=1e-6)
+    assert last["vocabguard/head/below_0.95"] == pytest.approx((cosine < 0.95).double().mean().item())
+    assert last["vocabguard/head/below_0.95"] > 0
+    never = [token for token, count in enumerate(expected["data_target"]) if count == 0]
+    assert last["vocabguard/exposure/never"] == pytest.approx(len(never) / kit.ROWS)
+    assert last["vocabguard/head/never/cosine_min"] == pytest.approx(cosine[never].min().item(), abs=1e-6)
+    assert log.scalar("head/cosine_mean")[1][0] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_alerts_are_in_the_run_folder(kit: Any, tmp_path: Path) -> None:
+    model = kit.llama()
+    optimizer = kit.sgd(model)
+    seen: list[Any] = []
+    rule = {"metric": "head/cosine_min", "op": "<", "threshold": 0.9999, "actions": ["tell"]}
+    guard = VocabGuard(alerts={"moved": rule}, actions={"tell": seen.append}, **EAGER, **kit.QUIET)
+    guard.attach(model, optimizer, total_steps=4, run_dir=tmp_path)
+    kit.loop(guard, model, optimizer, kit.batches(4))
+    log = guard.finish()
+    fired = [alert for alert in log.alerts() if alert.rule == "moved"]
+    assert [(alert.step, alert.state) for alert in fired] == [(2, "firing")]
+    assert seen == fired
+    assert fired[0].value == log.checks()[1]["scalars"]["vocabguard/head/cosine_min"]
+    assert "moved" in log.checks()[-1]["firing"]
+    assert log.checks()[-1]["scalars"]["vocabguard/alerts/firing"] == len(guard.last.firing)
+
+
+def test_tensorboard_has_the_documented_keys(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
+    model = kit.llama(kit.TOKENIZER_ROWS)
+    optimizer = kit.sgd(model)
+    guard = VocabGuard(tokenizer=tokenizer, probe={"sample": 8}, log={"console": False}, on_error="raise", **EAGER)
+    guard.attach(model, optimizer, total_steps=2, run_dir=tmp_path)
+    kit.loop(guard, model, optimizer, kit.batches(2, kit.TOKENIZER_ROWS))
+    log = guard.finish()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    rows = ("cosine_mean", "cosine_min", "cosine_p01", "residual_p01", "below_0.95", "below_0.90")
+    parts = ("", "ja/", "latin/", "never/", "1-4/")
+    assert {
+        f"vocabguard/{name}/{part}{key}" for name in ("head", "embedding") for part in parts for key in rows
+    } <= tags
+    assert {f"vocabguard/exposure/{name}" for name in ("never", "1-4", "5-19", "20+", "push_share")} <= tags
+    assert {"vocabguard/alerts/firing", "vocabguard/overhead"} <= tags
+    value = events.Scalars("vocabguard/head/cosine_mean")
+    assert [(event.step, event.value) for event in value] == [
+        (check["step"], pytest.approx(check["scalars"]["vocabguard/head/cosine_mean"])) for check in log.checks()
+    ]
+    assert {"vocabguard/head/cosine", "vocabguard/embedding/cosine"} <= set(events.Tags()["histograms"])
+
+
+def test_a_given_writer_is_used_and_left_open(kit: Any, tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    model = kit.llama()
+    optimizer = kit.sgd(model)
+    with SummaryWriter(str(tmp_path / "own")) as writer:
+        guard = VocabGuard(log={"console": False}, on_error="raise", **EAGER)
+        guard.attach(model, optimizer, total_steps=2, writer=writer, run_dir=tmp_path / "run")
+        kit.loop(guard, model, optimizer, kit.batches(2))
+        guard.finish()
+        writer.add_scalar("mine", 1.0)
+    events = EventAccumulator(str(tmp_path / "own"))
+    events.Reload()
+    assert {"mine", "vocabguard/head/cosine_mean"} <= set(events.Tags()["scalars"])
+    assert not list((tmp_path / "run").glob("events.*"))
+
+
+def test_the_console_tells_preflight_and_a_verdict_each_check(kit: Any, tokenizer: Any, capsys: Any) -> None:
+    data = kit.batches(4, kit.TOKENIZER_ROWS)
+    examples = [{name: value[row] for name, value in batch.items()} for batch in data for row in range(3)]
+    model = kit.llama(kit.TOKENIZER_ROWS)
+    optimizer = kit.sgd(model)
+    guard = VocabGuard(tokenizer=tokenizer, probe={"sample": 8}, on_error="raise", **EAGER)
+    watch = guard.attach(
+        model, optimizer, total_steps=4, dataloader=torch.utils.data.DataLoader(examples, batch_size=3)
+    )
+    start = capsys.readouterr().out
+    live = guard.checker.watched.table.live
+    targets = torch.tensor(kit.naive_counts(data, kit.TOKENIZER_ROWS)["data_target"])
+    never = int((live & (targets == 0)).sum())
+    assert 0 < never < watch.live
+    assert f"{watch.live:,} live tokens" in start
+    assert f"{never:,}" in start
+    kit.loop(guard, model, optimizer, data)
+    running = capsys.readouterr().out
+    assert [line.split(":")[0] for line in running.splitlines() if line.startswith("vocabguard step")] == [
+        "vocabguard step 2",
+        "vocabguard step 4",
+    ]
+    assert "never a target" in running
+    assert guard.finish() is None, "without a run_dir nothing is written"
+    assert "worst tokens" in capsys.readouterr().out
+
+
+def test_quiet_when_asked(kit: Any, capsys: Any) -> None:
+    model = kit.llama()
+    guard = VocabGuard(**kit.QUIET)
+    guard.attach(model)
+    guard.finish()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_plain_torch_model(kit: Any, tied: bool) -> None:
+    """Named matrices, no tokenizer, labels told by `observe`."""
+    model, data = kit.Plain(tied=tied), kit.batches(3)
+    optimizer, base = kit.sgd(model), kit.copy_of(model)
+    guard = VocabGuard(matrices=kit.PLAIN, **EAGER, **kit.QUIET)
+    watch = guard.attach(model, optimizer, total_steps=3)
+    assert watch.head.tied is tied
+    assert "tokenizer" in watch.probe.reason
+    assert "no tokenizer" in watch.notes[0]
+    for step, batch in enumerate(data, start=1):
+        logits = model(batch["input_ids"])[:, :-1].flatten(0, 1)
+        torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten()).backward()
+        guard.observe(batch["input_ids"], batch["labels"])
+        optimizer.step()
+        guard.step(step)
+        optimizer.zero_grad()
+    guard.finish()
+    found = guard.last.exposure
+    assert found.data_target.tolist() == kit.naive_counts(data)["data_target"]
+    assert found.inputs.sum() == sum(batch["input_ids"].numel() for batch in data), "no mask was told"
+    assert found.pull.sum() > 0
+    torch.testing.assert_close(
+        guard.last.head.cosine.double(), cosines(base["out.weight"], model.out.weight.detach()), atol=1e-6, rtol=0
+    )
+
+
+def test_echo_rows_are_counted_apart(kit: Any) -> None:
+    model = kit.Plain()
+    guard = VocabGuard(matrices=kit.PLAIN, **kit.QUIET)
+    guard.attach(model)
+    guard.observe(None, torch.tensor([[1, 2, 2], [1, 3, 3]]), echo_mask=torch.tensor([False, True]))
+    guard.step(1)
+    found = guard.check().exposure
+    assert (found.data_target[2], found.echo_target[3], found.data_target[3], found.echo_target[2]) == (2, 2, 0, 0)
+
+
+@pytest.mark.parametrize("matrices", [{"head": "out"}, {"embedding": "words"}])
+def test_one_matrix_alone(kit: Any, matrices: dict[str, str]) -> None:
+    model = kit.Plain()
+    guard = VocabGuard(matrices=matrices, **kit.QUIET)
+    guard.attach(model)
+    guard.finish()
+    watched, other = ("head", "embedding") if "head" in matrices else ("embedding", "head")
+    assert isinstance(getattr(guard.last, watched), RowDrift)
+    assert isinstance(getattr(guard.last, other), NotApplicable)
+    assert f"matrices.{other}" in getattr(guard.watch, other).reason
+    assert f"vocabguard/{watched}/cosine_mean" in guard.latest
+    assert len(guard.last.worst) == 20
+
+
+def test_nothing_to_watch_is_refused(kit: Any) -> None:
+    with pytest.raises(ConfigError, match="matrices: nothing to watch in Plain"):
+        VocabGuard(**kit.QUIET).attach(kit.Plain())
+
+
+def test_a_module_that_does_not_exist_is_refused(kit: Any) -> None:
+    with pytest.raises(ConfigError, match=r"matrices.head is 'output'.*allowed.*out"):
+        VocabGuard(matrices={"head": "output"}, **kit.QUIET).attach(kit.Plain())
+
+
+@pytest.mark.parametrize("also_embedding", [False, True])
+def test_a_frozen_head_is_not_applicable_and_the_probe_still_runs(
+    kit: Any, tokenizer: Any, tmp_path: Path, also_embedding: bool
+) -> None:
+    model = kit.llama(kit.TOKENIZER_ROWS)
+    model.lm_head.weight.requires_grad_(False)
+    model.model.embed_tokens.weight.requires_grad_(not also_embedding)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    guard = VocabGuard(tokenizer=tokenizer, probe={"sample": 8, "watch": [300]}, **EAGER, **kit.QUIET)
+    watch = guard.attach(model, optimizer, total_steps=2, run_dir=tmp_path)
+    data = kit.batches(2, kit.TOKENIZER_ROWS)
+    kit.loop(guard, model, optimizer, data)
+    log = guard.finish()
+    assert "frozen" in watch.head.reason
+    assert isinstance(watch.embedding, NotApplicable) == also_embedding
+    assert watch.probe is None
+    assert guard.last.probe is not None
+    assert "vocabguard/probe/probability_mean" in guard.last.scalars
+    assert "vocabguard/head/cosine_mean" not in guard.last.scalars
+    assert guard.last.exposure.data_target.tolist() == kit.naive_counts(data, kit.TOKENIZER_ROWS)["data_target"]
+    assert "frozen" in log.meta["watch"]["head"]["not_applicable"]
+    assert math.isnan(guard.last.watched[0].cosine) == also_embedding
+
+
+def test_a_wrapped_frozen_model_is_found(kit: Any) -> None:
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module: Any) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, **batch: Any) -> Any:
+            return self.module(**batch)
+
+    model = kit.llama()
+    for matrix in (model.lm_head, model.model.embed_tokens):
+        matrix.weight.requires_grad_(False)
+    guard = VocabGuard(**kit.QUIET)
+    assert guard.attach(Wrapper(model)) is not None
+    assert guard.last.exposure.data_target.shape == (kit.ROWS,)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(kit: Any, tokenizer: Any) -> None:
+    model = kit.llama()
+    optimizer = kit.sgd(model)
+    with pytest.raises(ConfigError, match=r"does not fit.*8160 ids.*64 rows"):
+        VocabGuard(tokenizer=tokenizer).attach(model, optimizer)
+    assert kit.hooks_on(model, optimizer) == 0
+
+
+def test_padded_rows_are_not_live_and_raise_no_alarm(kit: Any, tokenizer: Any) -> None:
+    model = kit.llama(kit.TOKENIZER_ROWS)
+    guard = VocabGuard(tokenizer=tokenizer, probe={"enabled": False}, **kit.QUIET)
+    guard.attach(model)
+    with torch.no_grad():
+        model.lm_head.weight[8160:].neg_()
+        model.lm_head.weight[8170] = torch.nan
+    guard.step(1)
+    found = guard.check()
+    assert not guard.checker.watched.table.live[8160:].any()
+    torch.testing.assert_close(found.head.cosine[8160:8170], -torch.ones(10))
+    assert found.scalars["vocabguard/head/below_0.95"] == 0
+    assert found.scalars["vocabguard/head/nonfinite_rows"] == 0
+    assert found.firing == ()
+
+
+@pytest.mark.parametrize("told_apart", [True, False])
+def test_never_trained_rows_raise_no_alarm(kit: Any, tokenizer: Any, told_apart: bool) -> None:
+    model = kit.llama(kit.TOKENIZER_ROWS)
+    ids = tokenizer.convert_tokens_to_ids(["and", "que", "der"])
+    assert len(set(ids)) == 3
+    assert None not in ids
+    with torch.no_grad():
+        direction = torch.randn(16)
+        for rows in (torch.arange(8160, 8192), torch.tensor(ids)):
+            model.model.embed_tokens.weight[rows] = 1e-4 * torch.randn(len(rows), 16)
+            model.lm_head.weight[rows] = direction + 1e-4 * torch.randn(len(rows), 16)
+    rule = {"metric": "head/cosine_min", "op": "<", "threshold": 0.9}
+    guard = VocabGuard(
+        tokenizer=tokenizer,
+        probe={"enabled": False},
+        untrained={"enabled": told_apart},
+        alerts={"low": rule},
+        **kit.QUIET,
+    )
+    watch = guard.attach(model)
+    with torch.no_grad():
+        model.lm_head.weight[ids] *= -1
+    guard.step(1)
+    found = guard.check()
+    assert watch.never_trained == (3 if told_apart else 0)
+    assert found.firing == (() if told_apart else ("low",))
+    assert (min(report.cosine for report in found.worst) > 0.9) == told_apart

@@ -1,0 +1,215 @@
+"""Sources merge in their order; what cannot be used is refused with the key, the value and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vocabguard import ConfigError, GuardConfig, VocabGuard, load_config, presets
+from vocabguard.settings import DriftConfig, RuleConfig
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def leaves(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value."""
+    found = {}
+    for key, value in settings.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
+
+
+def setting(config: GuardConfig, dotted: str) -> Any:
+    value: Any = config
+    for name in dotted.split("."):
+        value = value[name] if isinstance(value, dict) else getattr(value, name)
+    return value
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_loads_by_name_and_by_path(path: Path) -> None:
+    written = leaves(yaml.safe_load(path.read_text(encoding="utf-8")))
+    assert written
+    for source in (path.stem, path, str(path)):
+        config = load_config(source)
+        assert {key: setting(config, key) for key in written} == written
+        VocabGuard(source)
+    assert path.read_text(encoding="utf-8").startswith("#"), "a preset's header says what it is for"
+
+
+def test_presets_are_the_files_of_configs() -> None:
+    assert presets() == tuple(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+
+
+def test_defaults() -> None:
+    assert load_config() == GuardConfig()
+    assert load_config({}) == GuardConfig()
+
+
+def test_yaml_file_mapping_and_config_say_the_same(tmp_path: Path) -> None:
+    wanted = {"drift": {"every_n_steps": 7}, "probe": {"watch": ["嘉祺", 190467]}, "seed": 3}
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(wanted, allow_unicode=True), encoding="utf-8")
+    ready = GuardConfig(drift=DriftConfig(every_n_steps=7), seed=3)
+    ready.probe.watch = ["嘉祺", 190467]
+    configs = [load_config(file), load_config(wanted), load_config(ready), load_config(None, (), wanted)]
+    assert all(config == ready for config in configs)
+    assert configs[2] is not ready
+
+
+def test_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "empty.yaml"
+    file.write_text("", encoding="utf-8")
+    assert load_config(file) == GuardConfig()
+
+
+@pytest.mark.parametrize("source", [{"drift": {"every_n_steps": 2, "chunk_rows": 2}, "seed": 2},
+                                    GuardConfig(drift=DriftConfig(2, 2), seed=2)])  # fmt: skip
+def test_later_sources_win(source: Any) -> None:
+    options = {"drift": {"every_n_steps": 3, "chunk_rows": 3}}
+    config = load_config(source, ["drift.every_n_steps=4"], options)
+    assert (config.drift.every_n_steps, config.drift.chunk_rows, config.seed) == (4, 3, 2)
+    assert load_config(source).drift == DriftConfig(2, 2)
+
+
+def test_guard_takes_preset_overrides_and_keyword_sections() -> None:
+    guard = VocabGuard("light", overrides=["probe.sample=7"], probe={"sample": 8, "watch": [3]}, seed=5)
+    assert (guard.config.probe.sample, guard.config.probe.watch, guard.config.seed) == (7, [3], 5)
+    assert guard.config.cadence.max_checks == 50
+
+
+def test_a_section_may_be_its_dataclass() -> None:
+    assert load_config(None, (), {"drift": DriftConfig(every_n_steps=9)}).drift.every_n_steps == 9
+
+
+def test_rules_merge_by_name() -> None:
+    config = load_config({"alerts": {"head_degraded": {"threshold": 0.2, "resolve_at": 0.1}}})
+    assert config.alerts["head_degraded"] == RuleConfig("head/below_0.95", ">", 0.2, resolve_at=0.1)
+    assert config.alerts["head_severe"] == GuardConfig().alerts["head_severe"]
+    as_list = {"alerts": [{"name": "ja", "metric": "head/ja/below_0.95", "threshold": 0.3}]}
+    assert load_config(as_list).alerts == GuardConfig().alerts | {"ja": RuleConfig("head/ja/below_0.95", ">", 0.3)}
+
+
+def test_a_rule_can_be_switched_off() -> None:
+    guard = VocabGuard(overrides=["alerts.head_severe.enabled=false"])
+    assert {rule.name for rule in guard.rules} == set(GuardConfig().alerts) - {"head_severe"}
+
+
+NAN = math.nan
+REFUSED: list[tuple[Any, tuple[str, ...]]] = [
+    # unknown keys, with a suggestion
+    ({"drift": {"every_n_step": 5}}, ("drift.every_n_step", "every_n_steps", "did you mean 'every_n_steps'")),
+    ({"drfit": {"every_n_steps": 5}}, ("drfit", "did you mean 'drift'", "snapshot")),
+    ({"alerts": {"head_degraded": {"treshold": 0.1}}}, ("alerts.head_degraded.treshold", "did you mean 'threshold'")),
+    ({"probe": {"contexts": {"mine": {"txt": "{tokens}"}}}}, ("probe.contexts.mine.txt", "did you mean 'text'")),
+    # out of range
+    ({"drift": {"every_n_steps": -5}}, ("drift.every_n_steps", "-5", "at least 1")),
+    ({"drift": {"every_n_steps": 0}}, ("drift.every_n_steps", "0", "at least 1")),
+    ({"exposure": {"push_every_n_steps": -1}}, ("exposure.push_every_n_steps", "-1", "at least 0")),
+    ({"cadence": {"budget": 1.5}}, ("cadence.budget", "1.5", "0.0 to 1.0")),
+    ({"cadence": {"budget": NAN}}, ("cadence.budget", "nan", "0.0 to 1.0")),
+    ({"preflight": {"max_seconds": NAN}}, ("preflight.max_seconds", "nan", "at least 0")),
+    ({"log": {"top_k": 1001}}, ("log.top_k", "1001", "0 to 1000")),
+    ({"probe": {"contexts": {"list": {"k": 0}}}}, ("probe.contexts.list.k", "0", "1 to 4096")),
+    ({"on_error": "stop"}, ("on_error", "'stop'", "'warn', 'raise'")),
+    ({"alerts": {"head_degraded": {"op": "=>"}}}, ("alerts.head_degraded.op", "'=>'", "'>='")),
+    ({"alerts": {"head_degraded": {"level": "loud"}}}, ("alerts.head_degraded.level", "'loud'", "'critical'")),
+    (GuardConfig(drift=DriftConfig(every_n_steps=-5)), ("drift.every_n_steps", "-5", "at least 1")),
+    # wrong types
+    ({"drift": {"every_n_steps": "often"}}, ("drift.every_n_steps", "often", "Integer")),
+    ({"drift": {"every_n_steps": 2.5}}, ("drift.every_n_steps", "2.5", "Integer")),
+    ({"drift": {"every_n_steps": True}}, ("drift.every_n_steps", "True", "Integer")),
+    ({"log": {"console": "maybe"}}, ("log.console", "maybe", "bool")),
+    ({"drift": 5}, ("drift is 5", "every_n_steps", "chunk_rows")),
+    ({"drift": None}, ("drift", "not Optional")),
+    ({"probe": {"watch": "word"}}, ("probe.watch", "list")),
+    # contexts
+    ({"probe": {"contexts": {"mine": {"text": "Say it."}}}}, ("probe.contexts.mine.text", "Say it.", "{tokens}")),
+    ({"probe": {"contexts": {"mine": {"text": "{tokens} {tokens}"}}}}, ("probe.contexts.mine.text", "exactly one")),
+    # alert rules
+    ({"alerts": {"mine": {"threshold": 0.1}}}, ("alerts.mine.metric", "missing")),
+    ({"alerts": [{"metric": "head/below_0.95"}]}, ("alerts", "'name'", "head/below_0.95")),
+    ({"alerts": ["head_degraded"]}, ("alerts", "'name'", "head_degraded")),
+    # sources
+    ("wach", ("wach", "watch", "thorough", "YAML file")),
+    (5, ("int", "preset", "mapping")),
+    (["drift"], ("list", "mapping")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("source", "said"), REFUSED, ids=lambda case: str(case)[:60] if isinstance(case, tuple) else ""
+)
+def test_refused_with_key_value_and_what_is_allowed(source: Any, said: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_config(source)
+    for part in said:
+        assert part in str(refusal.value)
+
+
+RULES_REFUSED = [
+    ({"metric": "head/below_0.95", "threshold": 1.5}, ("mine", "threshold", "1.5", "[0, 1]")),
+    ({"metric": "head/cosine_min", "op": "<", "threshold": -2}, ("mine", "threshold", "-2", "[-1, 1]")),
+    ({"metric": "head/below_0.95", "threshold": NAN}, ("mine", "threshold", "nan", "[0, 1]")),
+    ({"metric": "head/below_0.95", "threshold": 0.1, "resolve_at": 0.2}, ("mine", "resolve_at", "0.2", "[0, 0.1]")),
+    ({"metric": "head/below_0.99", "threshold": 0.1}, ("mine", "head/below_0.99", "head/below_0.95")),
+    ({"metric": "head/klingon/below_0.95", "threshold": 0.1}, ("mine", "klingon", "greek")),
+    ({"metric": "head/below_0.95", "threshold": 0.1, "actions": ["mail"]}, ("alerts.mine.actions", "mail", "log")),
+]
+
+
+@pytest.mark.parametrize(("rule", "said"), RULES_REFUSED, ids=lambda case: str(case)[:60])
+def test_rules_are_refused_before_training(rule: dict[str, Any], said: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        VocabGuard(alerts={"mine": rule})
+    for part in said:
+        assert part in str(refusal.value)
+
+
+def test_an_action_of_ones_own_is_known_by_name() -> None:
+    rule = {"metric": "head/below_0.95", "threshold": 0.1, "actions": ["log", "mail"]}
+    guard = VocabGuard(alerts={"mine": rule}, actions={"mail": print})
+    assert next(known for known in guard.rules if known.name == "mine").actions == ("log", print)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("drift.every_n_step=5", ("drift.every_n_step", "did you mean 'every_n_steps'")),
+        ("drift.every_n_steps", ("drift.every_n_steps", "no value", "=value")),
+        ("drift.every_n_steps=-1", ("drift.every_n_steps", "-1", "at least 1")),
+        ("drift=often", ("drift", "often", "every_n_steps")),
+    ],
+)
+def test_overrides_are_refused_too(override: str, said: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_config(None, [override])
+    for part in said:
+        assert part in str(refusal.value)
+
+
+def test_unknown_keyword_section() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'prob'.*did you mean 'probe'"):
+        VocabGuard(prob={"sample": 3})
+
+
+@pytest.mark.parametrize("text", ["- drift\n- probe\n", "drift: [1,\n probe: }", "drift\n"])
+def test_files_that_are_no_settings(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError):
+        load_config(file)
+
+
+def test_the_given_config_stays_as_it_is() -> None:
+    given = GuardConfig()
+    config = load_config(given, ["drift.every_n_steps=5"])
+    config.probe.watch.append(3)
+    config.alerts["head_degraded"].threshold = 0.5
+    assert given == GuardConfig()
+    assert load_config() == GuardConfig()
