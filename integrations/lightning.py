@@ -120,7 +120,9 @@ def language_model(module: nn.Module) -> nn.Module:
 
 def _to_loggers(trainer: Trainer, result: CheckResult | None) -> None:
     """Hand a check's keys to the loggers other than TensorBoard, which has its own view."""
-    for logger in trainer.loggers if result is not None else ():
+    if result is None:
+        return
+    for logger in trainer.loggers:
         if not isinstance(logger, TensorBoardLogger):
             logger.log_metrics(dict(result.scalars), step=result.step)
 

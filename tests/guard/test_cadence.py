@@ -13,7 +13,6 @@ from vocabguard import VocabGuard, load_config
 from vocabguard.guard.cadence import Cadence, StepTimer, affordable, round_up
 from vocabguard.guard.faults import Faults
 
-
 BUDGETS: dict[str, Any] = {"cadence": {"budget": 0.01, "max_checks": 200}, "probe": {"budget": 0.04}}
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 
 from vocabguard import VocabGuard
 
-RULE = {"metric": "head/cosine_min", "op": "<", "threshold": 0.5}
+RULE = {"metric": "head/cosine_min", "op": "<", "threshold": 0.0}
 
 
 def resize(model: Any, rows: int) -> None:
