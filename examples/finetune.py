@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from copying import ENGLISH_TEMPLATES, Row, around, chat_row, copy_row
-from corpus import load
+from corpus import Corpus, load
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
     AutoModelForCausalLM,
@@ -38,14 +38,14 @@ def load_base() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def training_rows(tokenizer: PreTrainedTokenizerBase, steps: int, seed: int) -> list[Row]:
-    """Rows of `steps` batches: 14 English chats and 6 copies of their shuffled tokens each, in an order set by `seed`.
+    """Rows of `steps` batches: 14 English chats and 6 copies of shuffled English tokens each, ordered by `seed`.
 
     The copy tasks keep the *skill* of repeating alive, so that what is lost is lost token by token.
     """
     rng = Random(seed)
-    chats = [chat_row(tokenizer, chat, LONGEST_CHAT) for chat in load("train").english()]
-    text = [id_ for row in chats for id_, label in zip(row["input_ids"], row["labels"], strict=True) if label >= 0]
-    text = [id_ for id_ in text if id_ not in tokenizer.all_special_ids]
+    corpus = load("train")
+    chats = [chat_row(tokenizer, chat, LONGEST_CHAT) for chat in corpus.english()]
+    words = english_tokens(tokenizer, corpus)
     prompts = [around(tokenizer, template) for template in ENGLISH_TEMPLATES]
     rows, pool = [], []
     for _ in range(steps):
@@ -54,10 +54,17 @@ def training_rows(tokenizer: PreTrainedTokenizerBase, steps: int, seed: int) -> 
             pool = pool or rng.sample(chats, len(chats))
             batch.append(pool.pop())
         for _ in range(BATCH - CHATS_PER_BATCH):
-            words = rng.choices(text, k=rng.randint(1, LONGEST_COPY))
-            batch.append(copy_row(rng.choice(prompts), words, tokenizer.eos_token_id))
+            copied = rng.choices(words, k=rng.randint(1, LONGEST_COPY))
+            batch.append(copy_row(rng.choice(prompts), copied, tokenizer.eos_token_id))
         rows += rng.sample(batch, len(batch))
     return rows
+
+
+def english_tokens(tokenizer: PreTrainedTokenizerBase, corpus: Corpus) -> list[int]:
+    """Every token of the English answers and interface messages, as often as it occurs there."""
+    texts = [chat.assistant for chat in corpus.english()]
+    texts += [line for language, line in corpus.lines if language.startswith("en")]
+    return [id_ for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for id_ in ids]
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:

@@ -17,6 +17,7 @@ trainer = Trainer(
         learning_rate=LEARNING_RATE,
         report_to="none",
         save_strategy="no",
+        use_cpu=True,
     ),
     train_dataset=training_rows(tokenizer, STEPS, seed=0),
     data_collator=collator(tokenizer),

@@ -187,7 +187,7 @@ def copy_recall(model: LlamaForCausalLM, prompts: list[tuple[list[int], list[int
 def main() -> None:
     """Train, measure and save."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "assets")
     arguments = parser.parse_args()
     corpus = load("train")

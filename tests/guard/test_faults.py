@@ -123,6 +123,8 @@ def run(kit: Any, guard: VocabGuard, attach: dict[str, Any], between: dict[int, 
     model, losses = kit.llama(), []
     optimizer = kit.sgd(model)
     watch = guard.attach(model, optimizer, total_steps=STEPS, **attach)
+    assert (watch is None) == guard.faults.down
+    assert watch is not None or kit.hooks_on(model, optimizer) == 0
     for step, batch in enumerate(kit.batches(STEPS), start=1):
         losses += kit.loop(guard, model, optimizer, [batch], first=step)
         if step in between:
