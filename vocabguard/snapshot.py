@@ -19,7 +19,8 @@ from vocabguard.results import MatrixName
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DIGEST_ROWS = 64
-_NORM_ROWS = 1024
+# torch works on so many elements on one core; more it splits, which stalls where another process holds a core.
+_SERIAL = 2**15
 _COMMON: dict[MatrixName, tuple[str, ...]] = {
     "head": ("lm_head.weight", "embed_out.weight", "output.weight", "cls.predictions.decoder.weight"),
     "embedding": (
@@ -278,7 +279,8 @@ def _chunks(baseline: Baseline, size: int) -> Iterator[tuple[slice, Tensor]]:
 
 @torch.no_grad()
 def _norms(baseline: Baseline) -> Tensor:
-    norms = [torch.linalg.vector_norm(rows.float(), dim=-1) for _, rows in baseline.chunks(_NORM_ROWS)]
+    size = max(1, _SERIAL // max(1, baseline.width))
+    norms = [torch.linalg.vector_norm(rows.float(), dim=-1) for _, rows in baseline.chunks(size)]
     return torch.cat(norms) if norms else torch.empty(0)
 
 

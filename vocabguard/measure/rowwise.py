@@ -1,0 +1,173 @@
+"""Four inner products of every row in one pass: what a drift check spends its time on.
+
+On the CPU the arithmetic is numpy's, in as many threads as torch would use. A torch operation on a block that fits a
+cache is split between all cores: each ends in a barrier, so that a check takes ten times as long once another process
+holds a core, and rows wander between the cores' caches. A numpy call stays on its core and lets other threads run;
+every block is taken, measured and dropped by one of them. On an accelerator the arithmetic is torch's.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vocabguard.snapshot import Baseline
+
+Floats = npt.NDArray[np.float32]
+
+_NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
+# Elements of a block: two float32 buffers of it stay within a core's share of the cache.
+_BLOCK = 2**17
+# numpy < 2 has no vecdot, which takes half the time.
+_vecdot: Any = getattr(np, "vecdot", None) or (lambda left, right: np.einsum("...i,...i->...", left, right))
+
+
+class Rows(Protocol):
+    """Rows that can be read in chunks: a `VocabMatrix`, or a `CopiedBaseline` around a plain tensor."""
+
+    @property
+    def rows(self) -> int:
+        """V."""
+
+    @property
+    def width(self) -> int:
+        """Elements a row."""
+
+    def chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of at most ``size`` rows and the rows themselves, in order."""
+
+
+def row_sums(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int) -> Tensor:
+    """Inner products of the rows w with themselves, of their displacements d = w - w0, and of both with a shift s.
+
+    Args:
+        matrix: the rows now, of any floating dtype, on any device.
+        baseline: the rows before, of the same width; brought to the matrix's device chunk by chunk.
+        shift: (width,) float32.
+        chunk_rows: rows read at a time, at most; on the CPU fewer, if they would not fit the cache.
+
+    Returns:
+        (4, V) float32 on the CPU: w.w, d.d, w.s and d.s, accumulated in float32. NaN where there is no baseline row.
+    """
+    device = next((rows.device for _, rows in matrix.chunks(1)), torch.device("cpu"))
+    if device.type == "cpu":
+        return sums_by_numpy(matrix, baseline, shift, min(chunk_rows, max(1, _BLOCK // matrix.width)))
+    return sums_by_torch(matrix, baseline, shift.to(device), chunk_rows)
+
+
+@torch.no_grad()
+def take_rows(rows: Tensor, places: npt.NDArray[np.int64]) -> Floats:
+    """Some rows, converted: a new (n, width) float32 array.
+
+    Args:
+        rows: of any floating dtype, on any device.
+        places: (n,) int64 indices of rows.
+    """
+    if rows.device.type == "cpu":
+        taken = _bits(rows)[places]
+    else:
+        taken = _bits(rows.index_select(0, torch.from_numpy(places).to(rows.device)).cpu())
+    if taken.dtype == np.uint16:
+        return np.left_shift(taken, 16, dtype=np.uint32).view(np.float32)
+    return taken.astype(np.float32)
+
+
+@torch.no_grad()
+def sums_by_torch(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int) -> Tensor:
+    """`row_sums` for an accelerator; the shift is on it."""
+    sums = torch.full((4, matrix.rows), math.nan, device=shift.device)
+    with torch.autocast(shift.device.type, enabled=False):
+        for part, now, before in _pairs(matrix, baseline, chunk_rows):
+            rows = now.float()
+            moved = rows - before.to(rows.device).float()
+            for place, values in enumerate((rows, moved)):
+                torch.linalg.vector_norm(values, dim=-1, out=sums[place, part])
+                torch.mv(values, shift, out=sums[2 + place, part])
+    sums[:2].square_()
+    return sums.cpu()
+
+
+def sums_by_numpy(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int) -> Tensor:
+    """`row_sums` for rows on the CPU."""
+    sums = np.full((4, matrix.rows), np.nan, dtype=np.float32)
+    pairs, turn = _pairs(matrix, baseline, chunk_rows), threading.Lock()
+
+    def work() -> None:
+        buffers = np.empty((2, chunk_rows * matrix.width), dtype=np.float32)
+        with np.errstate(all="ignore"):
+            while True:
+                with turn:
+                    pair = next(pairs, None)
+                if pair is None:
+                    return
+                part, now, before = pair
+                sums[:, part] = _block_sums(now, before, shift.numpy(), buffers)
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, thread_name_prefix="vocabguard") as pool:
+        for done in [pool.submit(work) for _ in range(threads)]:
+            done.result()
+    return torch.from_numpy(sums)
+
+
+def _pairs(matrix: Rows, baseline: Baseline, chunk_rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Slices, rows and baseline rows, as far as there are both."""
+    for chunk, rows in matrix.chunks(chunk_rows):
+        part = slice(chunk.start, min(chunk.stop, baseline.rows))
+        if part.stop <= part.start:
+            return
+        yield part, rows[: part.stop - part.start], baseline.chunk(part)
+
+
+def _block_sums(now: Tensor, before: Tensor, shift: Floats, buffers: Floats) -> Floats:
+    """(4, n): see `row_sums`."""
+    halves = now.dtype is before.dtype is torch.bfloat16 and now.shape[1] % 2 == 0
+    convert = _split_bfloat16 if halves else _as_float32
+    rows, base = convert(now, buffers[0]), convert(before, buffers[1])
+    direction = np.stack((shift[0::2], shift[1::2]))[:, None] if halves else shift[None, None]
+    moved = np.subtract(rows, base, out=buffers[1, : rows.size].reshape(rows.shape))
+    products = (_vecdot(rows, rows), _vecdot(moved, moved), _vecdot(rows, direction), _vecdot(moved, direction))
+    return np.stack([product.sum(axis=0) for product in products])
+
+
+def _as_float32(rows: Tensor, buffer: Floats) -> Floats:
+    """(1, n, width): the rows themselves if they are float32, else converted into the buffer."""
+    bits = _bits(rows)
+    if bits.dtype == np.float32:
+        return bits[None]
+    converted = buffer[: bits.size].reshape(1, *bits.shape)
+    if bits.dtype == np.uint16:
+        np.left_shift(bits, 16, out=converted.view(np.uint32)[0], dtype=np.uint32)
+    else:
+        np.copyto(converted[0], bits, casting="same_kind")
+    return converted
+
+
+def _bits(rows: Tensor) -> npt.NDArray[Any]:
+    """CPU rows as an array: bfloat16, which numpy does not know, as uint16; other types that it does not know copied."""
+    if rows.dtype is torch.bfloat16:
+        return rows.view(torch.int16).numpy().view(np.uint16)
+    return rows.numpy() if rows.dtype in _NUMPY_FLOATS else rows.float().numpy()
+
+
+def _split_bfloat16(rows: Tensor, buffer: Floats) -> Floats:
+    """(2, n, width / 2): the even and the odd elements of bfloat16 rows of even width.
+
+    A bfloat16 is the upper half of a float32, so a word of two becomes two floats by a shift and a mask, in half the
+    time of a conversion one by one. Inner products do not mind the order.
+    """
+    count, width = rows.shape
+    halves = buffer[: rows.numel()].reshape(2, count, width // 2)
+    words = _bits(rows.contiguous()).view(np.uint32)
+    bits = halves.view(np.uint32)
+    np.left_shift(words, np.uint32(16), out=bits[0])
+    np.bitwise_and(words, np.uint32(0xFFFF0000), out=bits[1])
+    return halves
