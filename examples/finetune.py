@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import torch
-from copying import ENGLISH_TEMPLATES, Row, around, chat_row, copy_row
+from copying import ENGLISH_TEMPLATES, IGNORE, Row, around, chat_row, copy_row
 from corpus import Corpus, load
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
@@ -119,10 +119,12 @@ def train_lightning(
             self.tokenizer = tokenizer
 
         def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-            return self.model(**batch).loss
+            # Divided by the number of targets as Hugging Face's Trainer does it: rounded alike, both runs stay alike.
+            targets = (batch["labels"][:, 1:] != IGNORE).sum()
+            return self.model(**batch, num_items_in_batch=targets).loss
 
         def configure_optimizers(self) -> Any:
-            optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+            optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -3,8 +3,8 @@
 Before it, a sample of the unexposed rows tells their mean displacement s: a shift that all of them share, to which
 softmax is blind and which the residual cosine leaves out. Nothing of the matrix's size is allocated.
 
-The arithmetic is numpy's, see `vocabguard.measure.rowwise`. The pass measures |w|^2 and |d|^2, d = w - w0. The inner product follows by 2 w.w0 = |w|^2 + |w0|^2 - |d|^2, which keeps
-1 - cosine exact for rows that hardly moved.
+The pass measures |w|^2 and |d|^2, d = w - w0. The inner product follows by 2 w.w0 = |w|^2 + |w0|^2 - |d|^2, which keeps
+1 - cosine exact for rows that hardly moved. The arithmetic is numpy's: see `vocabguard.measure.rowwise`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RowPass:
 
 
 def measure_drift(
-    matrix: Rows, baseline: Baseline, unexposed: Tensor, chunk_rows: int = 1024, shift_rows: int = 8192
+    matrix: Rows, baseline: Baseline, unexposed: Tensor, chunk_rows: int = 1024, shift_rows: int = 4096
 ) -> RowDrift:
     """Measure every row against its baseline.
 
@@ -69,7 +69,7 @@ def measure_drift(
 
 
 def mean_shift(
-    matrix: Rows, baseline: Baseline, unexposed: Tensor, chunk_rows: int = 1024, shift_rows: int = 8192
+    matrix: Rows, baseline: Baseline, unexposed: Tensor, chunk_rows: int = 1024, shift_rows: int = 4096
 ) -> Tensor:
     """Mean displacement of the unexposed rows, without those that are not finite or have no baseline.
 
@@ -96,8 +96,11 @@ def mean_shift(
     for _, rows, base in _gathered(matrix, baseline, chosen, chunk_rows):
         with np.errstate(invalid="ignore"):
             moved = rows - base
-        moved = moved[np.isfinite(moved).all(axis=1)]
-        total += moved.sum(axis=0, dtype=np.float64)
+            chunk_sum = moved.sum(axis=0, dtype=np.float64)
+        if not np.isfinite(chunk_sum).all():
+            moved = moved[np.isfinite(moved).all(axis=1)]
+            chunk_sum = moved.sum(axis=0, dtype=np.float64)
+        total += chunk_sum
         count += len(moved)
     return torch.from_numpy((total / max(count, 1)).astype(np.float32))
 
@@ -238,7 +241,7 @@ def _measure_far(matrix: Rows, baseline: Baseline, products: RowProducts, shift:
 def _cosine(products: RowProducts, zero: Flags) -> Floats:
     """(V,) float32 in [-1, 1]; NaN where bad, zero or without direction."""
     lengths = np.sqrt(np.multiply(products.base_sq.numpy(), products.now_sq.numpy(), dtype=np.float64))
-    cosine = np.clip(products.dot.numpy() / lengths, -1, 1).astype(np.float32)
+    cosine: Floats = np.clip(products.dot.numpy() / lengths, -1, 1).astype(np.float32)
     cosine[products.bad.numpy() | zero | (lengths == 0)] = np.nan
     return cosine
 

@@ -24,8 +24,10 @@ from vocabguard.snapshot import Baseline
 Floats = npt.NDArray[np.float32]
 
 _NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
-# Elements of a block: two float32 buffers of it stay within a core's share of the cache.
-_BLOCK = 2**17
+# Elements of a block: two float32 buffers of it, 2 MiB a thread, stay near a core's share of the cache.
+_BLOCK = 2**18
+# More threads than this wait for the memory.
+_MOST_THREADS = 8
 # numpy < 2 has no vecdot, which takes half the time.
 _vecdot: Any = getattr(np, "vecdot", None) or (lambda left, right: np.einsum("...i,...i->...", left, right))
 
@@ -76,8 +78,8 @@ def take_rows(rows: Tensor, places: npt.NDArray[np.int64]) -> Floats:
     else:
         taken = _bits(rows.index_select(0, torch.from_numpy(places).to(rows.device)).cpu())
     if taken.dtype == np.uint16:
-        return np.left_shift(taken, 16, dtype=np.uint32).view(np.float32)
-    return taken.astype(np.float32)
+        taken = np.left_shift(taken, 16, dtype=np.uint32).view(np.float32)
+    return np.asarray(taken, dtype=np.float32)
 
 
 @torch.no_grad()
@@ -101,7 +103,7 @@ def sums_by_numpy(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: i
     pairs, turn = _pairs(matrix, baseline, chunk_rows), threading.Lock()
 
     def work() -> None:
-        buffers = np.empty((2, chunk_rows * matrix.width), dtype=np.float32)
+        measure = _BlockSums(min(chunk_rows, matrix.rows), shift.numpy())
         with np.errstate(all="ignore"):
             while True:
                 with turn:
@@ -109,9 +111,9 @@ def sums_by_numpy(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: i
                 if pair is None:
                     return
                 part, now, before = pair
-                sums[:, part] = _block_sums(now, before, shift.numpy(), buffers)
+                measure(now, before, out=sums[:, part])
 
-    threads = torch.get_num_threads()
+    threads = min(torch.get_num_threads(), _MOST_THREADS)
     with ThreadPoolExecutor(threads, thread_name_prefix="vocabguard") as pool:
         for done in [pool.submit(work) for _ in range(threads)]:
             done.result()
@@ -127,15 +129,29 @@ def _pairs(matrix: Rows, baseline: Baseline, chunk_rows: int) -> Iterator[tuple[
         yield part, rows[: part.stop - part.start], baseline.chunk(part)
 
 
-def _block_sums(now: Tensor, before: Tensor, shift: Floats, buffers: Floats) -> Floats:
-    """(4, n): see `row_sums`."""
-    halves = now.dtype is before.dtype is torch.bfloat16 and now.shape[1] % 2 == 0
-    convert = _split_bfloat16 if halves else _as_float32
-    rows, base = convert(now, buffers[0]), convert(before, buffers[1])
-    direction = np.stack((shift[0::2], shift[1::2]))[:, None] if halves else shift[None, None]
-    moved = np.subtract(rows, base, out=buffers[1, : rows.size].reshape(rows.shape))
-    products = (_vecdot(rows, rows), _vecdot(moved, moved), _vecdot(rows, direction), _vecdot(moved, direction))
-    return np.stack([product.sum(axis=0) for product in products])
+class _BlockSums:
+    """The sums of one block after another, in buffers of one thread.
+
+    Args:
+        most_rows: of a block.
+        shift: (width,) float32.
+    """
+
+    def __init__(self, most_rows: int, shift: Floats) -> None:
+        self.buffers = np.empty((2, most_rows * len(shift)), dtype=np.float32)
+        self.whole = shift[None, None]
+        # In the order of `_split_bfloat16`.
+        self.halves = np.stack((shift[0::2], shift[1::2]))[:, None] if len(shift) % 2 == 0 else None
+
+    def __call__(self, now: Tensor, before: Tensor, out: Floats) -> None:
+        """Write the (4, n) sums of n rows; see `row_sums`."""
+        split = self.halves is not None and now.dtype is before.dtype is torch.bfloat16
+        convert, shift = (_split_bfloat16, self.halves) if split else (_as_float32, self.whole)
+        rows, base = convert(now, self.buffers[0]), convert(before, self.buffers[1])
+        moved = np.subtract(rows, base, out=self.buffers[1, : rows.size].reshape(rows.shape))
+        pairs = ((rows, rows), (moved, moved), (rows, shift), (moved, shift))
+        for place, (left, right) in enumerate(pairs):
+            np.add.reduce(_vecdot(left, right), axis=0, out=out[place])
 
 
 def _as_float32(rows: Tensor, buffer: Floats) -> Floats:
@@ -152,7 +168,7 @@ def _as_float32(rows: Tensor, buffer: Floats) -> Floats:
 
 
 def _bits(rows: Tensor) -> npt.NDArray[Any]:
-    """CPU rows as an array: bfloat16, which numpy does not know, as uint16; other types that it does not know copied."""
+    """CPU rows as an array: bfloat16, which numpy does not know, as uint16; other unknown types converted."""
     if rows.dtype is torch.bfloat16:
         return rows.view(torch.int16).numpy().view(np.uint16)
     return rows.numpy() if rows.dtype in _NUMPY_FLOATS else rows.float().numpy()
