@@ -52,13 +52,33 @@ def parts(table: VocabTable, classes: Tensor) -> tuple[dict[str, Tensor], dict[s
     )
 
 
-def base_entry(asked: ProbeResult, table: VocabTable, val_loss: float) -> dict[str, Any]:
-    """The base model's part of the JSON: its recall, under the key that arms use for what they retained."""
+NO_ECHO = {"dose": 0.0, "targets_per_live_token": 0.0}
+UNMOVED = {"cosine_mean": 1.0, "cosine_min": 1.0, "residual_p01": 1.0, "below_0.95": 0.0, "below_0.90": 0.0}
+"""A base against itself."""
+
+
+def base_entry(asked: ProbeResult, table: VocabTable, classes: Tensor, val_loss: float) -> dict[str, Any]:
+    """The base model's part of the JSON: its recall, under the key that arms use for what they retained.
+
+    Args:
+        asked: the base's recall.
+        table: groups and live rows.
+        classes: (V,) uint8, the exposure classes that the fine-tune's data made.
+        val_loss: in nats.
+    """
     right = torch.zeros(len(table), dtype=torch.bool)
     right[asked.ids] = said(asked)
-    groups, _ = parts(table, torch.zeros(len(table)))
-    share = {name: float(right[mask].float().mean()) for name, mask in groups.items()}
-    return {"retained": {"all": float(right[table.live].float().mean()), "groups": share}, "val_loss": val_loss}
+    share = {
+        kind: {name: float(right[mask].float().mean()) for name, mask in masks.items() if bool(mask.any())}
+        for kind, masks in zip(("groups", "classes"), parts(table, classes), strict=True)
+    }
+    return {
+        "head": UNMOVED | {kind: dict.fromkeys(names, UNMOVED) for kind, names in share.items()},
+        "retained": {"all": float(right[table.live].float().mean()), **share},
+        "val_loss": val_loss,
+        "echo": NO_ECHO,
+        "wall_seconds": 0.0,
+    }
 
 
 def arm_entry(
@@ -79,7 +99,7 @@ def arm_entry(
             "classes": {name: int(mask.sum()) for name, mask in classes.items()},
         },
         "val_loss": val_loss,
-        "echo": {"dose": 0.0, "targets_per_live_token": 0.0},
+        "echo": NO_ECHO,
         "wall_seconds": wall_seconds,
     }
 

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from vocabguard.guard import VocabGuard
 from vocabguard.measure.probe import said, said_instead
-from vocabguard.results import ProbeResult
+from vocabguard.results import EXPOSURE_CLASSES, ProbeResult
 from vocabguard.vocabulary import VocabTable, build_table
 
 console = Console(highlight=False)
@@ -64,7 +64,7 @@ def run_arm(name: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], d
     show_table(name, entry, base_loss)
     show_lost(base, now, table, guard.last.classes)
     console.print(f"\nrun folder   {guard.run_dir}\ntensorboard  tensorboard --logdir {arguments.logdir}")
-    return base_entry(base, table, base_loss), entry
+    return base_entry(base, table, guard.last.classes, base_loss), entry
 
 
 def show_table(name: str, entry: dict[str, Any], base_loss: float) -> None:
@@ -104,7 +104,7 @@ def show_lost(base: ProbeResult, now: ProbeResult, table: VocabTable, classes: t
         lines.add_column(column)
     for row in order.tolist():
         token = int(now.ids[row])
-        kind = ("never", "1-4", "5-19", "20+")[int(classes[token])]
+        kind = EXPOSURE_CLASSES[int(classes[token])]
         shown = [repr(table.text(token)), str(token), table.group_of(token), kind, repr(table.text(int(instead[row])))]
         lines.add_row(*map(escape, shown))
     console.print(lines)
