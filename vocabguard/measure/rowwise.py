@@ -1,9 +1,10 @@
 """Four inner products of every row in one pass: what a drift check spends its time on.
 
-On the CPU the arithmetic is numpy's, in as many threads as torch would use. A torch operation on a block that fits a
-cache is split between all cores: each ends in a barrier, so that a check takes ten times as long once another process
-holds a core, and rows wander between the cores' caches. A numpy call stays on its core and lets other threads run;
-every block is taken, measured and dropped by one of them. On an accelerator the arithmetic is torch's.
+On the CPU the arithmetic is numpy's, in a few threads of its own. A torch operation on a block that fits a cache is
+split between all cores: each ends in a barrier, so that a check takes ten times as long once another process holds a
+core, and rows wander between the cores' caches. A numpy call stays on its core and lets other threads run; every block
+is taken, measured and dropped by one of them, and torch's thread settings are left alone. On an accelerator the
+arithmetic is torch's.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from vocabguard.snapshot import Baseline
 Floats = npt.NDArray[np.float32]
 
 _NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
-# Elements of a block: two float32 buffers of it, 2 MiB a thread, stay near a core's share of the cache.
-_BLOCK = 2**18
-# More threads than this wait for the memory.
-_MOST_THREADS = 8
+# Elements of a block: two float32 buffers of it, 4 MiB a thread, stay in the cache, and calls are few.
+_BLOCK = 2**19
+# More threads than this wait for each other and for the memory.
+_MOST_THREADS = 4
 # numpy < 2 has no vecdot, which takes half the time.
 _vecdot: Any = getattr(np, "vecdot", None) or (lambda left, right: np.einsum("...i,...i->...", left, right))
 
