@@ -36,7 +36,7 @@ class DriftConfig:
     """
 
     every_n_steps: int | None = _setting(None, at_least=1)
-    chunk_rows: int = _setting(512, at_least=1)
+    chunk_rows: int = _setting(1024, at_least=1)
 
 
 @dataclass

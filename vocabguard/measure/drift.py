@@ -46,7 +46,7 @@ class RowPass:
 
 
 def measure_drift(
-    matrix: Rows, baseline: Baseline, unexposed: Tensor, chunk_rows: int = 1024, shift_rows: int = 4096
+    matrix: Rows, baseline: Baseline, unexposed: Tensor, chunk_rows: int = 1024, shift_rows: int = 8192
 ) -> RowDrift:
     """Measure every row against its baseline.
 
@@ -69,7 +69,7 @@ def measure_drift(
 
 
 def mean_shift(
-    matrix: Rows, baseline: Baseline, unexposed: Tensor, chunk_rows: int = 1024, shift_rows: int = 4096
+    matrix: Rows, baseline: Baseline, unexposed: Tensor, chunk_rows: int = 1024, shift_rows: int = 8192
 ) -> Tensor:
     """Mean displacement of the unexposed rows, without those that are not finite or have no baseline.
 
