@@ -68,7 +68,7 @@ def in_the_forward_hook(kit: Any, on_error: str, folder: Path) -> Any:
 
 
 def in_an_action(kit: Any, on_error: str, folder: Path) -> Any:
-    rule = {"metric": "head/cosine_min", "op": "<", "threshold": 1.0, "actions": ["tell"]}
+    rule = {"metric": "head/cosine_min", "op": "<", "threshold": 0.999999, "actions": ["tell"]}
     return guard_of(kit, on_error, alerts={"moved": rule}, actions={"tell": broken}), {}, {}
 
 

@@ -32,10 +32,11 @@ def test_a_run_goes_on_after_a_resize(kit: Any, tmp_path: Path, rows: int, tied:
     # A new token is asked for; a loop after a resize makes a new optimizer.
     data[2]["input_ids"][0, 5] = data[2]["labels"][0, 5] = min(rows - 1, 66)
     model.train()(**data[2]).loss.backward()
-    kit.sgd(model, lr=0.05).step()
+    optimizer = kit.sgd(model, lr=0.05)
+    guard.observer.hook_optimizers([optimizer])
+    optimizer.step()
     asked = guard.observer.counter.targets_now()
     assert asked[min(rows - 1, 66)]
-    guard.observer._after_step(None, None, None)
     guard.step(3)
     kit.loop(guard, model, kit.sgd(model, lr=0.05), data[3:], first=4)
     log = guard.finish()

@@ -73,6 +73,7 @@ class Observer:
         self._faults = faults
         self._targets = targets
         self._handles: list[Any] = []
+        self._unread = True
         self.hooked = False
 
     def hook_model(self, model: nn.Module) -> None:
@@ -92,6 +93,7 @@ class Observer:
             # Wrappers keep the real optimizer inside, and only that one's hooks fire at real steps.
             inner = getattr(optimizer, "optimizer", optimizer)
             if any(weight is parameter for group in inner.param_groups for parameter in group["params"]):
+                self._handles.append(inner.register_step_pre_hook(self._before_step))
                 self._handles.append(inner.register_step_post_hook(self._after_step))
 
     def batch(self, batch: Any) -> bool:
@@ -146,9 +148,14 @@ class Observer:
         with self._faults.contain("counting a batch"):
             self.batch(batch)
 
+    def _before_step(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        self._unread = True
+
     def _after_step(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
-        if self._faults.down or self._matrix is None:
+        # The hooks of an optimizer whose `step` calls its parent's may fire twice in a step: the inner one reads.
+        if self._faults.down or self._matrix is None or not self._unread:
             return
+        self._unread = False
         with self._faults.contain("reading the gradient"):
             self._follow_resize()
             gradient = self._matrix.weight.grad

@@ -197,8 +197,8 @@ def _describe(drift: RowDrift, chosen: Flags) -> dict[str, float]:
         "cosine_min": float(cosine.min()),
         "cosine_p01": float(np.quantile(cosine, 0.01)),
         "residual_p01": float(np.quantile(residual, 0.01)) if residual.size else math.nan,
-        "below_0.95": np.count_nonzero(cosine < _DEGRADED) / cosine.size,
-        "below_0.90": np.count_nonzero(cosine < _SEVERE) / cosine.size,
+        "below_0.95": float(np.mean(cosine < _DEGRADED)),
+        "below_0.90": float(np.mean(cosine < _SEVERE)),
     }
 
 
