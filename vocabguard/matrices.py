@@ -34,7 +34,11 @@ class VocabMatrix:
 
     @property
     def module(self) -> nn.Module:
-        """The module that holds the rows now."""
+        """The module that holds the rows now.
+
+        Raises:
+            RuntimeError: if the model no longer has it.
+        """
         module = _locate(self.model, self.name, self.path)
         if isinstance(module, NotApplicable):
             raise RuntimeError(f"the {self.name} is no longer in the model: {module.reason}")

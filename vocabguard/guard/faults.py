@@ -41,6 +41,9 @@ class Faults:
         """Run a piece of the guard's work: timed, and with its exceptions contained.
 
         Bad configuration is the user's to hear before step 1, so `ConfigError` always passes.
+
+        Raises:
+            ConfigError: as it comes; and, where faults are to be raised, whatever comes.
         """
         began = time.perf_counter()
         self._depth += 1

@@ -86,7 +86,11 @@ class Prober:
         return {} if self.base is None else result_state(self.base)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the base and its ids from an earlier run."""
+        """Take the base and its ids from an earlier run.
+
+        Raises:
+            ConfigError: if that run asked in other contexts.
+        """
         if state:
             self.base = ProbeResult(**{**state, "contexts": tuple(state["contexts"])})
             self.ids = self.base.ids
