@@ -81,6 +81,7 @@ class Checker:
         worst = summary.worst_ids(ranked, self.watched.table.live, self.top_k)
         watch_list = self.prober.watched if self.prober else worst[:0]
         about = (ranked, exposure, classes, last_probe, self.watched.table, step)
+        worst_reports, watch_reports = summary.token_reports(worst, *about), summary.token_reports(watch_list, *about)
         seconds = time.perf_counter() - began
         self.check_seconds = seconds - (self.probe_seconds if probes else 0.0)
         return CheckResult(
@@ -93,8 +94,8 @@ class Checker:
             scalars=scalars,
             transitions=transitions,
             firing=self.alerts.firing,
-            worst=summary.token_reports(worst, *about),
-            watched=summary.token_reports(watch_list, *about),
+            worst=worst_reports,
+            watched=watch_reports,
             seconds=seconds,
         )
 

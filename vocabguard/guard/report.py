@@ -18,6 +18,8 @@ from vocabguard.views.console import ConsoleView
 from vocabguard.views.tensorboard import TensorBoardView, open_view
 from vocabguard.vocabulary import VocabTable
 
+_NO_PRINT = logging.NullHandler()
+
 
 def free_folder(folder: Path) -> Path:
     """`folder`, or the first of ``folder-2``, ``folder-3``, ... that holds no run yet."""
@@ -56,7 +58,7 @@ class Reporter:
         self._console = ConsoleView(enabled=main and config.log.console)
         if main and config.log.console:
             # Without handlers of the user's, logging would print to the terminal what the console view shows there.
-            logging.getLogger("vocabguard.alerts").addHandler(logging.NullHandler())
+            logging.getLogger("vocabguard.alerts").addHandler(_NO_PRINT)
         self._log = RunWriter(folder) if main and folder is not None else None
         self._folder = folder
         self._board = self._open_board()

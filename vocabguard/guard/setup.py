@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ def untrained_mask(watched: Watched, chunk_rows: int) -> Tensor:
     """
     table = watched.table
     head, embedding = (
-        _reader(watched.baselines[name], chunk_rows) if name in watched.baselines else None
+        partial(watched.baselines[name].chunks, chunk_rows) if name in watched.baselines else None
         for name in ("head", "embedding")
     )
     if head is None and embedding is None:
@@ -190,17 +191,6 @@ def untrained_mask(watched: Watched, chunk_rows: int) -> Tensor:
         candidates=table.live,
         known_unused=(table.padded | ~table.reachable) & ~table.control,
     )
-
-
-def _reader(baseline: Baseline, chunk_rows: int) -> Callable[[], Iterator[tuple[slice, Tensor]]]:
-    """Reads all rows anew at each call."""
-
-    def read() -> Iterator[tuple[slice, Tensor]]:
-        for start in range(0, baseline.rows, chunk_rows):
-            part = slice(start, min(start + chunk_rows, baseline.rows))
-            yield part, baseline.chunk(part)
-
-    return read
 
 
 def build_rules(config: GuardConfig, actions: Mapping[str, Action]) -> list[AlertRule]:
