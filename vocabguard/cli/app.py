@@ -1,0 +1,51 @@
+"""The application: commands by name, bad input as one line and exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import typer
+from rich.console import Console
+
+COMMANDS = {
+    "scan": "vocabguard.cli.scan",
+    "coverage": "vocabguard.cli.coverage",
+    "echo": "vocabguard.cli.echo",
+    "replay": "vocabguard.cli.replay",
+    "explain": "vocabguard.cli.explain",
+    "repair": "vocabguard.cli.repair",
+    "report": "vocabguard.cli.report",
+}
+"""Command -> the module whose function of the same name is the command."""
+
+BAD_INPUT = 2
+
+
+class InputError(ValueError):
+    """Input that cannot be used; the message names what came and what is allowed, in one line."""
+
+
+def build(names: tuple[str, ...]) -> typer.Typer:
+    """The application with the given commands.
+
+    Args:
+        names: of `COMMANDS`.
+    """
+    app = typer.Typer(
+        help="See and prevent the forgetting of sparse tokens.", no_args_is_help=True, add_completion=False
+    )
+    for name in names:
+        app.command(name)(getattr(importlib.import_module(COMMANDS[name]), name))
+    app.callback()(lambda: None)  # a single command stays a subcommand
+    return app
+
+
+def main() -> None:
+    """Run the command line in ``sys.argv``; only the module of the command that is called is imported."""
+    asked = [argument for argument in sys.argv[1:2] if argument in COMMANDS]
+    try:
+        build(tuple(asked) or tuple(COMMANDS))()
+    except InputError as error:
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"vocabguard: {error}")
+        raise SystemExit(BAD_INPUT) from None

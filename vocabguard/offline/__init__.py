@@ -1,0 +1,1 @@
+"""Before and after training: the same numbers from files, without a trainer."""
