@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vocabguard.config import ConfigSource
@@ -55,6 +56,7 @@ class VocabGuardCallback(TrainerCallback):
         self.guard = VocabGuard(
             config, tokenizer=tokenizer, overrides=overrides, targets=targets, actions=actions, **options
         )
+        self._resumes = False
 
     def on_train_begin(
         self,
@@ -75,7 +77,20 @@ class VocabGuardCallback(TrainerCallback):
             resumed=_saved(args, state),
             dataloader=kwargs.get("train_dataloader"),
             steps_done=state.global_step,
+            inject="collate",
+            batches_per_step=args.gradient_accumulation_steps,
         )
+        self._resumes = state.global_step > 0 and not args.ignore_data_skip
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Number the batches of the epoch; an iterable dataset collates once more what a resumed run skips."""
+        loader = kwargs.get("train_dataloader")
+        skips = self._resumes and isinstance(getattr(loader, "dataset", None), IterableDataset)
+        done = state.global_step % max(1, _steps_in_epoch(loader, args, state)) if skips else 0
+        self.guard.start_epoch(skipped=done * args.gradient_accumulation_steps)
+        self._resumes = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
@@ -108,6 +123,14 @@ class VocabGuardCallback(TrainerCallback):
     ) -> None:
         """Close the run; with the best model loaded back, the last step's check stands."""
         self.guard.finish(check=not args.load_best_model_at_end)
+
+
+def _steps_in_epoch(loader: Any, args: TrainingArguments, state: TrainerState) -> int:
+    """Optimizer steps of an epoch as the trainer counts them: all, where the data has no length."""
+    try:
+        return -(-len(loader) // args.gradient_accumulation_steps)
+    except TypeError:
+        return state.max_steps
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

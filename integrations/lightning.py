@@ -74,12 +74,14 @@ class VocabGuardCallback(Callback):
             writer=_tensorboard(trainer),
             hook_model=False,
             steps_done=trainer.global_step,
+            inject="batch",
+            batches_per_step=trainer.accumulate_grad_batches,
         )
         self._monitored = False
         _to_loggers(trainer, self.guard.last)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count a batch."""
+        """Add echo rows to a batch where some are due, and count it."""
         self.guard.observe_batch(batch)
 
     def on_train_batch_end(
@@ -96,6 +98,10 @@ class VocabGuardCallback(Callback):
             self._monitored = True
             pl_module.log_dict(self.guard.latest, logger=False, rank_zero_only=True)
         _to_loggers(trainer, result)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The next epoch's batches follow those that the model has seen."""
+        self.guard.start_epoch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the run."""

@@ -70,6 +70,32 @@ def total_exposure(exposure: Exposure) -> Exposure:
     return replace(exposure, inputs=inputs, data_target=data_target, echo_target=echo_target, last_target=last_target)
 
 
+def any_of(mask: Tensor) -> Tensor:
+    """Where a mask is set on any rank.
+
+    Args:
+        mask: bool, of any shape, the same on every rank.
+
+    Returns:
+        A bool tensor of the same shape and device; the mask itself in a world of one.
+    """
+    if world_size() == 1:
+        return mask
+    return _reduced(mask.to(torch.uint8), "MAX") > 0
+
+
+def largest(tensor: Tensor) -> Tensor:
+    """Element by element the largest value of all ranks.
+
+    Args:
+        tensor: of any shape, an integer or floating dtype; the same shape and dtype on every rank.
+
+    Returns:
+        A new tensor of the same shape, dtype and device, the same on every rank.
+    """
+    return _reduced(tensor, "MAX")
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank."""
     return bool(total(torch.tensor(int(flag), dtype=torch.int32)) > 0)

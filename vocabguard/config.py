@@ -60,10 +60,32 @@ def load_config(
         raise ConfigError(_explain(error)) from error
     assert isinstance(config, GuardConfig)
     _check_limits(config, "")
-    for name, context in config.probe.contexts.items():
-        if context.text.count("{tokens}") != 1:
-            raise ConfigError(f"probe.contexts.{name}.text is {context.text!r}; it needs exactly one '{{tokens}}'")
+    texts = {f"probe.contexts.{name}.text": context.text for name, context in config.probe.contexts.items()}
+    texts |= {f"echo.instructions[{place}]": text for place, text in enumerate(config.echo.instructions)}
+    for key, text in texts.items():
+        if text.count("{tokens}") != 1:
+            raise ConfigError(f"{key} is {text!r}; it needs exactly one '{{tokens}}'")
+    _check_protection(config)
     return config
+
+
+def _check_protection(config: GuardConfig) -> None:
+    """Refuse settings of echo and hold that contradict each other.
+
+    Raises:
+        ConfigError: with the keys and values.
+    """
+    actions = {action for rule in config.alerts.values() if rule.enabled for action in rule.actions}
+    settings = {"echo": (config.echo.enabled, config.echo.armed), "hold": (config.hold.enabled, config.hold.armed)}
+    wanted = [kind for kind, given in settings.items() if any(given) or kind in actions]
+    if wanted and not config.exposure.enabled:
+        raise ConfigError(f"exposure.enabled is false, but {' and '.join(wanted)} need its counts; allowed: true")
+    if not config.echo.instructions:
+        raise ConfigError("echo.instructions is []; allowed: at least one text with '{tokens}'")
+    if config.echo.auto.least > config.echo.auto.most:
+        raise ConfigError(f"echo.auto.least is {config.echo.auto.least}; allowed: at most echo.auto.most")
+    if config.echo.mode == "watch" and "echo" in wanted and not config.probe.watch:
+        raise ConfigError("echo.mode is 'watch' and probe.watch is []; allowed: a watch list of tokens")
 
 
 def _layer(source: Any) -> Any:

@@ -191,6 +191,56 @@ class Transition:
 
 
 @dataclass(frozen=True)
+class EchoPlan:
+    """Which tokens are echoed, and how many a batch, until the next plan holds.
+
+    Attributes:
+        version: 0, 1, 2, ... in the order in which plans were made.
+        first_batch: number of the first training batch that it holds for, counted over the run from 0.
+        mode: ``uniform``, ``least_exposed`` or ``watch``.
+        dose: echo targets per data target that it aims at; 0 is off.
+        rate: echo targets a batch and process.
+        list_tokens: tokens in a list; a batch gets whole lists.
+        ids: (m,) int64, taken in turn, shuffled anew at each pass.
+        cycle: version of the plan that brought `ids`; a part of the shuffles' seed.
+        offset: place in the stream of passes at `first_batch`.
+        seed: of the shuffles and of the ways of asking.
+    """
+
+    version: int
+    first_batch: int
+    mode: Literal["uniform", "least_exposed", "watch"]
+    dose: float
+    rate: float
+    list_tokens: int
+    ids: Tensor
+    cycle: int
+    offset: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class EchoReport:
+    """What echo has done so far.
+
+    Attributes:
+        plan: the newest plan; None before the first.
+        on: whether echo is switched on.
+        targets: echo targets so far, all processes.
+        by_group: the same by script group.
+        by_class: the same by exposure class.
+        seconds: time that making rows has taken, in this process and its workers.
+    """
+
+    plan: EchoPlan | None
+    on: bool
+    targets: int
+    by_group: Mapping[str, int]
+    by_class: Mapping[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class CheckResult:
     """Everything one check found.
 
@@ -207,6 +257,7 @@ class CheckResult:
         worst: the worst live tokens, worst first.
         watched: the tokens of the watch list.
         seconds: what the check took.
+        echo: what echo has done so far; None where it is not configured.
     """
 
     step: int
@@ -221,6 +272,7 @@ class CheckResult:
     worst: tuple[TokenReport, ...] = ()
     watched: tuple[TokenReport, ...] = ()
     seconds: float = 0.0
+    echo: EchoReport | None = None
 
 
 @dataclass(frozen=True)

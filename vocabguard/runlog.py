@@ -3,7 +3,7 @@
 | file | content |
 |---|---|
 | ``run.json`` | schema, version of vocabguard, times of start and resumes, settings, what is watched, group names |
-| ``checks.jsonl`` | one line a check: attempt, step, seconds, probed, firing, scalars, worst and watched tokens |
+| ``checks.jsonl`` | one line a check: attempt, step, seconds, probed, firing, scalars, worst and watched tokens, echo |
 | ``alerts.jsonl`` | one line a transition: attempt and the fields of `Transition` |
 | ``rows-<step>.safetensors`` | the vectors of `row_vectors` at a step |
 
@@ -122,6 +122,7 @@ class RunWriter:
             "worst": result.worst,
             "watched": result.watched,
         }
+        line |= {} if result.echo is None else {"echo": result.echo}
         # Alerts first: a check that can be read has all its alerts.
         for transition in result.transitions:
             self._append(_ALERTS, {"attempt": attempt, **_plain(transition)})

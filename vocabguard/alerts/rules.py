@@ -14,7 +14,10 @@ from vocabguard.results import EXPOSURE_CLASSES, Transition
 PREFIX = "vocabguard/"
 FIRING = "alerts/firing"
 
-Action = Literal["log"] | Callable[[Transition], None]
+BUILT_IN = ("log", "echo", "hold")
+"""Actions that need no callable: ``log`` tells the logger, the guard heeds ``echo`` and ``hold`` by itself."""
+
+Action = Literal["log", "echo", "hold"] | Callable[[Transition], None]
 
 _OVER: Mapping[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
@@ -44,6 +47,11 @@ _SINGLE = {
     "probe/probability_mean": _SHARE,
     FIRING: _COUNT,
     "overhead": _SHARE,
+    "loss/data": _COUNT,
+    "loss/echo": _COUNT,
+    "echo/dose": _COUNT,
+    "echo/targets_per_live_token": _COUNT,
+    "hold/share": _SHARE,
 }
 
 
@@ -63,7 +71,8 @@ class AlertRule:
             threshold, so that a value that wavers about the threshold does not flap. None takes the threshold.
         cooldown_steps: optimizer steps after resolving in which it may not fire again, at least 0.
         level: ``info``, ``warning`` or ``critical``.
-        actions: what to do at each transition: ``"log"``, or a callable that takes the `Transition`.
+        actions: what to do at each transition: ``"log"``, or a callable that takes the `Transition`; and ``"echo"`` or
+            ``"hold"``, which are on while the rule fires.
 
     Raises:
         ValueError: for a field outside what is allowed; the message names the field, the value and what is allowed.
@@ -90,8 +99,9 @@ class AlertRule:
         self._require(self.level in _LEVELS, "level", self.level, f"one of {list(_LEVELS)}")
         self._require(self.for_checks >= 1, "for_checks", self.for_checks, "at least 1")
         self._require(self.cooldown_steps >= 0, "cooldown_steps", self.cooldown_steps, "at least 0")
-        known = all(one == "log" or callable(one) for one in self.actions)
-        self._require(known, "actions", self.actions, "a tuple of 'log' and callables that take a Transition")
+        known = all(one in BUILT_IN or callable(one) for one in self.actions)
+        allowed = "a tuple of 'log', 'echo', 'hold' and callables that take a Transition"
+        self._require(known, "actions", self.actions, allowed)
         try:
             low, high = metric_range(self.metric)
         except ValueError as error:
@@ -165,7 +175,8 @@ def metric_range(metric: str) -> tuple[float, float]:
     | the same after ``head/<part>/`` and ``embedding/<part>/`` | the same |
     | ``exposure/`` ``never``, ``1-4``, ``5-19``, ``20+``, ``push_share`` | [0, 1] |
     | ``probe/`` ``retained``, ``watch``, ``probability_mean``, ``<part>/retained`` | [0, 1] |
-    | ``overhead`` | [0, 1] |
+    | ``overhead``, ``hold/share`` | [0, 1] |
+    | ``loss/data``, ``loss/echo``, ``echo/dose``, ``echo/targets_per_live_token`` | [0, inf) |
     | ``alerts/firing`` | [0, inf) |
 
     Args:

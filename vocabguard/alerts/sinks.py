@@ -63,7 +63,7 @@ def run_actions(rule: AlertRule, transition: Transition) -> None:
         try:
             if action == "log":
                 log_transition(transition)
-            else:
+            elif callable(action):
                 action(transition)
         # Whatever a user's callable raises: it is handed on below.
         except Exception as error:

@@ -12,6 +12,7 @@ from vocabguard.guard.faults import Faults
 from vocabguard.settings import GuardConfig
 
 _NICE = (1, 2, 5)
+_STEPS_UNKNOWN = 50
 
 
 def round_up(steps: float) -> int:
@@ -76,6 +77,14 @@ class Cadence:
             config.cadence.max_checks,
         )
 
+    def fix(self) -> None:
+        """Fill in what is not given by the planned steps alone, never by the clock.
+
+        Echo and hold follow checks: for a run to be repeatable, checks must fall on the same steps each time.
+        """
+        self.every = self.every or round_up((self.total or 20 * _STEPS_UNKNOWN) / 20)
+        self.probe_every = self.probe_every or self.every * 5
+
     def choose(self, step_seconds: float, check_seconds: float, probe_seconds: float) -> None:
         """Fill in what is not given, alike on all processes.
 
@@ -107,6 +116,12 @@ class Cadence:
         if step == self.total:
             return True
         return self.probe_every is not None and step - self.last_probe >= self.probe_every
+
+    def take_probe(self, step: int, *, first: bool) -> bool:
+        """Whether the check after `step` carries a probe; if so, the next one is counted from it."""
+        due = first or self.probe_due(step)
+        self.last_probe = step if due else self.last_probe
+        return due
 
 
 @dataclass

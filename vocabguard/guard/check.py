@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 
@@ -12,11 +13,19 @@ from vocabguard import collective
 from vocabguard.alerts.machine import AlertMachine
 from vocabguard.guard import summary
 from vocabguard.guard.probing import Prober
+from vocabguard.guard.protection import Protection
 from vocabguard.guard.setup import Watched, vocabulary_rows
 from vocabguard.matrices import VocabMatrix
 from vocabguard.measure.drift import measure_drift
 from vocabguard.measure.exposure import ExposureCounter, exposure_classes
 from vocabguard.results import CheckResult, Exposure, MatrixName, NotApplicable, ProbeResult, RowDrift
+
+logger = logging.getLogger("vocabguard")
+
+_NO_TARGETS = (
+    "vocabguard: no target has been counted by step %d, so every token looks as if it never was one. The labels do not "
+    "reach the model's forward pass (label smoothing and a custom loss take them out); tell them by `targets=`"
+)
 
 
 @dataclass
@@ -33,6 +42,7 @@ class Checker:
         top_k: worst tokens in a result.
         check_seconds: cost of the last check without its probe.
         probe_seconds: cost of the last probe.
+        protection: echo and hold; None where neither is configured.
     """
 
     model: nn.Module
@@ -44,7 +54,9 @@ class Checker:
     top_k: int
     check_seconds: float = 0.0
     probe_seconds: float = 0.0
+    protection: Protection | None = None
     groups: dict[str, Tensor] = field(init=False)
+    _warned: bool = False
 
     def __post_init__(self) -> None:
         self.groups = summary.group_masks(self.watched.table)
@@ -74,6 +86,10 @@ class Checker:
             watched=self.prober.watched if self.prober else torch.empty(0, dtype=torch.int64),
         )
         scalars[summary.PREFIX + "overhead"] = overhead
+        echo = None
+        if self.protection is not None:
+            scalars |= self.protection.scalars(exposure, self.watched.table.live)
+            echo = self.protection.report(exposure, classes, self.groups)
         transitions = self.alerts.update(step, scalars)
         scalars[summary.PREFIX + "alerts/firing"] = float(len(self.alerts.firing))
         ranked = drifts["head"] if isinstance(drifts["head"], RowDrift) else drifts["embedding"]
@@ -82,6 +98,7 @@ class Checker:
         watch_list = self.prober.watched if self.prober else worst[:0]
         about = (ranked, exposure, classes, last_probe, self.watched.table, step)
         worst_reports, watch_reports = summary.token_reports(worst, *about), summary.token_reports(watch_list, *about)
+        self._warn_if_silent(step, exposure)
         seconds = time.perf_counter() - began
         self.check_seconds = seconds - (self.probe_seconds if probes else 0.0)
         return CheckResult(
@@ -97,7 +114,16 @@ class Checker:
             worst=worst_reports,
             watched=watch_reports,
             seconds=seconds,
+            echo=echo,
         )
+
+    def _warn_if_silent(self, step: int, exposure: Exposure | NotApplicable) -> None:
+        """Say once that training goes on and no target was ever counted: the labels go another way."""
+        if self._warned or isinstance(exposure, NotApplicable) or exposure.steps == 0:
+            return
+        if not bool((exposure.data_target + exposure.echo_target).any()):
+            self._warned = True
+            logger.warning(_NO_TARGETS, step)
 
     def exposure(self) -> Exposure | NotApplicable:
         """Counts so far, over all processes."""

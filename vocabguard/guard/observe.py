@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from vocabguard.guard.faults import Faults
 from vocabguard.matrices import VocabMatrix
 from vocabguard.measure.exposure import ExposureCounter
+
+if TYPE_CHECKING:
+    from vocabguard.guard.protection import Protection
 
 Targets = Callable[[Any], tuple[Tensor | None, Tensor]]
 """Takes a batch, gives (inputs or None, targets): targets are not shifted again."""
@@ -75,6 +78,7 @@ class Observer:
         self._handles: list[Any] = []
         self._unread = True
         self.hooked = False
+        self.protection: Protection | None = None
 
     def hook_model(self, model: nn.Module) -> None:
         """See every training forward pass of `model`; batches need not be told any more."""
@@ -103,7 +107,8 @@ class Observer:
             return False
         inputs, labels, aligned = found
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        self.observe(inputs, labels, attention_mask=mask, shift=self._shift and not aligned)
+        echo = self.protection.mask if self.protection is not None else None
+        self.observe(inputs, labels, attention_mask=mask, echo_mask=echo, shift=self._shift and not aligned)
         return True
 
     def observe(
@@ -150,8 +155,12 @@ class Observer:
 
     def _before_step(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
         self._unread = True
+        holder = self.protection.holder if self.protection is not None else None
+        if holder is not None and holder.on and not self._faults.down:
+            with self._faults.contain("keeping rows"):
+                holder.before_step()
 
-    def _after_step(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
+    def _after_step(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
         # The hooks of an optimizer whose `step` calls its parent's may fire twice in a step: the inner one reads.
         if self._faults.down or self._matrix is None or not self._unread:
             return
@@ -163,3 +172,5 @@ class Observer:
                 # By the steps that a resumed run remembers, so that it samples where an uninterrupted one does.
                 sample = self._push_every > 0 and (self.counter.steps + 1) % self._push_every == 0
                 self.counter.observe_gradient(gradient, sample)
+            if self.protection is not None and self.protection.holder is not None:
+                self.protection.holder.after_step(optimizer)

@@ -21,10 +21,44 @@ from vocabguard.config import ConfigError
 from vocabguard.guard.observe import Targets, labels_of
 from vocabguard.measure.exposure import count_targets
 from vocabguard.results import NotApplicable, Preflight
+from vocabguard.settings import GuardConfig
 
 _HEAVY = (nn.Module, PreTrainedTokenizerBase)
 # How far generators, models and tokenizers are looked for inside a dataset or collator.
 _DEPTH, _FEW = 4, 64
+
+
+def wanted_preflight(
+    config: GuardConfig, dataloader: Any, rows: int, shift: bool, targets: Targets | None, need_labels: bool
+) -> Preflight | NotApplicable:
+    """`preflight` as a configuration asks for it, or why there is none.
+
+    Args:
+        config: all settings.
+        dataloader: the training dataloader, or None.
+        rows: V of the vocabulary matrix.
+        shift: whether the model shifts its labels.
+        targets: the user's extractor, if any.
+        need_labels: whether batches must carry labels.
+
+    Raises:
+        ConfigError: if a batch carries no labels though it must, and there is no extractor.
+    """
+    wanted = config.preflight
+    if not (wanted.enabled and config.exposure.enabled):
+        return NotApplicable("preflight is off")
+    if dataloader is None:
+        return NotApplicable("preflight needs the training dataloader")
+    return preflight(
+        dataloader,
+        rows=rows,
+        shift=shift,
+        targets=targets,
+        max_batches=wanted.max_batches,
+        max_seconds=wanted.max_seconds,
+        seed=config.seed,
+        need_labels=need_labels,
+    )
 
 
 def preflight(
@@ -61,7 +95,7 @@ def preflight(
     began = time.perf_counter()
     counts = torch.zeros(rows, dtype=torch.int64)
     length, batches, seen = len(loader.dataset), 0, 0
-    with _untouched_rng(loader.dataset, loader.collate_fn):
+    with untouched_rng(loader.dataset, loader.collate_fn):
         for indices, batch in _sample(loader, seed):
             found = labels_of(batch, targets)
             if found is None and need_labels:
@@ -79,20 +113,29 @@ def _sample(loader: DataLoader[Any], seed: int) -> Iterator[tuple[int, Any]]:
     """(examples, batch) in an order of our own, through a copy of the collate function."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(loader.dataset), generator=generator).tolist()  # type: ignore[arg-type]
-    collate = _own_copy(loader.collate_fn)
+    collate = own_copy(loader.collate_fn)
+    yield from ((count, collate(examples)) for count, examples in examples_of(loader, order))
+
+
+def examples_of(loader: DataLoader[Any], order: list[int]) -> Iterator[tuple[int, Any]]:
+    """(number of examples, what the collate function gets) for the dataset's examples in the given order.
+
+    Args:
+        loader: of a map-style dataset.
+        order: indices into the dataset.
+    """
     if loader.batch_sampler is None:
         # Without automatic batching an example of the dataset is a batch.
-        yield from ((1, collate(loader.dataset[index])) for index in order)
+        yield from ((1, loader.dataset[index]) for index in order)
         return
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 8
     fetch = getattr(loader.dataset, "__getitems__", None)
     for start in range(0, len(order), size):
         indices = order[start : start + size]
-        examples = fetch(indices) if fetch else [loader.dataset[index] for index in indices]
-        yield len(indices), collate(examples)
+        yield len(indices), fetch(indices) if fetch else [loader.dataset[index] for index in indices]
 
 
-def _own_copy(collate: Callable[..., Any]) -> Callable[..., Any]:
+def own_copy(collate: Callable[..., Any]) -> Callable[..., Any]:
     """A copy of a collator object, whose state must not move; models and tokenizers inside stay shared."""
     if hasattr(collate, "__self__"):
         # A bound method would take its whole owner along, which may be the data module.
@@ -121,7 +164,7 @@ def _parts(owner: Any, depth: int = _DEPTH, seen: set[int] | None = None) -> Ite
 
 
 @contextmanager
-def _untouched_rng(*owners: Any) -> Iterator[None]:
+def untouched_rng(*owners: Any) -> Iterator[None]:
     """Put random numbers back afterwards: datasets and collators may draw.
 
     Those are Python's, NumPy's and torch's global generators, and the generators that the owners hold.

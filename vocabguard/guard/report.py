@@ -30,6 +30,18 @@ def free_folder(folder: Path) -> Path:
     return candidate
 
 
+def choose_folder(resumed: str | None, suggested: str | Path | None) -> Path | None:
+    """The folder of a run: that of the run that goes on, else a free one by the suggested name; the same on all ranks.
+
+    Args:
+        resumed: folder of the run that is resumed, if any.
+        suggested: where a new run may lie; None writes none.
+    """
+    if resumed:
+        return Path(resumed)
+    return None if suggested is None else collective.agree(free_folder(Path(suggested)))
+
+
 class Reporter:
     """Hands each result to every view.
 

@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vocabguard import collective
-from vocabguard.alerts.machine import AlertMachine
-from vocabguard.config import ConfigSource, load_config
+from vocabguard.config import ConfigError, ConfigSource, load_config
 from vocabguard.guard import setup, state
+from vocabguard.guard.arming import Route, Run
+from vocabguard.guard.assembly import Parts, put_together
 from vocabguard.guard.cadence import Cadence, StepTimer
 from vocabguard.guard.check import Checker
+from vocabguard.guard.echoing import EchoSource
 from vocabguard.guard.faults import Faults
 from vocabguard.guard.observe import Observer, Targets, predicts_next
-from vocabguard.guard.preflight import preflight
+from vocabguard.guard.preflight import wanted_preflight
 from vocabguard.guard.probing import Prober, choose_prober
-from vocabguard.guard.report import Reporter, free_folder
-from vocabguard.measure.exposure import ExposureCounter
-from vocabguard.results import CheckResult, NotApplicable, Preflight, Watch
+from vocabguard.guard.protection import Protection
+from vocabguard.guard.report import Reporter, choose_folder
+from vocabguard.protect.collator import EchoCollator
+from vocabguard.results import CheckResult, Watch
 from vocabguard.runlog import RunLog
 from vocabguard.settings import GuardConfig
-
-logger = logging.getLogger("vocabguard")
-
-_BEGINS_LATE = (
-    "vocabguard: %d steps are done and no saved state of a guard is there: drift and counts begin here, not at the base"
-)
-_NO_TARGETS = (
-    "vocabguard: no target has been counted by step %d, so every token looks as if it never was one. The labels do not "
-    "reach the model's forward pass (label smoothing and a custom loss take them out); tell them by `targets=`"
-)
 
 
 class VocabGuard:
@@ -79,10 +70,13 @@ class VocabGuard:
         self.last: CheckResult | None = None
         self.observer: Observer | None = None
         self.checker: Checker | None = None
+        self.protection: Protection | None = None
         self.run_dir: Path | None = None
         self.latest: dict[str, float] = {}
         self.steps = 0
-        self._silent = False
+        self._source: EchoSource | None = None
+        self._inject: Route | None = None
+        self._batches_per_step = 1
         self._reporter: Reporter | None = None
         self._resumed: Mapping[str, Any] = {}
         self._timer = StepTimer()
@@ -101,6 +95,8 @@ class VocabGuard:
         writer: Any = None,
         hook_model: bool = True,
         steps_done: int = 0,
+        inject: Route | None = None,
+        batches_per_step: int = 1,
     ) -> Watch | None:
         """Begin to guard: take the baseline, count targets of the data to come, probe the base, set hooks.
 
@@ -115,6 +111,9 @@ class VocabGuard:
             hook_model: see batches in the model's forward pass; False where `observe` or `observe_batch` is called.
             steps_done: optimizer steps that the trainer has behind it. With no state to resume the base is what the
                 model is now, and a warning says so.
+            inject: how echo rows get into batches: ``collate`` wraps the dataloader's collate function, ``batch`` lets
+                `observe_batch` append them; None where the dataloader has a collate function from `collator`.
+            batches_per_step: micro-batches of this process in an optimizer step.
 
         Returns:
             What is watched and what is not; None if the guard stood down.
@@ -124,9 +123,9 @@ class VocabGuard:
         """
         self._begin_anew()
         self._resumed = resumed or self._resumed
-        if steps_done > 0 and not self._resumed:
-            logger.warning(_BEGINS_LATE, steps_done)
+        state.warn_if_late(self._resumed, steps_done)
         self.cadence.total = total_steps
+        self._batches_per_step, self._inject = batches_per_step, inject
         attached = False
         try:
             with self.faults.contain("attach"):
@@ -134,21 +133,26 @@ class VocabGuard:
                 watched = setup.watch_model(model, self.tokenizer, self.config, self._resumed)
                 shift = self.config.exposure.shift_labels
                 shift = predicts_next(model) if shift is None else shift
-                flight = self._preflight(dataloader, watched.rows, shift, need_labels=hook_model)
+                flight = wanted_preflight(self.config, dataloader, watched.rows, shift, self.targets, hook_model)
                 prober = choose_prober(model, self.config, self.tokenizer, watched.table, flight)
-                self._put_together(model, watched, prober if isinstance(prober, Prober) else None, shift)
-                self.run_dir = self._choose_run_dir(run_dir)
+                run = Run(model, dataloader, inject, total_steps, batches_per_step, shift, flight)
+                parts = self._take(run, watched, prober if isinstance(prober, Prober) else None)
+                self.run_dir = choose_folder(self._resumed.get("run_dir"), self.config.run_dir or run_dir)
                 self.watch = setup.describe(watched, flight, prober, self.run_dir)
                 self._reporter = Reporter(self.config, watched.table, self.rules, self.run_dir, writer)
                 self._reporter.watch(self.watch)
-                self._hook(model if hook_model else None, optimizer)
+                parts.hook(optimizer, hook_model=hook_model)
                 if not self._resumed:
                     self.steps = steps_done
                     self._check(steps_done, first=True)
+                elif self.protection is not None:
+                    self.protection.decide(parts.checker.alerts.firing)
                 attached = True
         finally:
             if not attached:
                 self._let_go()
+                if self.protection is not None:
+                    self.protection.finish()
         self._resumed = {}  # another `attach` is another run
         # Only now, since the work of attaching is booked when it ends.
         self._timer.start(self.faults)
@@ -159,62 +163,63 @@ class VocabGuard:
         self.finish(check=False)
         self.faults = Faults(self.config.on_error)
         self.cadence = Cadence.of(self.config)
-        self.watch = self.last = self.observer = self.checker = self.run_dir = None
-        self.latest, self.steps, self._silent, self._timer = {}, 0, False, StepTimer()
+        self.watch = self.last = self.observer = self.checker = self.run_dir = self.protection = None
+        self.latest, self.steps, self._timer = {}, 0, StepTimer()
 
-    def _preflight(self, dataloader: Any, rows: int, shift: bool, *, need_labels: bool) -> Preflight | NotApplicable:
-        wanted = self.config.preflight
-        if not (wanted.enabled and self.config.exposure.enabled):
-            return NotApplicable("preflight is off")
-        if dataloader is None:
-            return NotApplicable("preflight needs the training dataloader")
-        return preflight(
-            dataloader,
-            rows=rows,
-            shift=shift,
-            targets=self.targets,
-            max_batches=wanted.max_batches,
-            max_seconds=wanted.max_seconds,
-            seed=self.config.seed,
-            need_labels=need_labels,
-        )
-
-    def _put_together(self, model: nn.Module, watched: setup.Watched, prober: Prober | None, shift: bool) -> None:
-        """What counts and what checks, gone on from the state that is resumed; nothing is hooked or written yet."""
-        if self.config.exposure.enabled:
-            self.observer = Observer(
-                ExposureCounter(watched.rows, next(model.parameters()).device, watched.tied),
-                watched.gradient_matrix,
-                shift=shift,
-                push_every=self.config.exposure.push_every_n_steps,
-                faults=self.faults,
-                targets=self.targets,
-            )
-        self.checker = Checker(
-            model,
-            watched,
-            self.observer.counter if self.observer else None,
-            prober,
-            AlertMachine(self.rules),
-            self.config.drift.chunk_rows,
-            self.config.log.top_k,
-        )
+    def _take(self, run: Run, watched: setup.Watched, prober: Prober | None) -> Parts:
+        """The parts of the run, gone on from the state that is resumed."""
+        parts = put_together(
+            self.config, self.rules, run, watched,
+            prober=prober, faults=self.faults, targets=self.targets, source=self._source,
+        )  # fmt: skip
+        self.observer, self.checker, self.protection = parts.observer, parts.checker, parts.protection
+        if self.protection is not None:
+            self.cadence.fix()
         if self._resumed:
             state.restore(self, self._resumed)
+        return parts
 
-    def _choose_run_dir(self, suggested: str | Path | None) -> Path | None:
-        if self._resumed.get("run_dir"):
-            return Path(self._resumed["run_dir"])
-        folder = self.config.run_dir or suggested
-        return None if folder is None else collective.agree(free_folder(Path(folder)))
+    # -- protection --------------------------------------------------------------------------------------------------
 
-    def _hook(self, model: nn.Module | None, optimizer: Any) -> None:
-        if self.observer is None:
-            return
-        if optimizer is not None:
-            self.observer.hook_optimizers([optimizer] if hasattr(optimizer, "param_groups") else optimizer)
-        if model is not None:
-            self.observer.hook_model(model)
+    def collator(self, inner: Callable[[list[Any]], Any], *, seq2seq: bool = False) -> EchoCollator:
+        """A collate function that adds echo rows to the batches that `inner` makes, for dataloaders of one's own.
+
+        Batches get the key ``vocabguard_echo``, which the guard takes out on their way into the model. With several
+        workers that are started anew each epoch, call `start_epoch` before each epoch.
+
+        Args:
+            inner: takes examples with ``input_ids`` and makes a batch with ``labels``.
+            seq2seq: whether the model is an encoder-decoder.
+
+        Raises:
+            ConfigError: without a tokenizer.
+        """
+        self._source = self._source or EchoSource(self.config, self.tokenizer, seq2seq=seq2seq)
+        return EchoCollator(inner, self._source.feed, self._source.maker)
+
+    def switch(self, kind: Literal["echo", "hold"], on: bool | None) -> None:
+        """Switch echo or hold on or off, as soon as it can take effect.
+
+        Args:
+            kind: which.
+            on: what is wanted; None leaves it to settings and rules again.
+
+        Raises:
+            ConfigError: if it is neither enabled nor armed nor named by a rule.
+        """
+        if self.protection is None or not self.protection.has(kind) or self.checker is None:
+            raise ConfigError(f"{kind} is not part of this run; allowed: {kind}.armed: true before it begins")
+        self.protection.ask(kind, on)
+        self.protection.decide(self.checker.alerts.firing)
+
+    def start_epoch(self, *, skipped: int = 0) -> None:
+        """An epoch begins: call it before the dataloader is iterated.
+
+        Args:
+            skipped: batches that the collate function makes once more, only to be skipped, since the run is resumed.
+        """
+        if self.protection is not None:
+            self.protection.start_epoch(skipped)
 
     # -- while training runs -----------------------------------------------------------------------------------------
 
@@ -237,6 +242,9 @@ class VocabGuard:
         At the first batch that has neither, the model's forward pass is hooked, and from then on only that is counted.
         Call it before the batch reaches the model.
         """
+        if self.protection is not None:
+            # Even when the guard is down: a mask that the model does not know must not reach it.
+            self.protection.join(batch, inject=not self.faults.down and self._inject == "batch")
         if self.observer is None or self.checker is None or self.faults.down or self.observer.hooked:
             return
         with self.faults.contain("counting a batch"):
@@ -245,11 +253,7 @@ class VocabGuard:
         self._heed_faults()
 
     def step(self, step: int) -> CheckResult | None:
-        """Tell the guard that optimizer step number `step` (counted from 1) is done.
-
-        Returns:
-            The check, if one was due.
-        """
+        """Tell the guard that optimizer step `step` (counted from 1) is done; gives the check, if one was due."""
         if self.checker is None or self._reporter is None or self.faults.down:
             self._heed_faults()
             return None
@@ -263,6 +267,8 @@ class VocabGuard:
                 self.cadence.choose(self._timer.median(), self.checker.check_seconds, self.checker.probe_seconds)
             if self.cadence.due(step):
                 result = self._check(step)
+            if self.protection is not None:
+                self.protection.end_step()
         self._heed_faults()
         return result
 
@@ -277,28 +283,17 @@ class VocabGuard:
     def _check(self, step: int, *, first: bool = False) -> CheckResult:
         assert self.checker is not None
         assert self._reporter is not None
-        with_probe = first or self.cadence.probe_due(step)
-        if with_probe:
-            self.cadence.last_probe = step
-        overhead = self._timer.overhead(self.faults)
-        self.last = self.checker.run(step, with_probe=with_probe, overhead=overhead)
+        with_probe = self.cadence.take_probe(step, first=first)
+        self.last = self.checker.run(step, with_probe=with_probe, overhead=self._timer.overhead(self.faults))
         self.latest.update(self.last.scalars)
         began = time.perf_counter()
         self._reporter.check(self.last, self.checker.watched.table)
         # To say what was found is a part of what a check costs.
         self.checker.check_seconds += time.perf_counter() - began
-        if not first:
-            self._warn_if_silent(self.last)
+        if self.protection is not None:
+            base = self.checker.prober.base if self.checker.prober else None
+            self.protection.follow(self.last, base, self._batches_per_step * (self.cadence.every or 1))
         return self.last
-
-    def _warn_if_silent(self, found: CheckResult) -> None:
-        """Say once that training goes on and no target was ever counted: the labels go another way."""
-        exposure = found.exposure
-        if self._silent or isinstance(exposure, NotApplicable):
-            return
-        if not bool((exposure.data_target + exposure.echo_target).any()):
-            self._silent = True
-            logger.warning(_NO_TARGETS, found.step)
 
     def _heed_faults(self) -> None:
         if self.faults.down:
@@ -307,6 +302,8 @@ class VocabGuard:
     def _let_go(self) -> None:
         if self.observer is not None:
             self.observer.remove()
+        if self.protection is not None:
+            self.protection.stand_down()
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -340,6 +337,8 @@ class VocabGuard:
         log = None
         with self.faults.contain("finish"):
             self._let_go()
+            if self.protection is not None:
+                self.protection.finish()
             if self._reporter is not None:
                 reporter, self._reporter = self._reporter, None
                 log = reporter.finish(self.last)

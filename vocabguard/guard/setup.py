@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from vocabguard.alerts.rules import AlertRule, require_parts
+from vocabguard.alerts.rules import BUILT_IN, AlertRule, require_parts
 from vocabguard.config import ConfigError
 from vocabguard.matrices import VocabMatrix, find_matrices
 from vocabguard.measure.untrained import never_trained
@@ -203,9 +203,9 @@ def build_rules(config: GuardConfig, actions: Mapping[str, Action]) -> list[Aler
     for name, rule in config.alerts.items():
         if not rule.enabled:
             continue
-        unknown = [action for action in rule.actions if action != "log" and action not in actions]
+        unknown = [action for action in rule.actions if action not in (*BUILT_IN, *actions)]
         if unknown:
-            allowed = ["log", *actions]
+            allowed = [*BUILT_IN, *actions]
             raise ConfigError(f"alerts.{name}.actions has {unknown}; allowed: {allowed} (more by `actions=`)")
         try:
             rules.append(
@@ -218,7 +218,7 @@ def build_rules(config: GuardConfig, actions: Mapping[str, Action]) -> list[Aler
                     resolve_at=rule.resolve_at,
                     cooldown_steps=rule.cooldown_steps,
                     level=rule.level,
-                    actions=tuple("log" if action == "log" else actions[action] for action in rule.actions),
+                    actions=tuple(cast(Any, actions.get(action, action)) for action in rule.actions),
                 )
             )
         except ValueError as error:

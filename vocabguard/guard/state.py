@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -15,7 +16,19 @@ if TYPE_CHECKING:
 
     from vocabguard.guard.session import VocabGuard
 
+logger = logging.getLogger("vocabguard")
+
 VERSION = 1
+
+_BEGINS_LATE = (
+    "vocabguard: %d steps are done and no saved state of a guard is there: drift and counts begin here, not at the base"
+)
+
+
+def warn_if_late(saved: Mapping[str, Any], steps_done: int) -> None:
+    """Say that a guard begins in mid-run: a trainer resumes, and no guard saved a state."""
+    if steps_done > 0 and not saved:
+        logger.warning(_BEGINS_LATE, steps_done)
 
 
 def require_known(saved: Mapping[str, Any]) -> None:
@@ -49,6 +62,7 @@ def collect(guard: VocabGuard) -> dict[str, Any]:
             "probe_seconds": checker.probe_seconds,
         },
         "latest": dict(guard.latest),
+        "protection": guard.protection.state_dict() if guard.protection is not None else {},
     }
 
 
@@ -86,3 +100,5 @@ def restore(guard: VocabGuard, saved: Mapping[str, Any]) -> None:
     # Known before the cadence is chosen: a run may stop within its first steps.
     checker.check_seconds, checker.probe_seconds = cadence["check_seconds"], cadence["probe_seconds"]
     guard.latest.update(saved["latest"])
+    if guard.protection is not None and saved.get("protection"):
+        guard.protection.load_state_dict(saved["protection"])

@@ -69,6 +69,18 @@ def scalars_of(
     return {PREFIX + key: value for key, value in found.items()}
 
 
+def echo_scalars(exposure: Exposure, live: Tensor) -> dict[str, float]:
+    """``echo/dose``, echo targets per data target so far, and ``echo/targets_per_live_token``.
+
+    Args:
+        exposure: counts over all processes.
+        live: (V,) bool.
+    """
+    echoed, asked = int(exposure.echo_target.sum()), int(exposure.data_target.sum())
+    per_token = float(exposure.echo_target[live].double().mean()) if bool(live.any()) else 0.0
+    return {"echo/dose": echoed / asked if asked else 0.0, "echo/targets_per_live_token": per_token}
+
+
 def worst_ids(drift: RowDrift | NotApplicable, live: Tensor, k: int) -> Tensor:
     """(m,) int64, m <= k: the live rows of lowest cosine, lowest first."""
     if isinstance(drift, NotApplicable) or k == 0:

@@ -116,11 +116,13 @@ class ExposureCounter:
         self.steps = 0
         self.push_samples = 0
         self._counts = torch.zeros(4, rows, dtype=torch.int64, device=device)
-        self._before = torch.zeros(2, rows, dtype=torch.int64, device=device)
+        self._before = torch.zeros_like(self._counts)
         self.last_target = torch.full((rows,), -1, dtype=torch.int64, device=device)
+        self.last_data_target = self.last_target.clone()
         self.pull = torch.zeros(rows, dtype=torch.float32, device=device)
         self.push = torch.zeros_like(self.pull)
         self.input_only = torch.zeros_like(self.pull)
+        self._batches = torch.zeros((), dtype=torch.int64, device=device)
         self._push_share = torch.full((), torch.nan, dtype=torch.float32, device=device)
 
     def observe(
@@ -153,13 +155,29 @@ class ExposureCounter:
             real = attention_mask != 0 if attention_mask is not None and attention_mask.shape == inputs.shape else None
             add_counts(self._counts, inputs, row=_INPUT if echo is None else _INPUT + echo.long(), keep=real)
 
+        self._batches += 1
+
+    @property
+    def batches(self) -> int:
+        """Micro-batches observed so far."""
+        return int(self._batches)
+
+    @property
+    def data_targets(self) -> int:
+        """Data targets counted so far, of all tokens."""
+        return int(self._counts[_TARGET].sum())
+
     def targets_now(self) -> Tensor:
         """(V,) bool on the counters' device: the token was a target, data or echo, since the last `end_step`."""
-        return self._counts[_TARGET] + self._counts[_ECHO_TARGET] != self._before[0]
+        return (self._counts[:_INPUT] != self._before[:_INPUT]).any(dim=0)
+
+    def data_targets_now(self) -> Tensor:
+        """(V,) bool on the counters' device: the token was a target of the data since the last `end_step`."""
+        return self._counts[_TARGET] != self._before[_TARGET]
 
     def inputs_now(self) -> Tensor:
         """(V,) bool on the counters' device: the token was an input, data or echo, since the last `end_step`."""
-        return self._counts[_INPUT] + self._counts[_ECHO_INPUT] != self._before[1]
+        return (self._counts[_INPUT:] != self._before[_INPUT:]).any(dim=0)
 
     @torch.no_grad()
     def observe_gradient(self, head_grad: Tensor, sample_push: bool) -> None:
@@ -193,6 +211,7 @@ class ExposureCounter:
             step: its number; the first step is 1.
         """
         self.last_target.masked_fill_(self.targets_now(), step)
+        self.last_data_target.masked_fill_(self.data_targets_now(), step)
         self.steps += 1
         self._clear_step()
 
@@ -214,7 +233,7 @@ class ExposureCounter:
         """
         larger = ExposureCounter(rows, self._counts.device, self.tied)
         kept = min(rows, self.rows)
-        for name in ("_counts", "_before", *_ROW_STATE):
+        for name in ("_counts", "_before", "last_data_target", *_ROW_STATE):
             fresh: Tensor = getattr(larger, name)
             fresh[..., :kept] = getattr(self, name)[..., :kept]
             setattr(self, name, fresh)
@@ -230,8 +249,9 @@ class ExposureCounter:
         state: dict[str, Tensor | int] = {name: getattr(self, name).to("cpu", copy=True) for name in _ROW_STATE}
         # A copy of each row, because safetensors refuses tensors that share memory.
         state |= {name: row.to("cpu", copy=True) for name, row in zip(_COUNTED, self._counts, strict=True)}
+        state["last_data_target"] = self.last_data_target.to("cpu", copy=True)
         state["push_share"] = self._push_share.to("cpu", copy=True)
-        return state | {"push_samples": self.push_samples, "steps": self.steps}
+        return state | {"push_samples": self.push_samples, "steps": self.steps, "batches": self.batches}
 
     def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
         """Continue from what `state_dict` gave.
@@ -247,12 +267,15 @@ class ExposureCounter:
             self._counts[row].copy_(tensors[name])
         for name in _ROW_STATE:
             getattr(self, name).copy_(tensors[name])
+        # States of earlier versions have no echo, so any target was one of the data.
+        self.last_data_target.copy_(tensors.get("last_data_target", tensors["last_target"]))
         self._push_share.copy_(tensors["push_share"])
         self.push_samples, self.steps = int(state["push_samples"]), int(state["steps"])
+        self._batches.fill_(int(state.get("batches", self.steps)))
         self._clear_step()
 
     def _clear_step(self) -> None:
-        torch.sum(self._counts.view(2, 2, self.rows), dim=1, out=self._before)
+        self._before.copy_(self._counts)
 
     def _all_norms(self, gradient: Tensor) -> Tensor:
         if not gradient.is_sparse:

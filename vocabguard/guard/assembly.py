@@ -1,0 +1,106 @@
+"""The parts of one guarded run, put together before anything is hooked or written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from vocabguard.alerts.machine import AlertMachine
+from vocabguard.alerts.rules import AlertRule
+from vocabguard.guard.arming import Run, arm
+from vocabguard.guard.check import Checker
+from vocabguard.guard.echoing import EchoSource
+from vocabguard.guard.faults import Faults
+from vocabguard.guard.observe import Observer, Targets
+from vocabguard.guard.probing import Prober
+from vocabguard.guard.protection import Protection
+from vocabguard.guard.setup import Watched
+from vocabguard.measure.exposure import ExposureCounter
+from vocabguard.settings import GuardConfig
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What works while training runs.
+
+    Attributes:
+        observer: counts; None where exposure is off.
+        checker: measures.
+        protection: echo and hold; None where neither is configured.
+    """
+
+    observer: Observer | None
+    checker: Checker
+    protection: Protection | None
+
+    def hook(self, optimizer: Any, *, hook_model: bool) -> None:
+        """Set all hooks.
+
+        Args:
+            optimizer: one, several, or None.
+            hook_model: whether batches are counted in the model's forward pass.
+        """
+        if self.observer is None:
+            return
+        if optimizer is not None:
+            self.observer.hook_optimizers([optimizer] if hasattr(optimizer, "param_groups") else optimizer)
+        if self.protection is not None:
+            # First, so that the echo mask is out of the batch before anything else sees it.
+            self.protection.hook_model(self.checker.model)
+        if hook_model:
+            self.observer.hook_model(self.checker.model)
+
+
+def put_together(
+    config: GuardConfig,
+    rules: Iterable[AlertRule],
+    run: Run,
+    watched: Watched,
+    *,
+    prober: Prober | None,
+    faults: Faults,
+    targets: Targets | None,
+    source: EchoSource | None,
+) -> Parts:
+    """Build the parts.
+
+    Args:
+        config: all settings.
+        rules: of alerts.
+        run: what is known of the run.
+        watched: matrices, baselines and table.
+        prober: None where the probe does not apply.
+        faults: contains exceptions.
+        targets: the user's extractor, if any.
+        source: of echo rows, where `VocabGuard.collator` was called.
+
+    Raises:
+        ConfigError: where echo or hold would be wrong.
+    """
+    rules = tuple(rules)
+    observer = None
+    if config.exposure.enabled:
+        observer = Observer(
+            ExposureCounter(watched.rows, next(run.model.parameters()).device, watched.tied),
+            watched.gradient_matrix,
+            shift=run.shift,
+            push_every=config.exposure.push_every_n_steps,
+            faults=faults,
+            targets=targets,
+        )
+    counter = observer.counter if observer else None
+    protection = arm(config, rules, run, watched, counter, source)
+    if observer is not None:
+        observer.protection = protection
+    checker = Checker(
+        run.model,
+        watched,
+        counter,
+        prober,
+        AlertMachine(rules),
+        config.drift.chunk_rows,
+        config.log.top_k,
+        protection=protection,
+    )
+    return Parts(observer, checker, protection)

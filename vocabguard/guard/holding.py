@@ -1,0 +1,86 @@
+"""Hold, wired to the optimizer's step: which rows keep still is decided by the counts of that very step."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from vocabguard import collective
+from vocabguard.config import ConfigError
+from vocabguard.matrices import VocabMatrix
+from vocabguard.measure.exposure import ExposureCounter
+from vocabguard.protect.hold import HoldMode, RowKeeper, hold_rows, rows_to_hold
+from vocabguard.settings import HoldConfig
+
+
+class Holder:
+    """Keeps the rows before a step and puts the held ones back after it.
+
+    Args:
+        config: mode and window.
+        matrix: the output matrix.
+        counter: whose counts say what was a target.
+
+    Raises:
+        ConfigError: for a matrix whose rows are spread over processes.
+
+    Attributes:
+        on: whether rows are held.
+        held: (V,) bool, the rows held in the last step; None before the first.
+    """
+
+    def __init__(self, config: HoldConfig, matrix: VocabMatrix, counter: ExposureCounter) -> None:
+        if hasattr(matrix.weight, "to_local"):
+            raise ConfigError("hold: the output matrix is sharded; allowed: a matrix that each process has whole")
+        self.on = False
+        self.held: Tensor | None = None
+        self._config, self._matrix, self._counter = config, matrix, counter
+        self._keeper = RowKeeper()
+        self._kept = False
+        self._last: Tensor | None = None
+
+    def switch(self, on: bool) -> None:
+        """Hold from the next step on, or no more."""
+        if on and not self.on:
+            # Each process has counted its own batches only.
+            self._last = collective.largest(self._counter.last_data_target)
+        self.on = on
+
+    def before_step(self) -> None:
+        """Keep the rows. Called again before the step is done, it does nothing."""
+        if self.on and not self._kept:
+            self._keeper.keep(self._matrix.weight)
+            self._kept = True
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put the held rows back.
+
+        Args:
+            optimizer: whose step it was; moments of held rows are cleared or levelled.
+        """
+        if not self._kept or self._last is None:
+            return
+        self._kept = False
+        counter, weight = self._counter, self._matrix.weight
+        if len(self._last) != counter.rows:
+            self._last = collective.largest(counter.last_data_target)
+        data, echo = collective.any_of(torch.stack([counter.data_targets_now(), counter.targets_now()]))
+        inputs = collective.any_of(counter.inputs_now()) if self._matrix.tied else None
+        step = counter.steps + 1
+        self._last = torch.where(data, step, self._last)
+        self.held = rows_to_hold(self._last, echo, inputs, step, self._config.window_steps)
+        mode = cast(HoldMode, self._config.mode)
+        state: Any = optimizer.state.get(weight, {})
+        hold_rows(weight, self._keeper.rows, self.held.to(weight.device), mode, state)
+
+    def share(self, live: Tensor) -> float:
+        """Share in [0, 1] of the live rows that were held in the last step.
+
+        Args:
+            live: (V,) bool on the CPU.
+        """
+        if not self.on or self.held is None or len(self.held) != len(live):
+            return 0.0
+        return float(self.held.cpu()[live].float().mean())

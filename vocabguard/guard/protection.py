@@ -1,0 +1,228 @@
+"""What stops the damage, as one part of the guard: echo and hold, switched by settings, rules or the user."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from vocabguard.alerts.rules import AlertRule
+from vocabguard.guard import summary
+from vocabguard.guard.echoing import EchoControl
+from vocabguard.guard.holding import Holder
+from vocabguard.guard.losses import LossMeter
+from vocabguard.protect.collator import ECHO_KEY, EchoError
+from vocabguard.results import CheckResult, EchoReport, Exposure, NotApplicable, ProbeResult
+from vocabguard.settings import GuardConfig
+
+logger = logging.getLogger("vocabguard")
+
+
+class Protection:
+    """Echo and hold of one run.
+
+    Args:
+        config: all settings.
+        rules: whose actions may switch echo and hold.
+        echo: None where it is not configured.
+        holder: None where it is not configured.
+        shift: whether the model shifts its labels.
+    """
+
+    def __init__(
+        self,
+        config: GuardConfig,
+        rules: Iterable[AlertRule],
+        echo: EchoControl | None,
+        holder: Holder | None,
+        *,
+        shift: bool,
+    ) -> None:
+        self.echo, self.holder = echo, holder
+        self.losses = LossMeter(shift) if echo is not None else None
+        self.mask: Tensor | None = None
+        self._labels: Tensor | None = None
+        self._always = {"echo": config.echo.enabled, "hold": config.hold.enabled}
+        self._rules = {kind: {rule.name for rule in rules if kind in rule.actions} for kind in ("echo", "hold")}
+        self._asked: dict[str, bool | None] = {"echo": None, "hold": None}
+        self._handles: list[Any] = []
+        self._unwrap: list[Callable[[], None]] = []
+
+    # -- switching ---------------------------------------------------------------------------------------------------
+
+    def has(self, kind: str) -> bool:
+        """Whether ``echo`` or ``hold`` can be switched on in this run."""
+        return (self.echo if kind == "echo" else self.holder) is not None
+
+    def ask(self, kind: str, on: bool | None) -> None:
+        """What the user wants, whatever rules say; None leaves it to settings and rules."""
+        self._asked[kind] = on
+
+    def decide(self, firing: Collection[str]) -> None:
+        """Switch echo and hold to what the user, the settings and the firing rules want.
+
+        Args:
+            firing: names of the rules that fire.
+        """
+        if self.echo is not None:
+            self.echo.switch(self._wanted("echo", firing))
+        if self.holder is not None:
+            self.holder.switch(self._wanted("hold", firing))
+
+    def _wanted(self, kind: str, firing: Collection[str]) -> bool:
+        asked = self._asked[kind]
+        return asked if asked is not None else self._always[kind] or not self._rules[kind].isdisjoint(firing)
+
+    # -- batches -----------------------------------------------------------------------------------------------------
+
+    def hook_model(self, model: nn.Module) -> None:
+        """Take the echo mask out of batches on their way into the model, and read the losses on their way out.
+
+        The hooks stay when the guard stands down: batches that are made already still carry the mask.
+        """
+        if self.echo is None or self.losses is None:
+            return
+        self._handles.append(model.register_forward_pre_hook(self._take_mask, with_kwargs=True))
+        self._handles.append(self.losses.hook(model, lambda: (self._labels, self.mask)))
+
+    def on_finish(self, unwrap: Callable[[], None]) -> None:
+        """Call `unwrap` when the run ends."""
+        self._unwrap.append(unwrap)
+
+    def join(self, batch: Any, *, inject: bool) -> None:
+        """Take the echo mask out of a batch, or append echo rows to it.
+
+        Args:
+            batch: of tensors, in training.
+            inject: append rows where the batch has none.
+        """
+        self.mask = self._labels = None
+        if self.echo is None or not isinstance(batch, Mapping):
+            return
+        if ECHO_KEY in batch:
+            self.mask = batch.pop(ECHO_KEY)  # type: ignore[attr-defined]
+        elif inject:
+            try:
+                self.mask = self.echo.join(batch)
+            except EchoError as error:
+                self.echo.source.feed.fail()
+                logger.warning("vocabguard: echo is off from now on, training goes on: %s", error)
+        labels = batch.get("labels")
+        self._labels = labels if isinstance(labels, Tensor) else None
+
+    def _take_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if ECHO_KEY in kwargs:
+            self.mask = kwargs.pop(ECHO_KEY)
+            return args, kwargs
+        # Evaluation and generation in mid-run must not be taken for the batch before them.
+        if module.training and self._labels is None:
+            self.mask = None
+        return None
+
+    # -- steps and checks --------------------------------------------------------------------------------------------
+
+    def start_epoch(self, skipped: int) -> None:
+        """An epoch begins; see `VocabGuard.start_epoch`."""
+        if self.echo is not None:
+            self.echo.start_epoch(skipped)
+
+    def end_step(self) -> None:
+        """A step is done: a plan that waited may be made now."""
+        if self.echo is not None:
+            self.echo.catch_up()
+
+    def scalars(self, exposure: Exposure | NotApplicable, live: Tensor) -> dict[str, float]:
+        """Logged keys: losses since the last check, echo so far, rows held in the last step.
+
+        Args:
+            exposure: counts over all processes.
+            live: (V,) bool.
+        """
+        found: dict[str, float] = {}
+        if self.losses is not None:
+            found |= self.losses.take()
+        if self.echo is not None and isinstance(exposure, Exposure):
+            found |= summary.echo_scalars(exposure, live)
+        if self.holder is not None:
+            found["hold/share"] = self.holder.share(live)
+        return {summary.PREFIX + key: value for key, value in found.items()}
+
+    def report(
+        self, exposure: Exposure | NotApplicable, classes: Tensor, groups: Mapping[str, Tensor]
+    ) -> EchoReport | None:
+        """What echo has done so far; None where it is not configured.
+
+        Args:
+            exposure: counts over all processes.
+            classes: (V,) uint8.
+            groups: (V,) bool masks by script group.
+        """
+        if self.echo is None or isinstance(exposure, NotApplicable):
+            return None
+        parts = (groups, summary.class_masks(classes))
+        by_group, by_class = (
+            {name: int(exposure.echo_target[mask].sum()) for name, mask in masks.items()} for masks in parts
+        )
+        total = int(exposure.echo_target.sum())
+        return EchoReport(self.echo.plan, self.echo.on, total, by_group, by_class, self.echo.source.feed.seconds)
+
+    def follow(self, found: CheckResult, base: ProbeResult | None, batches: int) -> None:
+        """Act on a check: switch, then adjust what is on.
+
+        Args:
+            found: the check.
+            base: the probe at the base, if there is one.
+            batches: batches until the next check.
+        """
+        self.decide(found.firing)
+        if self.echo is not None:
+            self.echo.revise(found, base, batches)
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plans and switches; loads with ``weights_only=True``."""
+        state: dict[str, Any] = {"asked": dict(self._asked)}
+        if self.echo is not None:
+            state["echo"] = self.echo.state_dict()
+        if self.holder is not None:
+            state["hold"] = self.holder.on
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as an earlier run would have; counts must be restored already."""
+        self._asked |= state.get("asked", {})
+        if self.echo is not None and "echo" in state:
+            self.echo.load_state_dict(state["echo"])
+        if self.holder is not None and state.get("hold"):
+            self.holder.switch(True)
+
+    def stand_down(self) -> None:
+        """Stop adding rows and holding; masks that are on their way are still taken out."""
+        if self.echo is not None:
+            self.echo.source.feed.fail()
+        if self.holder is not None:
+            self.holder.switch(False)
+
+    def finish(self) -> None:
+        """Give the dataloader and the model back as they were."""
+        for undo in (*self._unwrap, *(handle.remove for handle in self._handles)):
+            undo()
+        self._unwrap.clear()
+        self._handles.clear()
+        if self.echo is not None:
+            self.echo.source.feed.clear()
+
+
+def needed(config: GuardConfig, rules: Iterable[AlertRule], kind: str) -> bool:
+    """Whether echo or hold may be switched on in this run.
+
+    Args:
+        config: all settings.
+        rules: whose actions may name it.
+        kind: ``echo`` or ``hold``.
+    """
+    wanted = getattr(config, kind)
+    return wanted.enabled or wanted.armed or any(kind in rule.actions for rule in rules)

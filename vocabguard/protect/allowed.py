@@ -1,0 +1,65 @@
+"""Which tokens may be echoed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import regex
+import torch
+from torch import Tensor
+
+from vocabguard.vocabulary import VocabTable, resolve_token
+
+PATTERN = "re:"
+"""Prefix of an exclusion that is a regular expression."""
+
+
+def allowed_ids(table: VocabTable, tokenizer: Any, exclude: Sequence[int | str] = ()) -> Tensor:
+    """The live tokens without those that are excluded: no control, padded, unreachable or never-trained row.
+
+    Args:
+        table: groups, texts and live rows.
+        tokenizer: resolves texts; may be None where nothing is excluded by text.
+        exclude: ids, texts that are one token, and ``re:`` patterns that a token's text is searched for.
+
+    Returns:
+        (m,) int64, ascending.
+
+    Raises:
+        ValueError: for an exclusion that is no token or no pattern, or if nothing is left.
+    """
+    mask = table.live.clone()
+    for item in exclude:
+        mask[_excluded(table, tokenizer, item)] = False
+    ids = mask.nonzero().flatten()
+    if len(ids) == 0:
+        raise ValueError(f"echo.exclude is {list(exclude)!r}; it leaves no token to echo")
+    return ids
+
+
+def _excluded(table: VocabTable, tokenizer: Any, item: int | str) -> list[int]:
+    if isinstance(item, bool) or not isinstance(item, (int, str)):
+        raise ValueError(f"echo.exclude holds {item!r}; allowed: token ids, texts that are one token, 're:' patterns")
+    if isinstance(item, str) and item.startswith(PATTERN):
+        try:
+            pattern = regex.compile(item.removeprefix(PATTERN))
+        except regex.error as error:
+            raise ValueError(f"echo.exclude holds {item!r}, which is no regular expression: {error}") from error
+        return [token for token in range(len(table)) if pattern.search(table.text(token))]
+    if isinstance(item, str) and tokenizer is None:
+        raise ValueError(f"echo.exclude holds the text {item!r}; without a tokenizer only ids are allowed")
+    try:
+        return [resolve_token(tokenizer, item, len(table))]
+    except ValueError as error:
+        raise ValueError(f"echo.exclude: {error}") from error
+
+
+def ids_in(ids: Tensor, allowed: Tensor) -> Tensor:
+    """(k,) int64: those of `ids` that may be echoed, in their order.
+
+    Args:
+        ids: (n,) int64.
+        allowed: (m,) int64.
+    """
+    return ids[torch.isin(ids, allowed)]

@@ -1,0 +1,229 @@
+"""Echo rows joined to the examples of a batch, before the user's own collate function makes tensors of them.
+
+Rows appended as *examples* come out right whatever the collator does: it pads, packs or flattens them like the data's.
+What it does to labels is put right afterwards, and a private key tells echo from data.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vocabguard.protect.feed import EchoFeed
+from vocabguard.protect.rows import IGNORE, EchoPrompt, EchoRow, echo_rows, seq2seq_rows
+
+ECHO_KEY = "vocabguard_echo"
+"""Key of a batch's echo mask: (B,) bool, or (1, T) where the collator joins all rows into one."""
+
+logger = logging.getLogger("vocabguard")
+
+
+class EchoError(ValueError):
+    """Echo would be wrong here; the message says why."""
+
+
+class RowMaker:
+    """Makes a batch's echo rows: a function of the ids, the seed, the process and the batch's number and length.
+
+    Args:
+        prompts: the ways of asking.
+        list_tokens: tokens in a list.
+        fill: see `echo_rows`.
+        seed: of the ways of asking.
+        seq2seq: whether the model is an encoder-decoder.
+    """
+
+    def __init__(
+        self, prompts: Sequence[EchoPrompt], *, list_tokens: int, fill: float = 1.0, seed: int, seq2seq: bool = False
+    ) -> None:
+        self.list_tokens, self.seq2seq = list_tokens, seq2seq
+        self._prompts, self._fill, self._seed = tuple(prompts), fill, seed
+
+    def __call__(self, ids: Sequence[int], *, batch: int, rank: int, length: int) -> list[EchoRow]:
+        """Rows that ask for all `ids`, none longer than `length` if an instruction fits."""
+        rng = Random(f"{self._seed} {rank} {batch}")
+        if self.seq2seq:
+            return seq2seq_rows(ids, self._prompts, length=length, list_tokens=self.list_tokens, rng=rng)
+        return echo_rows(ids, self._prompts, length=length, list_tokens=self.list_tokens, rng=rng, fill=self._fill)
+
+
+class EchoCollator:
+    """Wraps a collate function: examples and echo rows in, a batch with `ECHO_KEY` out.
+
+    A batch that gets no echo rows passes through untouched. If a batch cannot take echo rows it goes on without them,
+    and echo is off from then on: a run is never ended.
+
+    Args:
+        inner: the user's collate function.
+        feed: the plans.
+        maker: of rows.
+    """
+
+    def __init__(self, inner: Callable[[list[Any]], Any], feed: EchoFeed, maker: RowMaker) -> None:
+        self.inner = inner
+        self.feed = feed
+        self.maker = maker
+
+    def __call__(self, features: list[Any]) -> Any:
+        """Collate one batch."""
+        number = self.feed.next_batch()
+        ids = self.feed.ids(number)
+        if not ids:
+            return self.inner(features)
+        try:
+            return self.with_echo(features, ids, number)
+        except Exception as error:
+            self.feed.fail()
+            logger.warning("vocabguard: echo is off from batch %d on, training goes on: %s", number, error)
+            return self.inner(features)
+
+    def with_echo(self, features: list[Any], ids: Sequence[int], number: int) -> Any:
+        """A batch with echo rows.
+
+        Args:
+            features: the batch's examples; not changed.
+            ids: the tokens to echo.
+            number: the batch's number.
+
+        Raises:
+            EchoError: if the examples or the batch cannot take such rows.
+        """
+        began = time.perf_counter()
+        length = _longest(features)
+        rows = self.maker(ids, batch=number, rank=self.feed.rank, length=length)
+        fill = length if _all_as_long(features, length) and not self.maker.seq2seq else 0
+        extra = [_as_example(row, features[0], fill) for row in rows]
+        made = time.perf_counter()
+        batch = self.inner([*features, *extra])
+        collated = time.perf_counter()
+        batch[ECHO_KEY] = _mark(batch, len(features), rows, seq2seq=self.maker.seq2seq)
+        self.feed.spend(time.perf_counter() - collated + made - began)
+        return batch
+
+
+def _longest(features: list[Any]) -> int:
+    first = features[0]
+    if not isinstance(first, Mapping) or "input_ids" not in first:
+        got = f"the keys {sorted(first)}" if isinstance(first, Mapping) else type(first).__name__
+        raise EchoError(f"an example holds {got}; echo rows need examples with 'input_ids'")
+    return max(len(example["input_ids"]) for example in features)
+
+
+def _all_as_long(features: list[Any], length: int) -> bool:
+    """Whether the examples are of one length, so that the collator may not pad at all."""
+    return all(len(example["input_ids"]) == length for example in features)
+
+
+_CONSTANT: Mapping[str, int] = {"token_type_ids": 0, "special_tokens_mask": 0}
+
+
+def _as_example(row: EchoRow, like: Mapping[str, Any], fill: int) -> dict[str, Any]:
+    """The row with the keys that the data's examples have and that mean something for it.
+
+    Args:
+        row: the row.
+        like: an example of the data.
+        fill: length to fill the row up to, where the data's examples are all of one length.
+    """
+    size = len(row.input_ids)
+    spare = max(0, fill - size)
+    target = [int(label != IGNORE) for label in row.labels]
+    known: dict[str, list[int]] = {
+        "input_ids": [*row.input_ids, *[0] * spare],
+        "labels": [*row.labels, *[IGNORE] * (spare if len(row.labels) == size else 0)],
+        "attention_mask": [1] * size + [0] * spare,
+        "position_ids": list(range(size + spare)),
+        "completion_mask": target + [0] * spare,
+        "assistant_masks": target + [0] * spare,
+        "seq_lengths": [size + spare],
+        **{key: [value] * (size + spare) for key, value in _CONSTANT.items()},
+    }
+    return {key: _like(values, like[key]) for key, values in known.items() if key in like} | _lengths(
+        like, size + spare
+    )
+
+
+def _lengths(like: Mapping[str, Any], size: int) -> dict[str, int]:
+    return {"length": size} if isinstance(like.get("length"), int) else {}
+
+
+def _like(values: list[int], example: Any) -> Any:
+    return torch.tensor(values, dtype=example.dtype) if isinstance(example, Tensor) else values
+
+
+def _mark(batch: Any, count: int, rows: Sequence[EchoRow], *, seq2seq: bool) -> Tensor:
+    """Put the echo rows' labels right, in place, and tell where they are.
+
+    Args:
+        batch: collated from `count` examples and the rows.
+        count: examples of the data.
+        rows: the echo rows.
+        seq2seq: whether labels stand apart from inputs.
+
+    Returns:
+        (B,) bool, or (1, T) bool where all rows became one.
+    """
+    ids, labels = _tensor(batch, "input_ids"), _tensor(batch, "labels")
+    if ids.shape[0] == count + len(rows):
+        for place, row in enumerate(rows, start=count):
+            _put_labels(ids[place], labels[place], row, seq2seq=seq2seq)
+        mask = torch.zeros(len(ids), dtype=torch.bool)
+        mask[count:] = True
+        return mask
+    total = sum(len(row.input_ids) for row in rows)
+    if ids.shape[0] == 1 and ids.shape[1] > total and not seq2seq:
+        return _mark_joined(ids, labels, rows)
+    shape = tuple(ids.shape)
+    raise EchoError(f"the collate function made input_ids of shape {shape} of {count} + {len(rows)} examples")
+
+
+def _mark_joined(ids: Tensor, labels: Tensor, rows: Sequence[EchoRow]) -> Tensor:
+    """The same where the collator joins all rows into one, the echo rows last."""
+    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    end = ids.shape[1]
+    # Rows were filled up alike, or not at all: the last one's length tells.
+    for row in reversed(rows):
+        begin = _find_back(ids[0], row, end)
+        place = slice(begin, begin + len(row.input_ids))
+        labels[0, begin:end] = IGNORE
+        labels[0, place] = torch.tensor(row.labels, dtype=labels.dtype)
+        mask[0, begin:end] = True
+        end = begin
+    return mask
+
+
+def _find_back(ids: Tensor, row: EchoRow, end: int) -> int:
+    """Where a row that ends at `end`, but for what it was filled up with, begins."""
+    wanted = torch.tensor(row.input_ids, dtype=ids.dtype)
+    for begin in range(end - len(wanted), -1, -1):
+        if torch.equal(ids[begin : begin + len(wanted)], wanted):
+            return begin
+    raise EchoError("the collate function changed the ids of echo rows")
+
+
+def _put_labels(ids: Tensor, labels: Tensor, row: EchoRow, *, seq2seq: bool) -> None:
+    if seq2seq:
+        if tuple(labels[labels != IGNORE].tolist()) != row.targets:
+            raise EchoError("the collate function changed the labels of echo rows")
+        return
+    wanted, size = torch.tensor(row.input_ids, dtype=ids.dtype), len(row.input_ids)
+    for begin in (0, len(ids) - size):  # padded on the right, on the left
+        if begin >= 0 and torch.equal(ids[begin : begin + size], wanted):
+            labels[:] = IGNORE
+            labels[begin : begin + size] = torch.tensor(row.labels, dtype=labels.dtype)
+            return
+    raise EchoError(f"the collate function changed the ids of an echo row of {size} tokens (or cut it)")
+
+
+def _tensor(batch: Any, key: str) -> Tensor:
+    value = batch.get(key) if isinstance(batch, Mapping) else None
+    if not isinstance(value, Tensor) or value.ndim != 2:
+        got = f"the keys {sorted(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
+        raise EchoError(f"a batch holds {got}; echo rows need '{key}' of shape (B, T)")
+    return value

@@ -1,0 +1,153 @@
+"""How plans reach the workers of a dataloader: a few tensors in shared memory, written by the training process."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from vocabguard.protect.plan import MODES, batch_ids
+from vocabguard.results import EchoPlan
+
+_SLOTS = 2
+_VERSION, _FIRST, _OFFSET, _COUNT, _CYCLE, _SEED, _LIST, _MODE = range(8)
+_EPOCH, _BASE, _RANK, _WORLD, _FAILED = range(5)
+_CLOCKS = 257
+
+
+class EchoFeed:
+    """The plans in force and to come, readable in every worker.
+
+    There is room for two plans. The next one may be written once the current one holds for every batch that the model
+    has seen, so no worker can still need the plan that it replaces.
+
+    Args:
+        capacity: most ids in a plan.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._numbers = _shared(torch.full((_SLOTS, 8), -1, dtype=torch.int64))
+        self._floats = _shared(torch.zeros(_SLOTS, 2, dtype=torch.float64))
+        self._ids = _shared(torch.zeros(_SLOTS, capacity, dtype=torch.int64))
+        self._control = _shared(torch.tensor([0, 0, 0, 1, 0], dtype=torch.int64))
+        self._seconds = _shared(torch.zeros(_CLOCKS, dtype=torch.float64))
+        self._read: dict[int, EchoPlan] = {}
+        self._epoch, self._local = -1, 0
+
+    # -- the training process writes ---------------------------------------------------------------------------------
+
+    def publish(self, plan: EchoPlan) -> None:
+        """Make a plan known; it replaces the one before the last.
+
+        Raises:
+            ValueError: if the plan has more ids than there is room for.
+        """
+        if len(plan.ids) > self._ids.shape[1]:
+            raise ValueError(f"the plan has {len(plan.ids)} ids; allowed: at most {self._ids.shape[1]}")
+        slot = plan.version % _SLOTS
+        self._numbers[slot, _VERSION] = -1  # unreadable until it is whole
+        self._ids[slot, : len(plan.ids)] = plan.ids
+        self._floats[slot, 0], self._floats[slot, 1] = plan.rate, plan.dose
+        values = [plan.first_batch, plan.offset, len(plan.ids), plan.cycle, plan.seed, plan.list_tokens]
+        self._numbers[slot, _FIRST:] = torch.tensor([*values, MODES.index(plan.mode)])
+        self._numbers[slot, _VERSION] = plan.version
+
+    def clear(self) -> None:
+        """Forget all plans: batches pass through untouched."""
+        self._numbers[:, _VERSION] = -1
+        self._control[_FAILED] = 0
+
+    def place(self, rank: int, world: int) -> None:
+        """Tell workers, where torch.distributed is not set up, which process they serve."""
+        self._control[_RANK], self._control[_WORLD] = rank, world
+
+    def start_epoch(self, first_batch: int) -> None:
+        """An epoch begins, before its dataloader is iterated.
+
+        Args:
+            first_batch: number of the first batch that the collate function will be called for.
+        """
+        self._control[_BASE] = first_batch
+        self._control[_EPOCH] += 1
+
+    @property
+    def failed(self) -> bool:
+        """Whether a collator has given up."""
+        return bool(self._control[_FAILED])
+
+    @property
+    def seconds(self) -> float:
+        """Time that making rows has taken, all workers together."""
+        return float(self._seconds.sum())
+
+    # -- workers read ------------------------------------------------------------------------------------------------
+
+    def next_batch(self) -> int:
+        """The number of the batch that is collated now; each call is the next batch of this worker.
+
+        A dataloader hands batches to its workers in turn, so worker w of W collates batches w, w + W, ... of an epoch.
+        """
+        worker = get_worker_info()
+        first, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        if self._epoch != int(self._control[_EPOCH]):
+            self._epoch, self._local = int(self._control[_EPOCH]), 0
+        number = int(self._control[_BASE]) + first + workers * self._local
+        self._local += 1
+        return number
+
+    def ids(self, batch: int) -> list[int]:
+        """The ids to echo in a batch; empty where no plan holds."""
+        plan = self.plan_at(batch)
+        if plan is None or plan.rate == 0 or self.failed:
+            return []
+        return batch_ids(plan, batch, self.rank, int(self._control[_WORLD]))
+
+    @property
+    def rank(self) -> int:
+        """The process that this feed serves."""
+        return int(self._control[_RANK])
+
+    def plan_at(self, batch: int) -> EchoPlan | None:
+        """The newest plan that holds for a batch."""
+        best = -1
+        for slot in range(_SLOTS):
+            version, first = int(self._numbers[slot, _VERSION]), int(self._numbers[slot, _FIRST])
+            if version > best and first <= batch:
+                best = version
+        if best < 0:
+            return None
+        if best not in self._read:
+            kept = {version: plan for version, plan in self._read.items() if version == best - 1}
+            self._read = {**kept, best: self._load(best % _SLOTS)}
+        return self._read[best]
+
+    def fail(self) -> None:
+        """Give up: from now on every worker passes batches through."""
+        self._control[_FAILED] = 1
+
+    def spend(self, seconds: float) -> None:
+        """Book time, each worker in a place of its own."""
+        worker = get_worker_info()
+        self._seconds[0 if worker is None else 1 + worker.id % (_CLOCKS - 1)] += seconds
+
+    def _load(self, slot: int) -> EchoPlan:
+        numbers = self._numbers[slot].tolist()
+        ids: Tensor = self._ids[slot, : numbers[_COUNT]].clone()
+        return EchoPlan(
+            version=numbers[_VERSION],
+            first_batch=numbers[_FIRST],
+            mode=MODES[numbers[_MODE]],
+            dose=float(self._floats[slot, 1]),
+            rate=float(self._floats[slot, 0]),
+            list_tokens=numbers[_LIST],
+            ids=ids,
+            cycle=numbers[_CYCLE],
+            offset=numbers[_OFFSET],
+            seed=numbers[_SEED],
+        )
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """The tensor, moved to memory that worker processes see."""
+    shared: Tensor = tensor.share_memory_()  # type: ignore[no-untyped-call]
+    return shared

@@ -1,0 +1,120 @@
+"""Which tokens are echoed, how many a batch, from which batch on.
+
+A plan is a list of ids that is taken in turn, shuffled anew at each pass, so many tokens a batch. What a batch gets is
+a function of the plan, the batch's number and the process alone: workers need no state, a resumed run goes on alike.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vocabguard.measure.exposure import exposure_classes, steps_since_target
+from vocabguard.results import EchoPlan, Exposure
+
+Mode = Literal["uniform", "least_exposed", "watch"]
+MODES: tuple[Mode, ...] = ("uniform", "least_exposed", "watch")
+
+_MIX = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: neighbouring numbers become unlike seeds
+
+
+def batch_ids(plan: EchoPlan, batch: int, rank: int = 0, world: int = 1) -> list[int]:
+    """The ids that one process echoes in one batch.
+
+    Over the batches and processes of a plan each pass takes every id exactly once.
+
+    Args:
+        plan: the plan in force.
+        batch: the batch's number, counted over the run from 0; at least ``plan.first_batch``.
+        rank: of the process.
+        world: processes that train together.
+    """
+    turn = (batch - plan.first_batch) * world + rank
+    begin, end = plan.offset + taken(plan, turn), plan.offset + taken(plan, turn + 1)
+    return _stream(plan, begin, end)
+
+
+def taken(plan: EchoPlan, turns: int) -> int:
+    """Tokens that the first `turns` batches of a plan take: whole lists, so that small doses make few full rows."""
+    return plan.list_tokens * math.floor(turns * plan.rate / plan.list_tokens + 1e-9)
+
+
+def follow(plan: EchoPlan, *, first_batch: int, rate: float, world: int = 1, ids: Tensor | None = None) -> EchoPlan:
+    """The plan after this one; with the same ids it goes on in the same pass.
+
+    Args:
+        plan: the plan before.
+        first_batch: the first batch that the new plan holds for, not before the old one's.
+        rate: echo tokens a batch and process; 0 stops.
+        world: processes that train together.
+        ids: (m,) int64, another list; None keeps the list.
+    """
+    offset = plan.offset + taken(plan, max(0, first_batch - plan.first_batch) * world)
+    after = replace(plan, version=plan.version + 1, first_batch=first_batch, rate=rate, offset=offset)
+    return after if ids is None else replace(after, ids=ids, cycle=after.version, offset=0)
+
+
+def least_exposed(allowed: Tensor, exposure: Exposure, cosine: Tensor | None, count: int, step: int) -> Tensor:
+    """The ids that need an echo most: by exposure class, then steps since last a target, then drift.
+
+    Args:
+        allowed: (m,) int64, ids that may be echoed.
+        exposure: the counts so far; echo targets do not change a token's class, but count as "last a target".
+        cosine: (V,) float32 of the head rows, if there is a drift.
+        count: ids wanted.
+        step: the optimizer step of the counts.
+
+    Returns:
+        (min(m, count),) int64, neediest first; ids alike in all three keep their order.
+    """
+    classes = exposure_classes(exposure.data_target)[allowed]
+    since = steps_since_target(exposure, step)[allowed]
+    since = torch.where(since < 0, torch.iinfo(since.dtype).max, since)
+    order = torch.arange(len(allowed))
+    # From the least to the most important key: stable sorts keep what the earlier ones found.
+    if cosine is not None:
+        order = order[torch.argsort(cosine[allowed].nan_to_num(nan=1.0), stable=True)]
+    order = order[torch.argsort(since[order], descending=True, stable=True)]
+    order = order[torch.argsort(classes[order], stable=True)]
+    return allowed[order[:count]]
+
+
+def adjusted_dose(dose: float, rise: float, *, tolerated: float, least: float, most: float) -> float:
+    """The next dose of the automatic mode: up by half when recall suffers, down by a fifth when it does not.
+
+    Args:
+        dose: echo targets per data target now.
+        rise: how much the probe's loss (mean -log p of the probed tokens, nats) has risen over the base's.
+        tolerated: the rise that is tolerated; between half of it and it the dose stays.
+        least: smallest dose.
+        most: largest dose.
+    """
+    factor = 1.5 if rise > tolerated else 0.8 if rise < tolerated / 2 else 1.0
+    return min(most, max(least, dose * factor))
+
+
+def _stream(plan: EchoPlan, begin: int, end: int) -> list[int]:
+    """Ids ``begin`` to ``end`` of the endless stream of shuffled passes."""
+    found: list[int] = []
+    size = len(plan.ids)
+    while begin < end and size:
+        place = begin % size
+        count = min(end - begin, size - place)
+        order = _order(plan.seed, plan.cycle, begin // size, size)
+        found += plan.ids[order[place : place + count]].tolist()
+        begin += count
+    return found
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, cycle: int, number: int, size: int) -> Tensor:
+    """The shuffle of one pass, by a generator of its own."""
+    mixed = seed
+    for part in (cycle, number):
+        mixed = ((mixed ^ part) * _MIX + 1) % 2**63
+    return torch.randperm(size, generator=torch.Generator().manual_seed(mixed))
