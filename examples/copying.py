@@ -36,6 +36,11 @@ KNOWN_TEMPLATES = (
 )
 """All that the base is trained on, as an instruct model knows many ways of being asked."""
 
+ECHO_INSTRUCTIONS = tuple(
+    template.replace("{list}", "{tokens}") for template in KNOWN_TEMPLATES if template not in HELD_OUT_TEMPLATES
+)
+"""The ways of asking in echo rows: those that this small base knows. A large model knows the guard's own."""
+
 Row = dict[str, list[int]]
 
 

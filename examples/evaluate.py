@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Any
 
 import torch
-from copying import HELD_OUT_TEMPLATES, chat_row
+from copying import HELD_OUT_TEMPLATES, around, chat_row
 from corpus import load
 from finetune import LONGEST_CHAT, collator
 from torch import Tensor
@@ -19,6 +21,9 @@ from vocabguard.vocabulary import VocabTable
 
 LIST_LENGTH = 16
 SEED = 7
+ANSWER_TOKENS = 32
+_SHORTEST_COPY = 3
+_LONGEST_LOOP = 8
 
 
 @torch.no_grad()
@@ -43,6 +48,42 @@ def recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, table: Vo
     return probe(model, table.live.nonzero().flatten(), contexts, seed=SEED, batch_tokens=8192)
 
 
+@torch.no_grad()
+def repetition(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Share of the held-out English questions whose greedy answer turns into repetition; see `repeats`."""
+    questions = list(dict.fromkeys(chat.user for chat in load("validation").english()))
+    rows = [tokenizer.encode(question, add_special_tokens=False)[: LONGEST_CHAT // 2] for question in questions]
+    before, after = around(tokenizer, "{list}")
+    found = 0
+    tokenizer.padding_side = "left"
+    for start in range(0, len(rows), 64):
+        part = rows[start : start + 64]
+        batch = tokenizer.pad({"input_ids": [[*before, *ids, *after] for ids in part]}, return_tensors="pt")
+        said = model.generate(**batch, max_new_tokens=ANSWER_TOKENS, do_sample=False)[:, batch["input_ids"].shape[1] :]
+        answers = [ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
+                   for ids in said.tolist()]  # fmt: skip
+        found += sum(repeats(question, answer) for question, answer in zip(part, answers, strict=True))
+    tokenizer.padding_side = "right"
+    return found / len(rows)
+
+
+def repeats(question: list[int], answer: list[int]) -> bool:
+    """Whether an answer repeats the question, or itself.
+
+    The question: a run of at least three of its tokens makes up half of the answer or more. Itself: up to eight tokens
+    come three times in a row.
+    """
+    copied = SequenceMatcher(None, question, answer, autojunk=False).find_longest_match().size
+    if copied >= _SHORTEST_COPY and 2 * copied >= len(answer):
+        return True
+    return any(
+        answer[begin : begin + size] == answer[begin + size : begin + 2 * size] == answer[begin + 2 * size : end]
+        for size in range(1, _LONGEST_LOOP + 1)
+        for begin in range(len(answer) - 3 * size + 1)
+        for end in (begin + 3 * size,)
+    )
+
+
 def parts(table: VocabTable, classes: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(V,) bool masks of the groups with live tokens and of the exposure classes."""
     groups = {name: table.mask(name) & table.live for name in table.names}
@@ -57,15 +98,35 @@ UNMOVED = {"cosine_mean": 1.0, "cosine_min": 1.0, "residual_p01": 1.0, "below_0.
 """A base against itself."""
 
 
-def base_entry(asked: ProbeResult, table: VocabTable, classes: Tensor, val_loss: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Answers:
+    """What a model says, before or after.
+
+    Attributes:
+        recall: every live token in the held-out templates.
+        val_loss: in nats.
+        repetition: share of held-out answers that turn into repetition.
+    """
+
+    recall: ProbeResult
+    val_loss: float
+    repetition: float
+
+
+def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, table: VocabTable) -> Answers:
+    """Measure a model in all three ways."""
+    return Answers(recall(model, tokenizer, table), validation_loss(model, tokenizer), repetition(model, tokenizer))
+
+
+def base_entry(base: Answers, table: VocabTable, classes: Tensor) -> dict[str, Any]:
     """The base model's part of the JSON: its recall, under the key that arms use for what they retained.
 
     Args:
-        asked: the base's recall.
+        base: what the base says.
         table: groups and live rows.
         classes: (V,) uint8, the exposure classes that the fine-tune's data made.
-        val_loss: in nats.
     """
+    asked = base.recall
     right = torch.zeros(len(table), dtype=torch.bool)
     right[asked.ids] = said(asked)
     share = {
@@ -75,33 +136,54 @@ def base_entry(asked: ProbeResult, table: VocabTable, classes: Tensor, val_loss:
     return {
         "head": UNMOVED | {kind: dict.fromkeys(names, UNMOVED) for kind, names in share.items()},
         "retained": {"all": float(right[table.live].float().mean()), **share},
-        "val_loss": val_loss,
+        "val_loss": base.val_loss,
+        "repetition": base.repetition,
         "echo": NO_ECHO,
+        "positions": 0,
         "wall_seconds": 0.0,
     }
 
 
 def arm_entry(
-    last: CheckResult, base: ProbeResult, now: ProbeResult, table: VocabTable, val_loss: float, wall_seconds: float
+    last: CheckResult, base: Answers, tuned: Answers, table: VocabTable, positions: int, wall_seconds: float
 ) -> dict[str, Any]:
-    """One arm's part of the JSON."""
+    """One arm's part of the JSON.
+
+    Args:
+        last: the last check.
+        base: what the base says.
+        tuned: what the tuned model says.
+        table: groups and live rows.
+        positions: tokens that went through the model in training, padding and echo rows included.
+        wall_seconds: of the training.
+    """
+    before, now = only(base.recall, table.live), only(tuned.recall, table.live)
     groups, classes = parts(table, last.classes)
     head = _head_numbers(last.scalars, groups, classes)
     return {
         "head": head,
         "retained": {
-            "all": retained(base, now),
-            "groups": {name: retained(base, now, mask[now.ids]) for name, mask in groups.items()},
-            "classes": {name: retained(base, now, mask[now.ids]) for name, mask in classes.items()},
+            "all": retained(before, now),
+            "groups": {name: retained(before, now, mask[now.ids]) for name, mask in groups.items()},
+            "classes": {name: retained(before, now, mask[now.ids]) for name, mask in classes.items()},
         },
         "tokens": {
             "groups": {name: int(mask.sum()) for name, mask in groups.items()},
             "classes": {name: int(mask.sum()) for name, mask in classes.items()},
         },
-        "val_loss": val_loss,
-        "echo": NO_ECHO,
+        "val_loss": tuned.val_loss,
+        "repetition": tuned.repetition,
+        "echo": {key: last.scalars.get(f"vocabguard/echo/{key}", 0.0) for key in NO_ECHO},
+        "positions": positions,
         "wall_seconds": wall_seconds,
     }
+
+
+def only(result: ProbeResult, live: Tensor) -> ProbeResult:
+    """The part of a result that is about live tokens; both recalls ask for the same lists, so they stay comparable."""
+    kept = live[result.ids]
+    columns = (result.ids, result.emitted, result.probability, result.rank, result.instead)
+    return ProbeResult(result.contexts, *(column[kept] for column in columns))
 
 
 def _head_numbers(scalars: Mapping[str, float], groups: Any, classes: Any) -> dict[str, Any]:

@@ -1,70 +1,67 @@
-"""Watch a fine-tune forget tokens: the embedded multilingual base is tuned on English chats, and loses other words.
+"""Watch a fine-tune forget tokens, and keep it from it: the embedded multilingual base is tuned on English chats.
 
-``python examples/sparse_token_forgetting.py`` runs in under two minutes on 2 cores, offline. What it tells, in order:
-what the data will never ask for, how the output rows drift, which alerts fire, and in the end which tokens the model
-can no longer say, by group and by exposure class, with names.
+``python examples/sparse_token_forgetting.py`` runs two arms on the same rows in under four minutes on 2 cores, offline:
+``control`` is watched only, ``protect`` is held and echoed. What it tells of each, in order: what the data will never
+ask for, how the output rows drift, which alerts fire, and in the end which tokens the model can no longer say, by group
+and by exposure class, with names. Then both side by side.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from evaluate import arm_entry, base_entry, recall, validation_loss
-from finetune import BATCH, TRAINERS, fine_tune, load_base, training_rows
+from arms import Arm, base_answers, run_arm
+from evaluate import Answers, base_entry, only
+from finetune import BATCH, TRAINERS
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vocabguard.guard import VocabGuard
+from vocabguard.config import presets
 from vocabguard.measure.probe import said, said_instead
 from vocabguard.results import EXPOSURE_CLASSES, ProbeResult
-from vocabguard.vocabulary import VocabTable, build_table
+from vocabguard.vocabulary import VocabTable
 
 console = Console(highlight=False)
 
-CADENCE = ("drift.every_n_steps=10", "probe.every_n_steps=50")
-"""Fixed, and denser than the 1 % of the time that the guard would choose: both trainers tell the story step by step."""
 
-
-def callback_for(trainer: str, config: str, overrides: list[str]) -> Any:
-    """The one object that a user adds to a trainer."""
-    if trainer == "hf":
-        from vocabguard.integrations.huggingface import VocabGuardCallback
-    else:
-        from vocabguard.integrations.lightning import VocabGuardCallback  # type: ignore[assignment]
-    return VocabGuardCallback(config, overrides=[*CADENCE, *overrides])
-
-
-def run_arm(name: str, arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Fine-tune one arm and measure it: (base entry, arm entry) of the JSON."""
-    console.rule(f"[bold]{name}[/], {arguments.trainer}, {arguments.steps} steps, seed {arguments.seed}")
-    model, tokenizer = load_base()
-    rows = training_rows(tokenizer, arguments.steps, arguments.seed)
-    callback = callback_for(arguments.trainer, arguments.config, arguments.overrides)
-    folder = arguments.logdir / f"{name}-{arguments.trainer}"
-    every_token = build_table(tokenizer, model.get_output_embeddings().weight.shape[0])
-    base_loss, base = validation_loss(model, tokenizer), recall(model, tokenizer, every_token)
-    began = time.perf_counter()
-    fine_tune(
-        model, tokenizer, rows, trainer=arguments.trainer, callbacks=[callback], folder=folder, seed=arguments.seed
+def show_arm(name: str, arm: Arm, base: Answers) -> None:
+    """An arm's own tables."""
+    show_table(name, arm.entry, base.val_loss)
+    assert arm.guard.last is not None
+    show_lost(
+        only(base.recall, arm.table.live), only(arm.tuned.recall, arm.table.live), arm.table, arm.guard.last.classes
     )
-    wall = time.perf_counter() - began
-    guard: VocabGuard = callback.guard
-    if guard.last is None or guard.checker is None:
-        raise SystemExit(f"the guard stood down: {guard.faults.reason}")
-    # The guard has set the never-trained rows apart: they are not asked for.
-    table = guard.checker.watched.table
-    base, now = only(base, table.live), only(recall(model, tokenizer, every_token), table.live)
-    entry = arm_entry(guard.last, base, now, table, validation_loss(model, tokenizer), wall)
-    show_table(name, entry, base_loss)
-    show_lost(base, now, table, guard.last.classes)
-    console.print(f"\nrun folder   {guard.run_dir}\ntensorboard  tensorboard --logdir {arguments.logdir}")
-    return base_entry(base, table, guard.last.classes, base_loss), entry
+    console.print(f"\nrun folder   {arm.guard.run_dir}")
+
+
+def show_together(entries: dict[str, dict[str, Any]]) -> None:
+    """All arms, a line each: what protection keeps and what it costs."""
+    table = Table(title="Arms side by side, same rows in the same order", title_justify="left")
+    table.add_column("arm")
+    for column in ("all", *EXPOSURE_CLASSES, "< 0.95", "loss", "loops", "echo", "s"):
+        table.add_column(column, justify="right")
+    for name, entry in entries.items():
+        kept = entry["retained"]
+        classes = [f"{kept['classes'][kind]:.1%}" if kind in kept["classes"] else "-" for kind in EXPOSURE_CLASSES]
+        table.add_row(
+            escape(name),
+            f"{kept['all']:.1%}",
+            *classes,
+            f"{entry['head']['below_0.95']:.1%}",
+            f"{entry['val_loss']:.3f}",
+            f"{entry['repetition']:.1%}",
+            f"{entry['echo']['targets_per_live_token']:.2f}",
+            f"{entry['wall_seconds']:.0f}",
+        )
+    console.print(table)
+    console.print(
+        "all, never, ... 20+: retained; loss: on held-out chats; loops: answers that repeat; echo: targets a token"
+    )
 
 
 def show_table(name: str, entry: dict[str, Any], base_loss: float) -> None:
@@ -110,30 +107,39 @@ def show_lost(base: ProbeResult, now: ProbeResult, table: VocabTable, classes: t
     console.print(lines)
 
 
-def only(result: ProbeResult, live: torch.Tensor) -> ProbeResult:
-    """The part of a result that is about live tokens; both recalls ask for the same lists, so they stay comparable."""
-    kept = live[result.ids]
-    parts = (result.ids, result.emitted, result.probability, result.rank, result.instead)
-    return ProbeResult(result.contexts, *(part[kept] for part in parts))
-
-
 def main() -> None:
     """Run the arms that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainer", choices=sorted(TRAINERS), default="hf")
-    parser.add_argument("--arms", default="control", help="comma-separated; today: control")
-    parser.add_argument("--config", default="watch", help="a preset or a YAML file")
+    parser.add_argument("--arms", default="control,protect", help="comma-separated: control, presets, YAML files")
     parser.add_argument("--logdir", type=Path, default=Path("runs"))
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=300, help=f"optimizer steps of {BATCH} rows")
     parser.add_argument("overrides", nargs="*", help="dotted settings, e.g. drift.every_n_steps=10")
     arguments = parser.parse_args()
+    names = arguments.arms.split(",")
+    for name in names:
+        if name != "control" and name not in presets() and not Path(name).is_file():
+            parser.error(f"--arms has {name!r}; allowed: control, a YAML file, or one of {list(presets())}")
+    base = base_answers()
     found: dict[str, Any] = {}
-    for name in arguments.arms.split(","):
-        if name != "control":
-            parser.error(f"--arms is {name!r}; allowed: control")
-        found["base"], found[name] = run_arm(name, arguments)
+    for name in names:
+        console.rule(f"[bold]{escape(name)}[/], {arguments.trainer}, {arguments.steps} steps, seed {arguments.seed}")
+        arm = run_arm(
+            name,
+            base,
+            folder=arguments.logdir / f"{Path(name).stem}-{arguments.trainer}",
+            trainer=arguments.trainer,
+            steps=arguments.steps,
+            seed=arguments.seed,
+            overrides=arguments.overrides,
+        )
+        show_arm(name, arm, base)
+        assert arm.guard.last is not None
+        found["base"], found[name] = base_entry(base, arm.table, arm.guard.last.classes), arm.entry
+    show_together(found)
+    console.print(f"tensorboard  tensorboard --logdir {arguments.logdir}")
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
