@@ -125,12 +125,13 @@ def _lists(
     if not prompts:
         raise ValueError("prompts is empty; echo rows need at least one way of asking")
     room = {prompt: (length - prompt.overhead) // copies for prompt in prompts}
-    fitting = [prompt for prompt in prompts if room[prompt] >= min(_FEWEST, len(ids))]
+    fewest = min(_FEWEST, len(ids), list_tokens)
+    fitting = [prompt for prompt in prompts if room[prompt] >= fewest]
     fitting = fitting or [min(prompts, key=lambda prompt: prompt.overhead)]
     found, begin = [], 0
     while begin < len(ids):
         prompt = rng.choice(fitting)
-        count = min(list_tokens, max(room[prompt], min(_FEWEST, len(ids))))
+        count = min(list_tokens, max(room[prompt], fewest))
         found.append((prompt, ids[begin : begin + count]))
         begin += count
     return found
