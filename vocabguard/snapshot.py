@@ -21,7 +21,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DIGEST_ROWS = 64
 # torch works on so many elements on one core; more it splits, which stalls where another process holds a core.
 _SERIAL = 2**15
-_COMMON: dict[MatrixName, tuple[str, ...]] = {
+COMMON_NAMES: dict[MatrixName, tuple[str, ...]] = {
     "head": ("lm_head.weight", "embed_out.weight", "output.weight", "cls.predictions.decoder.weight"),
     "embedding": (
         "model.embed_tokens.weight",
@@ -209,7 +209,7 @@ def open_baseline(path: str | Path, matrix: VocabMatrix) -> FileBaseline:
     if key is None:
         raise ValueError(
             f"snapshot.source {path}: no tensor for the {matrix.name}, looked for {list(matrix.parameter_names())} and "
-            f"{list(_COMMON[matrix.name])}; it holds {_some(files)}"
+            f"{list(COMMON_NAMES[matrix.name])}; it holds {_some(files)}"
         )
     baseline = FileBaseline(files[key], key)
     if (baseline.rows, baseline.width) != (matrix.rows, matrix.width):
@@ -310,12 +310,12 @@ def _open(path: Path) -> Any:
 def _pick_key(keys: Collection[str], matrix: VocabMatrix) -> str | None:
     """The tensor that belongs to the matrix, best evidence first."""
     names = matrix.parameter_names()
-    found = _first(names, keys) or _only_suffix(names, keys) or _first(_COMMON[matrix.name], keys)
+    found = _first(names, keys) or _only_suffix(names, keys) or _first(COMMON_NAMES[matrix.name], keys)
     if found is not None:
         return found
     if matrix.name == "head":
-        return _first(_COMMON["embedding"], keys) or _only_suffix(_COMMON["embedding"], keys)
-    return _first(_COMMON["head"], keys) if matrix.tied else None
+        return _first(COMMON_NAMES["embedding"], keys) or _only_suffix(COMMON_NAMES["embedding"], keys)
+    return _first(COMMON_NAMES["head"], keys) if matrix.tied else None
 
 
 def _first(names: Collection[str], keys: Collection[str]) -> str | None:

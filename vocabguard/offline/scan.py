@@ -1,0 +1,205 @@
+"""Every vocabulary row of a tuned checkpoint against its base's, read from disk."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vocabguard.measure.drift import measure_drift
+from vocabguard.measure.rowwise import Rows
+from vocabguard.measure.untrained import Chunks, never_trained
+from vocabguard.offline.checkpoint import Checkpoint
+from vocabguard.offline.matching import Match, ReorderedRows, match_rows, table_for
+from vocabguard.results import MatrixName, NotApplicable, RowDrift
+from vocabguard.snapshot import Baseline
+from vocabguard.vocabulary import VocabTable
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being read, the rows read so far and the rows there are."""
+
+_CHUNK_ROWS = 1024
+# Fewer rows known as unused say nothing about what an unused row looks like.
+_FEWEST_UNUSED = 4
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a scan finds; vectors are in the order of the tuned vocabulary.
+
+    Attributes:
+        base: the base.
+        tuned: the tuned checkpoint.
+        head: drift of the output rows, or why there is none.
+        embedding: drift of the input rows, or why there is none.
+        table: groups, texts, and rows that were never trained at the base.
+        match: which base row each row was compared with.
+        data_target: (V,) int64 targets of the training data, if they are known.
+        seconds: what reading and measuring took.
+    """
+
+    base: Checkpoint
+    tuned: Checkpoint
+    head: RowDrift | NotApplicable
+    embedding: RowDrift | NotApplicable
+    table: VocabTable
+    match: Match
+    data_target: Tensor | None
+    seconds: float
+
+    @property
+    def live(self) -> Tensor:
+        """(V,) bool: live tokens that have a base row."""
+        return self.table.live & self.match.mask
+
+    def drift(self, name: MatrixName) -> RowDrift | NotApplicable:
+        """Of ``head`` or ``embedding``."""
+        return self.head if name == "head" else self.embedding
+
+    @property
+    def judged(self) -> MatrixName | None:
+        """The matrix that the verdict is about: the head, else the embedding, else none."""
+        if isinstance(self.head, RowDrift):
+            return "head"
+        return "embedding" if isinstance(self.embedding, RowDrift) else None
+
+
+def scan(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    *,
+    base_tokenizer: Any = None,
+    tokenizer: Any = None,
+    data_target: Tensor | None = None,
+    progress: Progress | None = None,
+) -> Scan:
+    """Measure every row of the head and of the input embedding against the base.
+
+    The residual cosine leaves out the mean displacement of the rows that were never a target of the data; where the
+    data's counts are not known, that of all live rows.
+
+    Args:
+        base: the checkpoint before training.
+        tuned: the one after it.
+        base_tokenizer: the base's own tokenizer, if it may differ from the tuned one's.
+        tokenizer: the tuned model's; None gives one group without texts.
+        data_target: (V,) int64, targets of each token of the tuned vocabulary.
+        progress: told about the rows read.
+
+    Raises:
+        ValueError: if the widths differ, or the tokenizer or the counts do not fit.
+    """
+    began = time.perf_counter()
+    rows = tuned.rows or base.rows
+    _check_counts(data_target, rows)
+    match = match_rows(base_tokenizer, tokenizer, base.rows, rows)
+    table = table_for(tokenizer, rows)
+    before = {name: _fitted(base.matrix(name), match.base_ids) for name in ("head", "embedding")}
+    now = {name: _fitted(tuned.matrix(name), torch.arange(rows)) for name in ("head", "embedding")}
+    head, embedding = before["head"], before["embedding"]
+    table = table.with_trained(~untrained_at(head, embedding, base.tied, table, match.mask))
+    unexposed = table.live & match.mask
+    if data_target is not None:
+        unexposed &= data_target == 0
+    found: dict[str, RowDrift | NotApplicable] = {}
+    for name in ("head", "embedding"):
+        if name == "embedding" and tuned.tied and base.tied:
+            found[name] = found["head"]
+        else:
+            found[name] = _drift(name, now[name], before[name], unexposed, progress)
+    return Scan(base, tuned, found["head"], found["embedding"], table, match, data_target, time.perf_counter() - began)
+
+
+def untrained_at(
+    head: Baseline | NotApplicable,
+    embedding: Baseline | NotApplicable,
+    tied: bool,
+    table: VocabTable,
+    matched: Tensor,
+) -> Tensor:
+    """(V,) bool: rows that were never trained at the base; see `vocabguard.measure.untrained`.
+
+    Args:
+        head: the base's output rows in the order of the table.
+        embedding: its input rows.
+        tied: whether both are one matrix.
+        table: its live rows are the candidates, its padded and unreachable ones are known to be unused.
+        matched: (V,) bool, rows that have a base row.
+    """
+    unused = (table.padded | ~table.reachable) & ~table.control & matched
+    candidates = table.live & matched
+    known = int(unused.sum()) >= _FEWEST_UNUSED
+    outputs = None if isinstance(head, NotApplicable) else partial(head.chunks, _CHUNK_ROWS)
+    inputs = None if isinstance(embedding, NotApplicable) else _only_norms(embedding)
+    if outputs is None and inputs is None:
+        return torch.zeros(len(table), dtype=torch.bool)
+    if outputs is not None and inputs is not None and not known:
+        outputs = None  # two more passes that could find nothing
+    return never_trained(inputs, outputs, tied and outputs is not None, candidates, unused)
+
+
+def _only_norms(rows: Baseline) -> Chunks:
+    """One chunk of width 1 with the rows' norms: all that is asked of input rows, and `measure_drift` uses them too."""
+    return lambda: iter([(slice(0, rows.rows), rows.norms[:, None])])
+
+
+def _fitted(rows: Baseline | NotApplicable, ids: Tensor) -> Baseline | NotApplicable:
+    """The rows in the order of ``ids``, (V,) int64."""
+    if isinstance(rows, NotApplicable):
+        return rows
+    in_place = rows.rows == len(ids) and bool((ids == torch.arange(len(ids))).all())
+    return rows if in_place else ReorderedRows(rows, ids)
+
+
+def _drift(
+    name: str,
+    now: Baseline | NotApplicable,
+    before: Baseline | NotApplicable,
+    unexposed: Tensor,
+    progress: Progress | None,
+) -> RowDrift | NotApplicable:
+    for rows, side in ((now, "tuned"), (before, "base")):
+        if isinstance(rows, NotApplicable):
+            return rows if side == "tuned" else NotApplicable(f"base: {rows.reason}")
+    assert not isinstance(now, NotApplicable)
+    assert not isinstance(before, NotApplicable)
+    if now.width != before.width:
+        raise ValueError(
+            f"the {name}'s rows have {before.width} elements in the base and {now.width} in the tuned model; allowed: "
+            "two checkpoints of one model"
+        )
+    return measure_drift(now if progress is None else _Told(now, name, progress), before, unexposed, _CHUNK_ROWS)
+
+
+def _check_counts(data_target: Tensor | None, rows: int) -> None:
+    if data_target is not None and data_target.shape != (rows,):
+        raise ValueError(
+            f"counts of data targets have shape {list(data_target.shape)}; the tuned model has {rows} rows"
+        )
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Rows that tell how far their reader has come."""
+
+    inner: Rows
+    name: str
+    tell: Progress
+
+    @property
+    def rows(self) -> int:
+        return self.inner.rows
+
+    @property
+    def width(self) -> int:
+        return self.inner.width
+
+    def chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
+        for part, rows in self.inner.chunks(size):
+            self.tell(self.name, part.stop, self.rows)
+            yield part, rows

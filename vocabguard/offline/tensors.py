@@ -1,0 +1,277 @@
+"""Tensors of a checkpoint as rows that are read by memory map, and let go of behind the reader."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vocabguard.snapshot import Baseline, CopiedBaseline
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Bytes of one mapping that stay mapped behind the reader: enough for every thread's current block.
+_KEPT_MAPPED = 2**24
+# torch works on so many elements on one core; see `vocabguard.snapshot`.
+_SERIAL = 2**15
+
+
+class MappedRows:
+    """One tensor of a safetensors file; pages that have been read are unmapped again, so that memory stays small.
+
+    It is a `vocabguard.snapshot.Baseline`, as `FileBaseline` is; that one keeps what it has read mapped.
+
+    Args:
+        path: the file.
+        key: the tensor's name in it.
+
+    Raises:
+        ValueError: for a file that cannot be read, or a tensor that is missing, not 2-D, empty or not of floats.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+        names = safetensors_names(path)
+        if key not in names:
+            raise ValueError(f"{path}: no tensor {key!r}; it holds {some(names)}")
+        start, entry = _header(path)
+        shape, dtype = tuple(entry[key]["shape"]), entry[key]["dtype"]
+        check_rows(f"{path}: tensor {key!r}", shape, dtype, dtype in _FLOATS)
+        self.rows, self.width = shape
+        self.dtype = _FLOATS[dtype]
+        self._row_bytes = self.width * self.dtype.itemsize
+        self._offset = start + int(entry[key]["data_offsets"][0])
+        with path.open("rb") as file:
+            # A private mapping: torch asks for a writable buffer, the file itself cannot be written to through it.
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._mapped: deque[slice] = deque()
+
+    def chunk(self, part: slice) -> Tensor:
+        """Rows ``part``: (n, width) on the CPU, in the file's dtype, valid as long as these rows. Not to be written to.
+
+        Args:
+            part: with a start and a stop, and no step.
+        """
+        count = max(0, min(part.stop, self.rows) - part.start)
+        if count == 0:
+            return torch.empty(0, self.width, dtype=self.dtype)
+        self._let_go()
+        self._mapped.append(part)
+        first = self._offset + part.start * self._row_bytes
+        flat = torch.frombuffer(self._map, dtype=self.dtype, count=count * self.width, offset=first)
+        return flat.view(count, self.width)
+
+    def chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
+        """Walk over the rows, at most ``size`` at a time: the rows' slice and `chunk` of it."""
+        return slices_of(self, size)
+
+    def describe(self) -> str:
+        """Where the rows are kept, in words."""
+        return f"{self.key} in {self.path} (memory map)"
+
+    def reference(self) -> dict[str, str]:
+        """Path and tensor, for people; `vocabguard.snapshot.reopen_baseline` wants a `FileBaseline`'s."""
+        return {"kind": "file", "path": str(self.path), "key": self.key}
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """(rows,) float32 L2 norms, computed at first use."""
+        return norms_of(self)
+
+    def _let_go(self) -> None:
+        """Unmap what was read a while ago: a reader that still holds it faults it in again from the page cache."""
+        held = sum(part.stop - part.start for part in self._mapped) * self._row_bytes
+        while self._mapped and held > _KEPT_MAPPED:
+            old = self._mapped.popleft()
+            held -= (old.stop - old.start) * self._row_bytes
+            first = self._offset + old.start * self._row_bytes
+            first -= first % mmap.PAGESIZE
+            end = min(self._offset + old.stop * self._row_bytes, len(self._map))
+            if hasattr(mmap, "MADV_DONTNEED"):  # elsewhere the system decides
+                self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
+class TensorStore(Protocol):
+    """The tensors of a checkpoint, by name."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """All of them."""
+
+    def rows(self, name: str) -> Baseline:
+        """One 2-D floating-point tensor, as rows.
+
+        Raises:
+            ValueError: if it is missing, not 2-D, empty or not of floats.
+        """
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, whole, on the CPU.
+
+        Raises:
+            ValueError: if it is missing or cannot be read.
+        """
+
+
+class SafetensorsStore:
+    """Tensors of one or more safetensors files.
+
+    Args:
+        files: name -> the file that holds it.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.files = dict(files)
+
+    @property
+    def names(self) -> Collection[str]:
+        """All of them."""
+        return self.files.keys()
+
+    def rows(self, name: str) -> MappedRows:
+        """One tensor as rows; see `MappedRows`."""
+        return MappedRows(self._file(name), name)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, whole."""
+        path = self._file(name)
+        if name not in safetensors_names(path):
+            raise ValueError(f"{path}: no tensor {name!r}; its index says it is there")
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            found: Tensor = file.get_tensor(name)
+        return found
+
+    def _file(self, name: str) -> Path:
+        if name not in self.files:
+            raise ValueError(f"no tensor {name!r}; there are {some(self.names)}")
+        return self.files[name]
+
+
+class LoadedStore:
+    """Tensors that ``torch.load`` has mapped.
+
+    Args:
+        tensors: by name.
+        path: for messages.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        self.tensors, self.path = dict(tensors), path
+
+    @property
+    def names(self) -> Collection[str]:
+        """All of them."""
+        return self.tensors.keys()
+
+    def rows(self, name: str) -> Baseline:
+        """One tensor as rows."""
+        found = self.tensor(name)
+        check_rows(f"{self.path}: tensor {name!r}", tuple(found.shape), str(found.dtype), found.dtype.is_floating_point)
+        return CopiedBaseline(found)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, whole."""
+        if name not in self.tensors:
+            raise ValueError(f"{self.path}: no tensor {name!r}; it holds {some(self.names)}")
+        return self.tensors[name].detach()
+
+
+def safetensors_names(path: Path) -> list[str]:
+    """Names of a safetensors file's tensors.
+
+    Raises:
+        ValueError: if the file is missing, truncated or no safetensors.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: {'a folder, not a file' if path.is_dir() else 'not found'}")
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as safetensors ({one_line(error)})") from error
+
+
+def load_torch_file(path: Path) -> dict[str, Any]:
+    """What ``torch.load`` gives for a file of tensors, mapped and without running code of it.
+
+    Raises:
+        ValueError: if it is missing, damaged, or holds more than tensors and plain data.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: {'a folder, not a file' if path.is_dir() else 'not found'}")
+    try:
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # unpickling raises what it likes
+        raise ValueError(f"{path}: torch.load(weights_only=True, mmap=True) fails ({one_line(error)})") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: holds a {type(loaded).__name__}; allowed: a state dict")
+    return loaded
+
+
+def check_rows(what: str, shape: tuple[int, ...], dtype: str, is_float: bool) -> None:
+    """Refuse what is no matrix of rows.
+
+    Args:
+        what: named in the message.
+        shape: of the tensor.
+        dtype: of the tensor, as it is called there.
+        is_float: whether that is one of 16 bits or more.
+
+    Raises:
+        ValueError: if it is not 2-D, is empty or is not of floats.
+    """
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"{what} has shape {list(shape)}; allowed: (rows, width), neither of them 0")
+    if not is_float:
+        raise ValueError(
+            f"{what} is of {dtype}; allowed: {', '.join(_FLOATS)} (a quantised matrix has no rows to read)"
+        )
+
+
+def slices_of(rows: Baseline, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Walk over rows that have a `chunk`: slices of at most ``size`` and the rows.
+
+    Raises:
+        ValueError: for a size below 1.
+    """
+    if size < 1:
+        raise ValueError(f"chunk size is {size}; allowed: at least 1")
+    for start in range(0, rows.rows, size):
+        part = slice(start, min(start + size, rows.rows))
+        yield part, rows.chunk(part)
+
+
+@torch.no_grad()
+def norms_of(rows: Baseline) -> Tensor:
+    """(rows,) float32 L2 norms."""
+    size = max(1, _SERIAL // max(1, rows.width))
+    # A sum is accumulated pairwise, which a norm is not: ten times less rounding at 4,096 elements.
+    squares = [part.to(torch.float32, copy=True).square_().sum(dim=-1) for _, part in rows.chunks(size)]
+    return torch.cat(squares).sqrt_()
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an error's message, or its class."""
+    lines = str(error).strip().splitlines()
+    return (lines[0][:limit] if lines else "") or type(error).__name__
+
+
+def some(names: Collection[str], shown: int = 6) -> str:
+    """A few names for an error message."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{sorted(names)[:shown]}{more}"
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data begins, and the entries of a file that `safe_open` has accepted."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries: dict[str, Any] = json.loads(file.read(length))
+    return 8 + length, entries
