@@ -11,7 +11,7 @@ from vocabguard.results import EchoPlan
 
 _SLOTS = 2
 _VERSION, _FIRST, _OFFSET, _COUNT, _CYCLE, _SEED, _LIST, _MODE = range(8)
-_EPOCH, _BASE, _RANK, _WORLD, _FAILED = range(5)
+_EPOCH, _BASE, _RANK, _WORLD, _FAILED, _RUN = range(6)
 _CLOCKS = 257
 
 
@@ -27,11 +27,12 @@ class EchoFeed:
 
     def __init__(self, capacity: int) -> None:
         self._numbers = _shared(torch.full((_SLOTS, 8), -1, dtype=torch.int64))
-        self._floats = _shared(torch.zeros(_SLOTS, 2, dtype=torch.float64))
+        self._floats = _shared(torch.zeros(_SLOTS, 3, dtype=torch.float64))
         self._ids = _shared(torch.zeros(_SLOTS, capacity, dtype=torch.int64))
-        self._control = _shared(torch.tensor([0, 0, 0, 1, 0], dtype=torch.int64))
+        self._control = _shared(torch.tensor([0, 0, 0, 1, 0, 0], dtype=torch.int64))
         self._seconds = _shared(torch.zeros(_CLOCKS, dtype=torch.float64))
         self._read: dict[int, EchoPlan] = {}
+        self._run = 0
         self._epoch, self._local = -1, 0
 
     # -- the training process writes ---------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ class EchoFeed:
         slot = plan.version % _SLOTS
         self._numbers[slot, _VERSION] = -1  # unreadable until it is whole
         self._ids[slot, : len(plan.ids)] = plan.ids
-        self._floats[slot, 0], self._floats[slot, 1] = plan.rate, plan.dose
+        self._floats[slot] = torch.tensor([plan.rate, plan.dose, plan.owed], dtype=torch.float64)
         values = [plan.first_batch, plan.offset, len(plan.ids), plan.cycle, plan.seed, plan.list_tokens]
         self._numbers[slot, _FIRST:] = torch.tensor([*values, MODES.index(plan.mode)])
         self._numbers[slot, _VERSION] = plan.version
@@ -56,6 +57,7 @@ class EchoFeed:
         """Forget all plans: batches pass through untouched."""
         self._numbers[:, _VERSION] = -1
         self._control[_FAILED] = 0
+        self._control[_RUN] += 1
 
     def place(self, rank: int, world: int) -> None:
         """Tell workers, where torch.distributed is not set up, which process they serve."""
@@ -116,6 +118,9 @@ class EchoFeed:
                 best = version
         if best < 0:
             return None
+        if self._run != int(self._control[_RUN]):
+            # Another run numbers its plans from 0 again.
+            self._run, self._read = int(self._control[_RUN]), {}
         if best not in self._read:
             kept = {version: plan for version, plan in self._read.items() if version == best - 1}
             self._read = {**kept, best: self._load(best % _SLOTS)}
@@ -132,17 +137,19 @@ class EchoFeed:
 
     def _load(self, slot: int) -> EchoPlan:
         numbers = self._numbers[slot].tolist()
+        rate, dose, owed = self._floats[slot].tolist()
         ids: Tensor = self._ids[slot, : numbers[_COUNT]].clone()
         return EchoPlan(
             version=numbers[_VERSION],
             first_batch=numbers[_FIRST],
             mode=MODES[numbers[_MODE]],
-            dose=float(self._floats[slot, 1]),
-            rate=float(self._floats[slot, 0]),
+            dose=dose,
+            rate=rate,
             list_tokens=numbers[_LIST],
             ids=ids,
             cycle=numbers[_CYCLE],
             offset=numbers[_OFFSET],
+            owed=owed,
             seed=numbers[_SEED],
         )
 
