@@ -197,25 +197,27 @@ class EchoPlan:
     Attributes:
         version: 0, 1, 2, ... in the order in which plans were made.
         first_batch: number of the first training batch that it holds for, counted over the run from 0.
-        mode: ``uniform``, ``least_exposed`` or ``watch``.
+        mode: ``uniform``, ``balanced``, ``least_exposed`` or ``watch``.
         dose: echo targets per data target that it aims at; 0 is off.
         rate: echo targets a batch and process.
         list_tokens: tokens in a list; a batch gets whole lists.
-        ids: (m,) int64, taken in turn, shuffled anew at each pass.
+        ids: (m,) int64, taken in turn: shuffled anew at each pass, or in the order of their need.
         cycle: version of the plan that brought `ids`; a part of the shuffles' seed.
         offset: place in the stream of passes at `first_batch`.
+        owed: echo targets, less than a list, that the plan before still owed.
         seed: of the shuffles and of the ways of asking.
     """
 
     version: int
     first_batch: int
-    mode: Literal["uniform", "least_exposed", "watch"]
+    mode: Literal["uniform", "balanced", "least_exposed", "watch"]
     dose: float
     rate: float
     list_tokens: int
     ids: Tensor
     cycle: int
     offset: int
+    owed: float
     seed: int
 
 

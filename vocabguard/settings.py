@@ -200,8 +200,10 @@ class EchoConfig:
     Attributes:
         enabled: from the first batch on; false waits for a rule with the action ``echo``.
         armed: though no rule names it, `VocabGuard.switch` may switch it on.
-        mode: ``uniform`` takes every live token in turn, ``least_exposed`` those first that the data asks for least,
-            ``watch`` the tokens of `probe.watch`.
+        mode: ``uniform`` takes every live token in turn; ``balanced`` too, but those that the data asks for 1 to 19
+            times `boost` times as often: hold does not cover them, and the data alone does not keep them;
+            ``least_exposed`` takes those first that the data asks for least; ``watch`` the tokens of `probe.watch`.
+        boost: turns of such a token for one of any other, with ``balanced``.
         dose: echo targets per data target.
         targets_per_live_token: echo targets that each live token gets over the planned run, instead of `dose`.
         auto: a dose that follows the probe.
@@ -214,7 +216,8 @@ class EchoConfig:
 
     enabled: bool = False
     armed: bool = False
-    mode: str = _setting("uniform", choices=("uniform", "least_exposed", "watch"))
+    mode: str = _setting("uniform", choices=("uniform", "balanced", "least_exposed", "watch"))
+    boost: float = _setting(3.0, at_least=0.0)
     dose: float = _setting(0.1, at_least=0.0, at_most=100.0)
     targets_per_live_token: float | None = _setting(None, at_least=0.0)
     auto: AutoDoseConfig = field(default_factory=AutoDoseConfig)

@@ -19,7 +19,7 @@ from vocabguard.protect.allowed import allowed_ids, ids_in
 from vocabguard.protect.batches import add_rows
 from vocabguard.protect.collator import RowMaker
 from vocabguard.protect.feed import EchoFeed
-from vocabguard.protect.plan import Mode, adjusted_dose, follow, least_exposed
+from vocabguard.protect.plan import BY_NEED, Mode, adjusted_dose, balanced, follow, foreseen, least_exposed
 from vocabguard.results import CheckResult, EchoPlan, Exposure, ProbeResult, RowDrift
 from vocabguard.settings import EchoConfig, GuardConfig
 
@@ -152,14 +152,22 @@ class EchoControl:
             self.dose = adjusted_dose(self.dose, rise, tolerated=auto.tolerated, least=auto.least, most=auto.most)
         if not self.on or self.plan is None or self._waiting:
             return
-        ids = None
-        if self.config.mode == "least_exposed" and isinstance(found.exposure, Exposure):
-            # Enough until the plan after this one holds, which prefetched batches delay.
-            wanted = round(2 * self.plan.rate * batches * collective.world_size()) + self.config.list_tokens
+        if self.config.mode in BY_NEED and isinstance(found.exposure, Exposure):
+            self._publish(self._neediest(found, found.exposure, batches))
+        elif self.config.auto.enabled:
+            self._publish()
+
+    def _neediest(self, found: CheckResult, exposure: Exposure, batches: int) -> Tensor:
+        """The ids that the batches until the next plan should echo, as they will stand when this plan holds."""
+        assert self.plan is not None
+        seen, world = self._counter.batches, collective.world_size()
+        exposure = foreseen(exposure, self.plan, range(seen, seen + self.pace.lag), world, found.step)
+        # Enough until the plan after this one holds, which prefetched batches delay.
+        wanted = round(self.plan.rate * (batches + self.pace.lag) * world) + self.config.list_tokens
+        if self.config.mode == "least_exposed":
             cosine = found.head.cosine if isinstance(found.head, RowDrift) else None
-            ids = least_exposed(self.allowed, found.exposure, cosine, wanted, found.step)
-        if ids is not None or self.config.auto.enabled:
-            self._publish(ids)
+            return least_exposed(self.allowed, exposure, cosine, wanted, found.step)
+        return balanced(self.allowed, exposure, wanted, self.config.boost, self._seed + self.plan.version)
 
     def start_epoch(self, skipped: int) -> None:
         """The collate function will be called for the batch after those seen, less those that it makes once more."""
@@ -241,8 +249,10 @@ class EchoControl:
         first = seen + self.pace.lag if seen or plan is not None or self.pace.running else 0
         if plan is None:
             mode, tokens = cast(Mode, self.config.mode), self.config.list_tokens
-            chosen = self._ids if ids is None else ids
-            self.plan = EchoPlan(0, first, mode, 0.0, rate, tokens, chosen, cycle=0, offset=0, seed=self._seed)
+            chosen = self._ids[torch.randperm(len(self._ids), generator=torch.Generator().manual_seed(self._seed))]
+            self.plan = EchoPlan(
+                0, first, mode, 0.0, rate, tokens, chosen, cycle=0, offset=0, owed=0.0, seed=self._seed
+            )
         else:
             self.plan = follow(plan, first_batch=first, rate=rate, world=collective.world_size(), ids=ids)
         per_batch = self._data_per_batch(seen)

@@ -1,7 +1,8 @@
 """Which tokens are echoed, how many a batch, from which batch on.
 
-A plan is a list of ids that is taken in turn, shuffled anew at each pass, so many tokens a batch. What a batch gets is
-a function of the plan, the batch's number and the process alone: workers need no state, a resumed run goes on alike.
+A plan is a list of ids that is taken in turn, shuffled anew at each pass or in the order of their need, so many tokens
+a batch. What a batch gets is a function of the plan, the batch's number and the process alone: workers need no state, a
+resumed run goes on alike.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vocabguard.measure.exposure import exposure_classes, steps_since_target
+from vocabguard.measure.exposure import CLASS_STARTS, exposure_classes, steps_since_target
 from vocabguard.results import EchoPlan, Exposure
 
-Mode = Literal["uniform", "least_exposed", "watch"]
-MODES: tuple[Mode, ...] = ("uniform", "least_exposed", "watch")
+Mode = Literal["uniform", "balanced", "least_exposed", "watch"]
+MODES: tuple[Mode, ...] = ("uniform", "balanced", "least_exposed", "watch")
+BY_NEED: tuple[Mode, ...] = ("balanced", "least_exposed")
+"""Modes whose ids are chosen anew at every check, and taken in the order of their need."""
 
 _MIX = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: neighbouring numbers become unlike seeds
 
@@ -41,7 +44,7 @@ def batch_ids(plan: EchoPlan, batch: int, rank: int = 0, world: int = 1) -> list
 
 def taken(plan: EchoPlan, turns: int) -> int:
     """Tokens that the first `turns` batches of a plan take: whole lists, so that small doses make few full rows."""
-    return plan.list_tokens * math.floor(turns * plan.rate / plan.list_tokens + 1e-9)
+    return plan.list_tokens * math.floor((plan.owed + turns * plan.rate) / plan.list_tokens + 1e-9)
 
 
 def follow(plan: EchoPlan, *, first_batch: int, rate: float, world: int = 1, ids: Tensor | None = None) -> EchoPlan:
@@ -54,8 +57,12 @@ def follow(plan: EchoPlan, *, first_batch: int, rate: float, world: int = 1, ids
         world: processes that train together.
         ids: (m,) int64, another list; None keeps the list.
     """
-    offset = plan.offset + taken(plan, max(0, first_batch - plan.first_batch) * world)
-    after = replace(plan, version=plan.version + 1, first_batch=first_batch, rate=rate, offset=offset)
+    turns = max(0, first_batch - plan.first_batch) * world
+    given = taken(plan, turns)
+    owed = min(max(0.0, plan.owed + turns * plan.rate - given), float(plan.list_tokens))
+    after = replace(
+        plan, version=plan.version + 1, first_batch=first_batch, rate=rate, offset=plan.offset + given, owed=owed
+    )
     return after if ids is None else replace(after, ids=ids, cycle=after.version, offset=0)
 
 
@@ -84,6 +91,45 @@ def least_exposed(allowed: Tensor, exposure: Exposure, cosine: Tensor | None, co
     return allowed[order[:count]]
 
 
+def balanced(allowed: Tensor, exposure: Exposure, count: int, boost: float, seed: int) -> Tensor:
+    """The ids whose turn it is, where tokens that the data asks for seldom get more turns than others.
+
+    A token that was never a target can be held still; one with 20 targets or more is kept by the data. Those between
+    are neither: a row is let go at its first target, and few more come.
+
+    Args:
+        allowed: (m,) int64, ids that may be echoed.
+        exposure: the counts so far.
+        count: ids wanted.
+        boost: how many turns a token with 1 to 19 data targets gets for one of any other.
+        seed: of the order of ids whose turn it is alike.
+
+    Returns:
+        (min(m, count),) int64, those furthest behind their share of turns first.
+    """
+    shuffled = allowed[torch.randperm(len(allowed), generator=torch.Generator().manual_seed(seed))]
+    seldom = (exposure.data_target >= CLASS_STARTS[0]) & (exposure.data_target < CLASS_STARTS[-1])
+    turns = exposure.echo_target.double() / torch.where(seldom, boost, 1.0)
+    return shuffled[torch.argsort(turns[shuffled], stable=True)[:count]]
+
+
+def foreseen(exposure: Exposure, plan: EchoPlan, batches: range, world: int, step: int) -> Exposure:
+    """The counts with the echo targets of batches that are made already, or will be before another plan can hold.
+
+    Args:
+        exposure: the counts so far.
+        plan: that those batches follow.
+        batches: their numbers.
+        world: processes that train together.
+        step: the optimizer step of the counts.
+    """
+    ids = [token for batch in batches if batch >= plan.first_batch for rank in range(world)
+           for token in batch_ids(plan, batch, rank, world)]  # fmt: skip
+    to_come = torch.bincount(torch.tensor(ids, dtype=torch.int64), minlength=len(exposure.echo_target))
+    last = exposure.last_target.masked_fill(to_come > 0, step)
+    return replace(exposure, echo_target=exposure.echo_target + to_come, last_target=last)
+
+
 def adjusted_dose(dose: float, rise: float, *, tolerated: float, least: float, most: float) -> float:
     """The next dose of the automatic mode: up by half when recall suffers, down by a fifth when it does not.
 
@@ -105,8 +151,10 @@ def _stream(plan: EchoPlan, begin: int, end: int) -> list[int]:
     while begin < end and size:
         place = begin % size
         count = min(end - begin, size - place)
-        order = _order(plan.seed, plan.cycle, begin // size, size)
-        found += plan.ids[order[place : place + count]].tolist()
+        part = plan.ids[place : place + count]
+        if plan.mode not in BY_NEED:
+            part = plan.ids[_order(plan.seed, plan.cycle, begin // size, size)[place : place + count]]
+        found += part.tolist()
         begin += count
     return found
 
