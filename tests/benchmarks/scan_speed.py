@@ -1,0 +1,127 @@
+"""Time and memory of a scan, against reading both files once and against loading both models.
+
+    python tests/benchmarks/scan_speed.py rows [--rows 200064] [--width 4096] [--threads 2]
+    python tests/benchmarks/scan_speed.py models [--rows 262144] [--width 640]
+
+``rows``: two bf16 files of one head each, in a temporary folder (3.3 GB, deleted afterwards). "read" reads both files
+once through a 1 MiB buffer; all are cached by then. Memory is the peak resident size (``VmHWM``) of a fresh process
+that scans, less that of one that has only imported torch. ``models``: a pair of small Gemma 3 models with random
+weights (vocabulary and width of the 270M one, few layers), scanned, and compared by ``from_pretrained`` and a naive
+cosine in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+PEAK = "[line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1]"
+TORCH = f"import torch; print({PEAK})"
+SCAN = f"""
+import sys, time, json, torch
+torch.set_num_threads(int(sys.argv[3]))
+from vocabguard.offline.checkpoint import open_checkpoint
+from vocabguard.offline.scan import scan
+from vocabguard.offline.scan_summary import summary
+seconds = []
+for _ in range(int(sys.argv[4])):
+    began = time.perf_counter()
+    base = open_checkpoint(sys.argv[1]); tuned = open_checkpoint(sys.argv[2], base=base)
+    told = summary(scan(base, tuned))
+    seconds.append(time.perf_counter() - began)
+print(json.dumps([seconds, told["seconds"], {PEAK}, told["head"]["cosine_mean"]]))
+"""
+NAIVE = f"""
+import sys, time, json, torch
+from transformers import AutoModelForCausalLM
+began = time.perf_counter()
+base, tuned = (AutoModelForCausalLM.from_pretrained(path) for path in sys.argv[1:3])
+for of in ("get_output_embeddings", "get_input_embeddings"):
+    a, b = (getattr(model, of)().weight.detach().double() for model in (base, tuned))
+    cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+print(json.dumps([[time.perf_counter() - began], 0, {PEAK}, float(cosine.mean())]))
+"""
+
+
+def run(code: str, *arguments: object) -> str:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def read_once(paths: list[Path]) -> float:
+    buffer, began = bytearray(2**20), time.perf_counter()
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - began
+
+
+def measure(label: str, code: str, *arguments: object) -> list[float]:
+    seconds, _, peak, mean = json.loads(run(code, *arguments))
+    above = (int(peak) - int(run(TORCH))) / 1024
+    print(f"{label}: median {statistics.median(seconds):.3f} s, min {min(seconds):.3f} s, "
+          f"{above:.0f} MiB above torch, mean cosine {mean:.6f}")  # fmt: skip
+    return seconds
+
+
+def rows(folder: Path, arguments: argparse.Namespace) -> None:
+    generator = torch.Generator().manual_seed(0)
+    paths = [folder / "base.safetensors", folder / "tuned.safetensors"]
+    base = torch.empty(arguments.rows, arguments.width, dtype=torch.bfloat16).normal_(generator=generator)
+    save_file({"lm_head.weight": base}, paths[0])
+    for part in base.split(4096):
+        part.add_(0.1 * torch.randn(part.shape, generator=generator).bfloat16())
+    save_file({"lm_head.weight": base}, paths[1])
+    del base
+    reads = [read_once(paths) for _ in range(6)][1:]
+    print(f"read both once: median {statistics.median(reads):.3f} s, min {min(reads):.3f} s")
+    seconds = measure("scan", SCAN, *paths, arguments.threads, arguments.rounds)
+    print(f"x read: {statistics.median(seconds) / statistics.median(reads):.2f} "
+          f"(of minima {min(seconds) / min(reads):.2f})")  # fmt: skip
+
+
+def models(folder: Path, arguments: argparse.Namespace) -> None:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=arguments.rows, hidden_size=arguments.width, intermediate_size=2048, num_hidden_layers=18,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=256, dtype="bfloat16",
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(config).bfloat16()
+    model.save_pretrained(folder / "base")
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight
+        weight += 0.1 * weight.std() * torch.randn_like(weight)
+    model.save_pretrained(folder / "tuned")
+    pair = folder / "base", folder / "tuned"
+    found = measure("scan", SCAN, *pair, arguments.threads, 3)
+    naive = measure("from_pretrained and float64", NAIVE, *pair)
+    print(f"naive over scan: {min(naive) / min(found):.1f} times the time")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["rows", "models"])
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    sizes = (200_064, 4096) if arguments.what == "rows" else (262_144, 640)
+    arguments.rows, arguments.width = arguments.rows or sizes[0], arguments.width or sizes[1]
+    with tempfile.TemporaryDirectory() as folder:
+        (rows if arguments.what == "rows" else models)(Path(folder), arguments)
+
+
+if __name__ == "__main__":
+    main()
