@@ -1,0 +1,227 @@
+"""``vocabguard coverage``: what training data asks for, and what it never does, before any training."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from vocabguard.cli.app import InputError
+from vocabguard.offline.coverage import Coverage, measure_coverage
+from vocabguard.offline.coverage_examples import read_examples
+from vocabguard.offline.coverage_report import at_risk, group_rows, summary
+from vocabguard.offline.readers import data_files
+from vocabguard.results import EXPOSURE_CLASSES
+from vocabguard.views.wording import percent, visible
+from vocabguard.vocabulary import VocabTable, build_table, resolve_token
+
+_PARALLEL_FROM = 2**26  # bytes of data from which starting processes, some seconds each, pays
+_MOST_WORKERS = 8
+
+
+def coverage(
+    tokenizer: Annotated[str, typer.Argument(help="Tokenizer: a folder, or a name on the Hugging Face hub.")],
+    data: Annotated[list[str], typer.Argument(help="Data files, folders of them, glob patterns.")],
+    kind: Annotated[str | None, typer.Option(help="messages, completion or text, where columns leave it open.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="Name of the column; give it twice for prompt and completion.")
+    ] = None,
+    loss: Annotated[str, typer.Option(help="Targets: assistant, completion or all.")] = "assistant",
+    eos: Annotated[bool, typer.Option(help="Texts and text completions end with the EOS token.")] = True,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a row; the rest is cut off.")] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="File with another chat template.")] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the data; multiplies the counts.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Write the counts of all tokens (.safetensors).")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Exit with 1 if more than this share of live tokens is never a target.")
+    ] = None,
+    watch: Annotated[list[str] | None, typer.Option(help="A token (id or text) whose counts to show.")] = None,
+    top: Annotated[int, typer.Option(help="Tokens at risk to name.")] = 20,
+    workers: Annotated[int, typer.Option(help="Processes; 0 chooses by the size of the data.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable result on standard output.")] = False,
+) -> None:
+    """Count how often training data asks for each token, as a trainer would mask it.
+
+    Tokens that the loss never asks for are only ever pushed down. Without --threshold the exit code is 0 whatever is
+    found: every data set leaves most of a vocabulary out, and only you know what share is too much.
+    """
+    _check_ranges(threshold, top, workers)
+    loaded = load_tokenizer(tokenizer, chat_template)
+    try:
+        table = build_table(loaded, 1 + max(loaded.get_vocab().values(), default=-1))
+        watched = [resolve_token(loaded, int(item) if item.isdigit() else item, len(table)) for item in watch or ()]
+        files = data_files(data)
+        with _progress() as advance:
+            result = measure_coverage(
+                read_examples(files, kind=kind, columns=column or ()),  # type: ignore[arg-type]
+                loaded,
+                table,
+                name=tokenizer,
+                files=[str(file) for file in files],
+                loss=loss,  # type: ignore[arg-type]
+                eos=eos,
+                max_length=max_length,
+                epochs=epochs,
+                workers=workers or _workers_for(files),
+                progress=advance,
+            )
+        if out is not None:
+            result.save(out)
+    except (ValueError, OSError) as error:
+        raise InputError(_one_line(error)) from error
+    shown = (*watched, *(i for i in at_risk(result, top) if i not in watched))
+    if as_json:
+        sys.stdout.write(json.dumps(_as_json(result, table, shown, len(watched)), ensure_ascii=True) + "\n")
+    else:
+        _print(result, table, shown, len(watched), out)
+    if threshold is not None and result.never_share > threshold:
+        raise typer.Exit(1)
+
+
+def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
+    """A tokenizer for a command.
+
+    Args:
+        name: a folder, or a name on the hub.
+        chat_template: file of a template to use instead of its own.
+
+    Raises:
+        InputError: if either cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(name)
+        usable = bool(loaded.get_vocab())
+    except Exception as error:  # by kind of damage, of many types
+        raise InputError(f"{name}: cannot be loaded as a tokenizer ({_one_line(error)})") from error
+    if not usable:
+        raise InputError(f"{name}: a tokenizer without any token")
+    if chat_template is not None:
+        try:
+            loaded.chat_template = chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{chat_template}: cannot be read as a chat template ({_one_line(error)})") from error
+    return loaded
+
+
+def _check_ranges(threshold: float | None, top: int, workers: int) -> None:
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise InputError(f"--threshold is {threshold}; allowed: a share from 0 to 1")
+    for name, value in (("--top", top), ("--workers", workers)):
+        if value < 0:
+            raise InputError(f"{name} is {value}; allowed: 0 or more")
+
+
+def _workers_for(files: list[Path]) -> int:
+    size = sum(part.stat().st_size for file in files for part in ([file] if file.is_file() else file.rglob("*.arrow")))
+    return min(_MOST_WORKERS, os.cpu_count() or 1) if size >= _PARALLEL_FROM else 1
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int], None]]:
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda rows: bar.advance(task, rows)
+
+
+def _as_json(result: Coverage, table: VocabTable, shown: tuple[int, ...], watched: int) -> dict[str, Any]:
+    tokens = [
+        {
+            "id": i,
+            "text": table.text(i),
+            "group": table.group_of(i),
+            "data_target": int(result.data_target[i]),
+            "inputs": int(result.inputs[i]),
+        }
+        for i in shown
+    ]
+    groups = {row.group: {"live": row.live, **dict(zip(EXPOSURE_CLASSES, row.classes, strict=True))}
+              for row in group_rows(result)}  # fmt: skip
+    return {
+        "schema": 1,
+        **summary(result),
+        "groups": groups,
+        "rows": asdict(result.tally),
+        "source": asdict(result.source),
+        "watched": tokens[:watched],
+        "at_risk": tokens[watched:],
+    }
+
+
+def _print(result: Coverage, table: VocabTable, shown: tuple[int, ...], watched: int, out: Path | None) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    numbers = summary(result)
+    passes = f", {result.source.epochs} epochs" if result.source.epochs > 1 else ""
+    console.print(f"{result.tally.rows:,} rows{passes}: {numbers['targets']:,} targets, {numbers['inputs']:,} inputs.")
+    never = f"{numbers['classes']['never']:,} ({percent(result.never_share)})"
+    console.print(f"Of {numbers['live']:,} live tokens {never} are never a target.")
+    for note in _notes(result):
+        console.print(note, markup=False)
+    console.print(_group_table(result))
+    if watched:
+        console.print("watched tokens", style="bold")
+        console.print(_token_table(result, table, shown[:watched]))
+    if shown[watched:]:
+        console.print("tokens at risk: fewest targets first, of these the most read, then low ids", style="bold")
+        console.print(_token_table(result, table, shown[watched:]))
+    if out is not None:
+        console.print(f"Written: {out}", markup=False)
+
+
+def _notes(result: Coverage) -> list[str]:
+    tally, notes = result.tally, []
+    if tally.turns_exact + tally.turns_by_text + tally.turns_missing:
+        notes.append("The chat template does not mark the assistant's tokens; its turns were found by rendering.")
+    if tally.turns_by_text or tally.turns_missing:
+        notes.append(
+            f"It is not prefix-preserving: {tally.turns_by_text:,} turns were found by their text, "
+            f"{tally.turns_missing:,} not at all and count as no target."
+        )
+    if tally.cut:
+        notes.append(f"{tally.cut:,} rows are cut off at {result.source.max_length:,} tokens.")
+    if tally.without_targets:
+        notes.append(f"{tally.without_targets:,} rows ask for nothing.")
+    return notes
+
+
+def _group_table(result: Coverage) -> Table:
+    grid = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
+    grid.add_column("")
+    for heading in ("tokens", "never", "", "1-4", "5-19", "20+"):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for row in group_rows(result):
+        never, *others = row.classes
+        counts = (f"{row.live:,}", f"{never:,}", percent(never / row.live), *(f"{count:,}" for count in others))
+        grid.add_row(row.group, *counts, style="bold" if row.group == "all" else "")
+    return grid
+
+
+def _token_table(result: Coverage, table: VocabTable, shown: tuple[int, ...]) -> Table:
+    grid = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
+    for heading in ("id", "token", "group", "targets", "inputs"):
+        grid.add_column(heading, justify="left" if heading in ("token", "group") else "right", no_wrap=True)
+    encoding = sys.stdout.encoding or "utf-8"
+    for i in shown:
+        text = visible(table.text(i)).encode(encoding, "backslashreplace").decode(encoding)
+        counts = f"{int(result.data_target[i]):,}", f"{int(result.inputs[i]):,}"
+        grid.add_row(str(i), Text(text), table.group_of(i), *counts)
+    return grid

@@ -1,0 +1,249 @@
+"""Data files row by row: JSON and its lines, Parquet, plain text, folders that `datasets` saved.
+
+Nothing is read whole: lines, Parquet row groups and Arrow batches pass by, and only the columns that are wanted.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+_LINES, _JSON, _TABLE, _TEXT = (".jsonl", ".ndjson"), (".json",), (".parquet",), (".txt", ".text", ".md")
+SUFFIXES = (*_LINES, *_JSON, *_TABLE, *_TEXT)
+"""Endings of data files; all but Parquet may have ``.gz`` after them."""
+
+Row = tuple[str, Any]
+"""(place, value): where a row was read, for messages, and its columns by name or, of plain text, the line."""
+
+_BATCH_ROWS = 1024
+_JSON_CHUNK = 2**18
+_LONGEST = 2**28  # bytes of a line, or characters of a JSON value: more is not training data
+
+
+class DataError(ValueError):
+    """Data that cannot be read; the message names the file, the place in it and what is allowed."""
+
+
+def data_files(patterns: Sequence[str | Path]) -> list[Path]:
+    """The files that the arguments name, each once, in order.
+
+    Args:
+        patterns: files, glob patterns, and folders: one that `datasets` saved stands for itself, of another all data
+            files in it and below it are taken.
+
+    Raises:
+        DataError: if one names nothing, or no data file.
+    """
+    found: dict[Path, Path] = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        matches = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(pattern), recursive=True))]
+        if not matches:
+            raise DataError(f"{pattern}: not found; allowed: data files, folders of them and glob patterns")
+        for match in matches:
+            # The same file by a folder and by a pattern is one file.
+            found |= {file.resolve(): file for file in _files_of(match) if file.resolve() not in found}
+    return list(found.values())
+
+
+def rows_of(file: Path, names: Collection[str] = ()) -> Iterator[Row]:
+    """The rows of a file, or of a folder that `datasets` saved.
+
+    Args:
+        file: as `data_files` gives them.
+        names: columns that are wanted; of a wide table others are not read, unless it has none of these.
+
+    Raises:
+        DataError: for a file that cannot be read.
+    """
+    form = None if file.is_dir() else _form(file)
+    if form is None and not file.is_dir():
+        raise DataError(f"{file}: unknown kind of file; allowed: {_allowed_files()}")
+    return _dataset_rows(file, names) if form is None else _ROWS_OF[form](file, names)
+
+
+def is_plain_text(file: Path) -> bool:
+    """Whether the rows of a file are lines of text, without columns."""
+    return file.is_file() and _form(file) in _TEXT
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if _is_saved_dataset(path):
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.is_file() and _form(file) is not None)
+    if not files:
+        raise DataError(f"{path}: no data file in it; allowed: {_allowed_files()}")
+    return files
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def _form(file: Path) -> str | None:
+    """The ending that tells how to read a file, without ``.gz``; None for other files."""
+    name = file.name.lower().removesuffix(".gz")
+    suffix = Path(name).suffix
+    packed_table = suffix in _TABLE and name != file.name.lower()
+    return suffix if suffix in SUFFIXES and not packed_table else None
+
+
+def _allowed_files() -> str:
+    return f"{', '.join(SUFFIXES)} (all but .parquet also .gz), folders of `datasets.save_to_disk`"
+
+
+def _open(file: Path) -> IO[bytes]:
+    return gzip.open(file) if file.name.lower().endswith(".gz") else file.open("rb")  # type: ignore[return-value]
+
+
+def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
+    """(place, line) of the lines that are not blank, without their ends."""
+    number = 0
+    try:
+        with _open(file) as opened:
+            while line := opened.readline(_LONGEST + 1):
+                number += 1
+                if len(line) > _LONGEST:
+                    raise DataError(f"{file}, line {number}: is longer than {_LONGEST:,} bytes")
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                if line := line.rstrip(b"\r\n"):
+                    yield f"{file}, line {number}", line
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{file}: cannot be read after line {number} ({error})") from error
+
+
+def _text_lines(file: Path, _: Collection[str]) -> Iterator[Row]:
+    for place, line in _lines(file):
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{place}: is not UTF-8 ({error.reason} at byte {error.start})") from error
+        if not text.isspace():
+            yield place, text
+
+
+def decode_json(place: str, content: bytes | str) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        place: where it was read, for messages.
+        content: the text; bytes are UTF-8.
+
+    Raises:
+        DataError: if it is not JSON.
+    """
+    try:
+        return json.loads(content)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: is not UTF-8 ({error.reason} at byte {error.start})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: is not JSON ({error})") from error
+
+
+def _json_lines(file: Path, _: Collection[str]) -> Iterator[Row]:
+    return ((place, decode_json(place, line)) for place, line in _lines(file) if not line.isspace())
+
+
+def _json_rows(file: Path, _: Collection[str]) -> Iterator[Row]:
+    """The items of a JSON list, or JSON values one after the other."""
+    place = f"{file}, at the beginning"
+    try:
+        with _open(file) as opened:
+            for number, value in enumerate(_values(opened), start=1):
+                place = f"{file}, item {number}"
+                yield place, value
+                place = f"{file}, after item {number}"
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: is not UTF-8 ({error.reason})") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: is not JSON ({error.msg})") from error
+    except (OSError, EOFError, zlib.error, RecursionError) as error:
+        raise DataError(f"{place}: cannot be read ({error})") from error
+
+
+def _values(opened: IO[bytes]) -> Iterator[Any]:
+    """Decode values from a stream; a value that is not whole is tried again with twice as much text."""
+    decoder, stream = json.JSONDecoder(), io.TextIOWrapper(opened, encoding="utf-8-sig")
+    rest, size, in_list, first = "", _JSON_CHUNK, False, True
+    while True:
+        rest = rest.lstrip() if first else rest.lstrip(" \t\r\n,")
+        if first and rest:
+            in_list, first, rest = rest[0] == "[", False, rest.removeprefix("[").lstrip()
+        if in_list and rest[:1] == "]":
+            return
+        try:
+            value, end = decoder.raw_decode(rest)
+        except json.JSONDecodeError:
+            more = stream.read(size)
+            if not more and not rest.strip() and not in_list:
+                return
+            if not more or len(rest) > _LONGEST:
+                raise
+            rest, size = rest + more, 2 * size
+            continue
+        yield value
+        rest, size = rest[end:], _JSON_CHUNK
+
+
+def _parquet_rows(file: Path, names: Collection[str]) -> Iterator[Row]:
+    try:
+        from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
+    except ModuleNotFoundError as error:
+        raise DataError(f"{file}: reading Parquet needs pyarrow; `pip install pyarrow` brings it") from error
+    number = 0
+    try:
+        with parquet.ParquetFile(file) as opened:
+            for batch in opened.iter_batches(_BATCH_ROWS, columns=_wanted(opened.schema_arrow.names, names)):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}, row {number}", row
+    except DataError:
+        raise
+    except Exception as error:  # Arrow's own errors have several bases
+        raise DataError(f"{file}: cannot be read as Parquet after row {number} ({_first_line(error)})") from error
+
+
+def _dataset_rows(folder: Path, names: Collection[str]) -> Iterator[Row]:
+    try:
+        import datasets  # type: ignore[import-untyped, unused-ignore]
+    except ModuleNotFoundError as error:
+        raise DataError(f"{folder}: reading it needs datasets; `pip install datasets` brings it") from error
+    number = 0
+    try:
+        saved = datasets.load_from_disk(str(folder))
+        if isinstance(saved, dict):
+            if "train" not in saved:
+                raise DataError(f"{folder}: has the splits {list(saved)}, none named 'train'; name one, {folder}/SPLIT")
+            saved = saved["train"]
+        for row in saved.with_format(None).select_columns(_wanted(saved.column_names, names)):
+            number += 1
+            yield f"{folder}, row {number}", row
+    except DataError:
+        raise
+    except Exception as error:  # whatever datasets and Arrow find wrong with a folder
+        raise DataError(f"{folder}: cannot be read as a saved dataset ({_first_line(error)})") from error
+
+
+def _wanted(there: list[str], names: Collection[str]) -> list[str]:
+    """The columns to read: wide tables may hold much else. All if none fits, for the error message to name them."""
+    return [name for name in there if name in names] or there
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+_ROWS_OF: dict[str, Callable[[Path, Collection[str]], Iterator[Row]]] = {
+    **dict.fromkeys(_LINES, _json_lines),
+    **dict.fromkeys(_JSON, _json_rows),
+    **dict.fromkeys(_TABLE, _parquet_rows),
+    **dict.fromkeys(_TEXT, _text_lines),
+}
