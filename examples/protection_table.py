@@ -54,7 +54,11 @@ def load(arms: list[str], seeds: range, folder: Path) -> Found:
 
 
 def interval(values: list[float]) -> dict[str, float]:
-    """Mean and half width of the 95 % confidence interval, by Student's t; no width for one value."""
+    """Mean and half width of the 95 % confidence interval, by Student's t; no width for one value.
+
+    A class without tokens has no share (NaN), which counts for nothing.
+    """
+    values = [value for value in values if not math.isnan(value)] or [math.nan]
     half = math.nan
     if 1 < len(values) <= len(_STUDENT):
         half = _STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
@@ -107,6 +111,13 @@ def show(table: dict[str, dict[str, dict[str, float]]], seeds: int) -> None:
     Console(highlight=False).print(shown)
 
 
+def _plain(value: Any) -> Any:
+    """The value as strict JSON: null for NaN."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return None if math.isnan(value) else value
+
+
 def draw(found: Found, path: Path) -> None:
     """Protection against validation loss: a small dot a run, a large one the mean, with the interval."""
     from matplotlib.figure import Figure
@@ -153,7 +164,7 @@ def main() -> None:
         list(pool.map(work, range(arguments.seeds)))
     found = load(arms, range(arguments.seeds), arguments.folder)
     table = summarise(found)
-    (arguments.folder / "table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    (arguments.folder / "table.json").write_text(json.dumps(_plain(table), indent=2) + "\n", encoding="utf-8")
     show(table, arguments.seeds)
     if arguments.picture:
         draw(found, arguments.picture)

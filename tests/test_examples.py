@@ -54,9 +54,17 @@ def test_shortest_examples(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("trainer", ["hf", "lightning"])
 def test_json_of_the_main_example(tmp_path: Path, trainer: str) -> None:
-    found = forget(tmp_path, trainer, "--steps", "12", "--logdir", str(tmp_path / "logs"))
-    assert found.keys() == {"base", "control"}
-    base, control = found["base"], found["control"]
+    # A fifth of the preset's echo: twelve steps would be long ones else.
+    short = ("--steps", "12", "--logdir", str(tmp_path / "logs"), "echo.targets_per_live_token=0.3")
+    found = forget(tmp_path, trainer, *short)
+    assert found.keys() == {"base", "control", "protect"}
+    base, control, protect = found.values()
+    assert protect.keys() == control.keys()
+    assert protect["echo"]["targets_per_live_token"] == pytest.approx(0.3, abs=0.01)
+    assert protect["positions"] > control["positions"] > 0
+    assert protect["retained"]["classes"]["never"] > control["retained"]["classes"]["never"]
+    for entry in found.values():
+        assert 0 <= entry["repetition"] <= 1
     groups = set(control["retained"]["groups"])
     assert {"ja", "ko", "zh", "cyrillic", "arabic", "latin"} <= groups
     assert {"all", "groups"} <= base["retained"].keys()
@@ -78,10 +86,11 @@ def test_json_of_the_main_example(tmp_path: Path, trainer: str) -> None:
     sizes = control["tokens"]
     assert sum(sizes["classes"].values()) == sum(sizes["groups"].values()) > 7000
 
-    (meta,) = (tmp_path / "logs").rglob("run.json")
-    steps = [check["step"] for check in RunLog.open(meta.parent).checks()]
-    assert steps[0] == 0
-    assert steps[-1] == 12
+    for meta in (tmp_path / "logs").rglob("run.json"):
+        steps = [check["step"] for check in RunLog.open(meta.parent).checks()]
+        assert steps[0] == 0
+        assert steps[-1] == 12
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {f"control-{trainer}", f"protect-{trainer}"}
     assert list((tmp_path / "logs").rglob("events.out.tfevents*"))
 
 
@@ -95,6 +104,13 @@ def test_the_main_example_shows_what_it_promises(tmp_path: Path) -> None:
         assert control["head"]["below_0.95"] >= 0.049
         assert kept["classes"]["never"] <= 0.80
         assert kept["classes"]["20+"] >= 0.85
+        protect = told["protect"]
+        # Bars for the mean of five seeds, with room for one seed's luck in a class of some 130 tokens.
+        assert protect["retained"]["classes"]["never"] >= 0.97
+        assert protect["retained"]["classes"]["1-4"] >= 0.95
+        assert all(share >= kept["classes"][kind] for kind, share in protect["retained"]["classes"].items())
+        assert protect["echo"]["targets_per_live_token"] <= 1.5
+        assert protect["val_loss"] <= 1.015 * control["val_loss"]
         large = [group for group, count in sizes["groups"].items() if count >= 100]
         assert "ja" in sorted(large, key=lambda group: kept["groups"][group])[:3]
     assert found["hf"]["base"] == found["lightning"]["base"]
@@ -103,3 +119,29 @@ def test_the_main_example_shows_what_it_promises(tmp_path: Path) -> None:
     assert hf["retained"]["all"] == pytest.approx(lightning["retained"]["all"], abs=0.02)
     for kind in ("never", "1-4", "5-19", "20+"):
         assert hf["retained"]["classes"][kind] == pytest.approx(lightning["retained"]["classes"][kind], abs=0.02), kind
+
+
+def test_table_of_arms_over_seeds(tmp_path: Path) -> None:
+    folder = tmp_path / "found"
+    arguments = ("--seeds", "2", "--steps", "3", "--jobs", "2", "--arms", "hold", "--folder", str(folder))
+    said = run_example("protection_table.py", tmp_path, *arguments)
+    table = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+    assert table.keys() == {"control", "hold"}
+    entries = {
+        (arm, seed): json.loads((folder / f"{arm}-{seed}.json").read_text(encoding="utf-8"))
+        for arm in table
+        for seed in range(2)
+    }
+    for kind in EXPOSURE_CLASSES[:3]:  # in three steps hardly a token is a target twenty times
+        kept = [entries["hold", seed]["retained"]["classes"][kind] for seed in range(2)]
+        assert table["hold"][f"retained {kind}"]["mean"] == pytest.approx(sum(kept) / 2)
+        # Student's t for two values: 12.706 times half their distance.
+        assert table["hold"][f"retained {kind}"]["half_width"] == pytest.approx(
+            12.706 * abs(kept[0] - kept[1]) / 2, rel=1e-3, abs=1e-9
+        )
+    assert table["control"]["extra time"]["mean"] == 0
+    assert "2 seeds" in said
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*-?.json")}
+    # What is there is not made again.
+    run_example("protection_table.py", tmp_path, *arguments)
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*-?.json")} == before

@@ -124,6 +124,12 @@ class EchoControl:
         source.feed.clear()
         source.feed.place(collective.rank(), collective.world_size())
 
+    def describe(self) -> str:
+        """Which tokens are echoed and how often, in words."""
+        wanted = self.config.targets_per_live_token
+        often = f"{wanted:g} times each by the end" if wanted is not None else f"{self.dose:g} for each data target"
+        return f"{len(self._ids):,} tokens ({self.config.mode.replace('_', ' ')}), {often}"
+
     # -- switching ---------------------------------------------------------------------------------------------------
 
     def switch(self, on: bool) -> None:

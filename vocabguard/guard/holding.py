@@ -41,6 +41,13 @@ class Holder:
         self._kept = False
         self._last: Tensor | None = None
 
+    def describe(self) -> str:
+        """Which rows are held, and how, in words."""
+        window = self._config.window_steps
+        which = "that were never a data target" if window is None else f"without a data target in {window:,} steps"
+        how = "keep still" if self._config.mode == "freeze" else "move by their common mean only"
+        return f"output rows {which} {how}"
+
     def switch(self, on: bool) -> None:
         """Hold from the next step on, or no more."""
         if on and not self.on:

@@ -75,6 +75,21 @@ class Protection:
         asked = self._asked[kind]
         return asked if asked is not None else self._always[kind] or not self._rules[kind].isdisjoint(firing)
 
+    def notes(self) -> tuple[str, ...]:
+        """What a user is told before step 1: what is on, and what waits for which rule."""
+        said = []
+        if self.echo is not None:
+            said.append(f"Echo, {self.echo.describe()}, {self._when('echo')}.")
+        if self.holder is not None:
+            said.append(f"Hold, {self.holder.describe()}, {self._when('hold')}.")
+        return tuple(said)
+
+    def _when(self, kind: str) -> str:
+        if self._always[kind]:
+            return "is on"
+        rules = ", ".join(sorted(self._rules[kind]))
+        return f"waits for {rules}" if rules else "waits to be switched on"
+
     # -- batches -----------------------------------------------------------------------------------------------------
 
     def hook_model(self, model: nn.Module) -> None:

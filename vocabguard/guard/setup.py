@@ -111,7 +111,13 @@ def watch_model(model: nn.Module, tokenizer: Any, config: GuardConfig, resumed: 
     return watched
 
 
-def describe(watched: Watched, flight: Preflight | NotApplicable, prober: object, run_dir: Path | None) -> Watch:
+def describe(
+    watched: Watched,
+    flight: Preflight | NotApplicable,
+    prober: object,
+    run_dir: Path | None,
+    notes: tuple[str, ...] = (),
+) -> Watch:
     """What a user is told before step 1.
 
     Args:
@@ -119,7 +125,9 @@ def describe(watched: Watched, flight: Preflight | NotApplicable, prober: object
         flight: what preflight found.
         prober: what probes, or the `NotApplicable` that says why nothing does.
         run_dir: folder of the run log.
+        notes: what else is to be said.
     """
+    blind = () if watched.tokenizer is not None else ("no tokenizer: tokens have no groups and no texts",)
     return Watch(
         head=watched.describe("head"),
         embedding=watched.describe("embedding"),
@@ -128,7 +136,7 @@ def describe(watched: Watched, flight: Preflight | NotApplicable, prober: object
         live=int(watched.table.live.sum()),
         never_trained=int((~watched.table.trained).sum()),
         run_dir=None if run_dir is None else str(run_dir),
-        notes=() if watched.tokenizer is not None else ("no tokenizer: tokens have no groups and no texts",),
+        notes=(*blind, *notes),
     )
 
 

@@ -189,6 +189,8 @@ def verdict(result: CheckResult, groups: Collection[str] | None = None) -> str:
     retained = _finite(scalars, "vocabguard/probe/retained")
     if retained is not None:
         parts.append(f"retained {percent(retained)}")
+    if echoed := _finite(scalars, "vocabguard/echo/targets_per_live_token"):
+        parts.append(f"echoed {number(echoed, 2)} times a token")
     if result.firing:
         parts.append(f"{_count(len(result.firing), 'alert')} firing")
     return f"step {result.step:,}: {'; '.join(parts)}"
