@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -105,7 +105,6 @@ def render(first: PageData, second: PageData | None = None, *, limits: Limits | 
             histograms=histograms(first, second),
             exposure=exposure_figure(first, second),
             timelines=timelines(first, second),
-            columns=[(name, name in _NUMERIC) for name in WORST_COLUMNS],
             version=_version(),
         )
     )
@@ -119,13 +118,31 @@ def _source(data: PageData, place: int, count: int, limits: Limits) -> dict[str,
         "key": f"run-{'ab'[place]}",
         "verdict": verdict_of(data, limits),
         "numbers": key_numbers(data),
-        "lines": [_line(line) for line in data.tokens],
+        "columns": [(name, name in _NUMERIC) for name in _columns(data)],
+        "lines": [_line(line, _columns(data)) for line in data.tokens],
         "groups": sorted({line.report.group for line in data.tokens}, key=label_of),
         "echo": _echo_rows(data.echo),
     }
 
 
-def _line(line: TokenLine) -> dict[str, Any]:
+def _columns(data: PageData) -> tuple[str, ...]:
+    """Columns of the table of tokens: what was not measured at all has none."""
+    rows, probed = data.rows, data.probed
+    if rows is None:
+        return WORST_COLUMNS
+    known = {
+        "class": rows.classes is not None,
+        "targets": rows.targets is not None,
+        "inputs": rows.inputs is not None,
+        "since target": rows.last_target is not None,
+        "prob.": probed is not None,
+        "says instead": probed is not None,
+        "said now": probed is not None,
+    }
+    return tuple(name for name in (*WORST_COLUMNS, "said now") if known.get(name, True))
+
+
+def _line(line: TokenLine, columns: Sequence[str]) -> dict[str, Any]:
     """One token: cells as text, values to sort by, what the search looks through."""
     report = line.report
     cells = token_cells(report)
@@ -133,10 +150,11 @@ def _line(line: TokenLine) -> dict[str, Any]:
         report.id, None, None, None, report.cosine, report.residual, report.data_target, report.inputs,
         report.steps_since_target, report.probability, None,
     )  # fmt: skip
-    named = zip(WORST_COLUMNS, cells, keys, strict=True)
     state = {None: "not asked", True: "yes", False: "no"}[line.said]
+    known = {name: (name, cell, _sort_key(key)) for name, cell, key in zip(WORST_COLUMNS, cells, keys, strict=True)}
+    known["said now"] = ("said now", state, "")
     return {
-        "cells": [(name, cell, _sort_key(key)) for name, cell, key in named],
+        "cells": [known[name] for name in columns],
         "group": report.group,
         "state": state,
         "watched": line.watched,

@@ -176,4 +176,4 @@ def _tick_percent(share: float) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 10 else f"{value:,.1f}"
+    return f"{value:.4g}" if abs(value) < 10 else f"{value:,.1f}"

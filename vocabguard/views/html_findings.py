@@ -10,7 +10,7 @@ import numpy as np
 from vocabguard.views.html_data import PageData
 from vocabguard.views.wording import LARGE_GROUP, ReportRow, number, percent
 
-Level = Literal["fine", "lost", "unknown"]
+Level = Literal["fine", "drifted", "lost", "unknown"]
 
 _GROUP_LABELS = {
     "ja": "Japanese",
@@ -42,7 +42,8 @@ class Verdict:
     """The page's first sentence.
 
     Attributes:
-        level: ``lost`` where a finding is over its limit, ``unknown`` where nothing was measured.
+        level: ``lost`` where too many tokens are no longer said, ``drifted`` where only too many rows drifted,
+            ``unknown`` where nothing was measured.
         sentence: what was lost, how many tokens, which groups; or that nothing was.
         findings: what is over its limit, a sentence each.
     """
@@ -75,17 +76,26 @@ def verdict_of(data: PageData, limits: Limits) -> Verdict:
     forgotten = None if row is None or row.retained is None else 1.0 - row.retained
     degraded = None if row is None else row.below_95
     findings = []
+    level: Level = "fine"
     if degraded is not None and degraded > limits.degraded:
         findings.append(f"{percent(degraded)} of live rows are below cosine 0.95; allowed: {percent(limits.degraded)}")
+        level = "drifted"
     if forgotten is not None and forgotten > limits.forgotten:
         said = f"{percent(forgotten)} of the tokens said at the base are no longer said"
         findings.append(f"{said}; allowed: {percent(limits.forgotten)}")
-    if forgotten is None and degraded is None:
+        level = "lost"
+    broken = int(data.scalars.get(f"{data.matrix}/nonfinite_rows", 0))
+    if broken:
+        findings.append(f"{broken:,} live rows hold NaN or Inf; allowed: none")
+        level = "lost"
+    if forgotten is None and degraded is None and not broken:
         return Verdict("unknown", _nothing_measured(data), ())
-    parts = [part for part in (_forgotten_part(data, forgotten), _degraded_part(data, degraded)) if part]
-    unharmed = not forgotten and not degraded
+    parts = [_forgotten_part(data, forgotten), _degraded_part(data, degraded)]
+    parts += [f"{broken:,} live {'row holds' if broken == 1 else 'rows hold'} NaN or Inf"] if broken else []
+    parts = [part for part in parts if part]
+    unharmed = not forgotten and not degraded and not broken
     sentence = f"{'Nothing was lost: ' if unharmed else ''}{'; '.join(parts)}."
-    return Verdict("lost" if findings else "fine", sentence[0].upper() + sentence[1:], tuple(findings))
+    return Verdict(level, sentence[0].upper() + sentence[1:], tuple(findings))
 
 
 def key_numbers(data: PageData) -> tuple[tuple[str, str], ...]:
@@ -94,8 +104,8 @@ def key_numbers(data: PageData) -> tuple[tuple[str, str], ...]:
     found: list[tuple[str, str | None]] = [("live tokens", None if data.live is None else f"{data.live:,}")]
     if row is not None:
         found += [
-            ("below cosine 0.95", _counted(data, row.below_95)),
-            ("below cosine 0.90", _counted(data, row.below_90)),
+            ("below cosine 0.95", _counted(data, row.below_95, 0.95)),
+            ("below cosine 0.90", _counted(data, row.below_90, 0.90)),
             ("mean cosine", _known(row.mean)),
             ("lowest cosine", _known(row.minimum)),
             ("still said (retained)", None if row.retained is None else percent(row.retained)),
@@ -154,11 +164,27 @@ def _known(value: float | None) -> str | None:
     return None if value is None else number(value)
 
 
-def _counted(data: PageData, share: float | None) -> str | None:
-    """A share of the live tokens, and how many these are."""
+def _counted(data: PageData, share: float | None, bar: float | None = None) -> str | None:
+    """A share of the live tokens, and how many these are.
+
+    Args:
+        data: a run or scan.
+        share: in [0, 1]; None gives None.
+        bar: where the share is of rows with a cosine below it.
+    """
     if share is None:
         return None
-    return percent(share) if data.live is None else f"{percent(share)} ({round(share * data.live):,})"
+    count = _count_of(data, share, bar)
+    return percent(share) if count is None else f"{percent(share)} ({count:,})"
+
+
+def _count_of(data: PageData, share: float, bar: float | None) -> int | None:
+    """How many live tokens a share is: counted where rows of the last step were kept, else worked out."""
+    rows = data.rows
+    if bar is not None and rows is not None and rows.cosine is not None and rows.step == data.step:
+        with np.errstate(invalid="ignore"):
+            return int(np.count_nonzero(rows.live & (rows.cosine < bar)))
+    return None if data.live is None else round(share * data.live)
 
 
 def _nothing_measured(data: PageData) -> str:
@@ -204,14 +230,14 @@ def _asked(data: PageData) -> str:
 
 def _degraded_part(data: PageData, degraded: float | None) -> str:
     if degraded is None:
-        return "row drift does not apply"
+        return "row drift does not apply" if data.matrix is None else ""
     rows_of = "head row" if data.matrix == "head" else "input embedding row"
     if degraded == 0:
         return f"no live {rows_of} lies below cosine 0.95"
-    if data.live is None:
+    count = _count_of(data, degraded, 0.95)
+    if data.live is None or count is None:
         lead = f"{percent(degraded)} of the live {rows_of}s have drifted below cosine 0.95"
     else:
-        count = round(degraded * data.live)
         verb = "has" if count == 1 else "have"
         lead = f"{count:,} of {data.live:,} live {rows_of}s ({percent(degraded)}) {verb} drifted below cosine 0.95"
     rows = [(row.below_95, row.label) for row in data.table if row.kind == "group" and row.below_95 is not None]

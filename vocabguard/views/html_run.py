@@ -148,7 +148,9 @@ def _latest(checks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _measured(scalars: Mapping[str, float]) -> MatrixName | None:
     names: tuple[MatrixName, ...] = ("head", "embedding")
-    return next((name for name in names if f"{name}/cosine_mean" in scalars), None)
+    return next(
+        (name for name in names if f"{name}/nonfinite_rows" in scalars or f"{name}/cosine_mean" in scalars), None
+    )
 
 
 def _result(scalars: Mapping[str, float], last: Mapping[str, Any]) -> CheckResult:

@@ -1,0 +1,145 @@
+"""``vocabguard report RUN [OTHER]``: one HTML page that says what was lost, of one run or scan or of two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vocabguard.cli.app import InputError
+from vocabguard.runlog import RunLog
+from vocabguard.views.html import render, write_page
+from vocabguard.views.html_compare import Comparison, compare
+from vocabguard.views.html_data import PageData, TextOf
+from vocabguard.views.html_findings import Limits, as_json, verdict_of
+from vocabguard.views.html_run import run_data
+
+_PAGE = Path("report.html")
+
+Source = Annotated[Path, typer.Argument(help="Run folder, or a file that `vocabguard scan --out` wrote.")]
+Other = Annotated[Path | None, typer.Argument(help="A second one, to compare with.")]
+Out = Annotated[Path | None, typer.Option(help="The page to write; report.html if not given, and none with --json.")]
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option(help="The model's tokenizer folder: texts of all tokens. A run folder names only the worst ones."),
+]
+Threshold = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Share of live rows below cosine 0.95 over which the exit code is 1.")
+]
+Forgotten = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Share of tokens no longer said over which the exit code is 1.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print verdict and key numbers as JSON and nothing else.")]
+
+
+def report(
+    source: Source,
+    other: Other = None,
+    out: Out = None,
+    tokenizer: Tokenizer = None,
+    threshold: Threshold = Limits.degraded,
+    threshold_forgotten: Forgotten = Limits.forgotten,
+    as_json: AsJson = False,
+) -> None:
+    """Write one self-contained HTML page about a run folder or a scan, or about two of them side by side.
+
+    Exit code 0: nothing over a threshold; 1: a share over one, in either source; 2: bad input.
+    """
+    limits = Limits(threshold, threshold_forgotten)
+    paths = [source] if other is None else [source, other]
+    shown = [read(path, tokenizer) for path in paths]
+    page = out or (None if as_json else _PAGE)
+    if page is not None:
+        _write(render(*shown, limits=limits), page)
+    if as_json:
+        print(json.dumps(_as_json(shown, limits, page), indent=2, allow_nan=False))
+    else:
+        _show(shown, limits, page)
+    if any(verdict_of(data, limits).findings for data in shown):
+        raise typer.Exit(1)
+
+
+def read(path: Path, tokenizer: Path | None = None) -> PageData:
+    """Read a run folder or a scan's file.
+
+    Args:
+        path: of either.
+        tokenizer: a tokenizer's folder; used for run folders, as a scan brings its texts.
+
+    Raises:
+        InputError: if it is neither, cannot be read, or the tokenizer does not fit it.
+    """
+    try:
+        if path.is_dir():
+            log = RunLog.open(path)
+            return run_data(log, None if tokenizer is None else _texts(log, tokenizer))
+        if not path.exists():
+            raise InputError(f"{path} does not exist; expected a run folder or a scan's .safetensors file")
+        from vocabguard.offline.scan_page import scan_data
+
+        return scan_data(path)
+    except (OSError, ValueError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} is not a run folder or scan: {type(error).__name__}: {error}") from error
+
+
+def _texts(log: RunLog, folder: Path) -> TextOf:
+    from vocabguard.offline.matching import load_tokenizer
+    from vocabguard.vocabulary import build_table
+
+    found = load_tokenizer(folder)
+    if found is None:
+        raise InputError(f"--tokenizer {folder}: no tokenizer in this folder")
+    watched: dict[str, Any] = log.meta["watch"]
+    rows = next((matrix["rows"] for name in ("head", "embedding") if "rows" in (matrix := watched[name])), len(found))
+    return build_table(found, int(rows)).text
+
+
+def _write(page: str, path: Path) -> None:
+    if not path.parent.is_dir():
+        raise InputError(f"--out {path}: the folder {path.parent} does not exist")
+    try:
+        write_page(page, path)
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be written ({error.strerror or error})") from error
+
+
+def _as_json(shown: list[PageData], limits: Limits, page: Path | None) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "page": None if page is None else str(page),
+        "threshold": limits.degraded,
+        "threshold_forgotten": limits.forgotten,
+        "sources": [as_json(data, limits) for data in shown],
+    }
+    if len(shown) == 2:
+        found["comparison"] = _compared(compare(*shown))
+    return found
+
+
+def _compared(both: Comparison) -> dict[str, Any]:
+    every = both.splits[0] if both.splits else None
+    return {
+        "verdict": both.sentence,
+        "unmatched": both.unmatched or None,
+        "below_0.95": None
+        if every is None
+        else {"only_first": every.only_first, "only_second": every.only_second, "both": every.both},
+        "not_said_only_first": [token.id for token in both.unsaid[0]],
+        "not_said_only_second": [token.id for token in both.unsaid[1]],
+    }
+
+
+def _show(shown: list[PageData], limits: Limits, page: Path | None) -> None:
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    for data in shown:
+        verdict = verdict_of(data, limits)
+        console.print(f"{data.name}: {verdict.sentence}")
+        for finding in verdict.findings:
+            console.print(f"  over the threshold: {finding}")
+    if len(shown) == 2:
+        console.print(compare(*shown).sentence)
+    console.print(f"page: {page}")
