@@ -149,6 +149,15 @@ def test_switched_by_the_user_and_off_again(kit: Any, tokenizer: Any, tmp_path: 
     assert moves == [True, True, False, False, False, True, True, True]
 
 
+def test_mixed_precision(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
+    data = rows_of(6 * kit.BATCH)
+    guarded = guard_for(kit, "hf", tokenizer, hold={"enabled": True, "mode": "freeze"})
+    run = kit.run_hf(kit.tiny_model(), data, tokenizer, tmp_path, callbacks=(guarded,), bf16=True)
+    asked, head = asked_by(data), run.model.state_dict()[HEAD]
+    assert torch.equal(head[~asked], run.base[HEAD][~asked])
+    assert bool((head[asked] != run.base[HEAD][asked]).any(dim=1).all())
+
+
 @pytest.mark.parametrize("mode", ["freeze", "shared"])
 def test_bf16_weights(kit: Any, tokenizer: Any, tmp_path: Path, mode: str) -> None:
     data = rows_of(6 * kit.BATCH)
