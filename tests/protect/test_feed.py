@@ -23,7 +23,7 @@ PROMPTS = (EchoPrompt((1, 2), (3,), (4,)), EchoPrompt((5,), (6, 7), (4,)))
 
 
 def plan_of(**changes: Any) -> EchoPlan:
-    plan = EchoPlan(0, 0, "uniform", 0.1, 8.0, 4, torch.arange(100, 140), cycle=0, offset=0, seed=3)
+    plan = EchoPlan(0, 0, "uniform", 0.1, 8.0, 4, torch.arange(100, 140), cycle=0, offset=0, owed=0.0, seed=3)
     return replace(plan, **changes)
 
 

@@ -20,7 +20,7 @@ FEW = settings(max_examples=60, deadline=None)
 
 def plan_of(size: int = 50, **changes: object) -> EchoPlan:
     ids = torch.arange(1000, 1000 + size)
-    plan = EchoPlan(0, 0, "uniform", 0.1, 16.0, 8, ids, cycle=0, offset=0, seed=0)
+    plan = EchoPlan(0, 0, "uniform", 0.1, 16.0, 8, ids, cycle=0, offset=0, owed=0.0, seed=0)
     return replace(plan, **changes)
 
 

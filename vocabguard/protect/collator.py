@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from random import Random
 from typing import Any
 
@@ -80,7 +81,9 @@ class EchoCollator:
             return self.with_echo(features, ids, number)
         except Exception as error:
             self.feed.fail()
-            logger.warning("vocabguard: echo is off from batch %d on, training goes on: %s", number, error)
+            # A collate function's own error may be a mere key.
+            reason = str(error) if isinstance(error, EchoError) else f"{type(error).__name__}: {error}"
+            logger.warning("vocabguard: echo is off from batch %d on, training goes on: %s", number, reason)
             return self.inner(features)
 
     def with_echo(self, features: list[Any], ids: Sequence[int], number: int) -> Any:
@@ -100,9 +103,10 @@ class EchoCollator:
         fill = length if _all_as_long(features, length) and not self.maker.seq2seq else 0
         extra = [_as_example(row, features[0], fill) for row in rows]
         made = time.perf_counter()
-        batch = self.inner([*features, *extra])
+        # Some collate functions take keys out of the examples, which are needed once more if this fails.
+        batch = self.inner([*map(copy, features), *extra])
         collated = time.perf_counter()
-        batch[ECHO_KEY] = _mark(batch, len(features), rows, seq2seq=self.maker.seq2seq)
+        batch[ECHO_KEY] = _mark(batch, len(features), rows, fill, seq2seq=self.maker.seq2seq)
         self.feed.spend(time.perf_counter() - collated + made - began)
         return batch
 
@@ -157,13 +161,14 @@ def _like(values: list[int], example: Any) -> Any:
     return torch.tensor(values, dtype=example.dtype) if isinstance(example, Tensor) else values
 
 
-def _mark(batch: Any, count: int, rows: Sequence[EchoRow], *, seq2seq: bool) -> Tensor:
+def _mark(batch: Any, count: int, rows: Sequence[EchoRow], fill: int, *, seq2seq: bool) -> Tensor:
     """Put the echo rows' labels right, in place, and tell where they are.
 
     Args:
         batch: collated from `count` examples and the rows.
         count: examples of the data.
         rows: the echo rows.
+        fill: length that they were filled up to.
         seq2seq: whether labels stand apart from inputs.
 
     Returns:
@@ -172,7 +177,7 @@ def _mark(batch: Any, count: int, rows: Sequence[EchoRow], *, seq2seq: bool) -> 
     ids, labels = _tensor(batch, "input_ids"), _tensor(batch, "labels")
     if ids.shape[0] == count + len(rows):
         for place, row in enumerate(rows, start=count):
-            _put_labels(ids[place], labels[place], row, seq2seq=seq2seq)
+            _put_labels(ids[place], labels[place], row, fill, seq2seq=seq2seq)
         mask = torch.zeros(len(ids), dtype=torch.bool)
         mask[count:] = True
         return mask
@@ -207,13 +212,13 @@ def _find_back(ids: Tensor, row: EchoRow, end: int) -> int:
     raise EchoError("the collate function changed the ids of echo rows")
 
 
-def _put_labels(ids: Tensor, labels: Tensor, row: EchoRow, *, seq2seq: bool) -> None:
+def _put_labels(ids: Tensor, labels: Tensor, row: EchoRow, fill: int, *, seq2seq: bool) -> None:
     if seq2seq:
         if tuple(labels[labels != IGNORE].tolist()) != row.targets:
             raise EchoError("the collate function changed the labels of echo rows")
         return
     wanted, size = torch.tensor(row.input_ids, dtype=ids.dtype), len(row.input_ids)
-    for begin in (0, len(ids) - size):  # padded on the right, on the left
+    for begin in (0, len(ids) - max(size, fill)):  # padded on the right, on the left
         if begin >= 0 and torch.equal(ids[begin : begin + size], wanted):
             labels[:] = IGNORE
             labels[begin : begin + size] = torch.tensor(row.labels, dtype=labels.dtype)

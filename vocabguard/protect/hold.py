@@ -117,8 +117,12 @@ def _wide(weight: Tensor) -> torch.device:
 
 def _level(moment: Tensor, held: Tensor) -> None:
     """Give the held rows of a moment their mean."""
-    share = held.to(torch.float32) / held.sum()
-    mean = torch.einsum("v,v...->...", share, moment.float()).to(moment.dtype)
+    total = torch.zeros(moment.shape[1:], dtype=torch.float32, device=moment.device)
+    # The held rows alone: times a share of zero, a broken row elsewhere would still break the sum.
+    for part in _parts(moment):
+        rows = held[part].nonzero().squeeze(1)
+        total += moment[part].index_select(0, rows).sum(dim=0, dtype=torch.float32)
+    mean = (total / held.sum()).to(moment.dtype)
     for part in _parts(moment):
         rows = held[part].nonzero().squeeze(1)
         moment[part].index_copy_(0, rows, mean.expand(len(rows), *moment.shape[1:]))
