@@ -86,9 +86,13 @@ def read_examples(files: Iterable[Path], *, kind: Kind | None = None, columns: S
     Raises:
         DataError: for a file or a row that cannot be used.
     """
+    if kind not in (None, *KINDS):
+        raise DataError(f"the kind is {kind!r}; allowed: {', '.join(KINDS)}")
     if len(columns) > 2 or (kind and columns and len(columns) != len(_DEFAULT_COLUMNS[kind][0])):
         needed = 1 + (kind == "completion") if kind else "one or two"
-        raise DataError(f"{len(columns)} columns are named, {list(columns)}; a row of kind {kind} has {needed}")
+        raise DataError(
+            f"{len(columns)} columns are named, {list(columns)}; allowed: {needed} for a row of kind {kind or 'text, messages or completion'}"
+        )
     for file in files:
         yield from _examples_of(file, kind, tuple(columns))
 
@@ -142,7 +146,7 @@ def _allowed_columns(kinds: Sequence[Kind] = KINDS) -> str:
 def _example(place: str, row: Mapping[str, Any], columns: _Columns) -> Example:
     for name in columns.names:
         if name not in row:
-            raise DataError(f"{place}: no column {name!r}; it has {list(row)[:20]}")
+            raise DataError(f"{place}: no column {name!r}; allowed: one of {list(row)[:20]}")
     values = [row[name] for name in columns.names]
     if columns.kind == "text":
         return Text(place, _string(place, columns.names[0], values[0]))

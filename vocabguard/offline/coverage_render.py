@@ -100,9 +100,11 @@ class ChatRenderer:
 
     def _template(self, place: str, options: Mapping[str, Any]) -> str:
         try:
-            template: str = self._tokenizer.get_chat_template(None, options.get("tools"))
+            template = self._tokenizer.get_chat_template(None, options.get("tools"))
         except Exception as error:  # several, by what is missing
             raise DataError(f"{place}: messages need a chat template, and the tokenizer has none") from error
+        if not isinstance(template, str) or not template:
+            raise DataError(f"{place}: messages need a chat template, and the tokenizer's is empty")
         return template
 
     def _render(

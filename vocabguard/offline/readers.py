@@ -156,8 +156,8 @@ def _json_rows(file: Path, _: Collection[str]) -> Iterator[Row]:
     """The items of a JSON list, or JSON values one after the other."""
     place = f"{file}, at the beginning"
     try:
-        with _open(file) as opened:
-            for number, value in enumerate(_values(opened), start=1):
+        with _open(file) as opened, io.TextIOWrapper(opened, encoding="utf-8-sig") as stream:
+            for number, value in enumerate(_values(stream), start=1):
                 place = f"{file}, item {number}"
                 yield place, value
                 place = f"{file}, after item {number}"
@@ -169,9 +169,9 @@ def _json_rows(file: Path, _: Collection[str]) -> Iterator[Row]:
         raise DataError(f"{place}: cannot be read ({error})") from error
 
 
-def _values(opened: IO[bytes]) -> Iterator[Any]:
+def _values(stream: IO[str]) -> Iterator[Any]:
     """Decode values from a stream; a value that is not whole is tried again with twice as much text."""
-    decoder, stream = json.JSONDecoder(), io.TextIOWrapper(opened, encoding="utf-8-sig")
+    decoder = json.JSONDecoder()
     rest, size, in_list, first = "", _JSON_CHUNK, False, True
     while True:
         rest = rest.lstrip() if first else rest.lstrip(" \t\r\n,")
