@@ -37,7 +37,7 @@ def add_rows(batch: Any, rows: Sequence[EchoRow], pad: int) -> Tensor:
     if _joined(batch):
         raise EchoError("the batch joins several rows into one; use the guard's collate function in the dataloader")
     left = _padded_left(batch)
-    width = max(ids.shape[1], *(len(row.input_ids) for row in rows))
+    width = max([ids.shape[1], *(len(row.input_ids) for row in rows)])
     grown = {key: _grown(key, batch, rows, width, pad, left) for key in batch if isinstance(batch[key], Tensor)}
     mask = torch.zeros(len(ids) + len(rows), dtype=torch.bool, device=ids.device)
     mask[len(ids) :] = True
@@ -56,7 +56,7 @@ def _grown(
     if parts is None or old.ndim != 2 or (old.shape != ids.shape and not apart):
         shape = tuple(old.shape)
         raise EchoError(f"the batch holds {key!r} of shape {shape}, of which an echo row knows nothing")
-    wide = max(old.shape[1], *(len(part) for part in parts)) if apart else width
+    wide = max([old.shape[1], *(len(part) for part in parts)]) if apart else width
     result = torch.full((len(old) + len(rows), wide), fill, dtype=old.dtype, device=old.device)
     begin = wide - old.shape[1] if left else 0
     result[: len(old), begin : begin + old.shape[1]] = old
