@@ -23,7 +23,8 @@ from vocabguard.vocabulary import VocabTable
 Progress = Callable[[str, int, int], None]
 """Called with what is being read, the rows read so far and the rows there are."""
 
-_CHUNK_ROWS = 1024
+# Elements read at a time. `measure_drift` reads eight times as many where it samples rows.
+_CHUNK = 2**20
 # Fewer rows known as unused say nothing about what an unused row looks like.
 _FEWEST_UNUSED = 4
 
@@ -134,7 +135,7 @@ def untrained_at(
     unused = (table.padded | ~table.reachable) & ~table.control & matched
     candidates = table.live & matched
     known = int(unused.sum()) >= _FEWEST_UNUSED
-    outputs = None if isinstance(head, NotApplicable) else partial(head.chunks, _CHUNK_ROWS)
+    outputs = None if isinstance(head, NotApplicable) else partial(head.chunks, _chunk_rows(head))
     inputs = None if isinstance(embedding, NotApplicable) else _only_norms(embedding)
     if outputs is None and inputs is None:
         return torch.zeros(len(table), dtype=torch.bool)
@@ -173,7 +174,12 @@ def _drift(
             f"the {name}'s rows have {before.width} elements in the base and {now.width} in the tuned model; allowed: "
             "two checkpoints of one model"
         )
-    return measure_drift(now if progress is None else _Told(now, name, progress), before, unexposed, _CHUNK_ROWS)
+    rows = now if progress is None else _Told(now, name, progress)
+    return measure_drift(rows, before, unexposed, _chunk_rows(now))
+
+
+def _chunk_rows(rows: Baseline) -> int:
+    return max(1, _CHUNK // rows.width)
 
 
 def _check_counts(data_target: Tensor | None, rows: int) -> None:
