@@ -17,7 +17,7 @@ from vocabguard.views.wording import number, percent
 _DEGRADED = 0.95
 # Left edges of the bins of data targets, and their labels.
 _TARGETS = (0, 1, 2, 5, 10, 20, 50, 100, 1000)
-_TARGET_LABELS = ("0", "1", "2-4", "5-9", "10-19", "20-49", "50-99", "100+", "1000+")
+_TARGET_LABELS = ("0", "1", "2-4", "5-9", "10-19", "20-49", "50-99", "100-999", "1000+")
 _WIDE, _HIGH = 380.0, 220.0
 
 
@@ -100,7 +100,10 @@ def _floor(cosine: float) -> float:
 def _histogram(label: str, shown: Sequence[PageData], edges: NDArray[np.float64]) -> Figure:
     counted = [_shares(_cosines(data, label), edges) for data in shown]
     top = max(float(shares.max()) for shares in counted) or 1.0
-    plot = Plot(260.0, 120.0, (float(edges[0]), 1.0), (0.0, top), left=10.0, right=10.0, top=8.0, bottom=22.0)
+    # Heights by the square root: most rows have hardly moved, and the few that have are what one looks for.
+    plot = Plot(
+        260.0, 120.0, (float(edges[0]), 1.0), (0.0, math.sqrt(top)), left=10.0, right=10.0, top=8.0, bottom=22.0
+    )
     marks = _bars(plot, counted[0], edges, _cosines(shown[0], label).size)
     if len(counted) == 2:
         marks.append(Mark("path", "outline", d=_outline(plot, counted[1], edges)))
@@ -129,7 +132,7 @@ def _bars(plot: Plot, shares: NDArray[np.float64], edges: NDArray[np.float64], r
     marks = []
     for share, left, right in zip(shares.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         if share > 0:
-            x, high = plot.at_x(left), max(1.0, plot.base - plot.at_y(share))
+            x, high = plot.at_x(left), max(1.0, plot.base - plot.at_y(math.sqrt(share)))
             style = "bar low" if (left + right) / 2 < _DEGRADED else "bar"
             title = f"{left:.3f} to {right:.3f}: {round(share * rows):,} tokens"
             wide = round(plot.at_x(right) - x - 0.5, 1)
@@ -140,7 +143,7 @@ def _bars(plot: Plot, shares: NDArray[np.float64], edges: NDArray[np.float64], r
 def _outline(plot: Plot, shares: NDArray[np.float64], edges: NDArray[np.float64]) -> str:
     parts = [f"M{plot.at_x(edges[0])} {plot.base}"]
     for share, right in zip(shares.tolist(), edges[1:].tolist(), strict=True):
-        parts.append(f"V{plot.at_y(share)}H{plot.at_x(right)}")
+        parts.append(f"V{plot.at_y(math.sqrt(share))}H{plot.at_x(right)}")
     return "".join([*parts, f"V{plot.base}"])
 
 

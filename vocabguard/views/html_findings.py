@@ -175,7 +175,7 @@ def _counted(data: PageData, share: float | None, bar: float | None = None) -> s
     if share is None:
         return None
     count = _count_of(data, share, bar)
-    return percent(share) if count is None else f"{percent(share)} ({count:,})"
+    return percent(share) if not count else f"{percent(share)} ({count:,})"
 
 
 def _count_of(data: PageData, share: float, bar: float | None) -> int | None:
