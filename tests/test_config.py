@@ -213,3 +213,62 @@ def test_the_given_config_stays_as_it_is() -> None:
     config.alerts["head_degraded"].threshold = 0.5
     assert given == GuardConfig()
     assert load_config() == GuardConfig()
+
+
+# -- echo and hold ---------------------------------------------------------------------------------------------------
+
+RULE = {"metric": "probe/retained", "op": "<", "threshold": 0.9}
+PROTECTION_REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"echo": {"mode": "random"}}, ("echo.mode", "'random'", "'uniform'", "'least_exposed'", "'watch'")),
+    ({"echo": {"dose": -0.1}}, ("echo.dose", "-0.1", "0.0 to 100.0")),
+    ({"echo": {"dose": NAN}}, ("echo.dose", "nan", "0.0 to 100.0")),
+    ({"echo": {"targets_per_live_token": -1}}, ("echo.targets_per_live_token", "-1", "at least 0")),
+    ({"echo": {"list_tokens": 0}}, ("echo.list_tokens", "0", "at least 1")),
+    ({"echo": {"fill": 1.1}}, ("echo.fill", "1.1", "0.0 to 1.0")),
+    ({"echo": {"prefetch": -1}}, ("echo.prefetch", "-1", "at least 0")),
+    ({"echo": {"boost": NAN}}, ("echo.boost", "nan", "at least 0")),
+    ({"echo": {"auto": {"tolerated": -1}}}, ("echo.auto.tolerated", "-1", "at least 0")),
+    ({"echo": {"auto": {"least": 0.6}}}, ("echo.auto.least is 0.6", "at most echo.auto.most")),
+    ({"echo": {"auto": {"maximum": 0.6}}}, ("echo.auto.maximum", "most")),
+    ({"echo": {"instructions": []}}, ("echo.instructions is []", "at least one text with '{tokens}'")),
+    ({"echo": {"instructions": ["{tokens}", "Say."]}}, ("echo.instructions[1] is 'Say.'", "exactly one '{tokens}'")),
+    ({"echo": {"enabled": True, "mode": "watch"}}, ("echo.mode is 'watch'", "probe.watch is []")),
+    ({"echo": {"armed": True, "mode": "watch"}}, ("echo.mode is 'watch'", "probe.watch is []")),
+    ({"hold": {"mode": "still"}}, ("hold.mode", "'still'", "'freeze'", "'shared'")),
+    ({"hold": {"window_steps": 0}}, ("hold.window_steps", "0", "at least 1")),
+    ({"hold": {"enabled": True}, "exposure": {"enabled": False}}, ("exposure.enabled is false", "hold need")),
+    ({"echo": {"armed": True}, "exposure": {"enabled": False}}, ("exposure.enabled is false", "echo need")),
+    (
+        {"alerts": {"mine": {**RULE, "actions": ["echo", "hold"]}}, "exposure": {"enabled": False}},
+        ("exposure.enabled is false", "echo and hold need"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("source", "said"), PROTECTION_REFUSED, ids=lambda case: str(case)[:70])
+def test_protection_is_refused_with_key_value_and_what_is_allowed(source: Any, said: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_config(source)
+    for part in said:
+        assert part in str(refusal.value)
+
+
+def test_what_is_off_may_stand_beside_what_it_would_need() -> None:
+    unarmed = {"echo": {"mode": "watch"}, "exposure": {"enabled": False}}
+    assert load_config(unarmed).echo.mode == "watch"
+    switched_off = {"alerts": {"mine": {**RULE, "actions": ["hold"], "enabled": False}}, "exposure": {"enabled": False}}
+    assert not load_config(switched_off).hold.enabled
+
+
+def test_nothing_is_protected_by_default() -> None:
+    config = load_config()
+    assert not any((config.echo.enabled, config.echo.armed, config.hold.enabled, config.hold.armed))
+    assert {action for rule in config.alerts.values() for action in rule.actions} == {"log"}
+
+
+def test_presets_switch_on_what_they_are_named_for() -> None:
+    switched = {name: (load_config(name).echo.enabled, load_config(name).hold.enabled) for name in presets()}
+    assert switched["echo"] == (True, False)
+    assert switched["hold"] == (False, True)
+    assert switched["protect"] == (True, True)
+    assert {switched[name] for name in ("watch", "light", "thorough")} == {(False, False)}

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vocabguard.config import GuardConfig
-from vocabguard.prompts import render_context
+from vocabguard.prompts import render_context, render_echo
 
 ASSETS = Path(__file__).parents[1] / "examples" / "assets"
 DEFAULTS = {name: (context.text, context.k) for name, context in GuardConfig().probe.contexts.items()}
@@ -104,3 +104,71 @@ def test_text_needs_one_place(text: str) -> None:
 def test_template_must_render_the_users_text(template: str, message: str) -> None:
     with pytest.raises(ValueError, match=rf"probe\.contexts\.mine: the chat template {message}"):
         render_context(word_tokenizer(template), "mine", "{tokens}", 1)
+
+
+# -- echo rows -------------------------------------------------------------------------------------------------------
+
+INSTRUCTIONS = GuardConfig().echo.instructions
+
+
+@pytest.mark.parametrize("text", INSTRUCTIONS)
+def test_echo_prompt_is_the_encoded_conversation(chat_tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    prompt = render_echo(chat_tokenizer, "echo.instructions[0]", text)
+    stop = chat_tokenizer.convert_tokens_to_ids("<|fim|>")
+    turns = [
+        {"role": "user", "content": text.replace("{tokens}", "<|fim|>")},
+        {"role": "assistant", "content": "<|fim|>"},
+    ]
+    # A control token instead of the list never merges with its neighbours, so here the whole text can be encoded.
+    whole = chat_tokenizer.apply_chat_template(turns)["input_ids"]
+    assert [*prompt.before, stop, *prompt.after, stop, *prompt.close] == whole
+    assert prompt.close[0] == chat_tokenizer.convert_tokens_to_ids("<|end|>")
+
+
+def test_every_default_instruction_is_another_one() -> None:
+    assert len(set(INSTRUCTIONS)) == len(INSTRUCTIONS) >= 10
+
+
+def test_echo_takes_what_a_template_puts_before_an_answer_in_training() -> None:
+    template = (
+        "{% for m in messages %}{{ '<u>' if m.role == 'user' else '<a>this:' }}{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    tokenizer = word_tokenizer(template)
+    prompt = render_echo(tokenizer, "key", "Say this:{tokens}.")
+    assert tokenizer.convert_ids_to_tokens(list(prompt.before))[0] == "<u>"
+    assert tokenizer.convert_ids_to_tokens(list(prompt.after))[:3] == [".", "</s>", "<a>"]
+    assert tokenizer.convert_ids_to_tokens(list(prompt.after))[-2:] in (["this", ":"], ["▁this", ":"])
+    assert tokenizer.convert_ids_to_tokens(list(prompt.close)) == ["</s>"]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("eos", [True, False])
+def test_plain_echo_is_a_document(bos: bool, eos: bool) -> None:
+    tokenizer = word_tokenizer(bos=bos)
+    if eos:
+        tokenizer.eos_token = "</s>"
+    prompt = render_echo(tokenizer, "key", "Say this:{tokens}.")
+    before = tokenizer.convert_ids_to_tokens(list(prompt.before))
+    assert before == (["<s>"] if bos else []) + ["▁Say", "▁this", ":"]
+    assert tokenizer.convert_ids_to_tokens(list(prompt.after)) == [".", "\n"]
+    assert tokenizer.convert_ids_to_tokens(list(prompt.close)) == (["</s>"] if eos else [])
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "renders the user's text 2 times"),
+        ("<u>{{ messages[0].content }}<a>", "renders the assistant's text 0 times"),
+        ("{{ messages[1].content }}<u>{{ messages[0].content }}", "renders the assistant's text 0 times"),
+        ("{% if messages[1] %}{{ raise_exception('no') }}{% endif %}", "fails on a user's turn: no"),
+    ],
+)
+def test_template_must_render_both_turns_in_their_order(template: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"echo\.instructions\[2\]: the chat template {message}"):
+        render_echo(word_tokenizer(template), "echo.instructions[2]", "{tokens}")
+
+
+def test_an_instruction_needs_one_place() -> None:
+    with pytest.raises(ValueError, match=r"echo\.instructions\[2\]: .*exactly one '\{tokens\}'"):
+        render_echo(word_tokenizer(), "echo.instructions[2]", "nothing")
