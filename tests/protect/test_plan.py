@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vocabguard.measure.exposure import exposure_classes
-from vocabguard.protect.plan import adjusted_dose, batch_ids, follow, least_exposed, taken
+from vocabguard.protect.plan import adjusted_dose, balanced, batch_ids, follow, foreseen, least_exposed, taken
 from vocabguard.results import EchoPlan, Exposure
 
 FEW = settings(max_examples=60, deadline=None)
@@ -31,6 +31,7 @@ def plans(draw: st.DrawFn) -> EchoPlan:
         first_batch=draw(st.integers(0, 1000)),
         rate=draw(st.floats(0, 40)),
         list_tokens=draw(st.integers(1, 20)),
+        owed=draw(st.floats(0, 0.99)),
         seed=draw(st.integers(0, 2**40)),
         cycle=draw(st.integers(0, 5)),
         offset=draw(st.integers(0, 200)),
@@ -75,7 +76,7 @@ def test_whole_lists_at_the_rate(plan: EchoPlan, world: int) -> None:
             assert count % plan.list_tokens == 0
             assert abs(count - plan.rate) < plan.list_tokens + 1e-6
             total += count
-        due = (batch + 1) * world * plan.rate
+        due = plan.owed + (batch + 1) * world * plan.rate
         assert due - plan.list_tokens < total <= due + 1e-6 * plan.list_tokens
 
 
@@ -151,6 +152,22 @@ def test_a_plan_that_follows_before_the_old_one_holds() -> None:
     assert follow(plan, first_batch=5, rate=1.0).offset == 8
 
 
+def test_what_a_plan_owes_is_given_by_the_plans_after_it() -> None:
+    """Plans that change often, at a small rate, give as much as one plan would."""
+    plan, given = plan_of(rate=0.75, list_tokens=8), 0
+    for _ in range(100):
+        given += len(stream(plan, 4, 2))
+        plan = follow(plan, first_batch=plan.first_batch + 4, rate=0.75, world=2, ids=plan.ids.clone())
+        assert 0 <= plan.owed <= plan.list_tokens
+    assert 600 - 8 < given <= 600
+
+
+@pytest.mark.parametrize("mode", ["balanced", "least_exposed"])
+def test_ids_chosen_by_need_are_taken_in_their_order(mode: str) -> None:
+    plan = plan_of(20, mode=mode, rate=8.0)
+    assert stream(plan, 5) == 2 * plan.ids.tolist()
+
+
 # -- which -----------------------------------------------------------------------------------------------------------
 
 V = 40
@@ -190,6 +207,36 @@ def test_least_exposed_is_a_sort_by_class_time_and_drift(
         step,
     )
     assert found.tolist() == sorted(allowed, key=need)[:count]
+
+
+@FEW
+@given(
+    data=st.lists(st.sampled_from([0, 1, 19, 20, 500]), min_size=V, max_size=V),
+    echo=st.lists(st.integers(0, 9), min_size=V, max_size=V),
+    allowed=st.sets(st.integers(0, V - 1), min_size=1).map(sorted),
+    count=st.integers(0, V + 5),
+    boost=st.sampled_from([1.0, 3.0, 4.5]),
+)
+def test_balanced_takes_those_furthest_behind_their_share(
+    data: list[int], echo: list[int], allowed: list[int], count: int, boost: float
+) -> None:
+    exposure = replace(exposure_of(data, [-1] * V, 9), echo_target=torch.tensor(echo))
+    found = balanced(torch.tensor(allowed), exposure, count, boost, seed=4).tolist()
+    turns = [echo[id_] / (boost if 1 <= data[id_] < 20 else 1.0) for id_ in range(V)]
+    assert len(found) == len(set(found)) == min(count, len(allowed))
+    assert set(found) <= set(allowed)
+    assert [turns[id_] for id_ in found] == pytest.approx(sorted(turns[id_] for id_ in allowed)[:count])
+    assert found == balanced(torch.tensor(allowed), exposure, count, boost, seed=4).tolist()
+
+
+def test_foreseen_counts_what_is_still_to_come() -> None:
+    plan = plan_of(ids=torch.arange(V), first_batch=3, rate=8.0)
+    exposure = exposure_of([0] * V, [-1] * V, 9)
+    coming = Counter(id_ for n in (3, 4, 5) for rank in (0, 1) for id_ in batch_ids(plan, n, rank, 2))
+    found = foreseen(exposure, plan, range(1, 6), 2, 9)
+    assert found.echo_target.tolist() == [coming[id_] for id_ in range(V)]
+    assert found.last_target.tolist() == [9 if coming[id_] else -1 for id_ in range(V)]
+    assert not exposure.echo_target.any()
 
 
 # -- how much --------------------------------------------------------------------------------------------------------
