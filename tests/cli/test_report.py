@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
-from vocabguard.cli.app import build, main
-from vocabguard.results import CheckResult, NotApplicable, RowDrift, TokenReport, Watch, WatchedMatrix
+from vocabguard.cli.app import InputError, build, main
+from vocabguard.cli.report import read
+from vocabguard.results import CheckResult, NotApplicable, RowDrift, TokenReport, Transition, Watch, WatchedMatrix
 from vocabguard.runlog import RunWriter, row_vectors
+from vocabguard.views.html import render
+from vocabguard.views.html_findings import Limits, as_json
 
 ROWS = 40
 GONE = NotApplicable("not here")
@@ -33,6 +37,7 @@ def make_run(folder: Path, below: int = 10, retained: float = 0.9) -> Path:
         step=30, head=RowDrift(cosine, cosine, 1 - cosine, cosine, none, none), embedding=GONE, exposure=GONE,
         classes=torch.zeros(ROWS, dtype=torch.uint8), probe=None,
         scalars=scalars | {"vocabguard/probe/retained": retained}, worst=(worst,),
+        transitions=(Transition("bad", "firing", "critical", "vocabguard/head/below_0.95", 0.25, 30, "bad."),),
     )  # fmt: skip
     writer = RunWriter(folder)
     head = WatchedMatrix("head", ROWS, 4, "float32", False, False, "a copy")
@@ -177,6 +182,56 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, ma
     assert said in captured.err
     assert captured.out == ""
     assert not page.exists()
+
+
+def changed(value: Any, rnd: random.Random) -> Any:
+    """The same JSON with one random part of it gone or of another kind."""
+    if isinstance(value, dict) and value and rnd.random() < 0.85:
+        key = rnd.choice(sorted(value))
+        rest = {name: part for name, part in value.items() if name != key}
+        return rest if rnd.random() < 0.2 else rest | {key: changed(value[key], rnd)}
+    if isinstance(value, list) and value and rnd.random() < 0.85:
+        place = rnd.randrange(len(value))
+        return [*value[:place], changed(value[place], rnd), *value[place + 1 :]]
+    return rnd.choice([None, 5, -1, 1e308, "x", [], {}, True, "\ud800"])
+
+
+def damage(path: Path, rnd: random.Random) -> None:
+    """Cut, flip or empty a file, or change the JSON in it."""
+    content = bytearray(path.read_bytes())
+    way = rnd.choice(["cut", "flip", "json", "json"] if path.suffix != ".safetensors" else ["cut", "flip"])
+    if way == "cut":
+        content = content[: rnd.randrange(len(content))]
+    elif way == "flip":
+        for _ in range(rnd.choice([1, 20])):
+            content[rnd.randrange(min(len(content), 3000))] = rnd.randrange(256)
+    else:
+        lines = (
+            [json.loads(line) for line in content.split(b"\n") if line]
+            if path.suffix == ".jsonl"
+            else [json.loads(content)]
+        )
+        content = bytearray("\n".join(json.dumps(changed(line, rnd)) for line in lines).encode() + b"\n")
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_damage_gives_a_page_or_one_clear_error(tmp_path, seed):
+    rnd = random.Random(seed)
+    name = rnd.choice(["run.json", "checks.jsonl", "alerts.jsonl", "rows-30.safetensors", "scan.safetensors"])
+    source = make_scan(tmp_path / name) if name.startswith("scan") else make_run(tmp_path / "run")
+    damage(source if source.is_file() else source / name, rnd)
+    data, refused = None, ""
+    try:
+        data = read(source)
+    except InputError as error:
+        refused = str(error)
+    if data is None:
+        assert refused
+        assert "\n" not in refused
+        return
+    render(data).encode("utf-8")
+    json.dumps(as_json(data, Limits()), allow_nan=False)
 
 
 def test_a_page_that_cannot_be_written_is_bad_input(tmp_path):

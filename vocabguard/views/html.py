@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +26,7 @@ from vocabguard.runlog import RunLog
 from vocabguard.views.html_charts import exposure_figure, histograms
 from vocabguard.views.html_compare import compare
 from vocabguard.views.html_course import timelines
-from vocabguard.views.html_data import PageData, TextOf, TokenLine
+from vocabguard.views.html_data import EchoDone, PageData, TextOf, TokenLine
 from vocabguard.views.html_findings import Limits, key_numbers, label_of, verdict_of
 from vocabguard.views.html_run import run_data
 from vocabguard.views.wording import WORST_COLUMNS, number, percent, token_cells, visible
@@ -121,7 +121,7 @@ def _source(data: PageData, place: int, count: int, limits: Limits) -> dict[str,
         "columns": [(name, name in _NUMERIC) for name in _columns(data)],
         "lines": [_line(line, _columns(data)) for line in data.tokens],
         "groups": sorted({line.report.group for line in data.tokens}, key=label_of),
-        "echo": _echo_rows(data.echo),
+        "echo_rows": _echo_rows(data.echo),
     }
 
 
@@ -167,18 +167,12 @@ def _sort_key(value: float | None) -> str:
     return "" if value is None or not math.isfinite(value) else f"{value:.9g}"
 
 
-def _echo_rows(echo: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Echo targets by group and by class, most first, those with none left out."""
+def _echo_rows(echo: EchoDone | None) -> list[tuple[str, int]]:
+    """Echo targets by group, most first, then by class; those with none left out."""
     if echo is None:
-        return None
-    groups = sorted(((name, int(count)) for name, count in echo["by_group"].items()), key=lambda pair: -pair[1])
-    return {
-        "on": bool(echo["on"]),
-        "targets": int(echo["targets"]),
-        "seconds": float(echo["seconds"] or 0.0),
-        "mode": None if echo["plan"] is None else str(echo["plan"]["mode"]),
-        "rows": [pair for pair in groups if pair[1]] + [(name, int(n)) for name, n in echo["by_class"].items() if n],
-    }
+        return []
+    groups = sorted(echo.by_group.items(), key=lambda pair: -pair[1])
+    return [(name, count) for name, count in (*groups, *echo.by_class.items()) if count]
 
 
 def _title(shown: tuple[PageData, ...]) -> str:

@@ -90,6 +90,27 @@ class TokenLine:
 
 
 @dataclass(frozen=True)
+class EchoDone:
+    """What echo has done by the last check.
+
+    Attributes:
+        on: whether it was switched on then.
+        mode: of the newest plan; empty before the first.
+        targets: echo targets so far, all processes.
+        seconds: time that making rows has taken.
+        by_group: echo targets by script group.
+        by_class: echo targets by exposure class.
+    """
+
+    on: bool
+    mode: str
+    targets: int
+    seconds: float
+    by_group: Mapping[str, int]
+    by_class: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class PageData:
     """One run or scan, ready to be shown.
 
@@ -112,7 +133,7 @@ class PageData:
         rows: every row's numbers, if they were kept.
         probed: the last logged probe, if it was kept.
         tokens: lost tokens, worst tokens and watched tokens; lost ones first, then by cosine.
-        echo: what echo has done by the last check, as `EchoReport` is logged; None without echo.
+        echo: what echo has done by the last check; None without echo.
         settings: dotted keys and values.
         text: the text of any id.
     """
@@ -135,7 +156,7 @@ class PageData:
     rows: Rows | None = None
     probed: Probed | None = None
     tokens: tuple[TokenLine, ...] = ()
-    echo: Mapping[str, Any] | None = None
+    echo: EchoDone | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     text: TextOf = field(default=lambda token: f"<row {token}>", repr=False)
 

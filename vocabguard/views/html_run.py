@@ -13,17 +13,18 @@ from torch import Tensor
 from vocabguard.measure.probe import said, said_instead
 from vocabguard.results import (
     CheckResult,
-    EchoReport,
     MatrixName,
     NotApplicable,
     ProbeResult,
     TokenReport,
+    Transition,
     Watch,
     WatchedMatrix,
 )
 from vocabguard.runlog import RunLog
 from vocabguard.views.html_data import (
     TOP,
+    EchoDone,
     PageData,
     Probed,
     Rows,
@@ -78,7 +79,7 @@ def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
     return PageData(
         name=str(log.folder),
         kind="run",
-        step=last.get("step"),
+        step=int(last["step"]) if checks else None,
         about=watch_sentences(watch),
         names=names,
         matrix=matrix,
@@ -89,8 +90,8 @@ def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
         scalars=scalars,
         curves=curves,
         probe_step=max((check["step"] for check in checks if check["probed"]), default=None),
-        alerts=tuple(log.alerts()),
-        firing=tuple(last.get("firing", ())),
+        alerts=tuple(map(_plain_alert, log.alerts())),
+        firing=tuple(map(str, last.get("firing", ()))),
         rows=rows,
         probed=probed,
         tokens=_tokens(rows, probed, names, say, top, last),
@@ -224,13 +225,48 @@ def _tokens(
     return token_lines(chosen, rows, probed, names, text, int(last.get("step", 0)), watched)
 
 
+def _plain_alert(alert: Transition) -> Transition:
+    """The same with every field of its type, or an error here rather than on the page."""
+    return Transition(
+        rule=str(alert.rule),
+        state="resolved" if alert.state == "resolved" else "firing",
+        level=str(alert.level),
+        metric=str(alert.metric),
+        value=float(alert.value),
+        step=int(alert.step),
+        message=str(alert.message),
+    )
+
+
 def _as_report(token: Mapping[str, Any]) -> TokenReport:
-    values = {spec.name: token[spec.name] for spec in fields(TokenReport)}
-    return TokenReport(**values | {"cosine": _value(token["cosine"]), "residual": _value(token["residual"])})
+    since, probability, instead = (token[name] for name in ("steps_since_target", "probability", "said_instead"))
+    return TokenReport(
+        id=int(token["id"]),
+        text=str(token["text"]),
+        group=str(token["group"]),
+        exposure_class=str(token["exposure_class"]),
+        cosine=_value(token["cosine"]),
+        residual=_value(token["residual"]),
+        data_target=int(token["data_target"]),
+        inputs=int(token["inputs"]),
+        steps_since_target=None if since is None else int(since),
+        probability=None if probability is None else float(probability),
+        said_instead=None if instead is None else str(instead),
+    )
 
 
-def _echo(report: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return None if report is None else {spec.name: report[spec.name] for spec in fields(EchoReport)}
+def _echo(report: Mapping[str, Any] | None) -> EchoDone | None:
+    if report is None:
+        return None
+    counts = [{str(name): int(count) for name, count in report[by].items()} for by in ("by_group", "by_class")]
+    return EchoDone(
+        on=bool(report["on"]),
+        mode="" if report["plan"] is None else str(report["plan"]["mode"]),
+        targets=int(report["targets"]),
+        seconds=float(report["seconds"] or 0.0),
+        by_group=counts[0],
+        by_class=counts[1],
+    )
 
 
 def _flat(settings: Any, before: str = "") -> dict[str, str]:
