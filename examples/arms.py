@@ -93,11 +93,11 @@ def run_arm(
             positions.append(kwargs["input_ids"].numel())
 
     model.register_forward_pre_hook(count, with_kwargs=True)
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     fine_tune(model, tokenizer, rows, trainer=trainer, callbacks=[callback], folder=folder, seed=seed)
-    wall = time.perf_counter() - began
+    seconds = {"wall_seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
     guard: VocabGuard = callback.guard
     if guard.last is None or guard.checker is None:
         raise SystemExit(f"the guard stood down: {guard.faults.reason}")
     table, tuned = guard.checker.watched.table, ask(model, tokenizer, whole_table(model, tokenizer))
-    return Arm(arm_entry(guard.last, base, tuned, table, sum(positions), wall), tuned, guard, table)
+    return Arm(arm_entry(guard.last, base, tuned, table, sum(positions), seconds), tuned, guard, table)

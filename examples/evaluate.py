@@ -50,8 +50,9 @@ def recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, table: Vo
 
 @torch.no_grad()
 def repetition(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Share of the held-out English questions whose greedy answer turns into repetition; see `repeats`."""
-    questions = list(dict.fromkeys(chat.user for chat in load("validation").english()))
+    """Share of the held-out questions, in all languages, whose greedy answer turns into repetition; see `repeats`."""
+    chats = (*load("validation").chats, *load("probe").chats)
+    questions = list(dict.fromkeys(chat.user for chat in chats))
     rows = [tokenizer.encode(question, add_special_tokens=False)[: LONGEST_CHAT // 2] for question in questions]
     before, after = around(tokenizer, "{list}")
     found = 0
@@ -141,11 +142,12 @@ def base_entry(base: Answers, table: VocabTable, classes: Tensor) -> dict[str, A
         "echo": NO_ECHO,
         "positions": 0,
         "wall_seconds": 0.0,
+        "cpu_seconds": 0.0,
     }
 
 
 def arm_entry(
-    last: CheckResult, base: Answers, tuned: Answers, table: VocabTable, positions: int, wall_seconds: float
+    last: CheckResult, base: Answers, tuned: Answers, table: VocabTable, positions: int, seconds: dict[str, float]
 ) -> dict[str, Any]:
     """One arm's part of the JSON.
 
@@ -155,7 +157,7 @@ def arm_entry(
         tuned: what the tuned model says.
         table: groups and live rows.
         positions: tokens that went through the model in training, padding and echo rows included.
-        wall_seconds: of the training.
+        seconds: ``wall_seconds`` and ``cpu_seconds`` of the training.
     """
     before, now = only(base.recall, table.live), only(tuned.recall, table.live)
     groups, classes = parts(table, last.classes)
@@ -175,7 +177,7 @@ def arm_entry(
         "repetition": tuned.repetition,
         "echo": {key: last.scalars.get(f"vocabguard/echo/{key}", 0.0) for key in NO_ECHO},
         "positions": positions,
-        "wall_seconds": wall_seconds,
+        **seconds,
     }
 
 

@@ -84,6 +84,11 @@ def _check_protection(config: GuardConfig) -> None:
         raise ConfigError("echo.instructions is []; allowed: at least one text with '{tokens}'")
     if config.echo.auto.least > config.echo.auto.most:
         raise ConfigError(f"echo.auto.least is {config.echo.auto.least}; allowed: at most echo.auto.most")
+    auto = config.echo.auto.enabled
+    if auto and config.echo.targets_per_live_token is not None:
+        raise ConfigError("echo.auto adjusts a dose; allowed with it: echo.targets_per_live_token: null")
+    if auto and not config.probe.enabled:
+        raise ConfigError("echo.auto follows the probe; allowed with it: probe.enabled: true")
     if config.echo.mode == "watch" and "echo" in wanted and not config.probe.watch:
         raise ConfigError("echo.mode is 'watch' and probe.watch is []; allowed: a watch list of tokens")
 

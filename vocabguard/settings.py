@@ -56,11 +56,13 @@ class ExposureConfig:
 
     Attributes:
         enabled: whether to count at all.
+        prior: a file of ``vocabguard coverage --out`` about the training data: it takes the place of preflight's sample.
         push_every_n_steps: optimizer steps between reads of the whole gradient; 0 never.
         shift_labels: whether the model predicts ``labels[:, 1:]`` from ``inputs[:, :-1]``; null asks the model's type.
     """
 
     enabled: bool = True
+    prior: str | None = None
     push_every_n_steps: int = _setting(10, at_least=0)
     shift_labels: bool | None = None
 
@@ -219,7 +221,7 @@ class EchoConfig:
     mode: str = _setting("uniform", choices=("uniform", "balanced", "least_exposed", "watch"))
     boost: float = _setting(3.0, at_least=0.0)
     dose: float = _setting(0.1, at_least=0.0, at_most=100.0)
-    targets_per_live_token: float | None = _setting(None, at_least=0.0)
+    targets_per_live_token: float | None = _setting(None, at_least=0.0, at_most=1e6)
     auto: AutoDoseConfig = field(default_factory=AutoDoseConfig)
     list_tokens: int = _setting(16, at_least=1)
     fill: float = _setting(0.4, at_least=0.0, at_most=1.0)
@@ -284,6 +286,7 @@ class LogConfig:
         histogram: the cosine histogram at checks.
         top_k: worst tokens in tables.
         rows_every_n_checks: write every row's numbers at every n-th check; 0 only at the end.
+        report: write ``report.html`` into the run folder at the end.
     """
 
     console: bool = True
@@ -291,6 +294,7 @@ class LogConfig:
     histogram: bool = True
     top_k: int = _setting(20, at_least=0, at_most=1000)
     rows_every_n_checks: int = _setting(0, at_least=0)
+    report: bool = True
 
 
 @dataclass

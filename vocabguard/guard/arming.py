@@ -23,7 +23,7 @@ from vocabguard.guard.setup import Watched
 from vocabguard.matrices import VocabMatrix
 from vocabguard.measure.exposure import ExposureCounter
 from vocabguard.protect.batches import add_rows
-from vocabguard.protect.collator import EchoCollator, EchoError
+from vocabguard.protect.collator import ECHO_KEY, EchoCollator, EchoError
 from vocabguard.results import Preflight
 from vocabguard.settings import GuardConfig
 
@@ -189,7 +189,8 @@ def _try_once(run: Run, source: EchoSource, allowed: Tensor) -> None:
             _, examples = next(iter(examples_of(loader, order=torch.arange(min(2, len(loader.dataset))).tolist())))
             collate = own_copy(loader.collate_fn)
             if run.route == "collate":
-                EchoCollator(collate, source.feed, source.maker).with_echo(examples, ids, 0)
+                batch = EchoCollator(collate, source.feed, source.maker).with_echo(examples, ids, 0)
+                source.maker.joined = batch[ECHO_KEY].ndim == 2
                 return
             batch = collate(examples)
             width = batch["input_ids"].shape[1] if "input_ids" in batch else 0

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from vocabguard.config import ConfigError
 from vocabguard.guard.observe import Targets, labels_of
 from vocabguard.measure.exposure import count_targets
+from vocabguard.offline.coverage import load_coverage
 from vocabguard.results import NotApplicable, Preflight
 from vocabguard.settings import GuardConfig
 
@@ -42,9 +43,12 @@ def wanted_preflight(
         need_labels: whether batches must carry labels.
 
     Raises:
-        ConfigError: if a batch carries no labels though it must, and there is no extractor.
+        ConfigError: if a batch carries no labels though it must, and there is no extractor; or for a prior that is no
+            coverage file, or of a larger vocabulary.
     """
     wanted = config.preflight
+    if config.exposure.enabled and config.exposure.prior is not None:
+        return _counted_before(config.exposure.prior, rows)
     if not (wanted.enabled and config.exposure.enabled):
         return NotApplicable("preflight is off")
     if dataloader is None:
@@ -59,6 +63,17 @@ def wanted_preflight(
         seed=config.seed,
         need_labels=need_labels,
     )
+
+
+def _counted_before(path: str, rows: int) -> Preflight:
+    """What ``vocabguard coverage`` counted over all of the data."""
+    began = time.perf_counter()
+    try:
+        coverage = load_coverage(path)
+        counts = coverage.targets_for(rows)
+    except ValueError as error:
+        raise ConfigError(f"exposure.prior: {error}") from error
+    return Preflight(counts, 0, coverage.tally.rows, True, time.perf_counter() - began)
 
 
 def preflight(

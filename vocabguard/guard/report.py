@@ -18,6 +18,8 @@ from vocabguard.views.console import ConsoleView
 from vocabguard.views.tensorboard import TensorBoardView, open_view
 from vocabguard.vocabulary import VocabTable
 
+logger = logging.getLogger("vocabguard")
+
 _NO_PRINT = logging.NullHandler()
 
 
@@ -119,7 +121,22 @@ class Reporter:
             self._console.finish(last, self._table)
         if self._board is not None:
             self._board.close()
-        return RunLog.open(self._log.folder) if self._log is not None else None
+        if self._log is None:
+            return None
+        log = RunLog.open(self._log.folder)
+        if last is not None and self._config.log.report:
+            self._page(log)
+        return log
+
+    def _page(self, log: RunLog) -> None:
+        """The report page; a run is not blamed for it."""
+        # Imported here: a run without the page need not wait for the templates.
+        from vocabguard.views.html import write_report
+
+        try:
+            write_report(log, log.folder / "report.html", text=self._table.text)
+        except Exception as error:
+            logger.warning("vocabguard: no report.html could be written: %s: %s", type(error).__name__, error)
 
     def _open_board(self) -> TensorBoardView | None:
         if not (self._main and self._config.log.tensorboard):

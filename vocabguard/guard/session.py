@@ -148,6 +148,7 @@ class VocabGuard:
                     self._check(steps_done, first=True)
                 elif self.protection is not None:
                     self.protection.decide(parts.checker.alerts.firing)
+                self.start_epoch()
                 attached = True
         finally:
             if not attached:

@@ -38,7 +38,12 @@ class RowMaker:
         fill: see `echo_rows`.
         seed: of the ways of asking.
         seq2seq: whether the model is an encoder-decoder.
+
+    Attributes:
+        joined: the collate function is known to join all rows into one, so none needs to be filled up.
     """
+
+    joined = False
 
     def __init__(
         self, prompts: Sequence[EchoPrompt], *, list_tokens: int, fill: float = 1.0, seed: int, seq2seq: bool = False
@@ -100,7 +105,8 @@ class EchoCollator:
         began = time.perf_counter()
         length = _longest(features)
         rows = self.maker(ids, batch=number, rank=self.feed.rank, length=length)
-        fill = length if _all_as_long(features, length) and not self.maker.seq2seq else 0
+        stacked = _all_as_long(features, length) and not (self.maker.seq2seq or self.maker.joined)
+        fill = length if stacked else 0
         extra = [_as_example(row, features[0], fill) for row in rows]
         made = time.perf_counter()
         # Some collate functions take keys out of the examples, which are needed once more if this fails.

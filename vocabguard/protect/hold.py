@@ -15,7 +15,7 @@ from torch import Tensor
 HoldMode = Literal["freeze", "shared"]
 HOLD_MODES: tuple[HoldMode, ...] = ("freeze", "shared")
 
-_CHUNK = 2**24
+_CHUNK, _CHUNK_ACCELERATOR = 2**17, 2**24
 
 
 class RowKeeper:
@@ -64,18 +64,16 @@ def hold_rows(weight: Tensor, before: Tensor, held: Tensor, mode: HoldMode, stat
     """
     if not bool(held.any()):
         return
-    shift = _mean_shift(weight, before, held) if mode == "shared" else None
+    shift = _mean_move(weight, before, held) if mode == "shared" else None
     for part in _parts(weight):
-        rows = held[part].nonzero().squeeze(1)
-        old = before[part].to(weight.device, non_blocking=True).index_select(0, rows)
-        weight[part].index_copy_(0, rows, old if shift is None else (old + shift).to(weight.dtype))
+        old = before[part].to(weight.device, non_blocking=True)
+        put = old if shift is None else (old + shift).to(weight.dtype)
+        torch.where(held[part, None], put, weight[part], out=weight[part])
     for moment in _moments(weight, state):
-        for part in _parts(moment):
-            rows = held[part].nonzero().squeeze(1)
-            if mode == "freeze":
-                moment[part].index_fill_(0, rows, 0)
-        if mode == "shared":
-            _level(moment, held)
+        rows = moment if moment.ndim > 1 else moment[:, None]
+        put = _held_sum(rows, held).div_(held.sum()).to(rows.dtype) if mode == "shared" else rows.new_zeros(())
+        for part in _parts(rows):
+            torch.where(held[part, None], put, rows[part], out=rows[part])
 
 
 def rows_to_hold(
@@ -99,33 +97,22 @@ def rows_to_hold(
     return held if inputs_now is None else held & ~inputs_now
 
 
-def _mean_shift(weight: Tensor, before: Tensor, held: Tensor) -> Tensor:
+def _mean_move(weight: Tensor, before: Tensor, held: Tensor) -> Tensor:
     """(D,) float32: the mean displacement of the held rows."""
-    total = torch.zeros(weight.shape[1], dtype=torch.float64, device=_wide(weight))
+    total = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
     for part in _parts(weight):
-        rows = held[part].nonzero().squeeze(1)
-        moved = weight[part].index_select(0, rows).float()
-        moved -= before[part].to(weight.device, non_blocking=True).index_select(0, rows).float()
-        total += moved.sum(dim=0, dtype=torch.float32).to(total.device, torch.float64)
-    return (total / held.sum().to(total.device)).to(weight.device, torch.float32)
+        moved = weight[part].float() - before[part].to(weight.device, non_blocking=True).float()
+        # Rows that are not held may hold anything, NaN too.
+        total += moved.masked_fill_(~held[part, None], 0).sum(dim=0)
+    return total / held.sum()
 
 
-def _wide(weight: Tensor) -> torch.device:
-    """Where float64 sums can be made: some accelerators have none."""
-    return torch.device("cpu") if weight.device.type == "mps" else weight.device
-
-
-def _level(moment: Tensor, held: Tensor) -> None:
-    """Give the held rows of a moment their mean."""
-    total = torch.zeros(moment.shape[1:], dtype=torch.float32, device=moment.device)
-    # The held rows alone: times a share of zero, a broken row elsewhere would still break the sum.
-    for part in _parts(moment):
-        rows = held[part].nonzero().squeeze(1)
-        total += moment[part].index_select(0, rows).sum(dim=0, dtype=torch.float32)
-    mean = (total / held.sum()).to(moment.dtype)
-    for part in _parts(moment):
-        rows = held[part].nonzero().squeeze(1)
-        moment[part].index_copy_(0, rows, mean.expand(len(rows), *moment.shape[1:]))
+def _held_sum(rows: Tensor, held: Tensor) -> Tensor:
+    """(D,) float32: the sum of the held rows."""
+    total = torch.zeros(rows.shape[1], dtype=torch.float32, device=rows.device)
+    for part in _parts(rows):
+        total += rows[part].float().masked_fill(~held[part, None], 0).sum(dim=0)
+    return total
 
 
 def _moments(weight: Tensor, state: Mapping[Any, Any]) -> Iterator[Tensor]:
@@ -136,7 +123,7 @@ def _moments(weight: Tensor, state: Mapping[Any, Any]) -> Iterator[Tensor]:
 
 
 def _parts(matrix: Tensor) -> Iterator[slice]:
-    """Chunks of rows: of some 64 MB in float32."""
-    width = matrix.shape[1] if matrix.ndim > 1 else 1
-    size = max(1, _CHUNK // max(1, width))
+    """Chunks of rows that fit a CPU's cache; on an accelerator few launches matter more."""
+    elements = _CHUNK if matrix.device.type == "cpu" else _CHUNK_ACCELERATOR
+    size = max(1, elements // max(1, matrix.shape[1]))
     return (slice(begin, min(begin + size, len(matrix))) for begin in range(0, len(matrix), size))

@@ -258,6 +258,8 @@ def _matrix_sentence(label: str, matrix: WatchedMatrix | NotApplicable) -> str:
 def _read(preflight: Preflight) -> str:
     """How much of the training data was read, in words."""
     rows = _count(preflight.rows, "row")
+    if not preflight.batches:  # counted beforehand, from the data itself
+        return f"all {rows} of the training data"
     batches = _count(preflight.batches, "batch", "batches")
     return f"{'all' if preflight.complete else 'a sample of'} {batches} ({rows}) of the training data"
 
