@@ -89,10 +89,8 @@ def read_examples(files: Iterable[Path], *, kind: Kind | None = None, columns: S
     if kind not in (None, *KINDS):
         raise DataError(f"the kind is {kind!r}; allowed: {', '.join(KINDS)}")
     if len(columns) > 2 or (kind and columns and len(columns) != len(_DEFAULT_COLUMNS[kind][0])):
-        needed = 1 + (kind == "completion") if kind else "one or two"
-        raise DataError(
-            f"{len(columns)} columns are named, {list(columns)}; allowed: {needed} for a row of kind {kind or 'text, messages or completion'}"
-        )
+        needed = {"completion": "two", None: "one, or two for prompt and completion"}.get(kind, "one")
+        raise DataError(f"{len(columns)} columns are named, {list(columns)}; allowed: {needed}")
     for file in files:
         yield from _examples_of(file, kind, tuple(columns))
 

@@ -1,0 +1,99 @@
+"""``vocabguard echo``: the data set that keeps every token sayable, as chats or as token ids."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vocabguard.cli.app import InputError
+from vocabguard.cli.coverage import load_tokenizer
+from vocabguard.offline.echo_data import EchoTally, echo_lists, needy_ids, write_chats, write_ids
+from vocabguard.prompts import render_echo
+from vocabguard.protect.allowed import allowed_ids
+from vocabguard.settings import EchoConfig
+from vocabguard.views.wording import percent
+from vocabguard.vocabulary import VocabTable, build_table
+
+
+def echo(
+    tokenizer: Annotated[str, typer.Argument(help="Tokenizer: a folder, or a name on the Hugging Face hub.")],
+    ids: Annotated[Path | None, typer.Option(help="Write JSON lines of input_ids and labels: exact.")] = None,
+    chats: Annotated[Path | None, typer.Option(help="Write JSON lines of messages: text, some tokens merge.")] = None,
+    targets: Annotated[int, typer.Option(help="How often each token is a target.")] = 20,
+    list_tokens: Annotated[int, typer.Option(help="Tokens in a list; a row has twice as many and the prompt.")] = 8000,
+    needs: Annotated[Path | None, typer.Option(help="Coverage or scan file: only tokens in need by it.")] = None,
+    below: Annotated[int | None, typer.Option(help="In need: fewer data targets than this (default 5).")] = None,
+    cosine: Annotated[float | None, typer.Option(help="In need: a cosine below this.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Never echo: an id, a text, or re:PATTERN.")] = None,
+    instruction: Annotated[list[str] | None, typer.Option(help="A way of asking, with one {tokens}.")] = None,
+    separator: Annotated[str, typer.Option(help="Between the tokens of a chat; \\n and \\t are read.")] = "\\n",
+    chat_template: Annotated[Path | None, typer.Option(help="File with another chat template.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the shuffles.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable result on standard output.")] = False,
+) -> None:
+    """Write lists of shuffled tokens that the assistant repeats; every live token is a target --targets times.
+
+    Control tokens, unreachable and padded ids are never in it. As ids the counts are exact; in chats neighbours may
+    merge when they are encoded again, and the share that survives is counted and said.
+    """
+    if ids is None and chats is None:
+        raise InputError("nothing to write; allowed: --ids FILE, --chats FILE or both")
+    if needs is None and (below is not None or cosine is not None):
+        raise InputError("--below and --cosine need --needs FILE, which vocabguard coverage or scan wrote with --out")
+    loaded = load_tokenizer(tokenizer, chat_template)
+    instructions = instruction or EchoConfig().instructions
+    written: dict[str, EchoTally] = {}
+    try:
+        table = build_table(loaded, 1 + max(loaded.get_vocab().values()))
+        chosen = _chosen(table, loaded, needs, below, cosine, exclude or [])
+        lists = echo_lists(chosen, targets, list_tokens, Random(seed))
+        prompts = [render_echo(loaded, "--instruction", text) for text in instructions]
+        if ids is not None:
+            written[str(ids)] = write_ids(ids, lists, prompts, Random(seed))
+        if chats is not None:
+            between = separator.replace("\\n", "\n").replace("\\t", "\t")
+            written[str(chats)] = write_chats(
+                chats, lists, instructions, Random(seed), tokenizer=loaded, table=table, separator=between
+            )
+    except (ValueError, OSError) as error:
+        raise InputError((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+    if as_json:
+        told: dict[str, Any] = {"schema": 1, "tokens": len(chosen), "targets": targets}
+        told |= {"files": {name: asdict(tally) for name, tally in written.items()}}
+        sys.stdout.write(json.dumps(told) + "\n")
+        return
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(f"{len(chosen):,} tokens, {targets} targets each:")
+    for name, tally in written.items():
+        console.print(f"  {name}: {_told(tally)}")
+
+
+def _told(tally: EchoTally) -> str:
+    said = f"{tally.conversations:,} conversations, {tally.targets:,} targets, longest {tally.longest:,} tokens"
+    if tally.survived == 1.0:
+        return f"{said}; counted: every token exactly as asked"
+    return f"{said}; encoded again {percent(tally.survived)} survive, {tally.tokens_lost:,} tokens are lost"
+
+
+def _chosen(
+    table: VocabTable, tokenizer: Any, needs: Path | None, below: int | None, cosine: float | None, exclude: list[str]
+) -> list[int]:
+    items = [int(item) if item.isdigit() else item for item in exclude]
+    if needs is None:
+        all_ids: list[int] = allowed_ids(table, tokenizer, items).tolist()
+        return all_ids
+    if below is None and cosine is None:
+        below = 5
+    needy, trained = needy_ids(needs, len(table), below=below, cosine=cosine)
+    allowed = allowed_ids(table.with_trained(trained), tokenizer, items)
+    found: list[int] = allowed[needy[allowed]].tolist()
+    if not found:
+        raise ValueError(f"{needs}: no live token is in need by it; nothing is written")
+    return found
