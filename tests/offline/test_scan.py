@@ -83,7 +83,6 @@ def test_summary_of_the_embedded_base(tmp_path: Path, kit: Any, tokenizer: Any) 
     table = build_table(tokenizer, 8192)
     before, now = (load_file(path / "model.safetensors")["lm_head.weight"] for path in (kit.ASSETS, tuned))
     cosine = kit.naive_cosine(now, before)
-    # Never trained: the padded rows only, which are not live anyway.
     live = table.live & found.table.trained
     assert told["tokens"]["live"] == int(live.sum()) == 8014
     assert told["untrained"]["count"] == 32

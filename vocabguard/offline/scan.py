@@ -100,8 +100,8 @@ def scan(
     _check_counts(data_target, rows)
     match = match_rows(base_tokenizer, tokenizer, base.rows, rows)
     table = table_for(tokenizer, rows)
-    before = {name: _fitted(base.matrix(name), match.base_ids) for name in ("head", "embedding")}
-    now = {name: _fitted(tuned.matrix(name), torch.arange(rows)) for name in ("head", "embedding")}
+    before = {name: fitted(base.matrix(name), match.base_ids) for name in ("head", "embedding")}
+    now = {name: fitted(tuned.matrix(name), torch.arange(rows)) for name in ("head", "embedding")}
     head, embedding = before["head"], before["embedding"]
     table = table.with_trained(~untrained_at(head, embedding, base.tied, table, match.mask))
     unexposed = table.live & match.mask
@@ -149,8 +149,13 @@ def _only_norms(rows: Baseline) -> Chunks:
     return lambda: iter([(slice(0, rows.rows), rows.norms[:, None])])
 
 
-def _fitted(rows: Baseline | NotApplicable, ids: Tensor) -> Baseline | NotApplicable:
-    """The rows in the order of ``ids``, (V,) int64."""
+def fitted(rows: Baseline | NotApplicable, ids: Tensor) -> Baseline | NotApplicable:
+    """The rows in the order of ``ids``.
+
+    Args:
+        rows: of a checkpoint, or why there are none.
+        ids: (V,) int64, which row comes at each place; -1 gives NaN.
+    """
     if isinstance(rows, NotApplicable):
         return rows
     in_place = rows.rows == len(ids) and bool((ids == torch.arange(len(ids))).all())
@@ -174,8 +179,8 @@ def _drift(
             f"the {name}'s rows have {before.width} elements in the base and {now.width} in the tuned model; allowed: "
             "two checkpoints of one model"
         )
-    rows = now if progress is None else _Told(now, name, progress)
-    return measure_drift(rows, before, unexposed, _chunk_rows(now))
+    told: Rows = now if progress is None else _Told(now, name, progress)
+    return measure_drift(told, before, unexposed, _chunk_rows(now))
 
 
 def _chunk_rows(rows: Baseline) -> int:

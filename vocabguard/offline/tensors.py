@@ -53,6 +53,7 @@ class MappedRows:
             # A private mapping: torch asks for a writable buffer, the file itself cannot be written to through it.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self._mapped: deque[slice] = deque()
+        self._held = 0  # rows in it
 
     def chunk(self, part: slice) -> Tensor:
         """Rows ``part``: (n, width) on the CPU, in the file's dtype, valid as long as these rows. Not to be written to.
@@ -65,6 +66,7 @@ class MappedRows:
             return torch.empty(0, self.width, dtype=self.dtype)
         self._let_go()
         self._mapped.append(part)
+        self._held += part.stop - part.start
         first = self._offset + part.start * self._row_bytes
         flat = torch.frombuffer(self._map, dtype=self.dtype, count=count * self.width, offset=first)
         return flat.view(count, self.width)
@@ -88,10 +90,9 @@ class MappedRows:
 
     def _let_go(self) -> None:
         """Unmap what was read a while ago: a reader that still holds it faults it in again from the page cache."""
-        held = sum(part.stop - part.start for part in self._mapped) * self._row_bytes
-        while self._mapped and held > _KEPT_MAPPED:
+        while self._mapped and self._held * self._row_bytes > _KEPT_MAPPED:
             old = self._mapped.popleft()
-            held -= (old.stop - old.start) * self._row_bytes
+            self._held -= old.stop - old.start
             first = self._offset + old.start * self._row_bytes
             first -= first % mmap.PAGESIZE
             end = min(self._offset + old.stop * self._row_bytes, len(self._map))
