@@ -63,7 +63,7 @@ def coverage(
         table = build_table(loaded, 1 + max(loaded.get_vocab().values(), default=-1))
         watched = [resolve_token(loaded, int(item) if item.isdigit() else item, len(table)) for item in watch or ()]
         files = data_files(data)
-        with _progress() as advance:
+        with row_progress() as advance:
             result = measure_coverage(
                 read_examples(files, kind=kind, columns=column or ()),  # type: ignore[arg-type]
                 loaded,
@@ -135,7 +135,8 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int], None]]:
+def row_progress() -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, where that is a terminal; gives what to call with the number of rows done."""
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -1,0 +1,158 @@
+"""``vocabguard replay``: the fewest rows of a corpus that ask for the tokens in need."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from vocabguard.cli.app import InputError
+from vocabguard.cli.coverage import load_tokenizer, row_progress
+from vocabguard.offline.coverage import load_coverage, vocabulary_hash
+from vocabguard.offline.coverage_encode import TargetEncoder
+from vocabguard.offline.coverage_examples import Chat, Completion, Example, Text, read_examples
+from vocabguard.offline.readers import data_files
+from vocabguard.offline.replay import Replay, count_targets_in, find_replay, needed_targets, written_rows
+from vocabguard.views.wording import percent
+from vocabguard.vocabulary import VocabTable, build_table
+
+
+def replay(
+    corpus: Annotated[list[str], typer.Argument(help="Data files, folders of them, glob patterns.")],
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer: a folder, or a name on the Hugging Face hub.")],
+    out: Annotated[Path, typer.Option(help="Write the chosen rows: .jsonl, or .txt for plain text.")],
+    coverage: Annotated[
+        Path | None, typer.Option(help="File of `vocabguard coverage`: only what it lacks is needed.")
+    ] = None,
+    targets: Annotated[int, typer.Option(help="Targets wanted for each live token.")] = 20,
+    kind: Annotated[str | None, typer.Option(help="messages, completion or text, where columns leave it open.")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="Name of the column.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a row; the rest does not count.")] = None,
+    pool: Annotated[int, typer.Option(help="Candidates to keep, in times the need: more gives fewer rows.")] = 8,
+    threshold: Annotated[
+        float | None, typer.Option(help="Exit with 1 if more than this share of the tokens in need stays so.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable result on standard output.")] = False,
+) -> None:
+    """Choose rows of CORPUS so that, mixed into the training data, every live token is a target --targets times."""
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise InputError(f"--threshold is {threshold}; allowed: a share from 0 to 1")
+    loaded = load_tokenizer(tokenizer)
+    try:
+        table = build_table(loaded, 1 + max(loaded.get_vocab().values()))
+        need = needed_targets(table.live, targets, _targets_of(coverage, loaded))
+        encoder = TargetEncoder(loaded, max_length=max_length)
+        files = data_files(corpus)
+
+        def read() -> Iterator[Example]:
+            return read_examples(files, kind=kind, columns=column or ())  # type: ignore[arg-type]
+
+        with row_progress() as advance:
+            found = find_replay(read, encoder, need, pool=pool, progress=advance)
+        _write(out, written_rows(read, found.chosen))
+        told = _verified(found, read_examples([out]), encoder, table, out)
+    except (ValueError, OSError) as error:
+        raise InputError((str(error).strip().splitlines() or [type(error).__name__])[0][:400]) from error
+    if as_json:
+        sys.stdout.write(json.dumps({"schema": 1, "file": str(out), **told}) + "\n")
+    else:
+        _print(told, out)
+    if threshold is not None and told["unmet_share"] > threshold:
+        raise typer.Exit(1)
+
+
+def _targets_of(coverage: Path | None, tokenizer: Any) -> Tensor | None:
+    if coverage is None:
+        return None
+    counted = load_coverage(coverage)
+    if counted.source.vocabulary != vocabulary_hash(tokenizer):
+        raise ValueError(f"{coverage}: was counted with another tokenizer, {counted.source.tokenizer}")
+    return counted.data_target
+
+
+def _verified(
+    found: Replay, written: Iterator[Example], encoder: TargetEncoder, table: VocabTable, out: Path
+) -> dict[str, Any]:
+    """The numbers of the result, after the written rows were read and counted."""
+    counted = count_targets_in(written, encoder, len(table))
+    wrong = (found.need > 0) & (counted != found.covered)
+    if bool(wrong.any()):
+        raise ValueError(f"{out}: {int(wrong.sum())} tokens are not in it as often as chosen; the corpus has changed")
+    needed = found.need > 0
+    groups = {}
+    for name in table.names:
+        of_group = needed & table.mask(name)
+        if bool(of_group.any()):
+            groups[name] = _numbers(found, of_group)
+    every = _numbers(found, needed)
+    share = 1 - every["met"] / every["needed"]
+    return {"rows": found.rows, "chosen": len(found.chosen), "unmet_share": share, **every, "groups": groups}
+
+
+def _numbers(found: Replay, of_group: Tensor) -> dict[str, int]:
+    return {
+        "needed": int(of_group.sum()),
+        "met": int((found.met & of_group).sum()),
+        "in_no_row": int((of_group & ~found.available).sum()),
+        "targets": int(torch.minimum(found.covered, found.need)[of_group].sum()),
+        "targets_needed": int(found.need[of_group].sum()),
+    }
+
+
+def _write(out: Path, examples: Iterator[Example]) -> None:
+    plain = out.suffix == ".txt"
+    if not plain and out.suffix != ".jsonl":
+        raise ValueError(f"--out is {out}; allowed: a name that ends in .jsonl or .txt")
+    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines((_line(example) if plain else json.dumps(_row(example))) + "\n" for example in examples)
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _line(example: Example) -> str:
+    if not isinstance(example, Text) or "\n" in example.text or "\r" in example.text:
+        raise ValueError(f"{example.place}: is no single line of text; allowed with --out *.jsonl")
+    return example.text
+
+
+def _row(example: Example) -> dict[str, Any]:
+    if isinstance(example, Text):
+        return {"text": example.text}
+    if isinstance(example, Completion):
+        row: dict[str, Any] = {"prompt": example.prompt, "completion": example.completion}
+    else:
+        row = {"messages": example.turns}
+    options = dict(example.options) if isinstance(example, (Chat, Completion)) else {}
+    tools = options.pop("tools", None)
+    return {**row, **({"tools": tools} if tools else {}), **({"chat_template_kwargs": options} if options else {})}
+
+
+def _print(told: dict[str, Any], out: Path) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"{told['chosen']:,} of {told['rows']:,} rows are enough: {out}", markup=False)
+    console.print(
+        f"Of {told['needed']:,} tokens in need {told['met']:,} ({percent(1 - told['unmet_share'])}) get all their "
+        f"targets; {told['in_no_row']:,} are in no row."
+    )
+    grid = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
+    grid.add_column("")
+    for heading in ("in need", "met", "", "in no row", "targets", "of"):
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for name, part in {"all": told, **told["groups"]}.items():
+        numbers = (part["in_no_row"], part["targets"], part["targets_needed"])
+        met = (f"{part['needed']:,}", f"{part['met']:,}", percent(part["met"] / part["needed"]))
+        grid.add_row(name, *met, *(f"{number:,}" for number in numbers), style="bold" if name == "all" else "")
+    console.print(grid)
