@@ -12,6 +12,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 
 from vocabguard.runlog import RunLog
 from vocabguard.views.html import render, write_report
@@ -202,6 +204,23 @@ def test_the_tokens_lost_come_first_then_the_lowest_then_the_watched(data):
     few = run_data(RunLog.open(data.name), top=6)
     assert [line.report.id for line in few.tokens] == [0, 1, 2, 3, 4, 5, 70]
     assert [line.said for line in few.tokens] == [False] * 6 + [None]
+
+
+def test_where_the_base_is_logged_its_own_misses_are_not_lost(make_run):
+    log = make_run()
+    rows = log.rows()
+    at_base = torch.ones(40, 2, dtype=torch.bool)
+    at_base[:5] = False
+    at_base[5:8, 1] = False  # one of two contexts is not most of them
+    safetensors.torch.save_file(
+        rows | {"probe/base_said": at_base}, log.folder / "rows-20.safetensors", {"attempt": "0"}
+    )
+    data = run_data(log)
+    assert data.probed is not None
+    assert data.probed.ids[data.probed.lost].tolist() == [8, 9, 10, 11]
+    assert "4 of 32 tokens that the base could say" in verdict_of(data, Limits()).sentence
+    assert "may be as old as the base" not in render(data)
+    assert "may be as old as the base" in render(run_data(make_run("other")))
 
 
 def test_what_is_known_of_a_token_comes_from_its_row(data):
