@@ -134,7 +134,7 @@ _DIAGNOSES = {
     "said_but_drifted": "It is still said, though its row has drifted below cosine 0.95.",
     "fine": "It is said as before, and its row is near where it was.",
     "never_said": "The base could not say it on request either, so this training did not lose it.",
-    "lost_in_head": "The base said it, the tuned model does not; the base's output row brings it back: lost in the head.",
+    "lost_in_head": "The base said it, the tuned model does not; the base's output row is enough: lost in the head.",
     "lost_in_rows": "The base said it, the tuned model does not; the base's output and input row bring it back.",
     "lost_in_body": "The base said it, the tuned model does not, with the base's rows neither: lost in the body.",
 }  # fmt: skip

@@ -1,0 +1,168 @@
+"""Lost rows put right without training: base rows, moved by what the tuned rows of their kind have in common.
+
+A plain base row is foreign to the tuned body: all rows of a kind have shifted together, and softmax compares them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vocabguard.measure.exposure import exposure_classes
+from vocabguard.offline.checkpoint import INDEX, SINGLE, Checkpoint, read_index
+from vocabguard.offline.scan import Scan, fitted
+from vocabguard.results import EXPOSURE_CLASSES, NotApplicable, RowDrift
+from vocabguard.snapshot import Baseline
+
+Method = Literal["shift", "rows"]
+METHODS: tuple[Method, ...] = ("shift", "rows")
+
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which output rows are replaced, and by what.
+
+    Attributes:
+        ids: (n,) int64, in the tuned vocabulary, ascending.
+        rows: (n, width) float32, the new rows.
+        chosen_by: the rule, in words.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    chosen_by: str
+
+
+def lost_rows(scan: Scan, cosine_below: float = 0.95, targets_below: int = 5) -> tuple[Tensor, str]:
+    """Live rows to be repaired: those with few data targets where counts are known, else those of low cosine.
+
+    Args:
+        scan: of the pair.
+        cosine_below: the bar without counts.
+        targets_below: the bar with counts.
+
+    Returns:
+        (V,) bool, and the rule in words.
+
+    Raises:
+        ValueError: if the head was not measured.
+    """
+    drift = scan.head
+    if isinstance(drift, NotApplicable):
+        raise ValueError(f"there is no head to repair: {drift.reason}")
+    usable = scan.live & ~drift.bad & ~drift.zero
+    if scan.data_target is not None:
+        return usable & (scan.data_target < targets_below), f"live rows with fewer than {targets_below} data targets"
+    return usable & (drift.cosine < cosine_below), f"live rows with cosine below {cosine_below:g}"
+
+
+def plan_repair(scan: Scan, lost: Tensor, chosen_by: str, method: Method) -> Plan:
+    """The rows that are to stand in the place of the lost ones.
+
+    With ``shift`` a new row is the base row plus the mean displacement of the lost rows of its class: its exposure
+    class where counts are known, else all lost rows are one class. With ``rows`` it is the base row.
+
+    Args:
+        scan: of the pair.
+        lost: (V,) bool.
+        chosen_by: in words, see `lost_rows`.
+        method: one of `METHODS`.
+
+    Raises:
+        ValueError: for an unknown method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
+    base, now = _heads(scan)
+    ids = lost.nonzero().flatten()
+    before, after = _taken(base, ids), _taken(now, ids)
+    new = before.clone()
+    if method == "shift":
+        classes = torch.zeros(len(ids)) if scan.data_target is None else exposure_classes(scan.data_target[ids])
+        for kind in range(len(EXPOSURE_CLASSES)):
+            members = classes == kind
+            if members.any():
+                new[members] += (after[members] - before[members]).double().mean(dim=0).float()
+    return Plan(ids, new, chosen_by)
+
+
+def write_repaired(tuned: Checkpoint, plan: Plan, out: Path) -> None:
+    """Copy a tuned folder with its head's rows replaced; shards, dtypes and all other files stay as they are.
+
+    Args:
+        tuned: a folder of safetensors with a head of its own, or a tied one.
+        plan: the new rows.
+        out: made if missing; must be empty.
+
+    Raises:
+        ValueError: if the tuned checkpoint is no such folder, or ``out`` is in use.
+    """
+    check_out(tuned, out)
+    key = head_key(tuned)
+    index = tuned.path / INDEX
+    file = read_index(index)[key] if index.is_file() else tuned.path / SINGLE
+    out.mkdir(parents=True, exist_ok=True)
+    for item in sorted(tuned.path.iterdir()):
+        if item.is_file() and item != file:
+            shutil.copyfile(item, out / item.name)
+    with safe_open(str(file), framework="pt", device="cpu") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
+        header = opened.metadata()
+    head = tensors[key].clone()
+    head[plan.ids] = plan.rows.to(head.dtype)
+    save_file(tensors | {key: head}, str(out / file.name), metadata=header)
+
+
+def check_out(tuned: Checkpoint, out: Path) -> None:
+    """Refuse a target before work is done.
+
+    Raises:
+        ValueError: if the tuned checkpoint is not a folder of safetensors with a head, or ``out`` is in use.
+    """
+    if not tuned.path.is_dir() or not ((tuned.path / SINGLE).is_file() or (tuned.path / INDEX).is_file()):
+        raise ValueError(f"{tuned.path}: allowed for repair: a model's folder with {SINGLE} or {INDEX}")
+    head_key(tuned)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out}: exists and is not an empty folder")
+    if tuned.path == out.resolve() or tuned.path in out.resolve().parents:
+        raise ValueError(f"--out {out}: lies in the tuned model's folder; allowed: another place")
+
+
+def head_key(tuned: Checkpoint) -> str:
+    """The tensor that holds the output rows.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    key = tuned.keys.get("head") or (tuned.keys.get("embedding") if tuned.tied else None)
+    if key is None:
+        raise ValueError(f"{tuned.path}: has no head of its own to repair")
+    return key
+
+
+def _heads(scan: Scan) -> tuple[Baseline, Baseline]:
+    base = fitted(scan.base.head, scan.match.base_ids)
+    now = fitted(scan.tuned.head, torch.arange(len(scan.table)))
+    if isinstance(base, NotApplicable) or isinstance(now, NotApplicable) or not isinstance(scan.head, RowDrift):
+        raise ValueError("there is no head to repair on both sides")
+    return base, now
+
+
+@torch.no_grad()
+def _taken(rows: Baseline, ids: Tensor) -> Tensor:
+    """(n, width) float32, new: some rows, read chunk by chunk."""
+    found = torch.empty(len(ids), rows.width)
+    for part, chunk in rows.chunks(max(1, _CHUNK // rows.width)):
+        here = (ids >= part.start) & (ids < part.stop)
+        if here.any():
+            found[here] = chunk[ids[here] - part.start].float()
+    return found
