@@ -55,6 +55,20 @@ def test_equals_loading_both_models(
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_rows_near_and_far(tmp_path: Path, kit: Any, dtype: torch.dtype) -> None:
+    """As wide as a large model's, moved by nothing up to several times their length."""
+    generator = torch.Generator().manual_seed(0)
+    base = 0.02 * torch.randn(500, 4096, generator=generator)
+    far = torch.logspace(-5, 1, 500)[:, None]
+    now = base * (1 + far) + far * 0.02 * torch.randn(500, 4096, generator=generator)
+    for name, rows in (("base", base), ("tuned", now)):
+        save_file({"lm_head.weight": rows.to(dtype)}, tmp_path / f"{name}.safetensors")
+    found = scanned(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors")
+    naive = kit.naive_cosine(now.to(dtype), base.to(dtype))
+    assert (drift_of(found, "head").cosine - naive).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_norms(dtype: torch.dtype) -> None:
     rows = torch.randn(300, 4096, generator=torch.Generator().manual_seed(0)).to(dtype)

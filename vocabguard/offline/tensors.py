@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import mmap
+import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -22,6 +25,7 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _KEPT_MAPPED = 2**24
 # Elements of a block whose float32 buffer stays in the cache.
 _BLOCK = 2**17
+_MOST_THREADS = 4
 
 
 class MappedRows:
@@ -250,24 +254,41 @@ def slices_of(rows: Baseline, size: int) -> Iterator[tuple[slice, Tensor]]:
         yield part, rows.chunk(part)
 
 
-@torch.no_grad()
 def norms_of(rows: Baseline) -> Tensor:
-    """(rows,) float32 L2 norms, by numpy in one buffer; see `vocabguard.measure.rowwise` for why not by torch."""
+    """(rows,) float32 L2 norms, by numpy in a few threads; see `vocabguard.measure.rowwise` for why not by torch."""
     norms = np.empty(rows.rows, dtype=np.float32)
     size = max(1, _BLOCK // rows.width)
-    buffer = np.empty((min(size, rows.rows), rows.width), dtype=np.float32)
-    with np.errstate(all="ignore"):
-        for part, found in rows.chunks(size):
-            wide = buffer[: len(found)]
-            if found.dtype is torch.bfloat16:  # numpy does not know it: the upper half of a float32
-                np.left_shift(
-                    found.view(torch.int16).numpy().view(np.uint16), 16, out=wide.view(np.uint32), dtype=np.uint32
-                )
-            else:
-                np.copyto(wide, found.numpy(), casting="same_kind")
-            # Squares first: a sum is added up pairwise, which `einsum` does not do.
-            np.sqrt(np.square(wide, out=wide).sum(axis=1), out=norms[part])
+    blocks, turn = rows.chunks(size), threading.Lock()
+
+    def work() -> None:
+        buffer = np.empty((min(size, rows.rows), rows.width), dtype=np.float32)
+        with np.errstate(all="ignore"):
+            while True:
+                with turn:
+                    block = next(blocks, None)
+                if block is None:
+                    return
+                wide = _widened(block[1], buffer)
+                # Squares first: a sum is added up pairwise, which `einsum` does not do.
+                np.sqrt(np.square(wide, out=wide).sum(axis=1), out=norms[block[0]])
+
+    threads = min(torch.get_num_threads(), _MOST_THREADS)
+    with ThreadPoolExecutor(threads, thread_name_prefix="vocabguard") as pool:
+        for done in [pool.submit(work) for _ in range(threads)]:
+            done.result()
     return torch.from_numpy(norms)
+
+
+@torch.no_grad()
+def _widened(rows: Tensor, buffer: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Rows as float32 in the buffer."""
+    wide = buffer[: len(rows)]
+    if rows.dtype is torch.bfloat16:  # numpy does not know it: the upper half of a float32
+        bits = rows.detach().view(torch.int16).numpy().view(np.uint16)
+        np.left_shift(bits, 16, out=wide.view(np.uint32), dtype=np.uint32)
+    else:
+        np.copyto(wide, rows.detach().numpy(), casting="same_kind")
+    return wide
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
