@@ -334,3 +334,51 @@ def test_processes_give_the_same(tokenizer: Any, table: Any) -> None:
     assert alone.tally == together.tally
     with pytest.raises(DataError, match="lone"):
         count([Text("lone", "\ud800"), *examples], tokenizer, table, workers=2)
+
+
+def as_rows(examples: list[Example]) -> list[dict[str, Any]]:
+    kinds: dict[type, tuple[tuple[str, str], ...]] = {
+        Chat: (("messages", "turns"),),
+        Completion: (("prompt", "prompt"), ("completion", "completion")),
+        Text: (("text", "text"),),
+    }
+    return [{column: getattr(e, name) for column, name in kinds[type(e)]} for e in examples]
+
+
+TRAINED: dict[str, tuple[list[Example], dict[str, Any], dict[str, Any]]] = {
+    "chats": (chats(80), {"assistant_only_loss": True}, {}),
+    "whole chats": (chats(80), {}, {"loss": "all"}),
+    "cut chats": (chats(80), {"assistant_only_loss": True, "max_length": 9}, {"max_length": 9}),
+    "texts": (texts(80), {}, {}),
+    "completions as text": (completions(60)[:60], {}, {}),
+    "completions as turns": (completions(60)[60:], {}, {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("case", TRAINED)
+def test_equals_what_a_real_trainer_prepares(case: str, tokenizer: Any, table: Any, tmp_path: Path) -> None:
+    """Labels of TRL's ``SFTTrainer``, counted in a plain loop."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    examples, theirs, ours = TRAINED[case]
+    tiny = LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                       num_attention_heads=1, pad_token_id=0)  # fmt: skip
+    options = {"max_length": None, "report_to": "none", "use_cpu": True, "bf16": False, **theirs}
+    trainer = trl.SFTTrainer(
+        model=LlamaForCausalLM(tiny),
+        args=trl.SFTConfig(output_dir=str(tmp_path), **options),
+        train_dataset=datasets.Dataset.from_list(as_rows(examples)),
+        processing_class=copy.deepcopy(tokenizer),
+    )
+    rows = [(row["input_ids"], [int(x != -100) for x in row["labels"]]) for row in trainer.train_dataset]
+    expected = naive_counts(rows, len(table))
+    found = count(examples, tokenizer, table, **ours)
+    assert sum(expected[0]) > 0
+    assert found.data_target.tolist() == expected[0]
+    # The trainer drops rows that truncation leaves without a target; here they are counted apart.
+    if case != "cut chats":
+        assert found.inputs.tolist() == expected[1]
+    assert found.tally.rows - found.tally.without_targets == len(rows)
