@@ -222,7 +222,16 @@ PROTECTION_REFUSED: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"echo": {"mode": "random"}}, ("echo.mode", "'random'", "'uniform'", "'least_exposed'", "'watch'")),
     ({"echo": {"dose": -0.1}}, ("echo.dose", "-0.1", "0.0 to 100.0")),
     ({"echo": {"dose": NAN}}, ("echo.dose", "nan", "0.0 to 100.0")),
-    ({"echo": {"targets_per_live_token": -1}}, ("echo.targets_per_live_token", "-1", "at least 0")),
+    ({"echo": {"targets_per_live_token": -1}}, ("echo.targets_per_live_token", "-1", "0.0 to 1000000.0")),
+    ({"echo": {"targets_per_live_token": float("inf")}}, ("echo.targets_per_live_token", "inf", "0.0 to 1000000.0")),
+    (
+        {"echo": {"targets_per_live_token": 2, "auto": {"enabled": True}}},
+        ("echo.auto adjusts a dose", "targets_per_live_token: null"),
+    ),
+    (
+        {"echo": {"auto": {"enabled": True}}, "probe": {"enabled": False}},
+        ("echo.auto follows the probe", "probe.enabled: true"),
+    ),
     ({"echo": {"list_tokens": 0}}, ("echo.list_tokens", "0", "at least 1")),
     ({"echo": {"fill": 1.1}}, ("echo.fill", "1.1", "0.0 to 1.0")),
     ({"echo": {"prefetch": -1}}, ("echo.prefetch", "-1", "at least 0")),

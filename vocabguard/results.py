@@ -253,6 +253,7 @@ class CheckResult:
         exposure: counts and gradients so far, or why there are none.
         classes: (V,) uint8, index into `EXPOSURE_CLASSES`.
         probe: the probe run at this check, if one was due.
+        base_probe: the probe at the base that it is held against; None where there is no probe.
         scalars: flat logged keys (``vocabguard/...``) and values.
         transitions: alerts that changed state.
         firing: names of the rules that fire after this check.
@@ -275,6 +276,7 @@ class CheckResult:
     watched: tuple[TokenReport, ...] = ()
     seconds: float = 0.0
     echo: EchoReport | None = None
+    base_probe: ProbeResult | None = None
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def row_vectors(result: CheckResult, group: Tensor, live: Tensor) -> dict[str, T
         (V,) vectors: ``group``, ``live``, ``classes``; ``head/`` and ``embedding/`` ``cosine``, ``residual``, ``l2``,
         ``norm_ratio`` (float32); ``exposure/`` ``inputs``, ``data_target``, ``echo_target``, ``last_target`` (int64),
         ``pull``, ``push``, ``input_only`` (float32). If a probe ran, of its n tokens and C contexts: ``probe/ids`` (n,)
-        int64, and (n, C) ``probe/said`` bool, ``instead`` int64, ``probability`` float32. Not applicable: left out.
+        int64, and (n, C) ``probe/said``, ``base_said`` bool, ``instead`` int64, ``probability`` float32; else left out.
     """
     vectors = {"group": group, "live": live, "classes": result.classes}
     for name, drift in (("head", result.head), ("embedding", result.embedding)):
@@ -62,8 +62,8 @@ def row_vectors(result: CheckResult, group: Tensor, live: Tensor) -> dict[str, T
         vectors |= _named("exposure", result.exposure, counts)
     if result.probe is not None:
         vectors |= _named("probe", result.probe, ("ids", "instead", "probability"))
-        vectors["probe/said"] = result.probe.emitted
-    return vectors
+    probes = {"probe/said": result.probe, "probe/base_said": result.base_probe}
+    return vectors | {name: probe.emitted for name, probe in probes.items() if probe is not None}
 
 
 class RunWriter:

@@ -56,7 +56,7 @@ class ExposureConfig:
 
     Attributes:
         enabled: whether to count at all.
-        prior: a file of ``vocabguard coverage --out`` about the training data: it takes the place of preflight's sample.
+        prior: a file of ``vocabguard coverage --out`` about the training data, in the place of preflight's sample.
         push_every_n_steps: optimizer steps between reads of the whole gradient; 0 never.
         shift_labels: whether the model predicts ``labels[:, 1:]`` from ``inputs[:, :-1]``; null asks the model's type.
     """

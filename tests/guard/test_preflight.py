@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 
 from vocabguard import ConfigError, VocabGuard
 from vocabguard.guard.preflight import preflight
+from vocabguard.offline.coverage import Coverage, CoverageSource, RowTally
 from vocabguard.results import NotApplicable, Preflight
 
 OPTIONS: dict[str, Any] = {
@@ -239,3 +240,38 @@ def test_it_reaches_the_watch(kit: Any) -> None:
     assert "off" in off.preflight.reason
     none = VocabGuard(**kit.QUIET).attach(kit.llama())
     assert "dataloader" in none.preflight.reason
+
+
+def coverage(counts: Tensor, rows: int = 12) -> Coverage:
+    """What ``vocabguard coverage`` would have counted."""
+    source = CoverageSource("toy", "", ("data.jsonl",), "assistant", False, None, 1, ("other",))
+    size = len(counts)
+    group, live = torch.zeros(size, dtype=torch.uint8), torch.ones(size, dtype=torch.bool)
+    return Coverage(counts, counts.clone(), group, live, RowTally(rows=rows), source)
+
+
+def test_counts_taken_beforehand_replace_the_sample(kit: Any, tmp_path: Any) -> None:
+    path, counts = tmp_path / "counts.safetensors", torch.arange(60)
+    coverage(counts).save(path)
+    guard = VocabGuard(exposure={"prior": str(path)}, preflight={"enabled": False}, **kit.QUIET)
+    model = kit.llama()
+    # No dataloader is needed: the data was counted before.
+    watch = guard.attach(model, kit.sgd(model), run_dir=tmp_path / "run")
+    assert isinstance(watch.preflight, Preflight)
+    assert watch.preflight.data_target.tolist() == [*range(60), 0, 0, 0, 0]
+    assert (watch.preflight.rows, watch.preflight.complete) == (12, True)
+    guard.finish()
+
+
+@pytest.mark.parametrize("kind", ["missing", "no coverage", "too large"])
+def test_a_prior_that_does_not_fit_is_refused(kit: Any, tmp_path: Any, kind: str) -> None:
+    path = tmp_path / "counts.safetensors"
+    if kind == "no coverage":
+        path.write_bytes(b"not a tensor in sight")
+    if kind == "too large":
+        coverage(torch.arange(65)).save(path)
+    guard = VocabGuard(exposure={"prior": str(path)}, **kit.QUIET)
+    model = kit.llama()
+    with pytest.raises(ConfigError, match=r"exposure\.prior"):
+        guard.attach(model, kit.sgd(model), run_dir=tmp_path / "run")
+    assert kit.hooks_on(model, kit.sgd(model)) == 0

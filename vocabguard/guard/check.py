@@ -115,6 +115,7 @@ class Checker:
             watched=watch_reports,
             seconds=seconds,
             echo=echo,
+            base_probe=probes[0] if probes else None,
         )
 
     def _warn_if_silent(self, step: int, exposure: Exposure | NotApplicable) -> None:
