@@ -10,9 +10,14 @@ from random import Random
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 import transformers
 
 from vocabguard.cli import app
+from vocabguard.offline.coverage import measure_coverage
+from vocabguard.offline.coverage_examples import Text
+from vocabguard.vocabulary import build_table
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 GOOD = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}) + "\n"
@@ -136,6 +141,49 @@ def test_files(case: str, tmp_path: Path, shared: Any, monkeypatch: Any, capsys:
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert name in refused(["coverage", str(ASSETS), str(path)], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("case", [*LINES, *FILES])
+def test_corpora(case: str, tmp_path: Path, shared: Any, monkeypatch: Any, capsys: Any) -> None:
+    """The same for ``replay``, which leaves no half-written file behind."""
+    name, content = FILES.get(case) or ("data.jsonl", LINES[case])
+    if "parquet" in name:
+        pytest.importorskip("pyarrow")
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    out = ["--tokenizer", str(ASSETS), "--out", str(tmp_path / "out.jsonl")]
+    refused(["replay", str(path), *out], monkeypatch, capsys)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+NEEDS: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda good: b"",
+    "cut": lambda good: good[:-5],
+    "header only": lambda good: good[:300],
+    "huge header": lambda good: (2**60).to_bytes(8, "little") + good[8:],
+    "garbage": lambda good: Random(4).randbytes(len(good)),
+    "text": lambda good: GOOD.encode(),
+    "a model": lambda good: (ASSETS / "model.safetensors").read_bytes(),
+    "fewer rows": lambda good: safetensors.torch.save({"data_target": torch.zeros(5, dtype=torch.int64)}),
+    "a matrix": lambda good: safetensors.torch.save({"data_target": torch.zeros(9000, 2)}),
+    "a number": lambda good: safetensors.torch.save({"data_target": torch.zeros(())}),
+}
+
+
+@pytest.mark.parametrize("command", ["echo", "replay"])
+@pytest.mark.parametrize("case", NEEDS)
+def test_coverage_files(case: str, command: str, tmp_path: Path, shared: Any, monkeypatch: Any, capsys: Any) -> None:
+    table = build_table(shared, len(shared))
+    measure_coverage([Text("", "the data")], shared, table).save(tmp_path / "c.safetensors")
+    (tmp_path / "c.safetensors").write_bytes(NEEDS[case]((tmp_path / "c.safetensors").read_bytes()))
+    (tmp_path / "a.txt").write_text("the data", encoding="utf-8")
+    arguments = {
+        "echo": ["echo", str(ASSETS), "--ids", "e.jsonl", "--needs", "c.safetensors"],
+        "replay": ["replay", "a.txt", "--tokenizer", str(ASSETS), "--out", "r.txt", "--coverage", "c.safetensors"],
+    }
+    monkeypatch.chdir(tmp_path)
+    assert "c.safetensors" in refused(arguments[command], monkeypatch, capsys)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.txt", "c.safetensors"]
 
 
 def saved_dataset(folder: Path) -> Path:

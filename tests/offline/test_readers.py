@@ -156,3 +156,9 @@ def test_completion_keeps_its_type(tmp_path: Path) -> None:
     assert isinstance(example, Completion)
     with pytest.raises(DataError, match="allowed: two texts, or two lists of messages"):
         read(write(tmp_path / "b.jsonl", lines([{"prompt": "a", "completion": TURNS}])))
+
+
+@pytest.mark.parametrize("lead", ["", "\ufeff", " \n\t" * 100_000])
+def test_json_after_a_mark_or_much_space(tmp_path: Path, lead: str) -> None:
+    for content in ('[{"text": "a"},\n {"text": "b"} ]\n', '{"text": "a"}\n{"text": "b"}'):
+        assert [example.text for example in read(write(tmp_path / "a.json", lead + content))] == ["a", "b"]

@@ -9,6 +9,7 @@ import glob
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ Row = tuple[str, Any]
 """(place, value): where a row was read, for messages, and its columns by name or, of plain text, the line."""
 
 _BATCH_ROWS = 1024
+_BETWEEN = re.compile(r"[ \t\r\n,]*")
 _JSON_CHUNK = 2**18
 _LONGEST = 2**28  # bytes of a line, or characters of a JSON value: more is not training data
 
@@ -171,26 +173,29 @@ def _json_rows(file: Path, _: Collection[str]) -> Iterator[Row]:
 
 def _values(stream: IO[str]) -> Iterator[Any]:
     """Decode values from a stream; a value that is not whole is tried again with twice as much text."""
-    decoder = json.JSONDecoder()
-    rest, size, in_list, first = "", _JSON_CHUNK, False, True
+    decoder, size = json.JSONDecoder(), _JSON_CHUNK
+    while (text := stream.read(size)).isspace():
+        pass
+    at = len(text) - len(text.lstrip())
+    in_list = text[at : at + 1] == "["
+    at += in_list
     while True:
-        rest = rest.lstrip() if first else rest.lstrip(" \t\r\n,")
-        if first and rest:
-            in_list, first, rest = rest[0] == "[", False, rest.removeprefix("[").lstrip()
-        if in_list and rest[:1] == "]":
+        # A regular expression, since cutting the text at every value would copy it again and again.
+        at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
+        if in_list and text[at : at + 1] == "]":
             return
         try:
-            value, end = decoder.raw_decode(rest)
+            value, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError:
             more = stream.read(size)
-            if not more and not rest.strip() and not in_list:
+            if not more and at == len(text) and not in_list:
                 return
-            if not more or len(rest) > _LONGEST:
+            if not more or len(text) - at > _LONGEST:
                 raise
-            rest, size = rest + more, 2 * size
+            text, at, size = text[at:] + more, 0, 2 * size
             continue
         yield value
-        rest, size = rest[end:], _JSON_CHUNK
+        size = _JSON_CHUNK
 
 
 def _parquet_rows(file: Path, names: Collection[str]) -> Iterator[Row]:
