@@ -125,7 +125,7 @@ def test_needs_by_counts_and_by_cosine(tmp_path: Path) -> None:
     assert known.tolist() == [True, True, True, True, False]
     assert needy_ids(path, 5, below=None, cosine=0.95)[0].tolist() == [False, True, True, False, False]
     assert needy_ids(path, 5, below=5, cosine=0.95)[0].tolist() == [True, True, True, True, False]
-    with pytest.raises(ValueError, match="the tokenizer 7 ids"):
+    with pytest.raises(ValueError, match="the tokenizer has 7 ids"):
         needy_ids(path, 7, below=5, cosine=None)
     safetensors.torch.save_file({"other": cosine}, path)
     for options in ({"below": 5, "cosine": None}, {"below": None, "cosine": 0.9}):

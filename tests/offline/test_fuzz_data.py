@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -93,18 +93,19 @@ FILES: dict[str, tuple[str, str | bytes]] = {
 
 
 @pytest.fixture(scope="module")
-def shared(request: pytest.FixtureRequest) -> Any:
-    """Load the tokenizer once: the cases are many."""
+def shared() -> Iterator[Any]:
+    """Load the tokenizer and build its table once: the cases are many."""
     loaded = transformers.AutoTokenizer.from_pretrained(ASSETS)
-    patch = pytest.MonkeyPatch()
-    load = transformers.AutoTokenizer.from_pretrained
-    patch.setattr(
-        transformers.AutoTokenizer,
-        "from_pretrained",
-        lambda name, *a, **k: loaded if str(name) == str(ASSETS) else load(name, *a, **k),
-    )
-    yield loaded
-    patch.undo()
+    table, load = build_table(loaded, len(loaded)), transformers.AutoTokenizer.from_pretrained
+
+    def load_once(name: str) -> Any:
+        return loaded if name == str(ASSETS) else load(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.AutoTokenizer, "from_pretrained", load_once)
+        for command in ("coverage", "replay", "echo"):
+            patch.setattr(f"vocabguard.cli.{command}.build_table", lambda tokenizer, rows: table)
+        yield loaded
 
 
 def refused(arguments: list[str], monkeypatch: Any, capsys: Any) -> str:

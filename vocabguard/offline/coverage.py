@@ -168,7 +168,7 @@ def load_coverage(path: str | Path) -> Coverage:
         source = CoverageSource(**{**told, **lists})
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: is no coverage file ({error}); `vocabguard coverage --out` writes them") from error
-    size = len(vectors["data_target"])
+    size = vectors["data_target"].numel()
     wrong = [name for name, kind in _VECTORS.items() if vectors[name].dtype != kind or vectors[name].shape != (size,)]
     if wrong:
         raise ValueError(f"{path}: {wrong} are not vectors of one length and of the types {list(_VECTORS.values())}")

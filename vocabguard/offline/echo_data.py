@@ -99,11 +99,9 @@ def needy_ids(path: str | Path, rows: int, *, below: int | None, cosine: float |
         raise ValueError(f"{path}: holds no data_target; allowed with --below: a file of `vocabguard coverage --out`")
     if cosine is not None and drift is None:
         raise ValueError(f"{path}: holds no cosine; allowed with --cosine: a file of `vocabguard scan --out`")
-    short = {name: len(vector) for name, vector in found.items() if vector.ndim != 1 or len(vector) < rows}
+    short = {name: list(vector.shape) for name, vector in found.items() if vector.ndim != 1 or len(vector) < rows}
     if short:
-        raise ValueError(
-            f"{path}: its vectors have {short} rows, the tokenizer {rows} ids; they do not belong together"
-        )
+        raise ValueError(f"{path}: its shapes are {short}, the tokenizer has {rows} ids; they do not belong together")
     needy = torch.zeros(rows, dtype=torch.bool)
     if below is not None:
         needy |= found["data_target"][:rows] < below
