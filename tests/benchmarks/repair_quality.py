@@ -25,7 +25,7 @@ from finetune import ASSETS, fine_tune, load_base, training_rows
 from vocabguard.measure.exposure import count_targets
 from vocabguard.measure.probe import retained
 from vocabguard.offline.checkpoint import open_checkpoint
-from vocabguard.offline.repair import METHODS, lost_rows, plan_repair, write_repaired
+from vocabguard.offline.repair import STRENGTH, lost_rows, plan_repair, write_repaired
 from vocabguard.offline.scan import scan
 
 
@@ -63,15 +63,15 @@ def main() -> None:
         before, loss = retained(said, recall(tuned, tokenizer, table)), validation_loss(tuned, tokenizer)
         print(f"tuned: retained {before:.4f}, validation loss {loss:.4f}")
         for known, scanned in found.items():
-            for method in METHODS:
-                out = folder / f"{method}-{'counts' if known else 'cosine'}"
-                plan = plan_repair(scanned, *lost_rows(scanned), method)
+            for method, strength in (("shift", 1.0), ("shift", STRENGTH), ("shift", 0.5), ("rows", 0.0)):
+                out = folder / f"{method}-{strength}-{'counts' if known else 'cosine'}"
+                plan = plan_repair(scanned, *lost_rows(scanned), method, strength)
                 write_repaired(pair[1], plan, out)
                 model = AutoModelForCausalLM.from_pretrained(out)
                 after, then = retained(said, recall(model, tokenizer, table)), validation_loss(model, tokenizer)
                 returned = (after - before) / (1 - before)
                 print(
-                    f"{method:6} {plan.chosen_by:42} {len(plan.ids):6,} rows: retained {after:.4f}, "
+                    f"{method:5} {strength:4} {plan.chosen_by:42} {len(plan.ids):6,} rows: retained {after:.4f}, "
                     f"{returned:.1%} of the loss returned, validation loss {then / loss - 1:+.2%}"
                 )
 

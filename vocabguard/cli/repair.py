@@ -13,7 +13,7 @@ from torch import Tensor
 from vocabguard.cli import scan as scanning
 from vocabguard.cli.app import InputError
 from vocabguard.offline.explain import load_model
-from vocabguard.offline.repair import METHODS, check_out, lost_rows, plan_repair, write_repaired
+from vocabguard.offline.repair import METHODS, STRENGTH, check_out, lost_rows, plan_repair, write_repaired
 from vocabguard.offline.repair_measure import recall_of, text_loss
 from vocabguard.offline.scan import Scan
 from vocabguard.views.wording import number, percent
@@ -24,10 +24,11 @@ def repair(
     tuned: scanning.Tuned,
     out: Annotated[Path, typer.Option(help="Folder for the repaired model; new or empty.")],
     method: Annotated[
-        str, typer.Option(help="shift: base rows plus the mean shift of their class; rows: plain base rows.")
+        str, typer.Option(help="shift: base rows plus a part of the mean shift of their class; rows: plain base rows.")
     ] = "shift",
+    strength: Annotated[float, typer.Option(min=0, max=1, help="Part of the mean shift that is added.")] = STRENGTH,
     cosine_below: Annotated[float, typer.Option(min=-1, max=1, help="Rows to repair, without counts.")] = 0.95,
-    targets_below: Annotated[int, typer.Option(min=1, help="Rows to repair, by counts of data targets.")] = 5,
+    targets_below: Annotated[int, typer.Option(min=1, help="Rows to repair, by counts of data targets.")] = 20,
     tokenizer: scanning.Tokenizer = None,
     head: scanning.HeadKey = None,
     embedding: scanning.EmbeddingKey = None,
@@ -51,7 +52,7 @@ def repair(
         check_out(pair.tuned, out)
         found = scanning.measured(pair)
         lost, rule = lost_rows(found, cosine_below, targets_below)
-        plan = plan_repair(found, lost, rule, method)
+        plan = plan_repair(found, lost, rule, method, strength)
         write_repaired(pair.tuned, plan, out)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
