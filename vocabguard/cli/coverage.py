@@ -81,11 +81,7 @@ def coverage(
             result.save(out)
     except (ValueError, OSError) as error:
         raise InputError(_one_line(error)) from error
-    shown = (*watched, *(i for i in at_risk(result, top) if i not in watched))
-    if as_json:
-        sys.stdout.write(json.dumps(_as_json(result, table, shown, len(watched)), ensure_ascii=True) + "\n")
-    else:
-        _print(result, table, shown, len(watched), out)
+    _tell(result, table, watched, top, out, as_json)
     if threshold is not None and result.never_share > threshold:
         raise typer.Exit(1)
 
@@ -142,6 +138,14 @@ def row_progress() -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
         yield lambda rows: bar.advance(task, rows)
+
+
+def _tell(result: Coverage, table: VocabTable, watched: list[int], top: int, out: Path | None, as_json: bool) -> None:
+    shown = (*watched, *(i for i in at_risk(result, top) if i not in watched))
+    if as_json:
+        sys.stdout.write(json.dumps(_as_json(result, table, shown, len(watched)), ensure_ascii=True) + "\n")
+    else:
+        _print(result, table, shown, len(watched), out)
 
 
 def _as_json(result: Coverage, table: VocabTable, shown: tuple[int, ...], watched: int) -> dict[str, Any]:
