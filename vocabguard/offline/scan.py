@@ -134,14 +134,14 @@ def untrained_at(
     """
     unused = (table.padded | ~table.reachable) & ~table.control & matched
     candidates = table.live & matched
-    known = int(unused.sum()) >= _FEWEST_UNUSED
-    outputs = None if isinstance(head, NotApplicable) else partial(head.chunks, _chunk_rows(head))
-    inputs = None if isinstance(embedding, NotApplicable) else _only_norms(embedding)
-    if outputs is None and inputs is None:
+    source = head if isinstance(embedding, NotApplicable) else embedding
+    if isinstance(source, NotApplicable):
         return torch.zeros(len(table), dtype=torch.bool)
-    if outputs is not None and inputs is not None and not known:
-        outputs = None  # two more passes that could find nothing
-    return never_trained(inputs, outputs, tied and outputs is not None, candidates, unused)
+    known = int(unused.sum()) >= _FEWEST_UNUSED
+    # Without known unused rows two more passes over the head could find nothing.
+    outputs = partial(head.chunks, _chunk_rows(head)) if known and not isinstance(head, NotApplicable) else None
+    one_matrix = outputs is not None and (tied or source is head)
+    return never_trained(_only_norms(source), outputs, one_matrix, candidates, unused)
 
 
 def _only_norms(rows: Baseline) -> Chunks:
