@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +193,14 @@ def test_recall_returns(tmp_path: Path, kit: Any, tokenizer: Any) -> None:
     assert told["tuned_lost"] < told["tuned"]  # type: ignore[operator]
     assert told["repaired"] == 1
     assert told["returned"] == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_the_example_s_loss_returns() -> None:
+    """The main example's control arm, 300 steps: most of its loss comes back for next to no validation loss."""
+    script = Path(__file__).parents[1] / "benchmarks" / "repair_quality.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("shift  0.6 live rows with fewer"))
+    returned, loss = re.search(r"([\d.]+)% of the loss returned, validation loss ([-+.\d]+)%", line).groups()  # type: ignore[union-attr]
+    assert float(returned) >= 70
+    assert float(loss) <= 1

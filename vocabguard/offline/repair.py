@@ -25,7 +25,7 @@ from vocabguard.snapshot import Baseline
 
 Method = Literal["shift", "rows"]
 METHODS: tuple[Method, ...] = ("shift", "rows")
-STRENGTH = 0.75
+STRENGTH = 0.6
 """Part of the mean shift that ``shift`` adds; measured by ``tests/benchmarks/repair_quality.py``."""
 
 _CHUNK = 2**20
