@@ -34,11 +34,12 @@ class Parts:
     checker: Checker
     protection: Protection | None
 
-    def hook(self, optimizer: Any, *, hook_model: bool) -> None:
+    def hook(self, optimizer: Any, faults: Faults, *, hook_model: bool) -> None:
         """Set all hooks.
 
         Args:
             optimizer: one, several, or None.
+            faults: contains exceptions.
             hook_model: whether batches are counted in the model's forward pass.
         """
         if self.observer is None:
@@ -47,7 +48,7 @@ class Parts:
             self.observer.hook_optimizers([optimizer] if hasattr(optimizer, "param_groups") else optimizer)
         if self.protection is not None:
             # First, so that the echo mask is out of the batch before anything else sees it.
-            self.protection.hook_model(self.checker.model)
+            self.protection.hook_model(self.checker.model, faults)
         if hook_model:
             self.observer.hook_model(self.checker.model)
 

@@ -86,10 +86,9 @@ class Checker:
             watched=self.prober.watched if self.prober else torch.empty(0, dtype=torch.int64),
         )
         scalars[summary.PREFIX + "overhead"] = overhead
-        echo = None
-        if self.protection is not None:
-            scalars |= self.protection.scalars(exposure, self.watched.table.live)
-            echo = self.protection.report(exposure, classes, self.groups)
+        protection = self.protection
+        if protection is not None:
+            scalars |= protection.scalars(exposure, self.watched.table.live)
         transitions = self.alerts.update(step, scalars)
         scalars[summary.PREFIX + "alerts/firing"] = float(len(self.alerts.firing))
         ranked = drifts["head"] if isinstance(drifts["head"], RowDrift) else drifts["embedding"]
@@ -114,7 +113,7 @@ class Checker:
             worst=worst_reports,
             watched=watch_reports,
             seconds=seconds,
-            echo=echo,
+            echo=protection.report(exposure, classes, self.groups) if protection else None,
             base_probe=probes[0] if probes else None,
         )
 

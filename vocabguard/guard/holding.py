@@ -56,8 +56,8 @@ class Holder:
         self.on = on
 
     def before_step(self) -> None:
-        """Keep the rows. Called again before the step is done, it does nothing."""
-        if self.on and not self._kept:
+        """Keep the rows as they are before the step; once more where it begins anew, since a step may be skipped."""
+        if self.on:
             self._keeper.keep(self._matrix.weight)
             self._kept = True
 

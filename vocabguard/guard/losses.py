@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from vocabguard.guard.faults import Faults
 from vocabguard.measure.exposure import targets_of
 from vocabguard.protect.rows import IGNORE
 
@@ -96,16 +97,19 @@ class LossMeter:
             self._sums[name] = total.double() if total.device.type != "mps" else total.clone()
             self._counts[name] = count.clone()
 
-    def hook(self, model: nn.Module, current: Any) -> Any:
+    def hook(self, model: nn.Module, current: Any, faults: Faults) -> Any:
         """Follow the training forward passes of a model.
 
         Args:
             model: its forward hook is used.
             current: gives (labels or None, echo mask or None) of the batch in the model, where labels do not reach it.
+            faults: contains exceptions.
         """
 
         def after(module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            if module.training and not torch.compiler.is_compiling():
+            if not module.training or torch.compiler.is_compiling() or faults.down:
+                return
+            with faults.contain("telling losses apart"):
                 known, echo = current()
                 labels = kwargs.get("labels")
                 self.add(output, kwargs, labels if isinstance(labels, Tensor) else known, echo)

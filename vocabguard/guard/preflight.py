@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from vocabguard.config import ConfigError
 from vocabguard.guard.observe import Targets, labels_of
 from vocabguard.measure.exposure import count_targets
-from vocabguard.offline.coverage import load_coverage
+from vocabguard.offline.coverage import load_coverage, vocabulary_hash
 from vocabguard.results import NotApplicable, Preflight
 from vocabguard.settings import GuardConfig
 
@@ -30,7 +30,13 @@ _DEPTH, _FEW = 4, 64
 
 
 def wanted_preflight(
-    config: GuardConfig, dataloader: Any, rows: int, shift: bool, targets: Targets | None, need_labels: bool
+    config: GuardConfig,
+    dataloader: Any,
+    rows: int,
+    shift: bool,
+    targets: Targets | None,
+    need_labels: bool,
+    tokenizer: Any = None,
 ) -> Preflight | NotApplicable:
     """`preflight` as a configuration asks for it, or why there is none.
 
@@ -41,14 +47,15 @@ def wanted_preflight(
         shift: whether the model shifts its labels.
         targets: the user's extractor, if any.
         need_labels: whether batches must carry labels.
+        tokenizer: the model's, if known: counts taken beforehand must be of its tokens.
 
     Raises:
         ConfigError: if a batch carries no labels though it must, and there is no extractor; or for a prior that is no
-            coverage file, or of a larger vocabulary.
+            coverage file, or of another vocabulary.
     """
     wanted = config.preflight
     if config.exposure.enabled and config.exposure.prior is not None:
-        return _counted_before(config.exposure.prior, rows)
+        return _counted_before(config.exposure.prior, rows, tokenizer)
     if not (wanted.enabled and config.exposure.enabled):
         return NotApplicable("preflight is off")
     if dataloader is None:
@@ -65,7 +72,7 @@ def wanted_preflight(
     )
 
 
-def _counted_before(path: str, rows: int) -> Preflight:
+def _counted_before(path: str, rows: int, tokenizer: Any) -> Preflight:
     """What ``vocabguard coverage`` counted over all of the data."""
     began = time.perf_counter()
     try:
@@ -73,6 +80,8 @@ def _counted_before(path: str, rows: int) -> Preflight:
         counts = coverage.targets_for(rows)
     except ValueError as error:
         raise ConfigError(f"exposure.prior: {error}") from error
+    if tokenizer is not None and coverage.source.vocabulary != vocabulary_hash(tokenizer):
+        raise ConfigError(f"exposure.prior: {path} counts the tokens of another tokenizer, {coverage.source.tokenizer}")
     return Preflight(counts, 0, coverage.tally.rows, True, time.perf_counter() - began)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vocabguard.alerts.rules import AlertRule
 from vocabguard.guard import summary
 from vocabguard.guard.echoing import EchoControl
+from vocabguard.guard.faults import Faults
 from vocabguard.guard.holding import Holder
 from vocabguard.guard.losses import LossMeter
 from vocabguard.protect.collator import ECHO_KEY, EchoError
@@ -92,7 +93,7 @@ class Protection:
 
     # -- batches -----------------------------------------------------------------------------------------------------
 
-    def hook_model(self, model: nn.Module) -> None:
+    def hook_model(self, model: nn.Module, faults: Faults) -> None:
         """Take the echo mask out of batches on their way into the model, and read the losses on their way out.
 
         The hooks stay when the guard stands down: batches that are made already still carry the mask.
@@ -100,7 +101,7 @@ class Protection:
         if self.echo is None or self.losses is None:
             return
         self._handles.append(model.register_forward_pre_hook(self._take_mask, with_kwargs=True))
-        self._handles.append(self.losses.hook(model, lambda: (self._labels, self.mask)))
+        self._handles.append(self.losses.hook(model, lambda: (self._labels, self.mask), faults))
 
     def on_finish(self, unwrap: Callable[[], None]) -> None:
         """Call `unwrap` when the run ends."""

@@ -133,7 +133,9 @@ class VocabGuard:
                 watched = setup.watch_model(model, self.tokenizer, self.config, self._resumed)
                 shift = self.config.exposure.shift_labels
                 shift = predicts_next(model) if shift is None else shift
-                flight = wanted_preflight(self.config, dataloader, watched.rows, shift, self.targets, hook_model)
+                flight = wanted_preflight(
+                    self.config, dataloader, watched.rows, shift, self.targets, hook_model, self.tokenizer
+                )
                 prober = choose_prober(model, self.config, self.tokenizer, watched.table, flight)
                 run = Run(model, dataloader, inject, total_steps, batches_per_step, shift, flight)
                 parts = self._take(run, watched, prober if isinstance(prober, Prober) else None)
@@ -142,7 +144,7 @@ class VocabGuard:
                 self.watch = setup.describe(watched, flight, prober, self.run_dir, notes)
                 self._reporter = Reporter(self.config, watched.table, self.rules, self.run_dir, writer)
                 self._reporter.watch(self.watch)
-                parts.hook(optimizer, hook_model=hook_model)
+                parts.hook(optimizer, self.faults, hook_model=hook_model)
                 if not self._resumed:
                     self.steps = steps_done
                     self._check(steps_done, first=True)
@@ -246,7 +248,8 @@ class VocabGuard:
         """
         if self.protection is not None:
             # Even when the guard is down: a mask that the model does not know must not reach it.
-            self.protection.join(batch, inject=not self.faults.down and self._inject == "batch")
+            with self.faults.contain("adding echo rows"):
+                self.protection.join(batch, inject=not self.faults.down and self._inject == "batch")
         if self.observer is None or self.checker is None or self.faults.down or self.observer.hooked:
             return
         with self.faults.contain("counting a batch"):

@@ -15,13 +15,16 @@ PATTERN = "re:"
 """Prefix of an exclusion that is a regular expression."""
 
 
-def allowed_ids(table: VocabTable, tokenizer: Any, exclude: Sequence[int | str] = ()) -> Tensor:
+def allowed_ids(
+    table: VocabTable, tokenizer: Any, exclude: Sequence[int | str] = (), key: str = "echo.exclude"
+) -> Tensor:
     """The live tokens without those that are excluded: no control, padded, unreachable or never-trained row.
 
     Args:
         table: groups, texts and live rows.
         tokenizer: resolves texts; may be None where nothing is excluded by text.
         exclude: ids, texts that are one token, and ``re:`` patterns that a token's text is searched for.
+        key: what messages call them.
 
     Returns:
         (m,) int64, ascending.
@@ -31,28 +34,28 @@ def allowed_ids(table: VocabTable, tokenizer: Any, exclude: Sequence[int | str] 
     """
     mask = table.live.clone()
     for item in exclude:
-        mask[_excluded(table, tokenizer, item)] = False
+        mask[_excluded(table, tokenizer, item, key)] = False
     ids = mask.nonzero().flatten()
     if len(ids) == 0:
-        raise ValueError(f"echo.exclude is {list(exclude)!r}; it leaves no token to echo")
+        raise ValueError(f"{key} is {list(exclude)!r}; it leaves no token to echo")
     return ids
 
 
-def _excluded(table: VocabTable, tokenizer: Any, item: int | str) -> list[int]:
+def _excluded(table: VocabTable, tokenizer: Any, item: int | str, key: str) -> list[int]:
     if isinstance(item, bool) or not isinstance(item, (int, str)):
-        raise ValueError(f"echo.exclude holds {item!r}; allowed: token ids, texts that are one token, 're:' patterns")
+        raise ValueError(f"{key} holds {item!r}; allowed: token ids, texts that are one token, 're:' patterns")
     if isinstance(item, str) and item.startswith(PATTERN):
         try:
             pattern = regex.compile(item.removeprefix(PATTERN))
         except regex.error as error:
-            raise ValueError(f"echo.exclude holds {item!r}, which is no regular expression: {error}") from error
+            raise ValueError(f"{key} holds {item!r}, which is no regular expression: {error}") from error
         return [token for token in range(len(table)) if pattern.search(table.text(token))]
     if isinstance(item, str) and tokenizer is None:
-        raise ValueError(f"echo.exclude holds the text {item!r}; without a tokenizer only ids are allowed")
+        raise ValueError(f"{key} holds the text {item!r}; without a tokenizer only ids are allowed")
     try:
         return [resolve_token(tokenizer, item, len(table))]
     except ValueError as error:
-        raise ValueError(f"echo.exclude: {error}") from error
+        raise ValueError(f"{key}: {error}") from error
 
 
 def ids_in(ids: Tensor, allowed: Tensor) -> Tensor:
