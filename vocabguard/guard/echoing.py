@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -26,6 +27,13 @@ from vocabguard.settings import EchoConfig, GuardConfig
 _NO_LENGTH = (
     "echo.targets_per_live_token needs the number of planned steps, which is not known; allowed: null, and a dose"
 )
+
+_LIMITED = (
+    "vocabguard: what echo is asked for takes %.0f echo targets a batch; it gets %.0f, since echo.dose_limit allows %g "
+    "for each data target. Train longer, ask for less, or raise the limit"
+)
+
+logger = logging.getLogger("vocabguard")
 
 
 class EchoSource:
@@ -120,7 +128,7 @@ class EchoControl:
             raise ConfigError("echo.mode is 'watch', but none of probe.watch may be echoed; allowed: live tokens")
         if self.config.targets_per_live_token is not None and pace.batches is None:
             raise ConfigError(_NO_LENGTH)
-        self._waiting = False
+        self._waiting = self._limited = False
         source.feed.clear()
         source.feed.place(collective.rank(), collective.world_size())
 
@@ -229,11 +237,16 @@ class EchoControl:
 
     def _rate(self, seen: int) -> float:
         """Echo tokens a batch and process; 0 where data targets a batch are not known yet."""
-        wanted = self.config.targets_per_live_token
-        if wanted is not None:
+        asked = self._data_per_batch(seen) or 0.0
+        rate, most = self.dose * asked, self.config.dose_limit * asked
+        if self.config.targets_per_live_token is not None:
             assert self.pace.batches is not None
-            return wanted * len(self._ids) / (self.pace.batches * collective.world_size())
-        return self.dose * (self._data_per_batch(seen) or 0.0)
+            batches = self.pace.batches * collective.world_size()
+            rate = self.config.targets_per_live_token * len(self._ids) / batches
+        if rate > most and asked and not self._limited:
+            self._limited = True
+            logger.warning(_LIMITED, rate, most, self.config.dose_limit)
+        return min(rate, most)
 
     def _data_per_batch(self, seen: int) -> float | None:
         if self.pace.data_per_batch is not None:
@@ -248,7 +261,7 @@ class EchoControl:
         rate = self._rate(seen) if self.on else 0.0
         # A plan to come still waits for its first batch: its slot must not be lost. Without data targets a batch to
         # go by, the first counts are waited for.
-        unknown = self.on and self.config.targets_per_live_token is None and self._data_per_batch(seen) is None
+        unknown = self.on and self._data_per_batch(seen) is None
         self._waiting = unknown or (plan is not None and plan.first_batch > seen)
         if self._waiting:
             return
