@@ -49,34 +49,34 @@ def recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, table: Vo
 
 
 @torch.no_grad()
-def repetition(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Share of the held-out questions, in all languages, whose greedy answer turns into repetition; see `repeats`."""
+def repetition(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[float, float]:
+    """Shares of the held-out questions, in all languages, whose greedy answer repeats the question, and itself."""
     chats = (*load("validation").chats, *load("probe").chats)
     questions = list(dict.fromkeys(chat.user for chat in chats))
     rows = [tokenizer.encode(question, add_special_tokens=False)[: LONGEST_CHAT // 2] for question in questions]
     before, after = around(tokenizer, "{list}")
-    found = 0
+    copies = loops = 0
     tokenizer.padding_side = "left"
     for start in range(0, len(rows), 64):
         part = rows[start : start + 64]
         batch = tokenizer.pad({"input_ids": [[*before, *ids, *after] for ids in part]}, return_tensors="pt")
         said = model.generate(**batch, max_new_tokens=ANSWER_TOKENS, do_sample=False)[:, batch["input_ids"].shape[1] :]
-        answers = [ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
-                   for ids in said.tolist()]  # fmt: skip
-        found += sum(repeats(question, answer) for question, answer in zip(part, answers, strict=True))
+        for question, ids in zip(part, said.tolist(), strict=True):
+            answer = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
+            copies += repeats(question, answer)
+            loops += loops_in(answer)
     tokenizer.padding_side = "right"
-    return found / len(rows)
+    return copies / len(rows), loops / len(rows)
 
 
 def repeats(question: list[int], answer: list[int]) -> bool:
-    """Whether an answer repeats the question, or itself.
-
-    The question: a run of at least three of its tokens makes up half of the answer or more. Itself: up to eight tokens
-    come three times in a row.
-    """
+    """Whether half of the answer or more is one run of the question's tokens, of at least three."""
     copied = SequenceMatcher(None, question, answer, autojunk=False).find_longest_match().size
-    if copied >= _SHORTEST_COPY and 2 * copied >= len(answer):
-        return True
+    return copied >= _SHORTEST_COPY and 2 * copied >= len(answer)
+
+
+def loops_in(answer: list[int]) -> bool:
+    """Whether up to eight tokens come three times in a row, as greedy answers of small models often end."""
     return any(
         answer[begin : begin + size] == answer[begin + size : begin + 2 * size] == answer[begin + 2 * size : end]
         for size in range(1, _LONGEST_LOOP + 1)
@@ -106,17 +106,19 @@ class Answers:
     Attributes:
         recall: every live token in the held-out templates.
         val_loss: in nats.
-        repetition: share of held-out answers that turn into repetition.
+        repetition: share of held-out answers that repeat the question.
+        loops: share of them that repeat themselves.
     """
 
     recall: ProbeResult
     val_loss: float
     repetition: float
+    loops: float
 
 
 def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, table: VocabTable) -> Answers:
     """Measure a model in all three ways."""
-    return Answers(recall(model, tokenizer, table), validation_loss(model, tokenizer), repetition(model, tokenizer))
+    return Answers(recall(model, tokenizer, table), validation_loss(model, tokenizer), *repetition(model, tokenizer))
 
 
 def base_entry(base: Answers, table: VocabTable, classes: Tensor) -> dict[str, Any]:
@@ -139,6 +141,7 @@ def base_entry(base: Answers, table: VocabTable, classes: Tensor) -> dict[str, A
         "retained": {"all": float(right[table.live].float().mean()), **share},
         "val_loss": base.val_loss,
         "repetition": base.repetition,
+        "loops": base.loops,
         "echo": NO_ECHO,
         "positions": 0,
         "wall_seconds": 0.0,
@@ -175,6 +178,7 @@ def arm_entry(
         },
         "val_loss": tuned.val_loss,
         "repetition": tuned.repetition,
+        "loops": tuned.loops,
         "echo": {key: last.scalars.get(f"vocabguard/echo/{key}", 0.0) for key in NO_ECHO},
         "positions": positions,
         **seconds,

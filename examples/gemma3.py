@@ -88,6 +88,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             per_device_train_batch_size=arguments.batch,
             learning_rate=arguments.learning_rate,
             lr_scheduler_type="linear",
+            warmup_steps=0.1,
             logging_steps=max(1, steps // 10),
             save_strategy="no",
             report_to="none",
@@ -114,7 +115,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--probe", type=int, default=64, help="tokens that are asked back at the start and the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--logdir", type=Path, default=Path("runs/gemma3"))

@@ -78,6 +78,8 @@ def numbers(entry: dict[str, Any], control: dict[str, Any]) -> dict[str, float]:
         "validation loss, over control": entry["val_loss"] / control["val_loss"] - 1,
         "repetition": entry["repetition"],
         "repetition, over control": entry["repetition"] - control["repetition"],
+        "loops": entry["loops"],
+        "loops, over control": entry["loops"] - control["loops"],
         "echo targets per live token": entry["echo"]["targets_per_live_token"],
         "dose": entry["echo"]["dose"],
         "extra tokens": more,

@@ -43,7 +43,7 @@ def show_together(entries: dict[str, dict[str, Any]]) -> None:
     """All arms, a line each: what protection keeps and what it costs."""
     table = Table(title="Arms side by side, same rows in the same order", title_justify="left")
     table.add_column("arm")
-    for column in ("all", *EXPOSURE_CLASSES, "< 0.95", "loss", "loops", "echo", "s"):
+    for column in ("all", *EXPOSURE_CLASSES, "< 0.95", "loss", "rep.", "echo", "s"):
         table.add_column(column, justify="right")
     for name, entry in entries.items():
         kept = entry["retained"]
@@ -60,7 +60,8 @@ def show_together(entries: dict[str, dict[str, Any]]) -> None:
         )
     console.print(table)
     console.print(
-        "all, never, ... 20+: retained; loss: on held-out chats; loops: answers that repeat; echo: targets a token"
+        "all, never, ... 20+: retained; loss and rep.: on held-out chats, answers that repeat the question; "
+        "echo: targets a token"
     )
 
 
