@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from arms import Arm, base_answers, run_arm
 from evaluate import Answers, base_entry, only
 from finetune import BATCH, TRAINERS
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -41,27 +43,26 @@ def show_arm(name: str, arm: Arm, base: Answers) -> None:
 
 def show_together(entries: dict[str, dict[str, Any]]) -> None:
     """All arms, a line each: what protection keeps and what it costs."""
-    table = Table(title="Arms side by side, same rows in the same order", title_justify="left")
+    table = Table(title="Arms side by side, same rows in the same order", title_justify="left", box=box.SIMPLE)
     table.add_column("arm")
     for column in ("all", *EXPOSURE_CLASSES, "< 0.95", "loss", "rep.", "echo", "s"):
         table.add_column(column, justify="right")
     for name, entry in entries.items():
         kept = entry["retained"]
-        classes = [f"{kept['classes'][kind]:.1%}" if kind in kept["classes"] else "-" for kind in EXPOSURE_CLASSES]
+        shares = [kept["all"], *(kept["classes"].get(kind, math.nan) for kind in EXPOSURE_CLASSES)]
         table.add_row(
             escape(name),
-            f"{kept['all']:.1%}",
-            *classes,
-            f"{entry['head']['below_0.95']:.1%}",
+            *("-" if math.isnan(share) else f"{100 * share:.1f}" for share in shares),
+            f"{100 * entry['head']['below_0.95']:.1f}",
             f"{entry['val_loss']:.3f}",
-            f"{entry['repetition']:.1%}",
+            f"{100 * entry['repetition']:.1f}",
             f"{entry['echo']['targets_per_live_token']:.2f}",
             f"{entry['wall_seconds']:.0f}",
         )
     console.print(table)
     console.print(
-        "all, never, ... 20+: retained; loss and rep.: on held-out chats, answers that repeat the question; "
-        "echo: targets a token"
+        "all, never, ... 20+: retained, in %; < 0.95: live rows, in %; loss and rep.: on held-out chats, rep. the share "
+        "of answers that repeat the question, in %; echo: targets a token; s: seconds of training"
     )
 
 

@@ -52,7 +52,7 @@ def test_shortest_examples(tmp_path: Path, name: str) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.name != "lightning_logs"] == ["runs"]
 
 
-@pytest.mark.parametrize("trainer", ["hf", "lightning"])
+@pytest.mark.parametrize("trainer", ["hf", pytest.param("lightning", marks=pytest.mark.slow)])
 def test_json_of_the_main_example(tmp_path: Path, trainer: str) -> None:
     # A fifth of the preset's echo: twelve steps would be long ones else.
     short = ("--steps", "12", "--logdir", str(tmp_path / "logs"), "echo.targets_per_live_token=0.3")
@@ -121,6 +121,7 @@ def test_the_main_example_shows_what_it_promises(tmp_path: Path) -> None:
         assert hf["retained"]["classes"][kind] == pytest.approx(lightning["retained"]["classes"][kind], abs=0.02), kind
 
 
+@pytest.mark.slow
 def test_table_of_arms_over_seeds(tmp_path: Path) -> None:
     folder = tmp_path / "found"
     arguments = ("--seeds", "2", "--steps", "3", "--jobs", "2", "--arms", "hold", "--folder", str(folder))
