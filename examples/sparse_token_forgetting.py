@@ -43,7 +43,12 @@ def show_arm(name: str, arm: Arm, base: Answers) -> None:
 
 def show_together(entries: dict[str, dict[str, Any]]) -> None:
     """All arms, a line each: what protection keeps and what it costs."""
-    table = Table(title="Arms side by side, same rows in the same order", title_justify="left", box=box.SIMPLE)
+    table = Table(
+        title="Arms side by side, same rows in the same order",
+        title_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("arm")
     for column in ("all", *EXPOSURE_CLASSES, "< 0.95", "loss", "rep.", "echo", "s"):
         table.add_column(column, justify="right")
@@ -61,8 +66,8 @@ def show_together(entries: dict[str, dict[str, Any]]) -> None:
         )
     console.print(table)
     console.print(
-        "all, never, ... 20+: retained, in %; < 0.95: live rows, in %; loss and rep.: on held-out chats, rep. the share "
-        "of answers that repeat the question, in %; echo: targets a token; s: seconds of training"
+        "all, never, ... 20+: retained, in %; < 0.95: live rows, in %; loss and rep.: on held-out chats, rep. the "
+        "share of answers that repeat the question, in %; echo: targets a token; s: seconds of training"
     )
 
 
