@@ -134,8 +134,12 @@ def _one_line(error: BaseException) -> str:
 def row_progress() -> Iterator[Callable[[int], None]]:
     """A bar on standard error, where that is a terminal; gives what to call with the number of rows done."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        # Not a disabled bar: older versions of rich end that one with an empty line.
+        yield lambda rows: None
+        return
     columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda rows: bar.advance(task, rows)
 

@@ -201,8 +201,8 @@ def _values(stream: IO[str]) -> Iterator[Any]:
 def _parquet_rows(file: Path, names: Collection[str]) -> Iterator[Row]:
     try:
         from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
-    except ModuleNotFoundError as error:
-        raise DataError(f"{file}: reading Parquet needs pyarrow; `pip install pyarrow` brings it") from error
+    except ImportError as error:
+        raise DataError(f"{file}: reading Parquet needs pyarrow; `pip install pyarrow` brings it ({error})") from error
     number = 0
     try:
         with parquet.ParquetFile(file) as opened:
@@ -219,8 +219,8 @@ def _parquet_rows(file: Path, names: Collection[str]) -> Iterator[Row]:
 def _dataset_rows(folder: Path, names: Collection[str]) -> Iterator[Row]:
     try:
         import datasets  # type: ignore[import-untyped, unused-ignore]
-    except ModuleNotFoundError as error:
-        raise DataError(f"{folder}: reading it needs datasets; `pip install datasets` brings it") from error
+    except ImportError as error:
+        raise DataError(f"{folder}: reading it needs datasets; `pip install datasets` brings it ({error})") from error
     number = 0
     try:
         saved = datasets.load_from_disk(str(folder))
