@@ -136,7 +136,7 @@ def row_progress() -> Iterator[Callable[[int], None]]:
     console = Console(stderr=True)
     if not console.is_terminal:
         # Not a disabled bar: older versions of rich end that one with an empty line.
-        yield lambda rows: None
+        yield lambda *_: None
         return
     columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:

@@ -154,7 +154,7 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
     """A bar a matrix on standard error, where that is a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda name, done, total: None
+        yield lambda *_: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as bars:
