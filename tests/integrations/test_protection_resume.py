@@ -66,8 +66,9 @@ def assert_same_protection(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("mode", ["uniform", "balanced"])
 @pytest.mark.parametrize(("accumulation", "workers"), [(1, 0), (2, 2)])
 def test_hugging_face(kit: Any, tokenizer: Any, tmp_path: Path, mode: str, accumulation: int, workers: int) -> None:
-    # Seven batches of examples an epoch: every save but the first falls into the middle of one.
-    data = rows_of(7 * kit.BATCH)
+    # The save falls into the middle of an epoch. With accumulation an epoch is of whole steps: older trainers do not
+    # resume others exactly themselves.
+    data = rows_of((7 if accumulation == 1 else 8) * kit.BATCH)
 
     def run(folder: str, *callbacks: Any, **arguments: Any) -> Any:
         options = {**PROTECTED, "echo": {**PROTECTED["echo"], "mode": mode}}
