@@ -66,18 +66,26 @@ def assert_same_protection(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("mode", ["uniform", "balanced"])
 @pytest.mark.parametrize(("accumulation", "workers"), [(1, 0), (2, 2)])
 def test_hugging_face(kit: Any, tokenizer: Any, tmp_path: Path, mode: str, accumulation: int, workers: int) -> None:
-    # The save falls into the middle of an epoch. With accumulation an epoch is of whole steps: older trainers do not
-    # resume others exactly themselves.
-    data = rows_of((7 if accumulation == 1 else 8) * kit.BATCH)
+    # Seven batches an epoch: the save falls into the middle of one.
+    data = rows_of(7 * kit.BATCH)
+
+    def train(folder: str, *callbacks: Any, **arguments: Any) -> Any:
+        return kit.run_hf(
+            kit.tiny_model(), data, tokenizer, tmp_path / folder, steps=9, callbacks=callbacks,
+            accumulation=accumulation, shuffle=True, save_strategy="steps", save_steps=5,
+            dataloader_num_workers=workers, **arguments,
+        )  # fmt: skip
+
+    if accumulation > 1:
+        bare = train("bare")
+        train("bare parts", StopAfter(5))
+        if train("bare parts", resume=True).losses[-4:] != bare.losses[-4:]:
+            pytest.skip("this version of the trainer does not itself resume accumulation in mid-epoch exactly")
 
     def run(folder: str, *callbacks: Any, **arguments: Any) -> Any:
         options = {**PROTECTED, "echo": {**PROTECTED["echo"], "mode": mode}}
         guarded = kit.CALLBACKS["hf"](tokenizer=tokenizer, **(options | kit.QUIET))
-        done = kit.run_hf(
-            kit.tiny_model(), data, tokenizer, tmp_path / folder, steps=9, callbacks=(guarded, *callbacks),
-            accumulation=accumulation, shuffle=True, save_strategy="steps", save_steps=5,
-            dataloader_num_workers=workers, **arguments,
-        )  # fmt: skip
+        done = train(folder, guarded, *callbacks, **arguments)
         return done, guarded.guard
 
     whole, expected = run("whole")
