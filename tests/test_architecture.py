@@ -11,11 +11,11 @@ import pytest
 
 TOP = Path(__file__).parents[1]
 FLOORS = {
-    "results": 0, "settings": 0, "config": 0, "collective": 1, "vocabulary": 1, "reachability": 1, "matrices": 1,
-    "snapshot": 2, "measure": 3, "runlog": 3, "prompts": 4, "alerts": 4, "protect": 4, "views": 5, "offline": 5,
+    "results": 0, "settings": 0, "settings_protect": 0, "config": 0, "collective": 1, "vocabulary": 1,
+    "reachability": 1, "matrices": 1, "snapshot": 2, "measure": 3, "runlog": 3, "prompts": 4, "alerts": 4, "protect": 4, "views": 5, "offline": 5,
     "guard": 6, "cli": 7, "integrations": 7,
 }  # fmt: skip
-READS_CONFIG = {"config", "guard", "cli", "integrations", "__init__"}
+READS_CONFIG = {"config", "settings", "guard", "cli", "integrations", "__init__"}
 
 
 def modules() -> list[Path]:
@@ -46,7 +46,7 @@ def test_layers(path: Path) -> None:
         return
     for other in imported_rooms(path):
         assert FLOORS[other] <= FLOORS[room], f"{room} imports {other}, a floor above it"
-        if other in ("config", "settings"):
+        if other in ("config", "settings", "settings_protect"):
             assert room in READS_CONFIG, f"{room} reads the configuration; it takes plain values"
 
 

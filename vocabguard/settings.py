@@ -5,12 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from vocabguard.settings_protect import AutoDoseConfig, EchoConfig, HoldConfig, limited
 
-def _setting(default: Any, **limits: Any) -> Any:
-    """A field with its limits: ``at_least``, ``at_most``, ``choices``."""
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=limits)
-    return field(default=default, metadata=limits)
+__all__ = [
+    "AutoDoseConfig",
+    "CadenceConfig",
+    "ContextConfig",
+    "DriftConfig",
+    "EchoConfig",
+    "ExposureConfig",
+    "GuardConfig",
+    "HoldConfig",
+    "LogConfig",
+    "MatricesConfig",
+    "PreflightConfig",
+    "ProbeConfig",
+    "RuleConfig",
+    "SnapshotConfig",
+    "UntrainedConfig",
+]
 
 
 @dataclass
@@ -35,8 +48,8 @@ class DriftConfig:
         chunk_rows: rows read at a time.
     """
 
-    every_n_steps: int | None = _setting(None, at_least=1)
-    chunk_rows: int = _setting(1024, at_least=1)
+    every_n_steps: int | None = limited(None, at_least=1)
+    chunk_rows: int = limited(1024, at_least=1)
 
 
 @dataclass
@@ -63,7 +76,7 @@ class ExposureConfig:
 
     enabled: bool = True
     prior: str | None = None
-    push_every_n_steps: int = _setting(10, at_least=0)
+    push_every_n_steps: int = limited(10, at_least=0)
     shift_labels: bool | None = None
 
 
@@ -78,8 +91,8 @@ class PreflightConfig:
     """
 
     enabled: bool = True
-    max_batches: int = _setting(4000, at_least=1)
-    max_seconds: float = _setting(20.0, at_least=0.0)
+    max_batches: int = limited(4000, at_least=1)
+    max_seconds: float = limited(20.0, at_least=0.0)
 
 
 @dataclass
@@ -103,7 +116,7 @@ class ContextConfig:
     """
 
     text: str = "{tokens}"
-    k: int = _setting(16, at_least=1, at_most=4096)
+    k: int = limited(16, at_least=1, at_most=4096)
 
 
 def _default_contexts() -> dict[str, ContextConfig]:
@@ -131,13 +144,13 @@ class ProbeConfig:
     """
 
     enabled: bool = True
-    every_n_steps: int | None = _setting(None, at_least=1)
-    sample: int = _setting(512, at_least=0)
+    every_n_steps: int | None = limited(None, at_least=1)
+    sample: int = limited(512, at_least=0)
     whole_vocabulary: bool = False
-    watch: list[Any] = _setting([])
+    watch: list[Any] = limited([])
     contexts: dict[str, ContextConfig] = field(default_factory=_default_contexts)
-    batch_tokens: int = _setting(4096, at_least=1)
-    budget: float = _setting(0.005, at_least=0.0, at_most=1.0)
+    batch_tokens: int = limited(4096, at_least=1)
+    budget: float = limited(0.005, at_least=0.0, at_most=1.0)
 
 
 @dataclass
@@ -150,104 +163,9 @@ class CadenceConfig:
         max_checks: a run is never checked more often than this many times in its planned steps.
     """
 
-    budget: float = _setting(0.005, at_least=0.0, at_most=1.0)
-    settle_steps: int = _setting(20, at_least=1)
-    max_checks: int = _setting(200, at_least=1)
-
-
-@dataclass
-class AutoDoseConfig:
-    """A dose that follows the probe: up by half while recall suffers, down by a fifth while it does not.
-
-    Attributes:
-        enabled: whether to adjust the dose at each probe, starting from `echo.dose`.
-        tolerated: rise of the probe's loss over the base's, in nats, up to which the dose is not raised.
-        least: smallest dose.
-        most: largest dose.
-    """
-
-    enabled: bool = False
-    tolerated: float = _setting(0.05, at_least=0.0)
-    least: float = _setting(0.01, at_least=0.0)
-    most: float = _setting(0.5, at_least=0.0)
-
-
-def _default_instructions() -> list[str]:
-    return [
-        "Repeat this: {tokens}",
-        "Please repeat the following text exactly as it is:\n{tokens}",
-        "{tokens}\nPlease repeat the above.",
-        "{tokens}\n\nCopy the text above, word for word.",
-        "Copy exactly: {tokens}",
-        "Say this once more: {tokens}",
-        "Write {tokens} again, without changing anything.",
-        "Echo the following back to me: {tokens}",
-        "I wrote {tokens}. What did I write?",
-        "Here is a list: {tokens}\nWrite the same list again.",
-        "Wiederhole den folgenden Text genau: {tokens}",
-        "Répète exactement ce texte : {tokens}",
-        "Repite esto: {tokens}",
-        "Повтори: {tokens}",
-        "请重复：{tokens}",
-        "繰り返してください: {tokens}",
-        "다음 텍스트를 그대로 반복하세요: {tokens}",
-        "كرر النص التالي كما هو: {tokens}",
-    ]
-
-
-@dataclass
-class EchoConfig:
-    """Echo rows: lists of live tokens that the model is asked to repeat, added to training batches.
-
-    Attributes:
-        enabled: from the first batch on; false waits for a rule with the action ``echo``.
-        armed: though no rule names it, `VocabGuard.switch` may switch it on.
-        mode: ``uniform`` takes every live token in turn; ``balanced`` too, but those that the data asks for 1 to 19
-            times `boost` times as often: hold does not cover them, and the data alone does not keep them;
-            ``least_exposed`` takes those first that the data asks for least; ``watch`` the tokens of `probe.watch`.
-        boost: turns of such a token for one of any other, with ``balanced``.
-        dose: echo targets per data target.
-        targets_per_live_token: echo targets that each live token gets over the planned run, instead of `dose`.
-        dose_limit: echo targets per data target are never more than this: a short run over a large vocabulary would be
-            nothing but echo.
-        auto: a dose that follows the probe.
-        list_tokens: tokens in a list.
-        fill: share of the batch's length from which an echo row gets no further list; 1 packs as many as fit.
-        exclude: never echoed: ids, texts that are one token, and ``re:`` patterns that a token's text is searched for.
-        instructions: ways of asking, each with one ``{tokens}``.
-        prefetch: batches that a dataloader may have made beyond the one in training; null asks the dataloader.
-    """
-
-    enabled: bool = False
-    armed: bool = False
-    mode: str = _setting("uniform", choices=("uniform", "balanced", "least_exposed", "watch"))
-    boost: float = _setting(3.0, at_least=0.0)
-    dose: float = _setting(0.1, at_least=0.0, at_most=100.0)
-    targets_per_live_token: float | None = _setting(None, at_least=0.0, at_most=1e6)
-    dose_limit: float = _setting(1.0, at_least=0.0)
-    auto: AutoDoseConfig = field(default_factory=AutoDoseConfig)
-    list_tokens: int = _setting(16, at_least=1)
-    fill: float = _setting(0.4, at_least=0.0, at_most=1.0)
-    exclude: list[Any] = _setting([])
-    instructions: list[str] = field(default_factory=_default_instructions)
-    prefetch: int | None = _setting(None, at_least=0)
-
-
-@dataclass
-class HoldConfig:
-    """Output rows that the data has not asked for keep still. Needs no data of its own.
-
-    Attributes:
-        enabled: from the first step on; false waits for a rule with the action ``hold``.
-        armed: though no rule names it, `VocabGuard.switch` may switch it on.
-        mode: ``freeze`` puts such rows back after each step, ``shared`` moves them by their common mean only.
-        window_steps: hold rows without a data target in so many steps; null holds those that never were one.
-    """
-
-    enabled: bool = False
-    armed: bool = False
-    mode: str = _setting("shared", choices=("freeze", "shared"))
-    window_steps: int | None = _setting(None, at_least=1)
+    budget: float = limited(0.005, at_least=0.0, at_most=1.0)
+    settle_steps: int = limited(20, at_least=1)
+    max_checks: int = limited(200, at_least=1)
 
 
 @dataclass
@@ -259,13 +177,13 @@ class RuleConfig:
     """
 
     metric: str = "???"
-    op: str = _setting(">", choices=(">", ">=", "<", "<="))
+    op: str = limited(">", choices=(">", ">=", "<", "<="))
     threshold: float = 0.0
-    for_checks: int = _setting(1, at_least=1)
+    for_checks: int = limited(1, at_least=1)
     resolve_at: float | None = None
-    cooldown_steps: int = _setting(0, at_least=0)
-    level: str = _setting("warning", choices=("info", "warning", "critical"))
-    actions: list[str] = _setting(["log"])
+    cooldown_steps: int = limited(0, at_least=0)
+    level: str = limited("warning", choices=("info", "warning", "critical"))
+    actions: list[str] = limited(["log"])
     enabled: bool = True
 
 
@@ -295,8 +213,8 @@ class LogConfig:
     console: bool = True
     tensorboard: bool = True
     histogram: bool = True
-    top_k: int = _setting(20, at_least=0, at_most=1000)
-    rows_every_n_checks: int = _setting(0, at_least=0)
+    top_k: int = limited(20, at_least=0, at_most=1000)
+    rows_every_n_checks: int = limited(0, at_least=0)
     report: bool = True
 
 
@@ -334,6 +252,6 @@ class GuardConfig:
     hold: HoldConfig = field(default_factory=HoldConfig)
     alerts: dict[str, RuleConfig] = field(default_factory=_default_rules)
     log: LogConfig = field(default_factory=LogConfig)
-    on_error: str = _setting("warn", choices=("warn", "raise"))
+    on_error: str = limited("warn", choices=("warn", "raise"))
     run_dir: str | None = None
     seed: int = 0
