@@ -5,7 +5,7 @@ Trainer callbacks live in `vocabguard.integrations`; nothing here imports a trai
 
 from vocabguard.config import ConfigError, load_config, presets
 from vocabguard.guard import VocabGuard
-from vocabguard.measure.metrics import TokenDrift, TokenExposure
+from vocabguard.measure.metrics import LanguageConfusion, TokenDrift, TokenExposure
 from vocabguard.results import CheckResult
 from vocabguard.runlog import RunLog
 from vocabguard.settings import GuardConfig
@@ -14,6 +14,7 @@ __all__ = [
     "CheckResult",
     "ConfigError",
     "GuardConfig",
+    "LanguageConfusion",
     "RunLog",
     "TokenDrift",
     "TokenExposure",

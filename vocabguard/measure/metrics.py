@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from vocabguard.measure.confusion import (
+    LANGUAGES,
+    ConfusionCounts,
+    confusion_matrix,
+    count_answers,
+    scripts_of,
+    summarise_confusion,
+)
 from vocabguard.measure.drift import measure_drift, summarise
 from vocabguard.measure.exposure import add_counts, exposure_classes, targets_of
 from vocabguard.results import EXPOSURE_CLASSES, RowDrift
@@ -136,6 +146,85 @@ class TokenDrift(Metric):
         flags = {name: getattr(self, name).cpu().bool() for name in _FLAGS}
         scalars = summarise(RowDrift(**measured, **flags), self.live.cpu(), {})
         return {name: torch.tensor(value, device=self.device) for name, value in scalars.items()}
+
+
+class LanguageConfusion(Metric):
+    """Whether answers are in the language that was asked for, by the scripts of their letters.
+
+    What counts, and where the rates depart from the published ones, is said in `vocabguard.measure.confusion`. The
+    states ``counts`` and ``into`` are those of `ConfusionCounts`; they are added up over processes.
+
+    Args:
+        languages: ISO 639 codes of the languages expected; None takes all that are known.
+        allow: language -> scripts that belong besides its own, where Latin letters are not to be allowed or others are,
+            such as ``{"ja": (), "ko": ("latin", "zh")}``.
+        least_words: lines of fewer words are not judged.
+
+    Raises:
+        ValueError: for a language that is not known, or given twice.
+
+    Example:
+        >>> metric = LanguageConfusion(["ja", "ko"])
+        >>> metric.update(["はい、私は元気です。", "今日は хорошо ですね。"], "ja")
+        >>> metric.update(["네, 오늘은 날씨가 아주 좋아요."], "ko")
+        >>> {key: value.item() for key, value in metric.compute().items() if key in ("ja", "ko", "ko/line_pass")}
+        {'ja': 0.5, 'ko': 0.0, 'ko/line_pass': 1.0}
+        >>> metric.matrix()
+        {'ja': {'cyrillic': 1}}
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    counts: Tensor
+    into: Tensor
+
+    def __init__(
+        self,
+        languages: Sequence[str] | None = None,
+        allow: Mapping[str, Sequence[str]] | None = None,
+        least_words: int = 5,
+    ) -> None:
+        super().__init__()
+        self.languages = tuple(LANGUAGES if languages is None else languages)
+        if len(set(self.languages)) != len(self.languages):
+            raise ValueError(f"languages are {list(self.languages)}; allowed: each once")
+        for language in self.languages:
+            scripts_of(language)
+        self.allow = dict(allow or {})
+        self.least_words = least_words
+        empty = self._count([])
+        self.add_state("counts", empty.counts, dist_reduce_fx="sum")
+        self.add_state("into", empty.into, dist_reduce_fx="sum")
+
+    def update(self, answers: Sequence[str], language: str | Sequence[str]) -> None:
+        """Count some answers.
+
+        Args:
+            answers: n texts.
+            language: the language expected of all of them, or of each: n codes.
+
+        Raises:
+            ValueError: for a language that is not among the metric's, or if there are not as many as answers.
+        """
+        expected = [language] * len(answers) if isinstance(language, str) else list(language)
+        if len(expected) != len(answers):
+            raise ValueError(f"{len(expected)} languages for {len(answers)} answers; expected one each, or one for all")
+        found = self._count(list(zip(expected, answers, strict=True)))
+        self.counts += found.counts.to(self.counts.device)
+        self.into += found.into.to(self.into.device)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The shares of `measure.confusion.summarise_confusion`, () float32 each."""
+        shares = summarise_confusion(ConfusionCounts(self.languages, self.counts.cpu(), self.into.cpu()))
+        return {name: torch.tensor(share, device=self.device) for name, share in shares.items()}
+
+    def matrix(self) -> dict[str, dict[str, int]]:
+        """From language -> into script -> answers with letters of it, over what this process has counted."""
+        return confusion_matrix(ConfusionCounts(self.languages, self.counts.cpu(), self.into.cpu()))
+
+    def _count(self, answers: Sequence[tuple[str, str]]) -> ConfusionCounts:
+        return count_answers(answers, self.languages, allow=self.allow, least_words=self.least_words)
 
 
 def _mask(name: str, mask: Tensor | None, rows: int) -> Tensor:
