@@ -253,6 +253,7 @@ def test_a_module_that_went_away() -> None:
         _ = matrix.rows
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 def test_peft() -> None:
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vocabguard.adapted import AdaptedRows, adapter_of, plain_module, plain_name
 from vocabguard.results import MatrixName, NotApplicable
 
 _GETTERS: dict[MatrixName, str] = {"head": "get_output_embeddings", "embedding": "get_input_embeddings"}
@@ -18,7 +20,7 @@ class VocabMatrix:
     """One matrix with a row per token, the model's current one at every access.
 
     The parameter and even its module are replaced when a model is sharded or its vocabulary resized, so neither is
-    kept: each property asks the model again.
+    kept: each property asks the model again. Rows with an adapter on them are those that the forward pass uses.
 
     Attributes:
         name: ``head`` or ``embedding``.
@@ -34,11 +36,28 @@ class VocabMatrix:
 
     @property
     def module(self) -> nn.Module:
-        """The module that holds the rows now.
+        """The module that holds the rows now; beneath an adapter, the base's.
 
         Raises:
             RuntimeError: if the model no longer has it.
         """
+        return plain_module(self._wrapped)
+
+    @property
+    def adapter(self) -> AdaptedRows | None:
+        """The rows with an adapter on them; None where the rows are a parameter of their own.
+
+        Raises:
+            RuntimeError: if an adapter is there whose rows cannot be read.
+        """
+        adapter = adapter_of(self._wrapped)
+        if isinstance(adapter, NotApplicable):
+            raise RuntimeError(f"the {self.name} can no longer be followed: {adapter.reason}")
+        return adapter
+
+    @property
+    def _wrapped(self) -> nn.Module:
+        """The module with its wrappers."""
         module = _locate(self.model, self.name, self.path)
         if isinstance(module, NotApplicable):
             raise RuntimeError(f"the {self.name} is no longer in the model: {module.reason}")
@@ -46,7 +65,7 @@ class VocabMatrix:
 
     @property
     def weight(self) -> Tensor:
-        """(rows, width) the parameter as it is now, attached to autograd."""
+        """(rows, width) the parameter as it is now, attached to autograd; beneath an adapter, the base's."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight
@@ -68,10 +87,24 @@ class VocabMatrix:
 
     @property
     def tied(self) -> bool:
-        """Whether head and embedding are one parameter, or share its memory."""
+        """Whether head and embedding are one parameter, or share its memory, and any adapters on them do."""
         other: MatrixName = "embedding" if self.name == "head" else "head"
         module = _locate(self.model, other, self.other_path)
-        return not isinstance(module, NotApplicable) and _same(self.weight, module.weight)
+        if isinstance(module, NotApplicable) or not _same(self.weight, plain_module(module).weight):
+            return False
+        mine, theirs = self.adapter, adapter_of(module)
+        if isinstance(mine, AdaptedRows) and isinstance(theirs, AdaptedRows):
+            return mine.same(theirs)
+        return mine is None and theirs is None
+
+    @property
+    def untied(self) -> bool:
+        """Whether the model ties head and embedding, and an adapter has taken them apart."""
+        if self.tied or not getattr(_text_config(self.model), "tie_word_embeddings", False):
+            return False
+        other = _locate(self.model, "embedding" if self.name == "head" else "head", self.other_path)
+        ends = [self._wrapped] if isinstance(other, NotApplicable) else [self._wrapped, other]
+        return any(plain_module(module) is not module for module in ends)
 
     @property
     def has_bias(self) -> bool:
@@ -81,13 +114,15 @@ class VocabMatrix:
     @property
     def trainable(self) -> bool:
         """Whether the rows can move by gradient."""
-        return self.weight.requires_grad
+        adapter = self.adapter
+        return self.weight.requires_grad if adapter is None else adapter.trainable
 
     def parameter_names(self) -> tuple[str, ...]:
-        """The parameter's dotted names in the model; more than one where it is shared."""
+        """The parameter's dotted names in the model, without what PEFT adds; more than one where it is shared."""
         weight = self.weight
         named = self.model.named_parameters(remove_duplicate=False)
-        return tuple(name for name, parameter in named if _same(parameter, weight))
+        found = (name for name, parameter in named if _same(parameter, weight))
+        return tuple(dict.fromkeys(plain_name(name) for name in found))
 
     def chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
         """Walk over the rows.
@@ -97,12 +132,16 @@ class VocabMatrix:
 
         Yields:
             The rows' slice and a detached (<= size, width) view of them, in the parameter's dtype and on its device.
+            Rows that an adapter has changed are computed, in float32.
 
         Raises:
             ValueError: for a size below 1.
         """
         if size < 1:
             raise ValueError(f"chunk size is {size}; allowed: at least 1")
+        if (adapter := self.adapter) is not None:
+            yield from adapter.chunks(size)
+            return
         weight = self.weight.detach()
         for start in range(0, weight.shape[0], size):
             part = slice(start, min(start + size, weight.shape[0]))
@@ -144,6 +183,9 @@ def _judge(matrix: VocabMatrix, paths: dict[MatrixName, str | None]) -> VocabMat
     expected = _vocabulary_size(matrix.model, paths)
     if matrix.path is None and expected is not None and matrix.rows < expected:
         return NotApplicable(f"the {name} has {matrix.rows} rows for {expected} tokens, so it is not a row per token")
+    adapter = adapter_of(module)
+    if isinstance(adapter, NotApplicable):
+        return NotApplicable(f"the {name} cannot be followed: {adapter.reason}")
     if not matrix.trainable:
         tells = "the probe still tells what the model can say" if name == "head" else "there is nothing to measure"
         return NotApplicable(f"the {name} is frozen (requires_grad is False), so its rows cannot move; {tells}")
@@ -151,7 +193,7 @@ def _judge(matrix: VocabMatrix, paths: dict[MatrixName, str | None]) -> VocabMat
 
 
 def _locate(model: nn.Module, name: MatrixName, path: str | None) -> nn.Module | NotApplicable:
-    """The module that holds the rows."""
+    """The module that holds the rows, with any wrappers of PEFT's."""
     if path is not None:
         return _named(model, name, path)
     getter = getattr(model, _GETTERS[name], None)
@@ -164,7 +206,7 @@ def _locate(model: nn.Module, name: MatrixName, path: str | None) -> nn.Module |
     if module is None:
         return NotApplicable(f"{type(model).__name__} has no {name}: {_GETTERS[name]}() gives None")
     if not isinstance(module, nn.Module) or not _has_rows(module):
-        return NotApplicable(f"the {name} is a {type(module).__name__} without a 2-D floating-point weight")
+        return NotApplicable(f"the {name} is {_shown(module)}")
     return module
 
 
@@ -177,15 +219,25 @@ def _named(model: nn.Module, name: MatrixName, path: str) -> nn.Module:
     else:
         if path and _has_rows(module):
             return module
-        found = f"a {type(module).__name__} without a 2-D floating-point weight"
+        found = _shown(module)
     allowed = [known for known, candidate in model.named_modules() if known and _has_rows(candidate)]
     shown = ", ".join(allowed[:12]) + (f" and {len(allowed) - 12} more" if len(allowed) > 12 else "")
     raise ValueError(f"matrices.{name} is {path!r}: {found}; allowed: a module with rows, here {shown or 'none'}")
 
 
 def _has_rows(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
+    weight = getattr(plain_module(module), "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
+
+
+def _shown(module: object) -> str:
+    """A module that has no rows, in words."""
+    plain = plain_module(module) if isinstance(module, nn.Module) else module
+    said = f"a {type(plain).__name__} without a 2-D floating-point weight"
+    weight = getattr(plain, "weight", None) if isinstance(plain, nn.Module) else None
+    if isinstance(weight, Tensor) and not weight.is_floating_point():
+        return f"{said}: it is quantised ({weight.dtype}), so its rows cannot be read"
+    return said
 
 
 def _vocabulary_size(model: nn.Module, paths: dict[MatrixName, str | None]) -> int | None:
@@ -194,15 +246,20 @@ def _vocabulary_size(model: nn.Module, paths: dict[MatrixName, str | None]) -> i
     Some models keep a few more input rows than output rows (image tokens), so the smaller claim counts.
     """
     claims = []
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    if isinstance(size := getattr(config, "vocab_size", None), int):
+    if isinstance(size := getattr(_text_config(model), "vocab_size", None), int):
         claims.append(size)
     embedding = _locate(model, "embedding", paths["embedding"])
-    if isinstance(embedding, nn.Module) and isinstance(embedding.weight, Tensor):
-        claims.append(embedding.weight.shape[0])
+    if isinstance(embedding, nn.Module):
+        weight = plain_module(embedding).weight
+        assert isinstance(weight, Tensor)
+        claims.append(len(weight))
     return min(claims, default=None)
+
+
+def _text_config(model: nn.Module) -> object:
+    """The part of a model's configuration that speaks of its vocabulary."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _same(weight: Tensor, other: object) -> bool:

@@ -183,11 +183,13 @@ class FileBaseline:
 
 
 def copy_baseline(matrix: VocabMatrix) -> CopiedBaseline:
-    """Copy a matrix's rows to the CPU, in its own dtype.
+    """Copy a matrix's rows to the CPU, in its own dtype; in float32 where an adapter has changed them.
 
     Args:
         matrix: read as it is now.
     """
+    if matrix.adapter is not None:
+        return CopiedBaseline(torch.cat([rows.to("cpu", copy=True) for _, rows in matrix.chunks(2**14)]))
     return CopiedBaseline(matrix.weight.detach().to("cpu", copy=True).contiguous())
 
 

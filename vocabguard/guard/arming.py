@@ -22,6 +22,7 @@ from vocabguard.guard.protection import Protection, needed
 from vocabguard.guard.setup import Watched
 from vocabguard.matrices import VocabMatrix
 from vocabguard.measure.exposure import ExposureCounter
+from vocabguard.models import is_encoder_decoder, no_tokens
 from vocabguard.protect.batches import add_rows
 from vocabguard.protect.collator import ECHO_KEY, EchoCollator, EchoError
 from vocabguard.results import Preflight
@@ -43,7 +44,7 @@ class Run:
         route: how echo rows get in; None where only a collate function of the guard's can bring them.
         total_steps: planned optimizer steps, if known.
         batches_per_step: micro-batches of a process in an optimizer step.
-        shift: whether the model shifts its labels.
+        shift: whether the model shifts its labels; None where they are no tokens.
         flight: what preflight counted.
     """
 
@@ -52,19 +53,13 @@ class Run:
     route: Route | None
     total_steps: int | None
     batches_per_step: int
-    shift: bool
+    shift: bool | None
     flight: object
 
     @property
     def loader(self) -> Any:
         """The dataloader inside accelerate's wrapper."""
         return getattr(self.dataloader, "base_dataloader", self.dataloader)
-
-
-def is_seq2seq(model: nn.Module) -> bool:
-    """Whether a model is an encoder-decoder, by its configuration."""
-    config = getattr(getattr(model, "module", model), "config", None)
-    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def arm(
@@ -93,19 +88,21 @@ def arm(
     """
     rules = tuple(rules)
     wants_echo, wants_hold = needed(config, rules, "echo") or source is not None, needed(config, rules, "hold")
+    if run.shift is None and counter is None and (wants_echo or wants_hold):
+        raise ConfigError(f"{'echo' if wants_echo else 'hold'}: {no_tokens(run.model).reason}")
     if counter is None or not (wants_echo or wants_hold):
         return None
     holder = _holder(config, watched, counter) if wants_hold else None
     if not wants_echo:
-        return Protection(config, rules, None, holder, shift=run.shift)
-    if not run.shift and not is_seq2seq(run.model):
+        return Protection(config, rules, None, holder, shift=bool(run.shift))
+    if not run.shift and not is_encoder_decoder(run.model):
         name = type(run.model).__name__
         raise ConfigError(f"echo: {name} neither predicts next tokens nor decodes; allowed: models that generate text")
-    source = source or EchoSource(config, watched.tokenizer, seq2seq=is_seq2seq(run.model))
+    source = source or EchoSource(config, watched.tokenizer, seq2seq=is_encoder_decoder(run.model))
     _require_route(run)
     watch = watched_ids(watched.tokenizer, config.probe.watch, watched.rows)
     echo = EchoControl(config, source, watched, watch, _pace(config, run), counter)
-    protection = Protection(config, rules, echo, holder, shift=run.shift)
+    protection = Protection(config, rules, echo, holder, shift=bool(run.shift))
     if run.route is not None and not isinstance(run.loader.collate_fn, EchoCollator):
         _try_once(run, source, echo.allowed)
         if run.route == "collate":

@@ -81,11 +81,11 @@ def put_together(
     """
     rules = tuple(rules)
     observer = None
-    if config.exposure.enabled:
+    if config.exposure.enabled and (run.shift is not None or targets is not None):
         observer = Observer(
             ExposureCounter(watched.rows, next(run.model.parameters()).device, watched.tied),
             watched.gradient_matrix,
-            shift=run.shift,
+            shift=bool(run.shift),
             push_every=config.exposure.push_every_n_steps,
             faults=faults,
             targets=targets,

@@ -24,7 +24,7 @@ class Holder:
         counter: whose counts say what was a target.
 
     Raises:
-        ConfigError: for a matrix whose rows are spread over processes.
+        ConfigError: for a matrix whose rows are spread over processes, or made by an adapter.
 
     Attributes:
         on: whether rows are held.
@@ -34,6 +34,11 @@ class Holder:
     def __init__(self, config: HoldConfig, matrix: VocabMatrix, counter: ExposureCounter) -> None:
         if hasattr(matrix.weight, "to_local"):
             raise ConfigError("hold: the output matrix is sharded; allowed: a matrix that each process has whole")
+        if (adapter := matrix.adapter) is not None:
+            raise ConfigError(
+                f"hold: {adapter.kind} makes the output rows, so none can be put back by itself; allowed: a head that "
+                "is trained as a whole (modules_to_save)"
+            )
         self.on = False
         self.held: Tensor | None = None
         self._config, self._matrix, self._counter = config, matrix, counter

@@ -11,24 +11,14 @@ from torch import Tensor, nn
 from vocabguard.guard.faults import Faults
 from vocabguard.matrices import VocabMatrix
 from vocabguard.measure.exposure import ExposureCounter
+from vocabguard.models import parameters_of
+from vocabguard.models import predicts_next as predicts_next  # noqa: PLC0414 (a part of this room's face)
 
 if TYPE_CHECKING:
     from vocabguard.guard.protection import Protection
 
 Targets = Callable[[Any], tuple[Tensor | None, Tensor]]
 """Takes a batch, gives (inputs or None, targets): targets are not shifted again."""
-
-
-def predicts_next(model: nn.Module) -> bool:
-    """Whether the model shifts its labels: position t predicts label t + 1.
-
-    True for causal language models; false for encoder-decoders and masked language models.
-    """
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        return False
-    name = type(model).__name__
-    return not name.endswith(("ForMaskedLM", "ForPreTraining", "ForTokenClassification"))
 
 
 def labels_of(batch: Any, targets: Targets | None) -> tuple[Tensor | None, Tensor, bool] | None:
@@ -52,7 +42,7 @@ class Observer:
 
     Args:
         counter: where counts go.
-        matrix: the matrix whose gradient is read; None if it gets none.
+        matrix: the matrix whose gradient is read; None if it gets none: pull and push are NaN then.
         shift: whether the model shifts its labels.
         push_every: optimizer steps between reads of the whole gradient; 0 never.
         faults: contains exceptions.
@@ -76,12 +66,18 @@ class Observer:
         self._faults = faults
         self._targets = targets
         self._handles: list[Any] = []
+        self._names: tuple[str, ...] = ()
         self._unread = True
         self.hooked = False
         self.protection: Protection | None = None
+        if matrix is None:
+            for unread in (counter.pull, counter.push, counter.input_only):
+                unread.fill_(torch.nan)
 
     def hook_model(self, model: nn.Module) -> None:
         """See every training forward pass of `model`; batches need not be told any more."""
+        # Now, since a compiled pass cannot look into a signature.
+        self._names = parameters_of(model)
         self._handles.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         self.hooked = True
 
@@ -145,13 +141,22 @@ class Observer:
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not module.training or self._faults.down:
             return
-        batch = {"input_ids": args[0], **kwargs} if args else kwargs
+        batch = self._named(args) | kwargs
         if torch.compiler.is_compiling():
             # A clock or a try block would break the graph here.
             self.batch(batch)
             return
         with self._faults.contain("counting a batch"):
             self.batch(batch)
+
+    def _named(self, args: tuple[Any, ...]) -> dict[str, Any]:
+        """What a forward pass got by position, by name; a single mapping is a batch, another first one the inputs."""
+        if not args:
+            return {}
+        first = args[0]
+        if isinstance(first, Mapping):
+            return dict(first)
+        return {"input_ids": first, **dict(zip(self._names, args, strict=False))}
 
     def _before_step(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
         self._unread = True

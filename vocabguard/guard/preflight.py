@@ -33,7 +33,7 @@ def wanted_preflight(
     config: GuardConfig,
     dataloader: Any,
     rows: int,
-    shift: bool,
+    shift: bool | None,
     targets: Targets | None,
     need_labels: bool,
     tokenizer: Any = None,
@@ -44,7 +44,7 @@ def wanted_preflight(
         config: all settings.
         dataloader: the training dataloader, or None.
         rows: V of the vocabulary matrix.
-        shift: whether the model shifts its labels.
+        shift: whether the model shifts its labels; None where they are no tokens.
         targets: the user's extractor, if any.
         need_labels: whether batches must carry labels.
         tokenizer: the model's, if known: counts taken beforehand must be of its tokens.
@@ -58,12 +58,14 @@ def wanted_preflight(
         return _counted_before(config.exposure.prior, rows, tokenizer)
     if not (wanted.enabled and config.exposure.enabled):
         return NotApplicable("preflight is off")
+    if shift is None and targets is None:
+        return NotApplicable("the model's labels are no tokens, so there are no targets to count")
     if dataloader is None:
         return NotApplicable("preflight needs the training dataloader")
     return preflight(
         dataloader,
         rows=rows,
-        shift=shift,
+        shift=bool(shift),
         targets=targets,
         max_batches=wanted.max_batches,
         max_seconds=wanted.max_seconds,

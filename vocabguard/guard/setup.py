@@ -49,9 +49,9 @@ class Watched:
 
     @property
     def gradient_matrix(self) -> VocabMatrix | None:
-        """The matrix whose gradient pulls and pushes: the head's."""
+        """The matrix whose gradient pulls and pushes: the head's, unless an adapter makes its rows."""
         head = self.matrices["head"]
-        return head if isinstance(head, VocabMatrix) else None
+        return head if isinstance(head, VocabMatrix) and head.adapter is None else None
 
     def baseline_of(self, name: MatrixName) -> Baseline:
         """The rows before; those of a pair that was tied at the start are kept once, as the head's."""
@@ -136,8 +136,23 @@ def describe(
         live=int(watched.table.live.sum()),
         never_trained=int((~watched.table.trained).sum()),
         run_dir=None if run_dir is None else str(run_dir),
-        notes=(*blind, *notes),
+        notes=(*blind, *_adapter_notes(watched), *notes),
     )
+
+
+def _adapter_notes(watched: Watched) -> tuple[str, ...]:
+    """What adapters make of the matrices, as far as a user should know."""
+    found = [matrix for matrix in watched.matrices.values() if isinstance(matrix, VocabMatrix)]
+    said = [
+        f"{adapter.kind} makes the {matrix.name} rows: base and adapter are added up, chunk by chunk"
+        + (", and such rows have no gradient of their own: pull and push are not applicable." if head else ".")
+        for matrix in found
+        if (adapter := matrix.adapter) is not None
+        for head in [matrix.name == "head"]
+    ]
+    if any(matrix.untied for matrix in found):
+        said.append("The base ties head and input embedding, and the adapter unties them: each is followed by itself.")
+    return tuple(said)
 
 
 def _table(tokenizer: Any, rows: int) -> VocabTable:

@@ -7,7 +7,6 @@ likely that stands there. Lists are shuffled ids, because a token that only surv
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import re
 import zlib
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vocabguard.models import core_of, has_head, is_encoder_decoder, parameters_of
 from vocabguard.results import NotApplicable, ProbeResult
 
 _LOGITS_AT_ONCE = 2**25
@@ -48,15 +48,14 @@ def probe_applicable(model: nn.Module) -> NotApplicable | None:
     Judged by ``config.is_encoder_decoder``, the class's name, and whether ``forward`` takes ``input_ids``. A class
     of one's own that says nothing by these is taken to be a causal language model.
     """
-    core = _core(model)
+    core = core_of(model)
     name = type(core).__name__
-    if getattr(getattr(core, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(core):
         return NotApplicable(f"{name} is an encoder-decoder; the probe continues a prompt, as causal models do")
     other = re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w+", name)
     if other:
         return NotApplicable(f"{name} ({other[0]}) does not predict next tokens")
-    output_of = getattr(core, "get_output_embeddings", None)
-    if callable(output_of) and output_of() is None:
+    if not has_head(core):
         return NotApplicable(f"{name} has no output matrix over the vocabulary")
     if not _accepts(core, "input_ids"):
         return NotApplicable(f"{name}.forward does not take input_ids")
@@ -204,16 +203,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = training
 
 
-def _core(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile`'s and PEFT's wrappers, whose signature and class tell what it is."""
-    core = getattr(model, "_orig_mod", model)
-    unwrap = getattr(core, "get_base_model", None)
-    inner = unwrap() if callable(unwrap) else core
-    return inner if isinstance(inner, nn.Module) else model
-
-
 def _accepts(model: nn.Module, name: str) -> bool:
-    return name in inspect.signature(_core(model).forward).parameters
+    return name in parameters_of(model)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -1,0 +1,71 @@
+"""What kind of model is trained, as far as its batches, its probe and its vocabulary rows depend on it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+from torch import nn
+
+from vocabguard.results import NotApplicable
+
+# Decoders of encoder-decoder families and a few older ones: their loss takes labels as they are.
+_ALIGNED = re.compile(
+    r"(Bart|BigBirdPegasus|Blenderbot|BlenderbotSmall|CpmAnt|MBart|Marian|Mvp|PLBart|Pegasus|TrOCR|Whisper)ForCausalLM"
+    r"|(Flaubert|XLM)WithLMHeadModel|XLNetLMHeadModel"
+)
+_LANGUAGE = re.compile(r"LM|Generation")
+
+
+def core_of(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and its like, ``torch.compile`` and PEFT: its class tells what it is."""
+    children = dict(model.named_children())
+    if len(children) == 1 and children.keys() <= {"module", "_orig_mod"}:
+        return core_of(*children.values())
+    unwrap = getattr(model, "get_base_model", None)
+    inner = unwrap() if callable(unwrap) else model
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model is an encoder-decoder, by its configuration."""
+    return bool(getattr(getattr(core_of(model), "config", None), "is_encoder_decoder", False))
+
+
+def predicts_next(model: nn.Module) -> bool | None:
+    """Whether the model shifts its labels, so that position t predicts label t + 1.
+
+    Judged by its head, its configuration and its class's name; a class that says nothing by these is taken to be a
+    causal language model.
+
+    Returns:
+        True for causal language models; False for encoder-decoders, masked language models and the few decoders that
+        take labels as they are; None where labels are no tokens, as in classification.
+    """
+    core = core_of(model)
+    name = type(core).__name__
+    if not has_head(core) and "labels" in parameters_of(core) and not _LANGUAGE.search(name):
+        return None
+    if is_encoder_decoder(core):
+        return False
+    return not name.endswith(("ForMaskedLM", "ForPreTraining")) and _ALIGNED.fullmatch(name) is None
+
+
+def no_tokens(model: nn.Module) -> NotApplicable:
+    """Why nothing is counted where `predicts_next` is None, in words."""
+    name = type(core_of(model)).__name__
+    return NotApplicable(f"{name} has no output rows over the vocabulary: its labels are no tokens")
+
+
+def has_head(model: nn.Module) -> bool:
+    """Whether a model has output rows; one that cannot be asked is taken to have them."""
+    output_of = getattr(core_of(model), "get_output_embeddings", None)
+    try:
+        return not callable(output_of) or output_of() is not None
+    except (NotImplementedError, AttributeError):
+        return True
+
+
+def parameters_of(model: nn.Module) -> tuple[str, ...]:
+    """Names that the model's ``forward`` takes, in order, whatever its wrappers take."""
+    return tuple(inspect.signature(core_of(model).forward).parameters)
