@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vocabguard.measure.neighbors import intruders, nearest_rows
 from vocabguard.measure.probe import PromptContext, probe, probe_applicable, said
 from vocabguard.offline.scan import Scan
 from vocabguard.offline.scan_summary import category_of
@@ -29,7 +30,6 @@ CONTEXTS = {
 
 _LIST = 8
 _SEED = 0
-_CHUNK = 2**20
 _FILLERS = 64
 
 
@@ -126,7 +126,6 @@ def row_facts(scan: Scan, name: MatrixName, base: Baseline | NotApplicable, toke
     )
 
 
-@torch.no_grad()
 def neighbours(rows: Baseline, scan: Scan, token: int, count: int = 8) -> tuple[Neighbour, ...]:
     """The tokens whose rows point most nearly the same way, chunk by chunk; padded rows are left out.
 
@@ -136,18 +135,13 @@ def neighbours(rows: Baseline, scan: Scan, token: int, count: int = 8) -> tuple[
         token: whose neighbours.
         count: how many.
     """
-    own = rows.chunk(slice(token, token + 1)).float()[0]
-    cosines = torch.empty(rows.rows)
-    for part, chunk in rows.chunks(max(1, _CHUNK // rows.width)):
-        wide = chunk.float()
-        cosines[part] = (wide @ own) / (wide.norm(dim=1) * own.norm())
-    cosines[scan.table.padded | ~cosines.isfinite()] = -2
-    cosines[token] = -2
-    values, ids = cosines.topk(min(count, rows.rows))
+    ids = torch.tensor([token])
+    near = nearest_rows(rows, ids, min(count, rows.rows), scan.table.padded)
+    strange = intruders(scan.table, ids, near.ids)[0].tolist()
     return tuple(
-        Neighbour(i, scan.table.text(i), category_of(scan.table, i), value, _intrudes(scan, token, i))
-        for i, value in zip(ids.tolist(), values.tolist(), strict=True)
-        if value > -2
+        Neighbour(i, scan.table.text(i), category_of(scan.table, i), cosine, intruder)
+        for i, cosine, intruder in zip(near.ids[0].tolist(), near.cosine[0].tolist(), strange, strict=True)
+        if i >= 0
     )
 
 
@@ -214,14 +208,6 @@ def swapped(model: nn.Module, name: MatrixName, token: int, row: Tensor) -> Iter
         yield
     finally:
         weight[token] = before
-
-
-def _intrudes(scan: Scan, token: int, other: int) -> bool:
-    table = scan.table
-    shared = {"digits_punctuation", "code"}
-    if table.group_of(other) in ("control", "bytes", "padded"):
-        return table.group_of(token) != table.group_of(other)
-    return table.group_of(token) != table.group_of(other) and table.group_of(other) not in shared
 
 
 def _emission(result: ProbeResult, scan: Scan, token: int) -> Emission:
