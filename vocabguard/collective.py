@@ -1,13 +1,18 @@
 """The only room that talks between processes.
 
-Every function must be called by all ranks together, and is the identity where torch.distributed is missing, not
-initialised, or has a world of one.
+Every function but `tell_fault` must be called by all ranks together, and is the identity where torch.distributed is
+missing, not initialised, or has a world of one.
+
+The guard talks on a gloo group of its own. Before each piece of talk the ranks exchange a flag of health. A rank whose
+guard fails sends its flag at once, without waiting: training, on its own group, goes on there; the others find the flag
+where they next talk, whatever about, and raise `PeerFaultError`. So no rank waits for one that is silent for good.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Literal, TypeVar
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +21,35 @@ from torch import Tensor
 from vocabguard.results import Exposure
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=10)
+"""How long a rank waits for the others; then its guard stands down."""
+
+
+class PeerFaultError(RuntimeError):
+    """The guard of another process, or this one's, has failed: there is nothing to talk about any more."""
+
+
+@dataclass
+class _Line:
+    """The guard's own group.
+
+    Attributes:
+        group: over gloo, whatever training uses.
+        world: the default group it was made for.
+        opened: whether a run goes on.
+        failed: rank of the guard that failed, as far as known here.
+        sent: this rank's message that it failed, which the others may not have read yet.
+    """
+
+    group: Any
+    world: Any
+    opened: bool = False
+    failed: int | None = None
+    sent: Any = None
+
+
+_lines: list[_Line] = []  # at most one: of the default group as it is now
 
 
 def world_size() -> int:
@@ -31,6 +65,59 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this process is rank 0, the one that prints and writes."""
     return rank() == 0
+
+
+def open_line() -> None:
+    """Begin to talk: a run begins, and earlier faults are forgotten.
+
+    Raises:
+        RuntimeError: if the other processes do not open theirs within `PATIENCE`, or torch is built without gloo.
+    """
+    if world_size() == 1:
+        return
+    try:
+        line = _line()
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"process {rank()} of {world_size()} did not reach the others' guards ({error}); each needs its own"
+        ) from error
+    line.opened, line.failed, line.sent = True, None, None
+
+
+def close_line() -> None:
+    """The last talk of a run, so that none of its messages is left for the next one. Nothing if none is open."""
+    if (line := _open()) is None:
+        return
+    line.opened = False
+    if line.sent is not None:
+        line.sent.wait()
+    elif line.failed is None:
+        dist.all_reduce(_flag(None), group=line.group)
+
+
+def tell_fault() -> None:
+    """This rank's guard has failed: let the others know where they next talk. Does not wait, may be called at will."""
+    if (line := _open()) is not None and line.failed is None:
+        line.failed = rank()
+        line.sent = dist.all_reduce(_flag(rank()), group=line.group, async_op=True)
+
+
+def heed_faults() -> None:
+    """Find out whether all guards are well.
+
+    Raises:
+        PeerFaultError: if one is not.
+    """
+    if world_size() == 1:
+        return
+    line = _line()
+    if line.failed is None:
+        flag = _flag(None)
+        dist.all_reduce(flag, group=line.group)
+        failed = flag.nonzero().flatten().tolist()
+        line.failed = failed[0] if failed else None
+    if line.failed is not None:
+        raise PeerFaultError(f"the guard of process {line.failed} of {world_size()} has failed")
 
 
 def total(tensor: Tensor) -> Tensor:
@@ -53,21 +140,32 @@ def total(tensor: Tensor) -> Tensor:
 def total_exposure(exposure: Exposure) -> Exposure:
     """The exposure of all ranks' data together.
 
-    Gradients are averaged before they are read, so every rank has the whole: they are never summed. They stay as this
-    rank booked them, under pull or push by its own targets.
+    Gradients are averaged before they are read, so every rank has the whole, or, of a sharded matrix, its own rows and
+    zeros: they are never summed.
 
     Args:
         exposure: of this rank; the same V on every rank.
 
     Returns:
-        ``inputs``, ``data_target`` and ``echo_target`` summed, the latest ``last_target``, the rest as given.
+        ``inputs``, ``data_target`` and ``echo_target`` summed, the latest ``last_target``, the largest ``pull``,
+        ``push`` and ``input_only``, the rest as given.
     """
     if world_size() == 1:
         return exposure
     counts = total(torch.stack([exposure.inputs, exposure.data_target, exposure.echo_target]))
     inputs, data_target, echo_target = counts.unbind()
-    last_target = _reduced(exposure.last_target, "MAX")
-    return replace(exposure, inputs=inputs, data_target=data_target, echo_target=echo_target, last_target=last_target)
+    last_target = largest(exposure.last_target)
+    norms = largest(torch.stack([exposure.pull, exposure.push, exposure.input_only]))
+    return replace(
+        exposure,
+        inputs=inputs,
+        data_target=data_target,
+        echo_target=echo_target,
+        last_target=last_target,
+        pull=norms[0],
+        push=norms[1],
+        input_only=norms[2],
+    )
 
 
 def any_of(mask: Tensor) -> Tensor:
@@ -96,11 +194,6 @@ def largest(tensor: Tensor) -> Tensor:
     return _reduced(tensor, "MAX")
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank."""
-    return bool(total(torch.tensor(int(flag), dtype=torch.int32)) > 0)
-
-
 def agree(value: T) -> T:
     """Rank 0's value, on every rank.
 
@@ -112,8 +205,9 @@ def agree(value: T) -> T:
     """
     if world_size() == 1:
         return value
+    heed_faults()
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_line().group)
     return box[0]
 
 
@@ -121,23 +215,33 @@ def _initialised() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def _line() -> _Line:
+    """The group of the guard's own, made at first use."""
+    if not _lines or _lines[0].world is not dist.group.WORLD:
+        _lines[:] = [_Line(dist.new_group(backend="gloo", timeout=PATIENCE), dist.group.WORLD)]
+    return _lines[0]
+
+
+def _open() -> _Line | None:
+    """The line of the run that goes on, if there is one."""
+    known = world_size() > 1 and bool(_lines) and _lines[0].world is dist.group.WORLD
+    return _lines[0] if known and _lines[0].opened else None
+
+
+def _flag(failed: int | None) -> Tensor:
+    """(world,) int32, nonzero at a failed rank."""
+    flag = torch.zeros(world_size(), dtype=torch.int32)
+    if failed is not None:
+        flag[failed] = 1
+    return flag
+
+
 def _reduced(tensor: Tensor, how: Literal["SUM", "MAX"]) -> Tensor:
     """A new tensor, element by element over all ranks."""
-    result = tensor.detach().clone(memory_format=torch.contiguous_format)
     if world_size() == 1:
-        return result
-    result = result.to(_reachable(result.device))
+        return tensor.detach().clone(memory_format=torch.contiguous_format)
+    heed_faults()
+    result = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     # By name, since torch.distributed has no ReduceOp where it is not built.
-    dist.all_reduce(result, op=getattr(dist.ReduceOp, how))
+    dist.all_reduce(result, op=getattr(dist.ReduceOp, how), group=_line().group)
     return result.to(tensor.device)
-
-
-def _reachable(device: torch.device) -> torch.device:
-    """The device itself if the backend takes its tensors, else one that it takes: the CPU, or the current device."""
-    # E.g. "cpu:gloo,cuda:gloo", or "cuda:nccl", which takes no CPU tensors.
-    kinds = [pair.partition(":")[0] for pair in dist.get_backend_config().split(",")]
-    if device.type in kinds:
-        return device
-    if "cpu" in kinds:
-        return torch.device("cpu")
-    return torch.device(kinds[0], torch.get_device_module(kinds[0]).current_device())

@@ -21,7 +21,7 @@ from vocabguard.guard.probing import watched_ids
 from vocabguard.guard.protection import Protection, needed
 from vocabguard.guard.setup import Watched
 from vocabguard.matrices import VocabMatrix
-from vocabguard.measure.exposure import ExposureCounter
+from vocabguard.measure.counter import ExposureCounter
 from vocabguard.models import is_encoder_decoder, no_tokens
 from vocabguard.protect.batches import add_rows
 from vocabguard.protect.collator import ECHO_KEY, EchoCollator, EchoError
@@ -88,8 +88,8 @@ def arm(
     """
     rules = tuple(rules)
     wants_echo, wants_hold = needed(config, rules, "echo") or source is not None, needed(config, rules, "hold")
-    if run.shift is None and counter is None and (wants_echo or wants_hold):
-        raise ConfigError(f"{'echo' if wants_echo else 'hold'}: {no_tokens(run.model).reason}")
+    if counter is None and (wants_echo or wants_hold) and (uncounted := no_tokens(run.model)) is not None:
+        raise ConfigError(f"{'echo' if wants_echo else 'hold'}: {uncounted.reason}")
     if counter is None or not (wants_echo or wants_hold):
         return None
     holder = _holder(config, watched, counter) if wants_hold else None
@@ -128,12 +128,14 @@ def _pace(config: GuardConfig, run: Run) -> Pace:
     collates = run.route == "collate" or isinstance(getattr(run.loader, "collate_fn", None), EchoCollator)
     if lag is None:
         lag = _prefetched(run) if collates else 0
-    return Pace(
+    pace = Pace(
         data_per_batch=per_batch,
         batches=batches,
         lag=lag,
         running=collates and run.route != "collate",
     )
+    # Each process has looked at its own part of the data.
+    return collective.agree(pace)
 
 
 def _prefetched(run: Run) -> int:

@@ -16,7 +16,7 @@ from vocabguard.guard.observe import Observer, Targets
 from vocabguard.guard.probing import Prober
 from vocabguard.guard.protection import Protection
 from vocabguard.guard.setup import Watched
-from vocabguard.measure.exposure import ExposureCounter
+from vocabguard.measure.counter import ExposureCounter
 from vocabguard.settings import GuardConfig
 
 

@@ -16,8 +16,10 @@ from vocabguard.guard.probing import Prober
 from vocabguard.guard.protection import Protection
 from vocabguard.guard.setup import Watched, vocabulary_rows
 from vocabguard.matrices import VocabMatrix
+from vocabguard.measure.counter import ExposureCounter
 from vocabguard.measure.drift import measure_drift
-from vocabguard.measure.exposure import ExposureCounter, exposure_classes
+from vocabguard.measure.exposure import exposure_classes
+from vocabguard.models import no_tokens
 from vocabguard.results import CheckResult, Exposure, MatrixName, NotApplicable, ProbeResult, RowDrift
 
 logger = logging.getLogger("vocabguard")
@@ -70,6 +72,8 @@ class Checker:
             overhead: the guard's share of the time so far, in [0, 1].
         """
         began = time.perf_counter()
+        # The model of a sharded run talks in its forward pass: no rank may be missing there.
+        collective.heed_faults()
         self._follow_resize()
         probes = self._probe() if with_probe else None
         self.probe_seconds = time.perf_counter() - began if probes else self.probe_seconds
@@ -89,6 +93,8 @@ class Checker:
         protection = self.protection
         if protection is not None:
             scalars |= protection.scalars(exposure, self.watched.table.live)
+        # Times differ between processes, and all must judge alike.
+        scalars = collective.agree(scalars)
         transitions = self.alerts.update(step, scalars)
         scalars[summary.PREFIX + "alerts/firing"] = float(len(self.alerts.firing))
         ranked = drifts["head"] if isinstance(drifts["head"], RowDrift) else drifts["embedding"]
@@ -128,7 +134,7 @@ class Checker:
     def exposure(self) -> Exposure | NotApplicable:
         """Counts so far, over all processes."""
         if self.counter is None:
-            return NotApplicable("exposure is off")
+            return no_tokens(self.model) or NotApplicable("exposure is off")
         return collective.total_exposure(self.counter.exposure())
 
     def classes(self, exposure: Exposure | NotApplicable) -> Tensor:

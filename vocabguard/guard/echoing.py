@@ -14,7 +14,7 @@ from torch import Tensor
 from vocabguard import collective
 from vocabguard.config import ConfigError
 from vocabguard.guard.setup import Watched
-from vocabguard.measure.exposure import ExposureCounter
+from vocabguard.measure.counter import ExposureCounter
 from vocabguard.prompts import render_echo
 from vocabguard.protect.allowed import allowed_ids, ids_in
 from vocabguard.protect.batches import add_rows
@@ -252,11 +252,12 @@ class EchoControl:
             return self.pace.data_per_batch
         if seen == 0:
             return None
-        return collective.agree(float(self._counter.data_targets) / seen)
+        targets = collective.total(torch.tensor(self._counter.data_targets))
+        return float(targets) / (seen * collective.world_size())
 
     def _publish(self, ids: Tensor | None = None) -> None:
-        """The next plan, from the first batch that no worker has made yet."""
-        plan, seen = self.plan, self._counter.batches
+        """The next plan, from the first batch that no worker has made yet; rank 0's, everywhere."""
+        plan, seen = self.plan, collective.agree(self._counter.batches)
         rate = self._rate(seen) if self.on else 0.0
         # A plan to come still waits for its first batch: its slot must not be lost. Without data targets a batch to
         # go by, the first counts are waited for.
@@ -275,7 +276,7 @@ class EchoControl:
             self.plan = follow(plan, first_batch=first, rate=rate, world=collective.world_size(), ids=ids)
         per_batch = self._data_per_batch(seen)
         dose = rate / per_batch if per_batch else 0.0
-        self.plan = EchoPlan(**{**vars(self.plan), "dose": dose})
+        self.plan = collective.agree(EchoPlan(**{**vars(self.plan), "dose": dose}))
         self.source.feed.publish(self.plan)
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from vocabguard import collective
 from vocabguard.config import ConfigError
 
 logger = logging.getLogger("vocabguard")
@@ -30,11 +31,19 @@ class Faults:
         """Whether the guard has stood down."""
         return self.reason is not None
 
-    def stand_down(self, reason: str) -> None:
-        """Stop guarding; only the first reason is kept and reported."""
-        if self.reason is None:
-            self.reason = reason
-            logger.warning("vocabguard stands down, training goes on: %s", reason, exc_info=not self._raise)
+    def stand_down(self, what: str, error: Exception) -> None:
+        """Stop guarding; only the first fault is kept and reported.
+
+        Args:
+            what: was being done.
+            error: what came of it.
+        """
+        if self.down:
+            return
+        elsewhere = isinstance(error, collective.PeerFaultError)
+        self.reason = str(error) if elsewhere else f"{what} failed with {type(error).__name__}: {error}"
+        told = None if elsewhere else error
+        logger.warning("vocabguard stands down, training goes on: %s", self.reason, exc_info=told)
 
     @contextmanager
     def contain(self, what: str) -> Iterator[None]:
@@ -49,12 +58,12 @@ class Faults:
         self._depth += 1
         try:
             yield
-        except ConfigError:
-            raise
         except Exception as error:
-            if self._raise:
+            # Whatever becomes of it here: the other processes must not wait for this one.
+            collective.tell_fault()
+            if self._raise or isinstance(error, ConfigError):
                 raise
-            self.stand_down(f"{what} failed with {type(error).__name__}: {error}")
+            self.stand_down(what, error)
         finally:
             self._depth -= 1
             # Nested work is already inside the outer piece's time.

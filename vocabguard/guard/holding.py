@@ -10,7 +10,7 @@ from torch import Tensor
 from vocabguard import collective
 from vocabguard.config import ConfigError
 from vocabguard.matrices import VocabMatrix
-from vocabguard.measure.exposure import ExposureCounter
+from vocabguard.measure.counter import ExposureCounter
 from vocabguard.protect.hold import HoldMode, RowKeeper, hold_rows, rows_to_hold
 from vocabguard.settings import HoldConfig
 
@@ -66,11 +66,14 @@ class Holder:
             self._keeper.keep(self._matrix.weight)
             self._kept = True
 
-    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def after_step(self, optimizer: torch.optim.Optimizer, data: Tensor, asked: Tensor, inputs: Tensor | None) -> None:
         """Put the held rows back.
 
         Args:
             optimizer: whose step it was; moments of held rows are cleared or levelled.
+            data: (V,) bool, targets of the data in this step, on any process.
+            asked: (V,) bool, targets of data or echo.
+            inputs: (V,) bool, inputs, where the matrix is tied.
         """
         if not self._kept or self._last is None:
             return
@@ -78,11 +81,9 @@ class Holder:
         counter, weight = self._counter, self._matrix.weight
         if len(self._last) != counter.rows:
             self._last = collective.largest(counter.last_data_target)
-        data, echo = collective.any_of(torch.stack([counter.data_targets_now(), counter.targets_now()]))
-        inputs = collective.any_of(counter.inputs_now()) if self._matrix.tied else None
         step = counter.steps + 1
         self._last = torch.where(data, step, self._last)
-        self.held = rows_to_hold(self._last, echo, inputs, step, self._config.window_steps)
+        self.held = rows_to_hold(self._last, asked, inputs, step, self._config.window_steps)
         mode = cast(HoldMode, self._config.mode)
         state: Any = optimizer.state.get(weight, {})
         hold_rows(weight, self._keeper.rows, self.held.to(weight.device), mode, state)

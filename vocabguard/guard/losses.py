@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from vocabguard import collective
 from vocabguard.guard.faults import Faults
 from vocabguard.measure.exposure import targets_of
 from vocabguard.protect.rows import IGNORE
+
+_KINDS = ("data", "echo")
 
 
 @torch.no_grad()
@@ -79,14 +82,14 @@ class LossMeter:
         self._book("data", whole.to(of_echo.device) - of_echo, targets.to(echoed.device) - echoed)
 
     def take(self) -> dict[str, float]:
-        """``loss/data`` and ``loss/echo``: means in nats a target since the last call; none without targets."""
-        means = {
-            f"loss/{name}": float(self._sums[name]) / count
-            for name in self._sums
-            if (count := int(self._counts[name])) > 0
-        }
+        """``loss/data`` and ``loss/echo`` over all processes: means in nats a target since the last call.
+
+        There is none without targets.
+        """
+        own = [[float(booked.get(name, 0)) for name in _KINDS] for booked in (self._sums, self._counts)]
         self._sums, self._counts = {}, {}
-        return means
+        sums, counts = collective.total(torch.tensor(own, dtype=torch.float64)).tolist()
+        return {f"loss/{name}": sums[at] / counts[at] for at, name in enumerate(_KINDS) if counts[at] > 0}
 
     def _book(self, name: str, total: Tensor, count: Tensor) -> None:
         # On the device: a number on the CPU would wait for it at every batch.

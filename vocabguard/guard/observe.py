@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from vocabguard import collective
 from vocabguard.guard.faults import Faults
 from vocabguard.matrices import VocabMatrix
-from vocabguard.measure.exposure import ExposureCounter
+from vocabguard.measure.counter import ExposureCounter
 from vocabguard.models import parameters_of
 from vocabguard.models import predicts_next as predicts_next  # noqa: PLC0414 (a part of this room's face)
 
@@ -172,10 +173,14 @@ class Observer:
         self._unread = False
         with self._faults.contain("reading the gradient"):
             self._follow_resize()
-            gradient = self._matrix.weight.grad
+            gradient, counter = self._matrix.weight.grad, self.counter
+            # By the steps that a resumed run remembers, so that it samples where an uninterrupted one does.
+            sample = self._push_every > 0 and (counter.steps + 1) % self._push_every == 0
+            holder = self.protection.holder if self.protection is not None else None
+            holds = holder is not None and holder.on
+            data, asked = collective.any_of(torch.stack([counter.data_targets_now(), counter.targets_now()]))
+            inputs = collective.any_of(counter.inputs_now()) if counter.tied and (sample or holds) else None
             if gradient is not None:
-                # By the steps that a resumed run remembers, so that it samples where an uninterrupted one does.
-                sample = self._push_every > 0 and (self.counter.steps + 1) % self._push_every == 0
-                self.counter.observe_gradient(gradient, sample)
-            if self.protection is not None and self.protection.holder is not None:
-                self.protection.holder.after_step(optimizer)
+                counter.observe_gradient(gradient, sample, targets=asked, inputs=inputs)
+            if holder is not None:
+                holder.after_step(optimizer, data, asked, inputs)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from vocabguard import collective
 from vocabguard.config import ConfigError, ConfigSource, load_config
 from vocabguard.guard import setup, state
 from vocabguard.guard.arming import Route, Run
@@ -129,6 +130,7 @@ class VocabGuard:
         attached = False
         try:
             with self.faults.contain("attach"):
+                collective.open_line()
                 state.require_known(self._resumed)
                 watched = setup.watch_model(model, self.tokenizer, self.config, self._resumed)
                 shift = self.config.exposure.shift_labels
@@ -165,8 +167,7 @@ class VocabGuard:
     def _begin_anew(self) -> None:
         """Forget an earlier run of this guard: its hooks, its faults, its numbers."""
         self.finish(check=False)
-        self.faults = Faults(self.config.on_error)
-        self.cadence = Cadence.of(self.config)
+        self.faults, self.cadence = Faults(self.config.on_error), Cadence.of(self.config)
         self.watch = self.last = self.observer = self.checker = self.run_dir = self.protection = None
         self.latest, self.steps, self._timer = {}, 0, StepTimer()
 
@@ -259,21 +260,19 @@ class VocabGuard:
 
     def step(self, step: int) -> CheckResult | None:
         """Tell the guard that optimizer step `step` (counted from 1) is done; gives the check, if one was due."""
-        if self.checker is None or self._reporter is None or self.faults.down:
-            self._heed_faults()
-            return None
         result = None
-        with self.faults.contain("step"):
-            self.steps = step
-            if self.observer is not None:
-                self.observer.counter.end_step(step)
-            self._timer.step(self.faults)
-            if not self.cadence.chosen and self._timer.steps >= self.cadence.settle_steps:
-                self.cadence.choose(self._timer.median(), self.checker.check_seconds, self.checker.probe_seconds)
-            if self.cadence.due(step):
-                result = self._check(step)
-            if self.protection is not None:
-                self.protection.end_step()
+        if self.checker is not None and self._reporter is not None and not self.faults.down:
+            with self.faults.contain("step"):
+                self.steps = step
+                if self.observer is not None:
+                    self.observer.counter.end_step(step)
+                self._timer.step(self.faults)
+                if not self.cadence.chosen and self._timer.steps >= self.cadence.settle_steps:
+                    self.cadence.choose(self._timer.median(), self.checker.check_seconds, self.checker.probe_seconds)
+                if self.cadence.due(step):
+                    result = self._check(step)
+                if self.protection is not None:
+                    self.protection.end_step()
         self._heed_faults()
         return result
 
@@ -315,7 +314,7 @@ class VocabGuard:
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs: V-sized vectors, plain values, references to baselines.
 
-        It survives ``torch.load(weights_only=True)``. A baseline in memory is written to the run folder once.
+        For all processes to call. It survives ``torch.load(weights_only=True)``; rows go to the run folder once.
         """
         saved: dict[str, Any] = {}
         if self.checker is not None and not self.faults.down:
@@ -347,4 +346,5 @@ class VocabGuard:
             if self._reporter is not None:
                 reporter, self._reporter = self._reporter, None
                 log = reporter.finish(self.last)
+            collective.close_line()
         return log
