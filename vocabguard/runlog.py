@@ -6,6 +6,9 @@
 | ``checks.jsonl`` | one line a check: attempt, step, seconds, probed, firing, scalars, worst and watched tokens, echo |
 | ``alerts.jsonl`` | one line a transition: attempt and the fields of `Transition` |
 | ``rows-<step>.safetensors`` | the vectors of `row_vectors` at a step |
+| ``confusion.jsonl`` | one line an evaluation, if asked for: shares by language, and from -> into counts |
+| ``neighbors.jsonl`` | one line a token and a step, if asked for: nearest rows then and now |
+| ``head_or_body.jsonl`` | one line at the end: what forgotten tokens come back with |
 
 JSON is strict: NaN and infinities are null. Lines are only appended. An *attempt* is one start of the process on the
 folder, from 0. A resume repeats steps that the attempt before had logged: the loader gives the later attempt's.
@@ -16,13 +19,11 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from importlib import metadata
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,14 @@ import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vocabguard.results import CheckResult, Exposure, NotApplicable, RowDrift, Transition, Watch
+from vocabguard.jsonlines import append_line, mend, plain, read_lines, replace_file
+from vocabguard.results import CheckResult, Exposure, RowDrift, Transition, Watch
 
 SCHEMA = 1
 """Version of the folder's layout; a newer one is refused."""
+
+NOTES = ("confusion", "neighbors", "head_or_body")
+"""Kinds of findings beside the checks."""
 
 _META, _CHECKS, _ALERTS = "run.json", "checks.jsonl", "alerts.jsonl"
 _ROWS = re.compile(r"rows-(\d+)\.safetensors")
@@ -96,10 +101,10 @@ class RunWriter:
             if old["groups"] != list(groups):
                 raise ValueError(f"{self.folder} holds a run with groups {old['groups']}; this one has {list(groups)}")
             meta |= {"created": old["created"], "resumed": [*old["resumed"], now]}
-        for name in (_CHECKS, _ALERTS):
-            _mend(self.folder / name)
-        meta |= {"config": _plain(config), "watch": _plain(watch), "groups": list(groups)}
-        _replace(self.folder / _META, (json.dumps(meta, indent=2, allow_nan=False) + "\n").encode())
+        for path in self.folder.glob("*.jsonl"):
+            mend(path)
+        meta |= {"config": plain(config), "watch": plain(watch), "groups": list(groups)}
+        replace_file(self.folder / _META, (json.dumps(meta, indent=2, allow_nan=False) + "\n").encode())
         self._attempt = len(meta["resumed"])
 
     def check(self, result: CheckResult) -> None:
@@ -125,8 +130,21 @@ class RunWriter:
         line |= {} if result.echo is None else {"echo": result.echo}
         # Alerts first: a check that can be read has all its alerts.
         for transition in result.transitions:
-            self._append(_ALERTS, {"attempt": attempt, **_plain(transition)})
-        self._append(_CHECKS, line)
+            append_line(self.folder / _ALERTS, {"attempt": attempt, **plain(transition)})
+        append_line(self.folder / _CHECKS, line)
+
+    def note(self, kind: str, step: int, content: Mapping[str, Any]) -> None:
+        """Append a finding that is no check.
+
+        Args:
+            kind: the file's name, without ``.jsonl``; one of `NOTES`.
+            step: the optimizer step.
+            content: what was found.
+
+        Raises:
+            RuntimeError: before `start`.
+        """
+        append_line(self.folder / f"{kind}.jsonl", {"attempt": self._started(), "step": step, **content})
 
     def rows(self, step: int, tensors: Mapping[str, Tensor]) -> Path:
         """Write every row's numbers.
@@ -145,13 +163,8 @@ class RunWriter:
         path = self.folder / f"rows-{step}.safetensors"
         # Clones, since safetensors refuses tensors that share memory.
         whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        _replace(path, safetensors.torch.save(whole, metadata={"attempt": str(attempt), "step": str(step)}))
+        replace_file(path, safetensors.torch.save(whole, metadata={"attempt": str(attempt), "step": str(step)}))
         return path
-
-    def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        # A lone surrogate in a token's text becomes an escape that JSON knows.
-        with (self.folder / name).open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(json.dumps(_plain(line), ensure_ascii=False, allow_nan=False) + "\n")
 
     def _started(self) -> int:
         if self._attempt is None:
@@ -189,19 +202,33 @@ class RunLog:
 
     def checks(self) -> list[dict[str, Any]]:
         """All checks in order: ``attempt, step, seconds, probed, firing, scalars, worst, watched``; None for a NaN."""
-        lines = _read_lines(self.folder / _CHECKS)
+        lines = read_lines(self.folder / _CHECKS)
         first = _first_steps(lines)
         return [line for line in lines if _stands(line, first)]
 
     def alerts(self) -> list[Transition]:
         """All transitions, in order."""
-        first = _first_steps(_read_lines(self.folder / _CHECKS))
-        return [_as_transition(line) for line in _read_lines(self.folder / _ALERTS) if _stands(line, first)]
+        first = _first_steps(read_lines(self.folder / _CHECKS))
+        return [_as_transition(line) for line in read_lines(self.folder / _ALERTS) if _stands(line, first)]
+
+    def notes(self, kind: str) -> list[dict[str, Any]]:
+        """All findings of a kind, in order: ``attempt``, ``step`` and what was found; none where none was asked for.
+
+        Args:
+            kind: one of `NOTES`.
+
+        Raises:
+            ValueError: for another kind.
+        """
+        if kind not in NOTES:
+            raise ValueError(f"kind is {kind!r}; allowed: {', '.join(NOTES)}")
+        first = _first_steps(read_lines(self.folder / _CHECKS))
+        return [line for line in read_lines(self.folder / f"{kind}.jsonl") if _stands(line, first)]
 
     @property
     def row_steps(self) -> tuple[int, ...]:
         """Steps of which there are rows, ascending."""
-        first = _first_steps(_read_lines(self.folder / _CHECKS))
+        first = _first_steps(read_lines(self.folder / _CHECKS))
         lines = []
         for path in self.folder.iterdir():
             if match := _ROWS.fullmatch(path.name):
@@ -250,63 +277,11 @@ def _named(prefix: str, source: object, names: Sequence[str]) -> dict[str, Tenso
     return {f"{prefix}/{name}": getattr(source, name) for name in names}
 
 
-def _plain(value: Any) -> Any:
-    """The value as what strict JSON can hold."""
-    if isinstance(value, NotApplicable):
-        return {"not_applicable": value.reason}
-    if is_dataclass(value):
-        return {spec.name: _plain(getattr(value, spec.name)) for spec in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, Tensor) and value.ndim > 0:
-        return {"shape": list(value.shape), "dtype": str(value.dtype)}
-    return _plain_leaf(value.item() if isinstance(value, Tensor) else value)
-
-
-def _plain_leaf(value: Any) -> bool | int | float | str | None:
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    # The abstract kinds, so that NumPy's numbers count.
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real):
-        return float(value) if math.isfinite(value) else None
-    return str(value)
-
-
 def _version() -> str | None:
     try:
         return metadata.version("vocabguard")
     except metadata.PackageNotFoundError:
         return None
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a whole file so that no reader sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _mend(path: Path) -> None:
-    """End a file of lines with a whole line: the process before may have died while it wrote."""
-    content = path.read_bytes() if path.exists() else b""
-    whole, newline, tail = content.rpartition(b"\n")
-    if tail:
-        _replace(path, content + b"\n" if _is_json(tail) else whole + newline)
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -318,17 +293,6 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if schema != SCHEMA:
         raise ValueError(f"{folder} has schema {schema}; this version of vocabguard reads schema {SCHEMA}")
     return meta
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file, without a last one that is not whole: it may be being written."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    if lines and not _is_json(lines[-1]):
-        lines.pop()
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{path} has a line, not its last, that is not JSON: {error}") from error
 
 
 def _first_steps(checks: Sequence[Mapping[str, Any]]) -> dict[int, int]:
