@@ -11,9 +11,12 @@ import pytest
 import yaml
 
 from vocabguard import ConfigError, GuardConfig, VocabGuard, load_config, presets
-from vocabguard.settings import DriftConfig, RuleConfig
+from vocabguard.config import load_questions
+from vocabguard.measure.confusion import confusion_matrix, count_answers, summarise_confusion
+from vocabguard.settings import ConfusionConfig, DriftConfig, RuleConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+PRESETS = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "prompts")
 
 
 def leaves(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -31,7 +34,7 @@ def setting(config: GuardConfig, dotted: str) -> Any:
     return value
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_every_preset_loads_by_name_and_by_path(path: Path) -> None:
     written = leaves(yaml.safe_load(path.read_text(encoding="utf-8")))
     assert written
@@ -43,7 +46,7 @@ def test_every_preset_loads_by_name_and_by_path(path: Path) -> None:
 
 
 def test_presets_are_the_files_of_configs() -> None:
-    assert presets() == tuple(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    assert presets() == tuple(path.stem for path in PRESETS)
 
 
 def test_defaults() -> None:
@@ -128,6 +131,12 @@ REFUSED: list[tuple[Any, tuple[str, ...]]] = [
     ({"drift": 5}, ("drift is 5", "every_n_steps", "chunk_rows")),
     ({"drift": None}, ("drift", "not Optional")),
     ({"probe": {"watch": "word"}}, ("probe.watch", "list")),
+    ({"confusion": {"max_new_tokens": 0}}, ("confusion.max_new_tokens", "0", "1 to 4096")),
+    ({"confusion": {"languages": "ja"}}, ("confusion.languages", "list")),
+    ({"confusion": {"enabled": True, "languages": ["ja", "xx"]}}, ("confusion.languages has ['xx']", "ja", "ko")),
+    ({"confusion": {"enabled": True, "prompts": "none.yaml"}}, ("confusion.prompts is 'none.yaml'", "YAML file")),
+    ({"neighbors": {"k": 101}}, ("neighbors.k", "101", "0 to 100")),
+    ({"neighbors": {"every_n_checks": -1}}, ("neighbors.every_n_checks", "-1", "at least 0")),
     # contexts
     ({"probe": {"contexts": {"mine": {"text": "Say it."}}}}, ("probe.contexts.mine.text", "Say it.", "{tokens}")),
     ({"probe": {"contexts": {"mine": {"text": "{tokens} {tokens}"}}}}, ("probe.contexts.mine.text", "exactly one")),
@@ -213,6 +222,47 @@ def test_the_given_config_stays_as_it_is() -> None:
     config.alerts["head_degraded"].threshold = 0.5
     assert given == GuardConfig()
     assert load_config() == GuardConfig()
+
+
+# -- questions in many languages -------------------------------------------------------------------------------------
+
+
+def test_packaged_questions_are_in_the_languages_they_claim() -> None:
+    asked = load_questions(ConfusionConfig(per_language=99))
+    assert len(asked) >= 12
+    assert {4 <= len(texts) <= 8 for texts in asked.values()} == {True}
+    pairs = [(language, text) for language, texts in asked.items() for text in texts]
+    assert len({text for _, text in pairs}) == len(pairs)
+    found = count_answers(pairs, tuple(asked), allow=dict.fromkeys(asked, ()), least_words=3)
+    assert confusion_matrix(found) == {}, "no letter of another script, so that no answer repeats one"
+    assert summarise_confusion(found)["line_pass"] == 1.0
+
+
+def test_questions_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("ja: [一つ目, 二つ目, 三つ目]\nno: ["Hvordan går det?"]\nko: [하나]\n", encoding="utf-8")
+    assert load_questions(ConfusionConfig(prompts=str(file), per_language=2)) == {
+        "ja": ("一つ目", "二つ目"), "no": ("Hvordan går det?",), "ko": ("하나",),
+    }  # fmt: skip
+    assert list(load_questions(ConfusionConfig(prompts=str(file), languages=["ko", "ja"]))) == ["ko", "ja"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- one\n", "holds list; allowed: lists of questions by language"),
+        ("", "holds NoneType"),
+        ("ja: [a", "is no YAML"),
+        ("ja: one\n", "ja is 'one'; allowed: a list of questions"),
+        ("ja: []\n", r"ja is \[\]"),
+        ("ja: ['', a]\n", r"ja is \['', 'a'\]"),
+    ],
+)
+def test_files_that_hold_no_questions(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"^confusion.prompts.*{said}"):
+        load_config({"confusion": {"enabled": True, "prompts": str(file)}})
 
 
 # -- echo and hold ---------------------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from vocabguard.settings import GuardConfig
+from vocabguard.settings import ConfusionConfig, GuardConfig
 
 
 class ConfigError(ValueError):
@@ -27,10 +28,45 @@ class ConfigError(ValueError):
 ConfigSource = str | Path | Mapping[str, Any] | GuardConfig | None
 
 
+# A file beside the presets that is none.
+_QUESTIONS = "prompts.yaml"
+
+
 def presets() -> tuple[str, ...]:
     """Names of the packaged presets, sorted."""
-    folder = resources.files("vocabguard").joinpath("configs")
-    return tuple(sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")))
+    names = (entry.name for entry in resources.files("vocabguard").joinpath("configs").iterdir())
+    return tuple(sorted(n.removesuffix(".yaml") for n in names if n.endswith(".yaml") and n != _QUESTIONS))
+
+
+def load_questions(config: ConfusionConfig) -> dict[str, tuple[str, ...]]:
+    """The questions that `confusion` asks: language -> at most ``per_language`` texts, in the file's order.
+
+    Raises:
+        ConfigError: for a file that is missing, or is not a mapping of languages to lists of texts; and for a language
+            that it does not have.
+    """
+    key, path = "confusion.prompts", config.prompts
+    if path is None:
+        text = resources.files("vocabguard").joinpath("configs", _QUESTIONS).read_text(encoding="utf-8")
+    elif not Path(path).is_file():
+        raise ConfigError(f"{key} is {path!r}; allowed: a YAML file of questions by language, or null")
+    else:
+        text = Path(path).read_text(encoding="utf-8")
+    try:
+        found = yaml.safe_load(text)
+    except YAMLError as error:
+        raise ConfigError(f"{key} {path} is no YAML: {error}") from error
+    if not isinstance(found, dict) or not found:
+        raise ConfigError(f"{key} {path} holds {type(found).__name__}; allowed: lists of questions by language")
+    # YAML 1.1 reads the code of Norwegian as a boolean.
+    found = {"no" if language is False else str(language): texts for language, texts in found.items()}
+    for language, texts in found.items():
+        if not isinstance(texts, list) or not texts or not all(isinstance(one, str) and one.strip() for one in texts):
+            raise ConfigError(f"{key}: {language} is {texts!r}; allowed: a list of questions")
+    if missing := [language for language in config.languages if language not in found]:
+        raise ConfigError(f"confusion.languages has {missing}; allowed: {', '.join(found)}")
+    wanted = config.languages or list(found)
+    return {language: tuple(found[language][: config.per_language]) for language in wanted}
 
 
 def load_config(
@@ -66,6 +102,8 @@ def load_config(
         if text.count("{tokens}") != 1:
             raise ConfigError(f"{key} is {text!r}; it needs exactly one '{{tokens}}'")
     _check_protection(config)
+    if config.confusion.enabled:
+        load_questions(config.confusion)
     return config
 
 

@@ -10,6 +10,7 @@ from vocabguard.settings_protect import AutoDoseConfig, EchoConfig, HoldConfig, 
 __all__ = [
     "AutoDoseConfig",
     "CadenceConfig",
+    "ConfusionConfig",
     "ContextConfig",
     "DriftConfig",
     "EchoConfig",
@@ -18,6 +19,7 @@ __all__ = [
     "HoldConfig",
     "LogConfig",
     "MatricesConfig",
+    "NeighborsConfig",
     "PreflightConfig",
     "ProbeConfig",
     "RuleConfig",
@@ -141,6 +143,7 @@ class ProbeConfig:
         contexts: name -> text and k.
         batch_tokens: tokens in one forward pass of the probe.
         budget: largest share of the run's time that probes may take when the cadence is chosen.
+        head_or_body: whether tokens that are forgotten at the end are asked for once more with the base's rows.
     """
 
     enabled: bool = True
@@ -151,6 +154,43 @@ class ProbeConfig:
     contexts: dict[str, ContextConfig] = field(default_factory=_default_contexts)
     batch_tokens: int = limited(4096, at_least=1)
     budget: float = limited(0.005, at_least=0.0, at_most=1.0)
+    head_or_body: bool = True
+
+
+@dataclass
+class ConfusionConfig:
+    """Answers to everyday questions in many languages, generated greedily at evaluations.
+
+    Attributes:
+        enabled: whether to ask.
+        prompts: a YAML file of questions by language (ISO 639 codes); null takes the packaged ``prompts.yaml``.
+        languages: those asked in; none named, all of the file.
+        per_language: at most so many questions in each.
+        max_new_tokens: longest answer.
+        batch_prompts: questions in one forward pass.
+    """
+
+    enabled: bool = False
+    prompts: str | None = None
+    languages: list[str] = limited([])
+    per_language: int = limited(4, at_least=1)
+    max_new_tokens: int = limited(32, at_least=1, at_most=4096)
+    batch_prompts: int = limited(16, at_least=1)
+
+
+@dataclass
+class NeighborsConfig:
+    """Nearest rows of the worst and the watched tokens, then and now.
+
+    Attributes:
+        k: how many rows; 0 looks at none.
+        rows: worst tokens looked at, beside the watch list.
+        every_n_checks: look at every n-th check; 0 only at the end.
+    """
+
+    k: int = limited(0, at_least=0, at_most=100)
+    rows: int = limited(10, at_least=0, at_most=1000)
+    every_n_checks: int = limited(0, at_least=0)
 
 
 @dataclass
@@ -230,6 +270,8 @@ class GuardConfig:
         preflight: counts before step 1.
         untrained: never-trained rows.
         probe: asking for tokens back.
+        confusion: answers in many languages at evaluations.
+        neighbors: nearest rows.
         cadence: how often, where not given.
         echo: echo rows in training batches.
         hold: rows that keep still.
@@ -247,6 +289,8 @@ class GuardConfig:
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     untrained: UntrainedConfig = field(default_factory=UntrainedConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    confusion: ConfusionConfig = field(default_factory=ConfusionConfig)
+    neighbors: NeighborsConfig = field(default_factory=NeighborsConfig)
     cadence: CadenceConfig = field(default_factory=CadenceConfig)
     echo: EchoConfig = field(default_factory=EchoConfig)
     hold: HoldConfig = field(default_factory=HoldConfig)
