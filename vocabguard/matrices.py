@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vocabguard.adapted import AdaptedRows, adapter_of, plain_module, plain_name
 from vocabguard.results import MatrixName, NotApplicable
+from vocabguard.sharded import Shard, local_rows, shard_of
 
 _GETTERS: dict[MatrixName, str] = {"head": "get_output_embeddings", "embedding": "get_input_embeddings"}
 
@@ -107,6 +108,18 @@ class VocabMatrix:
         return any(plain_module(module) is not module for module in ends)
 
     @property
+    def shard(self) -> Shard | None:
+        """The rows that this process has; None where it has all.
+
+        Raises:
+            RuntimeError: if rows are no longer split in a way that can be followed.
+        """
+        shard = shard_of(self.weight)
+        if isinstance(shard, NotApplicable):
+            raise RuntimeError(f"the {self.name} can no longer be followed: {shard.reason}")
+        return shard
+
+    @property
     def has_bias(self) -> bool:
         """Whether the module adds a bias, which is no part of a row."""
         return getattr(self.module, "bias", None) is not None
@@ -125,7 +138,7 @@ class VocabMatrix:
         return tuple(dict.fromkeys(plain_name(name) for name in found))
 
     def chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
-        """Walk over the rows.
+        """Walk over the rows; of a matrix that is spread over processes, those of this one.
 
         Args:
             size: rows a chunk; the last may be shorter.
@@ -142,10 +155,11 @@ class VocabMatrix:
         if (adapter := self.adapter) is not None:
             yield from adapter.chunks(size)
             return
-        weight = self.weight.detach()
-        for start in range(0, weight.shape[0], size):
-            part = slice(start, min(start + size, weight.shape[0]))
-            yield part, weight[part]
+        rows, shard = local_rows(self.weight.detach()), self.shard
+        first = 0 if shard is None else shard.part.start
+        for start in range(0, len(rows), size):
+            stop = min(start + size, len(rows))
+            yield slice(first + start, first + stop), rows[start:stop]
 
 
 def find_matrices(
@@ -183,9 +197,9 @@ def _judge(matrix: VocabMatrix, paths: dict[MatrixName, str | None]) -> VocabMat
     expected = _vocabulary_size(matrix.model, paths)
     if matrix.path is None and expected is not None and matrix.rows < expected:
         return NotApplicable(f"the {name} has {matrix.rows} rows for {expected} tokens, so it is not a row per token")
-    adapter = adapter_of(module)
-    if isinstance(adapter, NotApplicable):
-        return NotApplicable(f"the {name} cannot be followed: {adapter.reason}")
+    for found in (adapter_of(module), shard_of(matrix.weight)):
+        if isinstance(found, NotApplicable):
+            return NotApplicable(f"the {name} cannot be followed: {found.reason}")
     if not matrix.trainable:
         tells = "the probe still tells what the model can say" if name == "head" else "there is nothing to measure"
         return NotApplicable(f"the {name} is frozen (requires_grad is False), so its rows cannot move; {tells}")

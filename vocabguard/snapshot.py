@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vocabguard.matrices import VocabMatrix
 from vocabguard.results import MatrixName
+from vocabguard.sharded import ShardBaseline, local_rows
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DIGEST_ROWS = 64
@@ -182,12 +183,14 @@ class FileBaseline:
         return digest.hexdigest()
 
 
-def copy_baseline(matrix: VocabMatrix) -> CopiedBaseline:
+def copy_baseline(matrix: VocabMatrix) -> CopiedBaseline | ShardBaseline:
     """Copy a matrix's rows to the CPU, in its own dtype; in float32 where an adapter has changed them.
 
     Args:
-        matrix: read as it is now.
+        matrix: read as it is now; of one that is spread over processes, each copies its own rows.
     """
+    if (shard := matrix.shard) is not None:
+        return ShardBaseline(local_rows(matrix.weight.detach()).to("cpu", copy=True), shard, matrix.rows)
     if matrix.adapter is not None:
         return CopiedBaseline(torch.cat([rows.to("cpu", copy=True) for _, rows in matrix.chunks(2**14)]))
     return CopiedBaseline(matrix.weight.detach().to("cpu", copy=True).contiguous())
@@ -233,7 +236,10 @@ def save_baseline(baseline: Baseline, path: str | Path, key: str) -> FileBaselin
     Returns:
         The baseline as read from the file, whose `reference` outlives the process.
     """
-    save_file({key: baseline.chunk(slice(0, baseline.rows)).contiguous()}, str(path), metadata={"format": "pt"})
+    # Under another name first: a run that is killed meanwhile leaves no half file to resume from.
+    new = Path(f"{path}.new")
+    save_file({key: baseline.chunk(slice(0, baseline.rows)).contiguous()}, str(new), metadata={"format": "pt"})
+    new.replace(path)
     return FileBaseline(Path(path).resolve(), key)
 
 

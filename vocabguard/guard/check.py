@@ -160,7 +160,7 @@ class Checker:
                 # A tied pair is one matrix, measured once.
                 known = found.get("head") if matrix.tied else None
                 baseline = self.watched.baseline_of(name)
-                found[name] = known or measure_drift(matrix, baseline, unexposed, self.chunk_rows)
+                found[name] = known or measure_drift(matrix, baseline, unexposed, self.chunk_rows, shard=matrix.shard)
             else:
                 found[name] = matrix
         return found

@@ -14,6 +14,7 @@ from vocabguard.matrices import VocabMatrix
 from vocabguard.measure.counter import ExposureCounter
 from vocabguard.models import parameters_of
 from vocabguard.models import predicts_next as predicts_next  # noqa: PLC0414 (a part of this room's face)
+from vocabguard.sharded import local_rows
 
 if TYPE_CHECKING:
     from vocabguard.guard.protection import Protection
@@ -181,6 +182,13 @@ class Observer:
             data, asked = collective.any_of(torch.stack([counter.data_targets_now(), counter.targets_now()]))
             inputs = collective.any_of(counter.inputs_now()) if counter.tied and (sample or holds) else None
             if gradient is not None:
-                counter.observe_gradient(gradient, sample, targets=asked, inputs=inputs)
+                shard = self._matrix.shard
+                counter.observe_gradient(
+                    local_rows(gradient),
+                    sample,
+                    targets=asked,
+                    inputs=inputs,
+                    first_row=None if shard is None else shard.part.start,
+                )
             if holder is not None:
                 holder.after_step(optimizer, data, asked, inputs)

@@ -5,20 +5,25 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from vocabguard import collective
 from vocabguard.config import ConfigError
+from vocabguard.sharded import ShardBaseline
 from vocabguard.snapshot import CopiedBaseline, save_baseline
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from vocabguard.guard.session import VocabGuard
 
 logger = logging.getLogger("vocabguard")
 
 VERSION = 1
+
+_ROWS_SENT = 4096
 
 _BEGINS_LATE = (
     "vocabguard: %d steps are done and no saved state of a guard is there: drift and counts begin here, not at the base"
@@ -74,14 +79,24 @@ def _baselines(guard: VocabGuard) -> dict[str, dict[str, str] | Tensor]:
     assert guard.checker is not None
     baselines = guard.checker.watched.baselines
     for name, baseline in baselines.items():
-        if isinstance(baseline, CopiedBaseline) and guard.run_dir is not None:
-            path = guard.run_dir / f"baseline-{name}.safetensors"
-            if collective.is_main():
-                baselines[name] = save_baseline(baseline, path, name)
+        if baseline.reference() or guard.run_dir is None:
+            continue
+        path = guard.run_dir / f"baseline-{name}.safetensors"
+        if isinstance(baseline, ShardBaseline):
+            baseline.saved = _save_shards(baseline, path, name)
+        elif collective.is_main():
+            baselines[name] = save_baseline(baseline, path, name)
     return {
         name: baseline.tensor if isinstance(baseline, CopiedBaseline) else baseline.reference()
         for name, baseline in baselines.items()
     }
+
+
+def _save_shards(baseline: ShardBaseline, path: Path, key: str) -> dict[str, str]:
+    """Write the rows of all processes, sent chunk by chunk, to one file; rank 0 does."""
+    parts = [rows for _, rows in baseline.chunks(_ROWS_SENT) if collective.is_main()]
+    saved = save_baseline(CopiedBaseline(torch.cat(parts)), path, key).reference() if parts else {}
+    return collective.agree(saved)
 
 
 def restore(guard: VocabGuard, saved: Mapping[str, Any]) -> None:

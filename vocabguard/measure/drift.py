@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vocabguard.measure.rowwise import Floats, Rows, row_sums, take_rows
 from vocabguard.results import RowDrift, RowProducts
+from vocabguard.sharded import Shard
 from vocabguard.snapshot import Baseline
 
 Flags = npt.NDArray[np.bool_]
@@ -46,7 +47,12 @@ class RowPass:
 
 
 def measure_drift(
-    matrix: Rows, baseline: Baseline, unexposed: Tensor, chunk_rows: int = 1024, shift_rows: int = 8192
+    matrix: Rows,
+    baseline: Baseline,
+    unexposed: Tensor,
+    chunk_rows: int = 1024,
+    shift_rows: int = 8192,
+    shard: Shard | None = None,
 ) -> RowDrift:
     """Measure every row against its baseline.
 
@@ -57,6 +63,7 @@ def measure_drift(
         chunk_rows: rows read at a time; on the CPU, two float32 buffers of at most so many rows a thread are all that
             is allocated besides (V,) vectors.
         shift_rows: as many unexposed rows give that mean; see `mean_shift`.
+        shard: the rows that this process has of a matrix that is spread over processes, which measure it together.
 
     Returns:
         (V,) vectors on the CPU. Cosines are within 1e-6 of float64. Without unexposed rows residual is cosine.
@@ -64,12 +71,18 @@ def measure_drift(
     Raises:
         ValueError: if the widths differ, or ``unexposed`` is not (V,) bool.
     """
-    shift = mean_shift(matrix, baseline, unexposed, chunk_rows, shift_rows)
-    return row_drift(row_products(matrix, baseline, shift, chunk_rows))
+    shift = mean_shift(matrix, baseline, unexposed, chunk_rows, shift_rows, shard)
+    found = row_drift(row_products(matrix, baseline, shift, chunk_rows))
+    return found if shard is None else _joined(found, shard)
 
 
 def mean_shift(
-    matrix: Rows, baseline: Baseline, unexposed: Tensor, chunk_rows: int = 1024, shift_rows: int = 8192
+    matrix: Rows,
+    baseline: Baseline,
+    unexposed: Tensor,
+    chunk_rows: int = 1024,
+    shift_rows: int = 8192,
+    shard: Shard | None = None,
 ) -> Tensor:
     """Mean displacement of the unexposed rows, without those that are not finite or have no baseline.
 
@@ -82,6 +95,7 @@ def mean_shift(
         unexposed: (V,) bool.
         chunk_rows: rows read at a time.
         shift_rows: most rows to use.
+        shard: see `measure_drift`.
 
     Returns:
         (width,) float32 on the CPU; zero if there are no such rows.
@@ -102,6 +116,9 @@ def mean_shift(
             chunk_sum = moved.sum(axis=0, dtype=np.float64)
         total += chunk_sum
         count += len(moved)
+    if shard is not None:
+        *sums, counted = shard.total(torch.from_numpy(np.append(total, count))).tolist()
+        total, count = np.array(sums), int(counted)
     return torch.from_numpy((total / max(count, 1)).astype(np.float32))
 
 
@@ -185,6 +202,14 @@ def summarise(drift: RowDrift, live: Tensor, parts: Mapping[str, Tensor]) -> dic
     scalars["nonfinite_rows"] = float(np.count_nonzero(lives & bad))
     scalars["zero_rows"] = float(np.count_nonzero(lives & zero))
     return scalars
+
+
+def _joined(drift: RowDrift, shard: Shard) -> RowDrift:
+    """Every process's rows, each measured where they are."""
+    names = ("cosine", "residual", "l2", "norm_ratio", "bad", "zero")
+    vectors = shard.join(torch.stack([getattr(drift, name).float() for name in names]))
+    found = dict(zip(names, vectors, strict=True))
+    return RowDrift(**{**found, "bad": found["bad"] > 0, "zero": found["zero"] > 0})
 
 
 def _describe(drift: RowDrift, chosen: Flags) -> dict[str, float]:
