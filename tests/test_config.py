@@ -240,7 +240,7 @@ def test_packaged_questions_are_in_the_languages_they_claim() -> None:
 
 def test_questions_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
-    file.write_text("ja: [一つ目, 二つ目, 三つ目]\nno: ["Hvordan går det?"]\nko: [하나]\n", encoding="utf-8")
+    file.write_text("ja: [一つ目, 二つ目, 三つ目]\nno: ['Hvordan går det?']\nko: [하나]\n", encoding="utf-8")
     assert load_questions(ConfusionConfig(prompts=str(file), per_language=2)) == {
         "ja": ("一つ目", "二つ目"), "no": ("Hvordan går det?",), "ko": ("하나",),
     }  # fmt: skip
