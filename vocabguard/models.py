@@ -15,6 +15,8 @@ _ALIGNED = re.compile(
     r"|(Flaubert|XLM)WithLMHeadModel|XLNetLMHeadModel"
 )
 _LANGUAGE = re.compile(r"LM|Generation")
+# They have no mask over what comes later, unless a call brings one.
+_LOOK_AHEAD = re.compile(r"(Flaubert|XLM)WithLMHeadModel|XLNetLMHeadModel")
 
 
 def core_of(model: nn.Module) -> nn.Module:
@@ -51,10 +53,17 @@ def predicts_next(model: nn.Module) -> bool | None:
     return not name.endswith(("ForMaskedLM", "ForPreTraining")) and _ALIGNED.fullmatch(name) is None
 
 
-def no_tokens(model: nn.Module) -> NotApplicable:
-    """Why nothing is counted where `predicts_next` is None, in words."""
+def no_tokens(model: nn.Module) -> NotApplicable | None:
+    """Why a model's labels are not counted, where they are no tokens; None where they are."""
+    if predicts_next(model) is not None:
+        return None
     name = type(core_of(model)).__name__
     return NotApplicable(f"{name} has no output rows over the vocabulary: its labels are no tokens")
+
+
+def looks_ahead(model: nn.Module) -> bool:
+    """Whether a position sees those after it, by the class's name, so that a prompt would show its own answer."""
+    return _LOOK_AHEAD.fullmatch(type(core_of(model)).__name__) is not None
 
 
 def has_head(model: nn.Module) -> bool:

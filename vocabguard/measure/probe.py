@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vocabguard.models import core_of, has_head, is_encoder_decoder, parameters_of
+from vocabguard.models import core_of, has_head, is_encoder_decoder, looks_ahead, parameters_of
 from vocabguard.results import NotApplicable, ProbeResult
 
 _LOGITS_AT_ONCE = 2**25
@@ -55,6 +55,8 @@ def probe_applicable(model: nn.Module) -> NotApplicable | None:
     other = re.search(r"For(?!CausalLM|ConditionalGeneration)[A-Z]\w+", name)
     if other:
         return NotApplicable(f"{name} ({other[0]}) does not predict next tokens")
+    if looks_ahead(core):
+        return NotApplicable(f"{name} sees what comes after a place, so a prompt would show it the answer")
     if not has_head(core):
         return NotApplicable(f"{name} has no output matrix over the vocabulary")
     if not _accepts(core, "input_ids"):
@@ -90,7 +92,7 @@ def probe(
         raise ValueError("contexts is empty; the probe needs at least one")
     ids = ids.detach().to("cpu", torch.int64)
     model = getattr(model, "_orig_mod", model)
-    with _undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad():
         found = [_probe_context(model, ids, context, seed, batch_tokens) for context in contexts]
     probability, rank, instead = (torch.stack(columns, dim=1) for columns in zip(*found, strict=True))
     return ProbeResult(
@@ -185,7 +187,7 @@ def _answer_part(logits: Tensor, ids: Tensor) -> Answers:
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, eager, with forked generators; everything as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta", "mps")}
