@@ -243,6 +243,27 @@ class EchoReport:
 
 
 @dataclass(frozen=True)
+class Finding:
+    """Something found beside the checks.
+
+    Attributes:
+        kind: ``confusion``, ``neighbors`` or ``head_or_body``.
+        step: the optimizer step.
+        lines: what the run log keeps, a line each.
+        sentence: for a person.
+        table: the same in Markdown; empty where the sentence says it all.
+        scalars: flat logged keys (``vocabguard/...``) and values.
+    """
+
+    kind: str
+    step: int
+    lines: tuple[Mapping[str, object], ...]
+    sentence: str
+    table: str = ""
+    scalars: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class CheckResult:
     """Everything one check found.
 
@@ -261,6 +282,7 @@ class CheckResult:
         watched: the tokens of the watch list.
         seconds: what the check took.
         echo: what echo has done so far; None where it is not configured.
+        findings: what was found beside, where that is due at checks.
     """
 
     step: int
@@ -277,6 +299,7 @@ class CheckResult:
     seconds: float = 0.0
     echo: EchoReport | None = None
     base_probe: ProbeResult | None = None
+    findings: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from vocabguard.alerts.rules import AlertRule
 from vocabguard.guard.arming import Run, arm
 from vocabguard.guard.check import Checker
 from vocabguard.guard.echoing import EchoSource
+from vocabguard.guard.extras import Extras
 from vocabguard.guard.faults import Faults
 from vocabguard.guard.observe import Observer, Targets
 from vocabguard.guard.probing import Prober
@@ -33,6 +34,11 @@ class Parts:
     observer: Observer | None
     checker: Checker
     protection: Protection | None
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the parts before step 1."""
+        told = self.protection.notes() if self.protection is not None else ()
+        return told + (self.checker.extras.notes() if self.checker.extras is not None else ())
 
     def hook(self, optimizer: Any, faults: Faults, *, hook_model: bool) -> None:
         """Set all hooks.
@@ -77,7 +83,7 @@ def put_together(
         source: of echo rows, where `VocabGuard.collator` was called.
 
     Raises:
-        ConfigError: where echo or hold would be wrong.
+        ConfigError: where echo or hold would be wrong, or questions cannot be asked.
     """
     rules = tuple(rules)
     observer = None
@@ -103,5 +109,6 @@ def put_together(
         config.drift.chunk_rows,
         config.log.top_k,
         protection=protection,
+        extras=Extras(config, run.model, watched.tokenizer),
     )
     return Parts(observer, checker, protection)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from vocabguard import collective
 from vocabguard.alerts.machine import AlertMachine
 from vocabguard.guard import summary
+from vocabguard.guard.extras import Extras
 from vocabguard.guard.probing import Prober
 from vocabguard.guard.protection import Protection
 from vocabguard.guard.setup import Watched, vocabulary_rows
@@ -20,9 +22,12 @@ from vocabguard.measure.counter import ExposureCounter
 from vocabguard.measure.drift import measure_drift
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.models import no_tokens
-from vocabguard.results import CheckResult, Exposure, MatrixName, NotApplicable, ProbeResult, RowDrift
+from vocabguard.results import CheckResult, Exposure, Finding, MatrixName, NotApplicable, ProbeResult, RowDrift
 
 logger = logging.getLogger("vocabguard")
+
+Moment = Literal["evaluation", "end"]
+"""When more is looked at than a check does."""
 
 _NO_TARGETS = (
     "vocabguard: no target has been counted by step %d, so every token looks as if it never was one. The labels do not "
@@ -45,6 +50,7 @@ class Checker:
         check_seconds: cost of the last check without its probe.
         probe_seconds: cost of the last probe.
         protection: echo and hold; None where neither is configured.
+        extras: what is looked at beside.
     """
 
     model: nn.Module
@@ -57,6 +63,7 @@ class Checker:
     check_seconds: float = 0.0
     probe_seconds: float = 0.0
     protection: Protection | None = None
+    extras: Extras | None = None
     groups: dict[str, Tensor] = field(init=False)
     _warned: bool = False
 
@@ -103,6 +110,7 @@ class Checker:
         watch_list = self.prober.watched if self.prober else worst[:0]
         about = (ranked, exposure, classes, last_probe, self.watched.table, step)
         worst_reports, watch_reports = summary.token_reports(worst, *about), summary.token_reports(watch_list, *about)
+        findings = self.extras.at_check(self, step, drifts) if self.extras is not None else ()
         self._warn_if_silent(step, exposure)
         seconds = time.perf_counter() - began
         self.check_seconds = seconds - (self.probe_seconds if probes else 0.0)
@@ -121,7 +129,19 @@ class Checker:
             seconds=seconds,
             echo=protection.report(exposure, classes, self.groups) if protection else None,
             base_probe=probes[0] if probes else None,
+            findings=findings,
         )
+
+    def beside(self, at: Moment | None, last: CheckResult) -> tuple[Finding, ...]:
+        """What is looked at beside a check at some moment.
+
+        Args:
+            at: an evaluation or the end; None looks at nothing.
+            last: the check of this step.
+        """
+        if at is None or self.extras is None:
+            return ()
+        return self.extras.at_end(self, last) if at == "end" else self.extras.at_evaluation(self, last.step)
 
     def _warn_if_silent(self, step: int, exposure: Exposure | NotApplicable) -> None:
         """Say once that training goes on and no target was ever counted: the labels go another way."""

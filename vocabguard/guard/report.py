@@ -11,7 +11,7 @@ from typing import Any
 from vocabguard import collective
 from vocabguard.alerts.rules import AlertRule
 from vocabguard.alerts.sinks import dispatch
-from vocabguard.results import CheckResult, Watch
+from vocabguard.results import CheckResult, Finding, Watch
 from vocabguard.runlog import RunLog, RunWriter, row_vectors
 from vocabguard.settings import GuardConfig
 from vocabguard.views.console import ConsoleView
@@ -106,8 +106,24 @@ class Reporter:
         if self._board is not None:
             self._board.check(result)
         self._console.check(result)
+        self.findings(result.findings)
         self._checks += 1
         dispatch(self._rules, result.transitions)
+
+    def findings(self, found: Iterable[Finding]) -> dict[str, float]:
+        """Pass on what was found beside the checks; gives the logged keys of all of it."""
+        scalars: dict[str, float] = {}
+        for one in found:
+            scalars |= one.scalars
+            if not self._main:
+                continue
+            if self._log is not None:
+                for line in one.lines:
+                    self._log.note(one.kind, one.step, line)
+            if self._board is not None:
+                self._board.finding(one)
+            self._console.finding(one)
+        return scalars
 
     def finish(self, last: CheckResult | None) -> RunLog | None:
         """Write the last rows, show the closing tables, close what is ours.

@@ -16,7 +16,7 @@ from vocabguard.guard import setup, state
 from vocabguard.guard.arming import Route, Run
 from vocabguard.guard.assembly import Parts, put_together
 from vocabguard.guard.cadence import Cadence, StepTimer
-from vocabguard.guard.check import Checker
+from vocabguard.guard.check import Checker, Moment
 from vocabguard.guard.echoing import EchoSource
 from vocabguard.guard.faults import Faults
 from vocabguard.guard.observe import Observer, Targets, predicts_next
@@ -74,10 +74,9 @@ class VocabGuard:
         self.protection: Protection | None = None
         self.run_dir: Path | None = None
         self.latest: dict[str, float] = {}
-        self.steps = 0
+        self.steps, self._batches_per_step = 0, 1
         self._source: EchoSource | None = None
         self._inject: Route | None = None
-        self._batches_per_step = 1
         self._reporter: Reporter | None = None
         self._resumed: Mapping[str, Any] = {}
         self._timer = StepTimer()
@@ -125,8 +124,7 @@ class VocabGuard:
         self._begin_anew()
         self._resumed = resumed or self._resumed
         state.warn_if_late(self._resumed, steps_done)
-        self.cadence.total = total_steps
-        self._batches_per_step, self._inject = batches_per_step, inject
+        self.cadence.total, self._batches_per_step, self._inject = total_steps, batches_per_step, inject
         attached = False
         try:
             with self.faults.contain("attach"):
@@ -142,8 +140,7 @@ class VocabGuard:
                 run = Run(model, dataloader, inject, total_steps, batches_per_step, shift, flight)
                 parts = self._take(run, watched, prober if isinstance(prober, Prober) else None)
                 self.run_dir = choose_folder(self._resumed.get("run_dir"), self.config.run_dir or run_dir)
-                notes = self.protection.notes() if self.protection is not None else ()
-                self.watch = setup.describe(watched, flight, prober, self.run_dir, notes)
+                self.watch = setup.describe(watched, flight, prober, self.run_dir, parts.notes())
                 self._reporter = Reporter(self.config, watched.table, self.rules, self.run_dir, writer)
                 self._reporter.watch(self.watch)
                 parts.hook(optimizer, self.faults, hook_model=hook_model)
@@ -156,9 +153,7 @@ class VocabGuard:
                 attached = True
         finally:
             if not attached:
-                self._let_go()
-                if self.protection is not None:
-                    self.protection.finish()
+                self._let_go(for_good=True)
         self._resumed = {}  # another `attach` is another run
         # Only now, since the work of attaching is booked when it ends.
         self._timer.start(self.faults)
@@ -276,11 +271,16 @@ class VocabGuard:
         self._heed_faults()
         return result
 
-    def check(self) -> CheckResult | None:
-        """Check now, whatever the cadence says; the last result again if no step has come since."""
-        if self._reporter is not None and not self.faults.down and (self.last is None or self.last.step != self.steps):
+    def check(self, *, at: Moment | None = None) -> CheckResult | None:
+        """Check now, whatever the cadence says; the last result again if no step has come since.
+
+        Args:
+            at: look at what `confusion` (at an ``evaluation``) and `neighbors` (at the ``end``) ask for too.
+        """
+        if self._reporter is not None and self.checker is not None and not self.faults.down:
             with self.faults.contain("check"):
-                self._check(self.steps)
+                last = self.last if self.last and self.last.step == self.steps else self._check(self.steps)
+                self.latest.update(self._reporter.findings(self.checker.beside(at, last)))
             self._heed_faults()
         return self.last
 
@@ -303,11 +303,13 @@ class VocabGuard:
         if self.faults.down:
             self._let_go()
 
-    def _let_go(self) -> None:
+    def _let_go(self, *, for_good: bool = False) -> None:
         if self.observer is not None:
             self.observer.remove()
         if self.protection is not None:
             self.protection.stand_down()
+            if for_good:
+                self.protection.finish()
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -337,12 +339,10 @@ class VocabGuard:
             The run log, opened for reading; None where none was written.
         """
         if check:
-            self.check()
+            self.check(at="end")
         log = None
         with self.faults.contain("finish"):
-            self._let_go()
-            if self.protection is not None:
-                self.protection.finish()
+            self._let_go(for_good=True)
             if self._reporter is not None:
                 reporter, self._reporter = self._reporter, None
                 log = reporter.finish(self.last)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from vocabguard.results import EXPOSURE_CLASSES, CheckResult, NotApplicable, TokenReport, Transition, Watch
+from vocabguard.results import EXPOSURE_CLASSES, CheckResult, Finding, NotApplicable, TokenReport, Transition, Watch
 from vocabguard.views.wording import (
     WORST_COLUMNS,
     ReportRow,
@@ -77,6 +77,11 @@ class ConsoleView:
         lines = [self._line(line, bold=line.index(":"))]
         lines += [self._line(change.message, _alert_style(change)) for change in result.transitions]
         self._print(*lines)
+
+    def finding(self, found: Finding) -> None:
+        """Print what was found beside the checks."""
+        if self._enabled:
+            self._print(self._line(f"step {found.step:,}: {found.sentence}"))
 
     def finish(self, result: CheckResult, table: VocabTable) -> None:
         """Print the closing tables: all, groups and exposure classes; then the watched and the worst tokens."""

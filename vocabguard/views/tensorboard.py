@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from vocabguard.alerts.sinks import transition_markdown
-from vocabguard.results import CheckResult, RowDrift, Watch
+from vocabguard.results import CheckResult, Finding, RowDrift, Watch
 from vocabguard.views.wording import escape_markdown, preflight_sentences, watch_sentences, worst_markdown
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class TensorBoardView:
     | ``vocabguard/watch`` | text: what is watched, and preflight |
     | ``vocabguard/worst``, ``vocabguard/watched`` | text: tables of the worst tokens and of the watch list |
     | ``vocabguard/alert_log`` | text: all changes of alerts so far, newest first |
+    | ``vocabguard/{confusion,neighbors,head_or_body}`` | text: what was found beside the checks, if asked for |
 
     Args:
         writer: a ``SummaryWriter``; Lightning's ``TensorBoardLogger.experiment`` is one.
@@ -107,6 +108,13 @@ class TensorBoardView:
                 self._writer.add_text(tag, worst_markdown(reports), global_step=result.step)
         if result.transitions:
             self._alert_log(result)
+
+    def finding(self, found: Finding) -> None:
+        """Write what was found beside the checks, at its step."""
+        for key, value in found.scalars.items():
+            self._writer.add_scalar(key, value, global_step=found.step)
+        text = "\n\n".join(filter(None, (escape_markdown(found.sentence), found.table)))
+        self._writer.add_text(f"vocabguard/{found.kind}", text, global_step=found.step)
 
     def close(self) -> None:
         """Close the writer if it is ours; a trainer's writer is left alone."""
