@@ -107,8 +107,11 @@ class VocabGuardCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **_kwargs: Any,
     ) -> None:
-        """Add the latest keys to the evaluation's metrics, which best-model selection reads afterwards."""
-        self.guard.check()
+        """Add the latest keys to the evaluation's metrics, which best-model selection reads afterwards.
+
+        Questions in many languages are answered first, where `confusion` asks for them.
+        """
+        self.guard.check(at="evaluation")
         if metrics is not None:
             metrics.update({f"eval_{key}": value for key, value in self.guard.latest.items()})
 

@@ -99,6 +99,15 @@ class VocabGuardCallback(Callback):
             pl_module.log_dict(self.guard.latest, logger=False, rank_zero_only=True)
         _to_loggers(trainer, result)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Answer questions in many languages, where `confusion` asks for them."""
+        if self.guard.config.confusion.enabled:
+            before = self.guard.last
+            result = self.guard.check(at="evaluation")
+            _to_loggers(trainer, None if result is before else result)
+            answers = {key: value for key, value in self.guard.latest.items() if "/confusion/" in key}
+            _log_beside(trainer, answers, trainer.global_step)
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The next epoch's batches follow those that the model has seen."""
         self.guard.start_epoch()
@@ -126,11 +135,14 @@ def language_model(module: nn.Module) -> nn.Module:
 
 def _to_loggers(trainer: Trainer, result: CheckResult | None) -> None:
     """Hand a check's keys to the loggers other than TensorBoard, which has its own view."""
-    if result is None:
-        return
+    if result is not None:
+        _log_beside(trainer, result.scalars, result.step)
+
+
+def _log_beside(trainer: Trainer, scalars: Mapping[str, float], step: int) -> None:
     for logger in trainer.loggers:
         if not isinstance(logger, TensorBoardLogger):
-            logger.log_metrics(dict(result.scalars), step=result.step)
+            logger.log_metrics(dict(scalars), step=step)
 
 
 def _tensorboard(trainer: Trainer) -> Any:
