@@ -290,6 +290,15 @@ def test_adapters_that_do_not_fit_a_resized_base() -> None:
     assert found.reason == f"its adapter 'default' makes {ROWS} x 8 rows for a base of {ROWS + 1} x 8"
 
 
+def test_an_adapter_spread_over_processes() -> None:
+    model = adapted(llama())
+    # Stands for a DTensor, which alone has this method.
+    model.get_output_embeddings().base_layer.weight.to_local = lambda: None
+    found = adapter_of(model.get_output_embeddings())
+    assert isinstance(found, NotApplicable)
+    assert found.reason == "its adapter is spread over processes, and such rows are not read"
+
+
 def test_a_head_that_becomes_unreadable_is_an_error() -> None:
     model = adapted(llama())
     matrix = matrix_of(model, "head")

@@ -7,9 +7,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    BartForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from vocabguard import VocabGuard
+from vocabguard.config import ConfigError
 from vocabguard.guard.observe import labels_of, predicts_next
 
 
@@ -86,6 +96,60 @@ def test_inputs_given_by_position(kit: Any) -> None:
     guard.step(1)
     found = guard.check().exposure
     assert (found.inputs[2], found.data_target[2], found.data_target[1]) == (2, 2, 0)
+
+
+def test_everything_given_by_position_or_as_one_batch(kit: Any) -> None:
+    data = kit.batches(3)
+    model = kit.llama()
+    guard = attached(kit, model.train())
+    for step, batch in enumerate(data, start=1):
+        ids, labels, mask = (batch[name] for name in ("input_ids", "labels", "attention_mask"))
+        if step == 2:
+            model(ids, mask, labels=labels)
+        else:
+            model(ids, mask, None, None, None, labels)
+        guard.step(step)
+    expected = kit.naive_counts(data)
+    found = guard.check().exposure
+    assert found.data_target.tolist() == expected["data_target"]
+    assert found.inputs.tolist() == expected["inputs"], "the mask is told by position, too"
+
+    class Batched(kit.Plain):  # type: ignore[name-defined, misc]
+        def forward(self, batch: Any) -> Any:
+            return super().forward(batch["input_ids"])
+
+    model = Batched()
+    guard = attached(kit, model.train(), matrices=kit.PLAIN)
+    for step, batch in enumerate(data, start=1):
+        model(batch)
+        guard.step(step)
+    assert guard.check().exposure.data_target.tolist() == expected["data_target"]
+
+
+def test_what_takes_labels_as_they_are(kit: Any) -> None:
+    small: dict[str, Any] = {"vocab_size": 16, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    config = BartConfig(**small, **heads)
+    assert predicts_next(BartForCausalLM(config)) is False
+    assert predicts_next(BartForSequenceClassification(config)) is None
+
+
+def test_labels_that_are_no_tokens_are_not_counted(kit: Any) -> None:
+    model = LlamaForSequenceClassification(kit.llama().config).train()
+    guard = attached(kit, model)
+    model.config.pad_token_id = 0
+    model(input_ids=torch.tensor([[5, 6, 7], [8, 9, 9]]), labels=torch.tensor([0, 1]))
+    guard.step(1)
+    reason = "LlamaForSequenceClassification has no output rows over the vocabulary: its labels are no tokens"
+    assert guard.check().exposure.reason == reason
+    assert guard.watch.preflight.reason
+    with pytest.raises(ConfigError, match=f"hold: {reason}"):
+        attached(kit, model, hold={"enabled": True})
+    # Whoever tells targets apart is believed.
+    told = attached(kit, model, hook_model=False, targets=lambda batch: (None, batch["y"]))
+    told.observe_batch({"y": torch.tensor([[7, 8, -100]])})
+    told.step(1)
+    assert told.check().exposure.data_target.nonzero().flatten().tolist() == [7, 8]
 
 
 def test_several_optimizers_one_holds_the_head(kit: Any) -> None:
