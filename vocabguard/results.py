@@ -75,7 +75,8 @@ class Exposure:
         data_target: (V,) int64, times the token was a target of the data.
         echo_target: (V,) int64, times the token was a target of an echo row.
         last_target: (V,) int64, optimizer step in which it last was a target, data or echo; -1 if never.
-        pull: (V,) float32, sum over all steps in which the row was a target of its gradient's L2 norm.
+        pull: (V,) float32, sum over all steps in which the row was a target of its gradient's L2 norm. NaN, as push and
+            input_only, where the head's rows have no gradient: a frozen head, or one whose rows an adapter makes.
         push: (V,) float32, sum over the sampled steps in which it was neither target nor, with tied weights, input.
         input_only: (V,) float32, the same for sampled steps in which it was an input and no target (tied weights only).
         push_samples: number of steps at which push was sampled.
