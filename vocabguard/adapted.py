@@ -41,7 +41,12 @@ class LowRank:
 
     def delta(self, part: slice, device: torch.device) -> Tensor:
         """(n, width) float32: what is added to some rows."""
-        return (self.left[part].to(device).float() @ self.right.to(device).float()) * self.scale
+        left, right = self.factors(part, device)
+        return (left @ right) * self.scale
+
+    def factors(self, part: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(n, r) and (r, width) float32: the factors of `delta` but for the scale."""
+        return self.left[part].to(device).float(), self.right.to(device).float()
 
 
 @dataclass(frozen=True)
@@ -104,16 +109,18 @@ class AdaptedRows:
         base = self.base.detach()[part]
         if not updates:
             return base
-        base = base.float()
-        rows = base.clone()
+        base = rows = base.float()
         for one, length in zip(updates, lengths, strict=True):
-            delta = one.delta(part, base.device)
-            rows += delta
+            if one.magnitude is None:
+                rows = torch.addmm(rows, *one.factors(part, base.device), alpha=one.scale)
+                continue
             # Lengths are those of the base with this adapter alone, whatever came before it.
-            if length is not None and one.magnitude is not None:
-                rows *= one.magnitude.to(rows) / length
-            elif one.magnitude is not None:
-                rows *= (one.magnitude[part].to(rows) / torch.linalg.vector_norm(base + delta, dim=1))[:, None]
+            delta = one.delta(part, base.device)
+            if length is not None:
+                rows = (rows + delta) * (one.magnitude.to(rows) / length)
+            else:
+                factor = one.magnitude[part].to(rows) / torch.linalg.vector_norm(base + delta, dim=1)
+                rows = (rows + delta) * factor[:, None]
         return rows
 
     def _put(self, rows: Tensor, part: slice) -> Tensor:
