@@ -57,11 +57,38 @@ def test_without_asking(tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_echo_trains_all_but_the_input_rows(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Lost tokens are echoed as often as asked, come back, and neither the inputs nor the input rows change."""
+    chat = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "I am fine, thank you."}]
+    data, out = tmp_path / "chats.jsonl", tmp_path / "out"
+    data.write_text((json.dumps({"messages": chat}) + "\n") * 40, encoding="utf-8")
+    before = {path.name: path.read_bytes() for path in tuned.iterdir()}
+    options = ("--method", "echo", "--data", data, "--sample", 300, "--json")
+    assert run(monkeypatch, ASSETS, tuned, "--out", out, *options) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {path.name: path.read_bytes() for path in tuned.iterdir()} == before
+    echo, recall = told["echo"], told["recall"]
+    assert abs(echo["echo_targets"] - 2 * told["rows"]) <= 16  # whole lists
+    assert echo["steps"] >= 30
+    assert echo["input_embedding"] == "unchanged"
+    assert recall["repaired"] > recall["tuned"]
+    one, other = (load_file(folder / "model.safetensors") for folder in (tuned, out))
+    assert one.keys() == other.keys()
+    assert torch.equal(one["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+    assert not torch.equal(one["model.norm.weight"], other["model.norm.weight"])
+    assert {path.name for path in out.iterdir()} == before.keys()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (("--out", "full"), "not an empty folder"),
-        (("--out", "new", "--method", "magic"), "allowed: shift, rows"),
+        (("--out", "new", "--method", "magic"), "allowed: shift, rows, echo"),
+        (("--out", "new", "--method", "echo"), "needs --data FILE"),
+        (("--out", "new", "--data", "none.jsonl"), "only echo takes it"),
+        (("--out", "new", "--method", "echo", "--data", "none.jsonl"), "none.jsonl: not found"),
         (("--out", "new", "--text", "none.txt"), "none.txt: not found"),
         (("--out", "new", "--coverage", "none.json"), "none.json: not found"),
     ],

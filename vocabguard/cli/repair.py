@@ -1,22 +1,32 @@
-"""``vocabguard repair BASE TUNED --out DIR``: puts lost rows right without training."""
+"""``vocabguard repair BASE TUNED --out DIR``: puts lost rows right, without training or by a short echo fine-tune."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from torch import Tensor
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
 
 from vocabguard.cli import scan as scanning
 from vocabguard.cli.app import InputError
+from vocabguard.cli.repair_echo import EchoRun, data_rows, train_echo, write_trained
+from vocabguard.offline.coverage_examples import Example, read_examples
 from vocabguard.offline.explain import load_model
-from vocabguard.offline.repair import METHODS, STRENGTH, check_out, lost_rows, plan_repair, write_repaired
+from vocabguard.offline.readers import data_files
+from vocabguard.offline.repair import METHODS, STRENGTH, Plan, check_out, lost_rows, plan_repair, write_repaired
 from vocabguard.offline.repair_measure import recall_of, text_loss
 from vocabguard.offline.scan import Scan
 from vocabguard.views.wording import number, percent
+
+_ALLOWED = (*METHODS, "echo")
+_RUN = EchoRun()
 
 
 def repair(
@@ -24,7 +34,11 @@ def repair(
     tuned: scanning.Tuned,
     out: Annotated[Path, typer.Option(help="Folder for the repaired model; new or empty.")],
     method: Annotated[
-        str, typer.Option(help="shift: base rows plus a part of the mean shift of their class; rows: plain base rows.")
+        str,
+        typer.Option(
+            help="shift: base rows plus a part of the mean shift of their class; rows: plain base rows; "
+            "echo: shift, then a short fine-tune of body and head on --data and echo rows."
+        ),
     ] = "shift",
     strength: Annotated[float, typer.Option(min=0, max=1, help="Part of the mean shift that is added.")] = STRENGTH,
     cosine_below: Annotated[float, typer.Option(min=-1, max=1, help="Rows to repair, without counts.")] = 0.95,
@@ -34,34 +48,83 @@ def repair(
     embedding: scanning.EmbeddingKey = None,
     coverage: scanning.Coverage = None,
     run: scanning.Run = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="echo: data files or folders to train beside, best those of the fine-tune.")
+    ] = None,
+    targets: Annotated[float, typer.Option(min=0.1, help="echo: times each lost token is asked for.")] = _RUN.targets,
+    learning_rate: Annotated[float, typer.Option(min=0, help="echo: AdamW's, linear to 0.")] = _RUN.learning_rate,
+    batch: Annotated[int, typer.Option(min=1, help="echo: data rows a batch.")] = _RUN.batch,
+    max_length: Annotated[int, typer.Option(min=8, help="echo: tokens of a data row.")] = _RUN.max_length,
+    instruction: Annotated[
+        list[str] | None, typer.Option(help="echo: a way of asking that the model knows, with one {tokens}.")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="A text whose loss is measured before and after.")] = None,
     sample: Annotated[int, typer.Option(min=0, help="Live tokens to ask for before and after; 0: all.")] = 2048,
     ask: Annotated[bool, typer.Option(help="Load the models and measure recall and loss.")] = True,
     as_json: scanning.AsJson = False,
 ) -> None:
-    """Write a copy of TUNED whose lost output rows are made from BASE's.
+    """Write a copy of TUNED in which lost tokens can be said again; BASE and TUNED are only read.
 
     Exit code 0: written; 2: bad input.
     """
-    if method not in METHODS:
-        raise InputError(f"--method is {method!r}; allowed: {', '.join(METHODS)}")
+    if method not in _ALLOWED:
+        raise InputError(f"--method is {method!r}; allowed: {', '.join(_ALLOWED)}")
+    if (method == "echo") != bool(data):
+        raise InputError("--method echo needs --data FILE to train beside, and only echo takes it")
     if text is not None and not text.is_file():
         raise InputError(f"--text {text}: not found")
     pair = scanning.open_pair(base, tuned, tokenizer, head, embedding, coverage, run)
+    told: dict[str, Any] = {"out": str(out), "method": method}
     try:
         check_out(pair.tuned, out)
+        examples = read_examples(data_files(data)) if data else iter(())
+        first = list(islice(examples, 1))  # data that cannot be read is refused before the models are measured
         found = scanning.measured(pair)
         lost, rule = lost_rows(found, cosine_below, targets_below)
-        plan = plan_repair(found, lost, rule, method, strength)
-        write_repaired(pair.tuned, plan, out)
+        plan = plan_repair(found, lost, rule, "rows" if method == "rows" else "shift", strength)
+        told |= {"rows": len(plan.ids), "chosen_by": rule}
+        if method == "echo":
+            settings = EchoRun(targets, learning_rate, batch, max_length, instructions=tuple(instruction or ()))
+            told["echo"] = _echoed(pair, found, plan, chain(first, examples), settings, out)
+        else:
+            write_repaired(pair.tuned, plan, out)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
-    told: dict[str, Any] = {"out": str(out), "method": method, "rows": len(plan.ids), "chosen_by": rule}
     told |= _measured(found, pair.tokenizer, lost, out, text, sample) if ask else {"not_measured": "--no-ask was given"}
     if as_json:
         print(json.dumps(told, ensure_ascii=False, allow_nan=False))
     else:
         _show(told)
+
+
+def _echoed(
+    pair: scanning.Pair, found: Scan, plan: Plan, examples: Iterator[Example], run: EchoRun, out: Path
+) -> dict[str, Any]:
+    """Train and write; what was done.
+
+    Raises:
+        ValueError: if there is nothing to echo or no tokenizer, or for what the parts refuse.
+    """
+    if pair.tokenizer is None:
+        raise ValueError("--method echo needs a tokenizer; allowed: --tokenizer FOLDER")
+    if len(plan.ids) == 0:
+        raise ValueError(f"there is nothing to repair: no {plan.chosen_by}")
+    live = int(found.live.sum())
+    rows = data_rows(examples, pair.tokenizer, run.targets * live, run.max_length)
+    with _bar() as tell:
+        model, told = train_echo(pair.tuned.path, plan, live, rows, pair.tokenizer, run, tell)
+    write_trained(model, pair.tuned.path, out)
+    return told
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar of training steps on standard error, where that is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("echo"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task("echo", total=None)
+        yield lambda step, steps: bars.update(task, completed=step, total=steps)
 
 
 def _measured(found: Scan, tokenizer: Any, lost: Tensor, out: Path, text: Path | None, sample: int) -> dict[str, Any]:
@@ -71,7 +134,9 @@ def _measured(found: Scan, tokenizer: Any, lost: Tensor, out: Path, text: Path |
     paths = {"base": found.base.path, "tuned": found.tuned.path, "repaired": out}
     told: dict[str, Any] = {}
     try:
-        models = {name: load_model(path) for name, path in paths.items() if name != "base" or found.match.by == "id"}
+        models: dict[str, nn.Module] = {
+            name: load_model(path) for name, path in paths.items() if name != "base" or found.match.by == "id"
+        }
         if "base" in models:
             told["recall"] = recall_of(models, found, tokenizer, lost, sample)
         if text is not None:
@@ -81,9 +146,14 @@ def _measured(found: Scan, tokenizer: Any, lost: Tensor, out: Path, text: Path |
     return told if told else {"not_measured": "the base has another vocabulary, so both cannot be asked alike"}
 
 
-def _show(told: dict[str, Any]) -> None:
+def _show(told: Mapping[str, Any]) -> None:
     said = [f"{told['rows']:,} output rows replaced ({told['chosen_by']}; method {told['method']}): {told['out']}"]
-    recall, loss = told.get("recall"), told.get("loss")
+    echo, recall, loss = told.get("echo"), told.get("recall"), told.get("loss")
+    if echo:
+        said.append(
+            f"fine-tuned {echo['steps']:,} steps: {echo['echo_targets']:,} echo targets beside "
+            f"{echo['data_targets']:,} of the data, {echo['seconds']:.0f} s; input embedding {echo['input_embedding']}"
+        )
     if recall:
         said.append(
             f"recall of {recall['said_at_base']:,} tokens that the base says: tuned {percent(recall['tuned'])}, "

@@ -20,6 +20,7 @@ from torch import Tensor
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.offline.checkpoint import INDEX, SINGLE, Checkpoint, read_index
 from vocabguard.offline.scan import Scan, fitted
+from vocabguard.offline.tensors import safetensors_names
 from vocabguard.results import EXPOSURE_CLASSES, NotApplicable, RowDrift
 from vocabguard.snapshot import Baseline
 
@@ -113,8 +114,7 @@ def write_repaired(tuned: Checkpoint, plan: Plan, out: Path) -> None:
     """
     check_out(tuned, out)
     key = head_key(tuned)
-    index = tuned.path / INDEX
-    file = read_index(index)[key] if index.is_file() else tuned.path / SINGLE
+    file = _file_of(tuned.path)[key]
     out.mkdir(parents=True, exist_ok=True)
     for item in sorted(tuned.path.iterdir()):
         if item.is_file() and item != file:
@@ -125,6 +125,15 @@ def write_repaired(tuned: Checkpoint, plan: Plan, out: Path) -> None:
     head = tensors[key].clone()
     head[plan.ids] = plan.rows.to(head.dtype)
     save_file(tensors | {key: head}, str(out / file.name), metadata=header)
+
+
+def weight_files(folder: Path) -> set[Path]:
+    """The files of a model's folder that hold its weights, the shards' index among them.
+
+    Raises:
+        ValueError: for an index that cannot be read.
+    """
+    return {*_file_of(folder).values(), folder / INDEX}
 
 
 def check_out(tuned: Checkpoint, out: Path) -> None:
@@ -152,6 +161,12 @@ def head_key(tuned: Checkpoint) -> str:
     if key is None:
         raise ValueError(f"{tuned.path}: has no head of its own to repair")
     return key
+
+
+def _file_of(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it."""
+    index, single = folder / INDEX, folder / SINGLE
+    return read_index(index) if index.is_file() else dict.fromkeys(safetensors_names(single), single)
 
 
 def _heads(scan: Scan) -> tuple[Baseline, Baseline]:
