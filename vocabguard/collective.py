@@ -10,6 +10,8 @@ where they next talk, whatever about, and raise `PeerFaultError`. So no rank wai
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -34,19 +36,32 @@ class PeerFaultError(RuntimeError):
 class _Line:
     """The guard's own group.
 
+    torch.distributed keeps the groups alive. A reference of ours would outlive `destroy_process_group`, and a group
+    that dies with the interpreter aborts the process.
+
     Attributes:
-        group: over gloo, whatever training uses.
-        world: the default group it was made for.
+        of_group: weak reference to the group, which is over gloo, whatever training uses.
+        of_world: the same of the default group that it was made for.
         opened: whether a run goes on.
         failed: rank of the guard that failed, as far as known here.
         sent: this rank's message that it failed, which the others may not have read yet.
     """
 
-    group: Any
-    world: Any
+    of_group: weakref.ref[Any]
+    of_world: weakref.ref[Any]
     opened: bool = False
     failed: int | None = None
     sent: Any = None
+
+    @property
+    def group(self) -> Any:
+        """The group itself."""
+        return self.of_group()
+
+    @property
+    def stands(self) -> bool:
+        """Whether the default group is still the one it was made for."""
+        return self.group is not None and self.of_world() is dist.group.WORLD
 
 
 _lines: list[_Line] = []  # at most one: of the default group as it is now
@@ -88,11 +103,11 @@ def close_line() -> None:
     """The last talk of a run, so that none of its messages is left for the next one. Nothing if none is open."""
     if (line := _open()) is None:
         return
-    line.opened = False
     if line.sent is not None:
         line.sent.wait()
     elif line.failed is None:
         dist.all_reduce(_flag(None), group=line.group)
+    _hang_up()
 
 
 def tell_fault() -> None:
@@ -217,14 +232,25 @@ def _initialised() -> bool:
 
 def _line() -> _Line:
     """The group of the guard's own, made at first use."""
-    if not _lines or _lines[0].world is not dist.group.WORLD:
-        _lines[:] = [_Line(dist.new_group(backend="gloo", timeout=PATIENCE), dist.group.WORLD)]
+    if not _lines or not _lines[0].stands:
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _lines[:] = [_Line(weakref.ref(group), weakref.ref(dist.group.WORLD))]
     return _lines[0]
+
+
+def _hang_up() -> None:
+    """Leave the group, here only. Where it lasts until the interpreter ends, its threads may abort the process."""
+    if _lines and _lines[0].stands and _initialised():
+        dist.destroy_process_group(_lines[0].group)
+    _lines.clear()
+
+
+atexit.register(_hang_up)
 
 
 def _open() -> _Line | None:
     """The line of the run that goes on, if there is one."""
-    known = world_size() > 1 and bool(_lines) and _lines[0].world is dist.group.WORLD
+    known = world_size() > 1 and bool(_lines) and _lines[0].stands
     return _lines[0] if known and _lines[0].opened else None
 
 

@@ -78,25 +78,27 @@ def _baselines(guard: VocabGuard) -> dict[str, dict[str, str] | Tensor]:
     """
     assert guard.checker is not None
     baselines = guard.checker.watched.baselines
+    if guard.run_dir is None:
+        return {
+            name: baseline.tensor if isinstance(baseline, CopiedBaseline) else baseline.reference()
+            for name, baseline in baselines.items()
+        }
     for name, baseline in baselines.items():
-        if baseline.reference() or guard.run_dir is None:
-            continue
         path = guard.run_dir / f"baseline-{name}.safetensors"
         if isinstance(baseline, ShardBaseline):
-            baseline.saved = _save_shards(baseline, path, name)
-        elif collective.is_main():
+            _save_shards(baseline, path, name)
+        elif isinstance(baseline, CopiedBaseline) and collective.is_main():
             baselines[name] = save_baseline(baseline, path, name)
-    return {
-        name: baseline.tensor if isinstance(baseline, CopiedBaseline) else baseline.reference()
-        for name, baseline in baselines.items()
-    }
+    return collective.agree({name: baseline.reference() for name, baseline in baselines.items()})
 
 
-def _save_shards(baseline: ShardBaseline, path: Path, key: str) -> dict[str, str]:
-    """Write the rows of all processes, sent chunk by chunk, to one file; rank 0 does."""
+def _save_shards(baseline: ShardBaseline, path: Path, key: str) -> None:
+    """Write the rows of all processes, sent chunk by chunk, to one file, once; rank 0 does."""
+    if baseline.saved:
+        return
     parts = [rows for _, rows in baseline.chunks(_ROWS_SENT) if collective.is_main()]
     saved = save_baseline(CopiedBaseline(torch.cat(parts)), path, key).reference() if parts else {}
-    return collective.agree(saved)
+    baseline.saved = collective.agree(saved)
 
 
 def restore(guard: VocabGuard, saved: Mapping[str, Any]) -> None:

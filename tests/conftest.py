@@ -1,0 +1,58 @@
+"""Two real processes that train together, each running the same script of `tests/processes`."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+COUNT = 2
+
+
+@pytest.fixture(scope="session")
+def together() -> Callable[..., list[str]]:
+    """Runs a script in two processes; see `run_together`."""
+    return run_together
+
+
+def run_together(script: str, *arguments: object, timeout: float = 300, killed: bool = False) -> list[str]:
+    """Run a script in two processes with the environment that ``torchrun`` gives.
+
+    Args:
+        script: name of a file of `tests/processes`.
+        *arguments: of the script, the same for both.
+        timeout: seconds for both; what hangs is killed, and the test fails.
+        killed: whether they are expected to end by SIGKILL.
+
+    Returns:
+        What each process printed, errors included.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = os.environ | {
+        "WORLD_SIZE": str(COUNT), "LOCAL_WORLD_SIZE": str(COUNT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(str(HERE / room) for room in ("integrations", "guard")),
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "processes" / script), *map(str, arguments)],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(COUNT)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=timeout)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    codes = [process.returncode for process in ranks]
+    assert all(code == -9 for code in codes) if killed else codes == [0] * COUNT, "\n".join([*said, str(codes)])[-6000:]
+    return said
