@@ -80,8 +80,7 @@ class Exposure:
         push: (V,) float32, sum over the sampled steps in which it was neither target nor, with tied weights, input.
         input_only: (V,) float32, the same for sampled steps in which it was an input and no target (tied weights only).
         push_samples: number of steps at which push was sampled.
-        push_share: share in [0, 1] of all row-gradient norm of the last sampled step that fell on rows that were no
-            target in it; NaN before the first sample.
+        push_share: share in [0, 1] of the last sampled step's row-gradient norms that is push; NaN before the first.
         steps: optimizer steps observed.
     """
 
