@@ -1,4 +1,4 @@
-"""Two real processes that train together, each running the same script of `tests/processes`."""
+"""Real processes that train together, each running the same script of `tests/processes`."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-COUNT = 2
 
 
 @pytest.fixture(scope="session")
 def together() -> Callable[..., list[str]]:
-    """Runs a script in two processes; see `run_together`."""
+    """Runs a script in processes of its own; see `run_together`."""
     return run_together
 
 
-def run_together(script: str, *arguments: object, timeout: float = 300, killed: bool = False) -> list[str]:
-    """Run a script in two processes with the environment that ``torchrun`` gives.
+def run_together(
+    script: str, *arguments: object, count: int = 2, timeout: float = 300, killed: bool = False
+) -> list[str]:
+    """Run a script in some processes, several with the environment that ``torchrun`` gives.
 
     Args:
         script: name of a file of `tests/processes`.
-        *arguments: of the script, the same for both.
-        timeout: seconds for both; what hangs is killed, and the test fails.
+        *arguments: of the script, the same for all.
+        count: of processes.
+        timeout: seconds for all; what hangs is killed, and the test fails.
         killed: whether they are expected to end by SIGKILL.
 
     Returns:
@@ -36,17 +38,18 @@ def run_together(script: str, *arguments: object, timeout: float = 300, killed: 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = os.environ | {
-        "WORLD_SIZE": str(COUNT), "LOCAL_WORLD_SIZE": str(COUNT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(str(HERE / room) for room in ("integrations", "guard")),
-    }  # fmt: skip
+    rooms = os.pathsep.join(str(HERE / room) for room in ("integrations", "guard"))
+    common = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": rooms}
+    if count > 1:
+        size, address = str(count), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, **address}
     ranks = [
         subprocess.Popen(
             [sys.executable, str(HERE / "processes" / script), *map(str, arguments)],
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for rank in range(COUNT)
+        for rank in range(count)
     ]  # fmt: skip
     try:
         said = [process.communicate(timeout=timeout)[0] for process in ranks]
@@ -54,5 +57,5 @@ def run_together(script: str, *arguments: object, timeout: float = 300, killed: 
         for process in ranks:
             process.kill()
     codes = [process.returncode for process in ranks]
-    assert all(code == -9 for code in codes) if killed else codes == [0] * COUNT, "\n".join([*said, str(codes)])[-6000:]
+    assert all(code == -9 for code in codes) if killed else codes == [0] * count, "\n".join([*said, str(codes)])[-6000:]
     return said

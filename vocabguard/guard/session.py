@@ -122,7 +122,7 @@ class VocabGuard:
             ConfigError: for settings that do not fit the model, the tokenizer or the data. Nothing is changed then.
         """
         self._begin_anew()
-        self._resumed = resumed or self._resumed
+        self._resumed = state.found_again(resumed or self._resumed, run_dir)
         state.warn_if_late(self._resumed, steps_done)
         self.cadence.total, self._batches_per_step, self._inject = total_steps, batches_per_step, inject
         attached = False

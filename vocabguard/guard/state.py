@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,6 @@ from vocabguard.snapshot import CopiedBaseline, save_baseline
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from vocabguard.guard.session import VocabGuard
 
@@ -34,6 +34,26 @@ def warn_if_late(saved: Mapping[str, Any], steps_done: int) -> None:
     """Say that a guard begins in mid-run: a trainer resumes, and no guard saved a state."""
     if steps_done > 0 and not saved:
         logger.warning(_BEGINS_LATE, steps_done)
+
+
+def found_again(saved: Mapping[str, Any], suggested: str | Path | None) -> Mapping[str, Any]:
+    """A state whose run folder may have been moved since, with the baselines in it.
+
+    Args:
+        saved: the state; empty where no run goes on.
+        suggested: the folder that the trainer would give a run.
+
+    Returns:
+        The state itself while its folder is where it was, else one that names the suggested folder, if a run is there.
+    """
+    before = saved.get("run_dir")
+    if before is None or suggested is None or Path(before).exists() or not (Path(suggested) / "run.json").exists():
+        return saved
+    here, moved = Path(suggested).resolve(), {}
+    for name, reference in saved["baselines"].items():
+        inside = isinstance(reference, dict) and Path(reference["path"]).parent.name == Path(before).name
+        moved[name] = {**reference, "path": str(here / Path(reference["path"]).name)} if inside else reference
+    return {**saved, "run_dir": str(suggested), "baselines": moved}
 
 
 def require_known(saved: Mapping[str, Any]) -> None:
