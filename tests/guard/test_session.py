@@ -300,3 +300,14 @@ def test_never_trained_rows_raise_no_alarm(kit: Any, tokenizer: Any, told_apart:
     assert watch.never_trained == (3 if told_apart else 0)
     assert found.firing == (() if told_apart else ("low",))
     assert (min(report.cosine for report in found.worst) > 0.9) == told_apart
+
+
+def test_zero_3_is_refused_in_words(kit: Any) -> None:
+    model = kit.llama()
+    shape = model.lm_head.weight.shape
+    for module in (model.lm_head, model.model.embed_tokens):
+        # What DeepSpeed leaves of a parameter between forward passes.
+        module.weight = torch.nn.Parameter(torch.empty(0))
+        module.weight.ds_shape = shape
+    with pytest.raises(ConfigError, match=r"matrices: DeepSpeed ZeRO stage 3 .* allowed: ZeRO stages 0 to 2, or FSDP2"):
+        VocabGuard(**kit.QUIET).attach(model, None)

@@ -94,3 +94,14 @@ def test_the_rows_that_are_saved_are_those_of_the_start(kind: str, folder: Path)
     for matrix, reference in baselines.items():
         key = {"head": "lm_head.weight", "embedding": "model.embed_tokens.weight"}[matrix]
         assert torch.equal(load_file(reference["path"])[reference["key"]], start[key])
+
+
+def test_lightning_shards_a_model(tmp_path: Path, together: Any) -> None:
+    together("model_parallel.py", tmp_path)
+    one, other = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2))
+    assert [one["here"], other["here"]] == [255, 254]
+    for here in (one, other):
+        assert here["step"] == 20
+        assert torch.equal(here["targets"], one["mine"] + other["mine"])
+        torch.testing.assert_close(here["cosine"].double(), here["naive"], rtol=0, atol=1e-6)
+    assert one["naive"].min() < 0.999

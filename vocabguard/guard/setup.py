@@ -163,7 +163,7 @@ def vocabulary_rows(model: nn.Module, matrices: Mapping[MatrixName, VocabMatrix 
     """V: of the matrices, or of the model's input embedding where none of them can move.
 
     Raises:
-        ValueError: if the model has neither.
+        ValueError: if the model has neither, or no process has its rows outside of a forward pass (DeepSpeed ZeRO-3).
     """
     found = [matrix.rows for matrix in matrices.values() if isinstance(matrix, VocabMatrix)]
     if found:
@@ -173,6 +173,10 @@ def vocabulary_rows(model: nn.Module, matrices: Mapping[MatrixName, VocabMatrix 
     if inputs is None:
         reasons = {name: matrix.reason for name, matrix in matrices.items() if isinstance(matrix, NotApplicable)}
         raise ValueError(f"matrices: nothing to watch in {type(model).__name__}: {reasons}")
+    if hasattr(inputs.weight, "ds_shape") and inputs.weight.numel() == 0:
+        raise ValueError(
+            "matrices: DeepSpeed ZeRO stage 3 leaves no rows in the parameters; allowed: ZeRO stages 0 to 2, or FSDP2"
+        )
     return int(inputs.weight.shape[0])
 
 
