@@ -257,6 +257,7 @@ def run_lightning(
     collate: Any = None,
     validate: bool = False,
     checkpoint: str | None = None,
+    workers: int = 0,
     **arguments: Any,
 ) -> Run:
     base = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -281,7 +282,7 @@ def run_lightning(
         )
         trainer.fit(
             loop,
-            DataLoader(rows, batch_size=BATCH, shuffle=shuffle, collate_fn=collate),
+            DataLoader(rows, batch_size=BATCH, shuffle=shuffle, collate_fn=collate, num_workers=workers),
             DataLoader(rows[:4], batch_size=BATCH, collate_fn=collate) if validate else None,
             ckpt_path=checkpoint,
         )
