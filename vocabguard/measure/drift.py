@@ -29,6 +29,10 @@ Ids = npt.NDArray[np.int64]
 _DEGRADED, _SEVERE = 0.95, 0.90
 # Norm ratio from which on an inner product is measured directly: the identity's rounding grows with the ratio.
 _FAR = 4.0
+# The same for |s|^2 / |w0|^2, where |w - s|^2 is what is left of far larger numbers.
+_LONG_SQ = 2.0
+# A sum of displacements from which on some may have overflowed, or will when they are squared.
+_HUGE = 1e15
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def mean_shift(
     shift_rows: int = 8192,
     shard: Shard | None = None,
 ) -> Tensor:
-    """Mean displacement of the unexposed rows, without those that are not finite or have no baseline.
+    """Mean displacement of the unexposed rows, without those that are not finite, overflow or have no baseline.
 
     Of more than ``shift_rows`` rows, so many evenly spaced ones are read. That spares a second pass over the matrix,
     and changes the mean by about the rows' spread over the root of ``shift_rows``: under 1 % of it.
@@ -111,8 +115,10 @@ def mean_shift(
         with np.errstate(invalid="ignore"):
             moved = rows - base
             chunk_sum = moved.sum(axis=0, dtype=np.float64)
-        if not np.isfinite(chunk_sum).all():
-            moved = moved[np.isfinite(moved).all(axis=1)]
+        if not (np.abs(chunk_sum) < _HUGE).all():
+            # A row whose length overflows float32 is as bad as one that is not finite.
+            with np.errstate(all="ignore"):
+                moved = moved[np.isfinite(np.square(moved).sum(axis=1))]
             chunk_sum = moved.sum(axis=0, dtype=np.float64)
         total += chunk_sum
         count += len(moved)
@@ -255,12 +261,14 @@ def _products(base_sq: Floats, now_sq: Floats, moved_sq: Floats) -> RowProducts:
 
 
 def _measure_far(matrix: Rows, baseline: Baseline, products: RowProducts, shift: Floats, chunk_rows: int) -> None:
-    """Measure the inner products of rows whose norm changed so much that the identity loses digits."""
+    """Measure anew the rows whose norm changed so much, or whose shift is so long, that the identities lose digits."""
     base_sq, now_sq, ratio_sq = products.base_sq.numpy(), products.now_sq.numpy(), _FAR**2
-    far = ((now_sq > ratio_sq * base_sq) | (base_sq > ratio_sq * now_sq)) & ~products.bad.numpy()
+    shift_sq = float(np.square(shift, dtype=np.float64).sum())
+    far = (now_sq > ratio_sq * base_sq) | (base_sq > ratio_sq * now_sq) | (shift_sq > _LONG_SQ * base_sq)
     dot = products.dot.numpy()
-    for ids, rows, base in _gathered(matrix, baseline, np.flatnonzero(far), chunk_rows):
-        dot[ids] = ((rows - shift) * base).sum(axis=1)
+    for ids, rows, base in _gathered(matrix, baseline, np.flatnonzero(far & ~products.bad.numpy()), chunk_rows):
+        rest = rows - shift
+        dot[ids], now_sq[ids] = (rest * base).sum(axis=1), np.square(rest).sum(axis=1)
 
 
 def _cosine(products: RowProducts, zero: Flags) -> Floats:

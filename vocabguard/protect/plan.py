@@ -44,6 +44,9 @@ def batch_ids(plan: EchoPlan, batch: int, rank: int = 0, world: int = 1) -> list
 
 def taken(plan: EchoPlan, turns: int) -> int:
     """Tokens that the first `turns` batches of a plan take: whole lists, so that small doses make few full rows."""
+    if turns <= 0 or plan.rate <= 0:
+        # Also where what is owed is a list to within rounding: it is the first batch's, or the next plan's.
+        return 0
     return plan.list_tokens * math.floor((plan.owed + turns * plan.rate) / plan.list_tokens + 1e-9)
 
 
