@@ -20,7 +20,8 @@ from transformers import (
 
 from vocabguard import VocabGuard
 from vocabguard.config import ConfigError
-from vocabguard.guard.observe import labels_of, predicts_next
+from vocabguard.guard.observe import labels_of
+from vocabguard.models import predicts_next
 
 
 def attached(kit: Any, model: nn.Module, optimizer: Any = None, **options: Any) -> VocabGuard:

@@ -13,7 +13,6 @@ from vocabguard.guard.faults import Faults
 from vocabguard.matrices import VocabMatrix
 from vocabguard.measure.counter import ExposureCounter
 from vocabguard.models import parameters_of
-from vocabguard.models import predicts_next as predicts_next  # noqa: PLC0414 (a part of this room's face)
 from vocabguard.sharded import local_rows
 
 if TYPE_CHECKING:

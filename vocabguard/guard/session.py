@@ -19,11 +19,12 @@ from vocabguard.guard.cadence import Cadence, StepTimer
 from vocabguard.guard.check import Checker, Moment
 from vocabguard.guard.echoing import EchoSource
 from vocabguard.guard.faults import Faults
-from vocabguard.guard.observe import Observer, Targets, predicts_next
+from vocabguard.guard.observe import Observer, Targets
 from vocabguard.guard.preflight import wanted_preflight
 from vocabguard.guard.probing import Prober, choose_prober
 from vocabguard.guard.protection import Protection
 from vocabguard.guard.report import Reporter, choose_folder
+from vocabguard.models import predicts_next
 from vocabguard.protect.collator import EchoCollator
 from vocabguard.results import CheckResult, Watch
 from vocabguard.runlog import RunLog
@@ -122,8 +123,7 @@ class VocabGuard:
             ConfigError: for settings that do not fit the model, the tokenizer or the data. Nothing is changed then.
         """
         self._begin_anew()
-        self._resumed = state.found_again(resumed or self._resumed, run_dir)
-        state.warn_if_late(self._resumed, steps_done)
+        self._resumed = state.to_go_on(resumed or self._resumed, run_dir, steps_done)
         self.cadence.total, self._batches_per_step, self._inject = total_steps, batches_per_step, inject
         attached = False
         try:

@@ -30,22 +30,21 @@ _BEGINS_LATE = (
 )
 
 
-def warn_if_late(saved: Mapping[str, Any], steps_done: int) -> None:
-    """Say that a guard begins in mid-run: a trainer resumes, and no guard saved a state."""
-    if steps_done > 0 and not saved:
-        logger.warning(_BEGINS_LATE, steps_done)
-
-
-def found_again(saved: Mapping[str, Any], suggested: str | Path | None) -> Mapping[str, Any]:
+def to_go_on(saved: Mapping[str, Any], suggested: str | Path | None, steps_done: int) -> Mapping[str, Any]:
     """A state whose run folder may have been moved since, with the baselines in it.
+
+    Says so where there is none and the trainer is in mid-run.
 
     Args:
         saved: the state; empty where no run goes on.
         suggested: the folder that the trainer would give a run.
+        steps_done: optimizer steps that the trainer has behind it.
 
     Returns:
         The state itself while its folder is where it was, else one that names the suggested folder, if a run is there.
     """
+    if steps_done > 0 and not saved:
+        logger.warning(_BEGINS_LATE, steps_done)
     before = saved.get("run_dir")
     if before is None or suggested is None or Path(before).exists() or not (Path(suggested) / "run.json").exists():
         return saved
