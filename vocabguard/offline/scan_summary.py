@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vocabguard.jsonlines import replace_file
 from vocabguard.measure.drift import summarise
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.offline.scan import Scan
@@ -201,7 +202,7 @@ def save_scan(scan: Scan, path: Path, found: Mapping[str, Any]) -> None:
         "texts": json.dumps(table.texts),
     }
     whole = {name: vector.contiguous().clone() for name, vector in vectors.items()}
-    safetensors.torch.save_file(whole, str(path), metadata=header)
+    replace_file(Path(path), safetensors.torch.save(whole, metadata=header))
 
 
 def load_scan(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
