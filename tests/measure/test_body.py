@@ -162,7 +162,7 @@ def gemma(dtype: torch.dtype) -> Any:
 
 def phi(dtype: torch.dtype) -> Any:
     """A head with a bias."""
-    model = PhiForCausalLM(PhiConfig(**SMALL, num_attention_heads=2)).to(dtype)
+    model = PhiForCausalLM(PhiConfig(**SMALL, num_attention_heads=2, pad_token_id=0)).to(dtype)
     nn.init.normal_(model.lm_head.bias)
     return model
 
