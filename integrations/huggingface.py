@@ -119,7 +119,9 @@ class VocabGuardCallback(TrainerCallback):
         """Write our state into the checkpoint."""
         saved = self.guard.state_dict()
         if saved and state.is_world_process_zero:
-            torch.save(saved, _checkpoint(args, state) / STATE_FILE)
+            path = _checkpoint(args, state) / STATE_FILE
+            torch.save(saved, path.with_suffix(".new"))
+            path.with_suffix(".new").replace(path)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any

@@ -18,8 +18,6 @@ NONE = NotApplicable("not here")
 WATCH = Watch(head=NONE, embedding=NONE, probe=NONE, preflight=NONE, live=0, never_trained=0, run_dir=None)
 # A folder of its own, which is refused when it is not empty: half a folder is not taken for a whole one.
 FRESH_FOLDERS = {"write_repaired"}
-# A checkpoint's folder, which the trainer itself writes and names.
-OF_TRAINER = {"on_save"}
 # Only adds to its end.
 APPENDS = {"append_line"}
 
@@ -87,12 +85,12 @@ def bare_writes(tree: ast.AST) -> set[str]:
 def test_no_file_runs_code_and_none_is_seen_half_written(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert unsafe_loads(tree) == []
-    assert bare_writes(tree) <= FRESH_FOLDERS | OF_TRAINER | APPENDS
+    assert bare_writes(tree) <= FRESH_FOLDERS | APPENDS
 
 
 def test_no_exception_has_outlived_its_reason() -> None:
     found = [bare_writes(ast.parse(path.read_text(encoding="utf-8"))) for path in sources()]
-    assert set().union(*found) == FRESH_FOLDERS | OF_TRAINER | APPENDS
+    assert set().union(*found) == FRESH_FOLDERS | APPENDS
 
 
 def test_those_rules_find_what_they_are_for() -> None:
