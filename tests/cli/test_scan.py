@@ -55,6 +55,32 @@ def test_tables(tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> No
         assert word in said
 
 
+def test_numbers_are_whole_in_a_narrow_terminal(tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    said = {}
+    for columns in ("200", "64"):
+        monkeypatch.setenv("COLUMNS", columns)
+        run(monkeypatch, ASSETS, tuned, "--top", "3")
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        # Words may be cut, so the numbers at the end of the rows are looked at.
+        said[columns] = [line[-5:] for line in lines if line and line[0] in ("all", "cyrillic", "latin")]
+        said[columns] += [line[-4:] for line in lines if line and line[0].isdigit() and 1000 <= int(line[0]) < 1200]
+    assert len(said["200"]) >= 6
+    assert said["64"] == said["200"]
+
+
+def test_a_tied_pair_has_one_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    rows = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    for name, moved in (("base", 0.0), ("tuned", 1.0)):
+        (tmp_path / name).mkdir()
+        changed = rows.clone()
+        changed[:8] += moved * torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+        save_file({"model.embed_tokens.weight": changed}, tmp_path / name / "model.safetensors")
+    run(monkeypatch, tmp_path / "base", tmp_path / "tuned")
+    said = capsys.readouterr().out
+    assert "Tied in the base and the tuned" in said
+    assert said.count("residual p01") == 1
+
+
 def test_without_a_tokenizer(tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     files = (ASSETS / "model.safetensors", tuned / "model.safetensors")
     assert run(monkeypatch, *files, "--json") == 1

@@ -49,9 +49,18 @@ def plain_table(*columns: str, text: Sequence[str] = ()) -> Table:
     return table
 
 
+def with_whole_numbers(table: Table) -> Table:
+    """The same table, whose columns of numbers never give way to words: where there is little room, texts are cut."""
+    for column in table.columns:
+        if column.justify == "right":
+            column.min_width = max(len(str(cell)) for cell in (column.header, *column.cells))
+    return table
+
+
 def _parts(found: Mapping[str, Any], top: int) -> list[RenderableType]:
     parts: list[RenderableType] = [Text(verdict_of(found), "bold"), *map(Text, _sentences(found))]
-    for name in ("head", "embedding"):
+    same = all(found["tied"][side] for side in ("base", "tuned"))
+    for name in ("head",) if same else ("head", "embedding"):
         parts += _matrix(found, name)
     if found["worst"]:
         parts += ["", Text("worst live tokens, by cosine", "bold"), _tokens(found["worst"][:top])]
@@ -95,7 +104,7 @@ def _matrix(found: Mapping[str, Any], name: str) -> list[RenderableType]:
         table.add_row(*_cells(label, counts.get(label), part), end_section=place == len(groups) - 1)
     for label, part in numbers.get("classes", {}).items():
         table.add_row(*_cells(f"targets {label}", None, part))
-    return [title, Group(table, *map(Text, _asides(numbers)))]
+    return [title, Group(with_whole_numbers(table), *map(Text, _asides(numbers)))]
 
 
 def _asides(numbers: Mapping[str, Any]) -> list[str]:
@@ -140,4 +149,4 @@ def _tokens(tokens: Sequence[Mapping[str, Any]]) -> Table:
         cells += [number(token[key]) for key in ("cosine", "residual", "l2", "norm_ratio", "embedding_cosine")]
         cells += ["-" if token["data_target"] is None else f"{token['data_target']:,}"] if counted else []
         table.add_row(*map(Text, cells))
-    return table
+    return with_whole_numbers(table)
