@@ -43,14 +43,13 @@ def plain_table(*columns: str, text: Sequence[str] = ()) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="dim", collapse_padding=True, pad_edge=False)
     for name in columns:
         words = name in text
-        table.add_column(
-            name, justify="left" if words else "right", no_wrap=True, overflow="ellipsis" if words else "fold"
-        )
+        # Words wrap, so that they are the first to give way.
+        table.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
     return table
 
 
 def with_whole_numbers(table: Table) -> Table:
-    """The same table, whose columns of numbers never give way to words: where there is little room, texts are cut."""
+    """The same table, whose columns of numbers never give way to words: where there is little room, texts wrap."""
     for column in table.columns:
         if column.justify == "right":
             column.min_width = max(len(str(cell)) for cell in (column.header, *column.cells))
