@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+collect_ignore = ["processes"]  # scripts, no tests
 
 
 @pytest.fixture(scope="session")
