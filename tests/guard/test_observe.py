@@ -241,3 +241,21 @@ def test_silence_is_told_once(kit: Any, caplog: Any) -> None:
         guard.step(step)
     assert len(caplog.records) == 1
     assert "no target has been counted by step 1" in caplog.records[0].getMessage()
+
+
+def test_an_optimizer_with_copies_of_its_own(kit: Any, caplog: Any) -> None:
+    """As DeepSpeed's: gradients and put-back rows would never be seen."""
+    model = kit.llama()
+    optimizer = torch.optim.SGD([parameter.detach().clone() for parameter in model.parameters()], lr=0.1)
+    guard = VocabGuard(**kit.QUIET)
+    guard.attach(model, optimizer, total_steps=2)
+    kit.loop(guard, model, optimizer, kit.batches(2))
+    assert "pull and push are not applicable: no optimizer has the output matrix" in caplog.text
+    guard.finish()
+    exposure = guard.last.exposure
+    assert exposure.data_target.sum() > 0
+    for name in ("pull", "push", "input_only"):
+        assert bool(getattr(exposure, name).isnan().all()), name
+    with pytest.raises(ConfigError, match=r"hold: no optimizer has the output matrix .* allowed: an optimizer over"):
+        VocabGuard(hold={"enabled": True}, **kit.QUIET).attach(model, optimizer, total_steps=2)
+    assert len(model._forward_pre_hooks) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vocabguard import collective
+from vocabguard.config import ConfigError
 from vocabguard.guard.faults import Faults
 from vocabguard.matrices import VocabMatrix
 from vocabguard.measure.counter import ExposureCounter
@@ -17,6 +19,8 @@ from vocabguard.sharded import local_rows
 
 if TYPE_CHECKING:
     from vocabguard.guard.protection import Protection
+
+logger = logging.getLogger("vocabguard")
 
 Targets = Callable[[Any], tuple[Tensor | None, Tensor]]
 """Takes a batch, gives (inputs or None, targets): targets are not shifted again."""
@@ -36,6 +40,9 @@ def labels_of(batch: Any, targets: Targets | None) -> tuple[Tensor | None, Tenso
         inputs = batch.get("input_ids")
         return (inputs if isinstance(inputs, Tensor) else None), batch["labels"], False
     return None
+
+
+_NOT_ITS_OWN = "no optimizer has the output matrix (DeepSpeed, for one, steps copies of its own)"
 
 
 class Observer:
@@ -72,8 +79,7 @@ class Observer:
         self.hooked = False
         self.protection: Protection | None = None
         if matrix is None:
-            for unread in (counter.pull, counter.push, counter.input_only):
-                unread.fill_(torch.nan)
+            self._read_no_gradient()
 
     def hook_model(self, model: nn.Module) -> None:
         """See every training forward pass of `model`; batches need not be told any more."""
@@ -86,16 +92,33 @@ class Observer:
         """Read the gradient after each step of the optimizer that holds the matrix.
 
         The step's post hook sees the same clipped, averaged gradient under every trainer.
+
+        Raises:
+            ConfigError: if rows are to be held, and no optimizer has the matrix itself.
         """
         if self._matrix is None:
             return
         weight = self._matrix.weight
-        for optimizer in optimizers:
-            # Wrappers keep the real optimizer inside, and only that one's hooks fire at real steps.
-            inner = getattr(optimizer, "optimizer", optimizer)
-            if any(weight is parameter for group in inner.param_groups for parameter in group["params"]):
-                self._handles.append(inner.register_step_pre_hook(self._before_step))
-                self._handles.append(inner.register_step_post_hook(self._after_step))
+        # Wrappers keep the real optimizer inside, and only that one's hooks fire at real steps.
+        inners = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+        having = [
+            inner
+            for inner in inners
+            if any(weight is parameter for group in inner.param_groups for parameter in group["params"])
+        ]
+        for inner in having:
+            self._handles.append(inner.register_step_pre_hook(self._before_step))
+            self._handles.append(inner.register_step_post_hook(self._after_step))
+        if not having:
+            if self.protection is not None and self.protection.holder is not None:
+                raise ConfigError(f"hold: {_NOT_ITS_OWN}; allowed: an optimizer over the model's own parameters")
+            logger.warning("vocabguard: pull and push are not applicable: %s", _NOT_ITS_OWN)
+            self._read_no_gradient()
+
+    def _read_no_gradient(self) -> None:
+        """Pull and push have no meaning here: NaN, not 0."""
+        for unread in (self.counter.pull, self.counter.push, self.counter.input_only):
+            unread.fill_(torch.nan)
 
     def batch(self, batch: Any) -> bool:
         """Count a batch; False where it carries no labels."""
