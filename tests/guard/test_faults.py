@@ -72,6 +72,20 @@ def in_an_action(kit: Any, on_error: str, folder: Path) -> Any:
     return guard_of(kit, on_error, alerts={"moved": rule}, actions={"tell": broken}), {}, {}
 
 
+class BrokenTokenizer:
+    """Fails whatever is asked of it but its length."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getattr__(self, name: str) -> Any:
+        return broken
+
+
+def in_the_tokenizer(kit: Any, on_error: str, folder: Path) -> Any:
+    return guard_of(kit, on_error, tokenizer=BrokenTokenizer()), {}, {}
+
+
 def run_dir_is_a_file(kit: Any, on_error: str, folder: Path) -> Any:
     (folder / "file").write_text("")
     return guard_of(kit, on_error), {"run_dir": folder / "file"}, {}
@@ -113,9 +127,13 @@ def in_finish(kit: Any, on_error: str, folder: Path) -> Any:
 
 
 CASES = [
-    in_attach, at_the_first_check, in_step, in_the_forward_hook, in_an_action, run_dir_is_a_file, run_dir_below_a_file,
+    in_attach, in_the_tokenizer, at_the_first_check, in_step, in_the_forward_hook, in_an_action, run_dir_is_a_file,
+    run_dir_below_a_file,
     in_observe, in_observe_batch, in_check, in_state_dict, in_finish,
 ]  # fmt: skip
+
+
+ATTACHING = (in_attach, in_the_tokenizer, at_the_first_check, run_dir_is_a_file, run_dir_below_a_file)
 
 
 def run(kit: Any, guard: VocabGuard, attach: dict[str, Any], between: dict[int, Any]) -> Any:
@@ -151,7 +169,7 @@ def test_a_fault_is_told_once_and_training_goes_on(kit: Any, tmp_path: Path, cap
     bare_losses, bare_weights = run_bare(kit)
     assert losses == bare_losses
     assert all(torch.equal(value, bare_weights[name]) for name, value in model.state_dict().items())
-    assert (watch is None) == (case in (in_attach, at_the_first_check, run_dir_is_a_file, run_dir_below_a_file))
+    assert (watch is None) == (case in ATTACHING)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
