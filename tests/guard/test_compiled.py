@@ -36,6 +36,7 @@ def run(kit: Any, *, guarded: bool) -> tuple[list[float], int, dict[str, int], A
     return losses, counter.frame_count, dict(torch._dynamo.utils.counters["graph_break"]), guard
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*lru_cache.*")
 def test_no_break_no_recompile_and_the_same_losses(kit: Any) -> None:
     bare, frames, breaks, _ = run(kit, guarded=False)
