@@ -201,7 +201,9 @@ class Observer:
             sample = self._push_every > 0 and (counter.steps + 1) % self._push_every == 0
             holder = self.protection.holder if self.protection is not None else None
             holds = holder is not None and holder.on
-            data, asked = collective.any_of(torch.stack([counter.data_targets_now(), counter.targets_now()]))
+            asked = collective.any_of(counter.targets_now())
+            # Which of them are the data's only hold asks.
+            data = collective.any_of(counter.data_targets_now()) if holds else asked
             inputs = collective.any_of(counter.inputs_now()) if counter.tied and (sample or holds) else None
             if gradient is not None:
                 shard = self._matrix.shard
