@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vocabguard.adapted import AdaptedRows, adapter_of, plain_module, plain_name
+from vocabguard.models import text_config_of, unwrapped
 from vocabguard.results import MatrixName, NotApplicable
 from vocabguard.sharded import Shard, local_rows, shard_of
 
@@ -101,7 +101,7 @@ class VocabMatrix:
     @property
     def untied(self) -> bool:
         """Whether the model ties head and embedding, and an adapter has taken them apart."""
-        if self.tied or not getattr(_text_config(self.model), "tie_word_embeddings", False):
+        if self.tied or not getattr(text_config_of(self.model), "tie_word_embeddings", False):
             return False
         other = _locate(self.model, "embedding" if self.name == "head" else "head", self.other_path)
         ends = [self._wrapped] if isinstance(other, NotApplicable) else [self._wrapped, other]
@@ -180,7 +180,7 @@ def find_matrices(
     Raises:
         ValueError: for a dotted name that is no module with a 2-D floating-point ``weight``.
     """
-    bare = _unwrap(model)
+    bare = unwrapped(model)
     paths: dict[MatrixName, str | None] = {"head": head, "embedding": embedding}
     return {
         "head": _judge(VocabMatrix("head", bare, head, embedding), paths),
@@ -260,7 +260,7 @@ def _vocabulary_size(model: nn.Module, paths: dict[MatrixName, str | None]) -> i
     Some models keep a few more input rows than output rows (image tokens), so the smaller claim counts.
     """
     claims = []
-    if isinstance(size := getattr(_text_config(model), "vocab_size", None), int):
+    if isinstance(size := getattr(text_config_of(model), "vocab_size", None), int):
         claims.append(size)
     embedding = _locate(model, "embedding", paths["embedding"])
     if isinstance(embedding, nn.Module):
@@ -270,12 +270,6 @@ def _vocabulary_size(model: nn.Module, paths: dict[MatrixName, str | None]) -> i
     return min(claims, default=None)
 
 
-def _text_config(model: nn.Module) -> object:
-    """The part of a model's configuration that speaks of its vocabulary."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def _same(weight: Tensor, other: object) -> bool:
     """Whether two parameters are one, as objects or in memory (a shared pointer of 0 means no memory at all)."""
     if weight is other:
@@ -283,11 +277,3 @@ def _same(weight: Tensor, other: object) -> bool:
     if not isinstance(other, Tensor) or weight.shape != other.shape or weight.device != other.device:
         return False
     return weight.data_ptr() != 0 and weight.data_ptr() == other.data_ptr()
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and its like, and inside ``torch.compile``: their only child."""
-    children = dict(model.named_children())
-    if len(children) == 1 and children.keys() <= {"module", "_orig_mod"}:
-        return _unwrap(*children.values())
-    return model

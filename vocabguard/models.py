@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from typing import Any
 
 from torch import nn
 
@@ -21,12 +22,24 @@ _LOOK_AHEAD = re.compile(r"(Flaubert|XLM)WithLMHeadModel|XLNetLMHeadModel")
 
 def core_of(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel and its like, ``torch.compile`` and PEFT: its class tells what it is."""
-    children = dict(model.named_children())
-    if len(children) == 1 and children.keys() <= {"module", "_orig_mod"}:
-        return core_of(*children.values())
+    model = unwrapped(model)
     unwrap = getattr(model, "get_base_model", None)
     inner = unwrap() if callable(unwrap) else model
     return inner if isinstance(inner, nn.Module) else model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and its like, and inside ``torch.compile``, adapters and all."""
+    children = dict(model.named_children())
+    if len(children) == 1 and children.keys() <= {"module", "_orig_mod"}:
+        return unwrapped(*children.values())
+    return model
+
+
+def text_config_of(model: nn.Module) -> Any:
+    """The part of a model's configuration that speaks of its vocabulary and its texts; None where it has none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vocabguard.config import ConfigError, load_questions
 from vocabguard.measure.confusion import ConfusionCounts, count_answers, scripts_of
 from vocabguard.measure.probe import probe_applicable, undisturbed
-from vocabguard.models import core_of
+from vocabguard.models import core_of, text_config_of, unwrapped
 from vocabguard.prompts import PLACE, render_context, render_echo
 from vocabguard.results import NotApplicable
 from vocabguard.settings import ConfusionConfig
@@ -64,7 +64,7 @@ class Confuser:
         order = sorted(range(len(self.questions)), key=lambda place: len(self.questions[place].ids))
         asked = [self.questions[place] for place in order]
         answers: list[tuple[str, str]] = []
-        generator = _generator(model)
+        generator = unwrapped(model)
         with undisturbed(generator), torch.no_grad():
             for start in range(0, len(asked), self.batch):
                 part = asked[start : start + self.batch]
@@ -164,20 +164,10 @@ def _stops(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _require_room(model: nn.Module, questions: Sequence[Question], max_new_tokens: int) -> None:
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    most = getattr(text_config, "max_position_embeddings", None)
+    most = getattr(text_config_of(model), "max_position_embeddings", None)
     longest = max(len(question.ids) for question in questions)
     if isinstance(most, int) and 0 < most < longest + max_new_tokens:
         raise ConfigError(
             f"confusion.max_new_tokens is {max_new_tokens}; allowed: {max(0, most - longest)}, since the model takes "
             f"{most} tokens and a question has {longest}"
         )
-
-
-def _generator(model: nn.Module) -> nn.Module:
-    """The model with its adapters, without what only passes calls on and has no ``generate`` of its own."""
-    children = dict(model.named_children())
-    if len(children) == 1 and children.keys() <= {"module", "_orig_mod"}:
-        return _generator(*children.values())
-    return model

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vocabguard.models import core_of, has_head, is_encoder_decoder, looks_ahead, parameters_of
+from vocabguard.models import core_of, has_head, is_encoder_decoder, looks_ahead, parameters_of, text_config_of
 from vocabguard.results import NotApplicable, ProbeResult
 
 _LOGITS_AT_ONCE = 2**25
@@ -143,9 +143,7 @@ def _shuffled_lists(count: int, context: PromptContext, seed: int) -> Tensor:
 
 
 def _check_length(model: nn.Module, name: str, length: int) -> None:
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = getattr(text_config, "max_position_embeddings", None)
+    longest = getattr(text_config_of(model), "max_position_embeddings", None)
     if isinstance(longest, int) and length > longest > 0:
         raise ValueError(f"probe.contexts.{name}: a prompt has {length} tokens; the model takes at most {longest}")
 
