@@ -239,6 +239,28 @@ def test_resume_of_a_checkpoint_without_a_guard(
     assert [check["step"] for check in RunLog.open(guarded.guard.run_dir).checks()] == [3, 4, 6]
 
 
+def test_resume_without_a_guard_against_the_base_on_disk(
+    kit: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = kit.random_rows(24)
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    base = kit.tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    start = base.state_dict()[HEAD].clone()
+    kit.run_hf(kit.tiny_model(), rows, tokenizer, tmp_path / "run", callbacks=(StopAt(3),), **saving)
+    guarded = guard_for(kit, tokenizer, snapshot={"source": str(tmp_path / "base")})
+    with caplog.at_level(logging.WARNING, "vocabguard"):
+        run = kit.run_hf(
+            kit.tiny_model(), rows, tokenizer, tmp_path / "run", callbacks=(guarded,), resume=True, **saving
+        )
+    said = [record.getMessage() for record in caplog.records if record.name == "vocabguard"]
+    assert len(said) == 1
+    assert "counts begin here, drift is measured against snapshot.source" in said[0]
+    cosine = kit.naive_cosine(start, run.model.state_dict()[HEAD])
+    torch.testing.assert_close(guarded.guard.last.head.cosine.double(), cosine, atol=1e-6, rtol=0)
+    kit.assert_counts(guarded.guard.last.exposure, kit.naive_counts(rows[3 * kit.BATCH :], kit.BATCH, first_step=4))
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_second_train_is_another_run(kit: Any, tokenizer: Any, tmp_path: Path, resumed: bool) -> None:
     rows = kit.random_rows(24)

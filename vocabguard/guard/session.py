@@ -123,7 +123,7 @@ class VocabGuard:
             ConfigError: for settings that do not fit the model, the tokenizer or the data. Nothing is changed then.
         """
         self._begin_anew()
-        self._resumed = state.to_go_on(resumed or self._resumed, run_dir, steps_done)
+        self._resumed = state.to_go_on(resumed or self._resumed, run_dir, steps_done, self.config.snapshot.source)
         self.cadence.total, self._batches_per_step, self._inject = total_steps, batches_per_step, inject
         attached = False
         try:

@@ -28,9 +28,15 @@ _ROWS_SENT = 4096
 _BEGINS_LATE = (
     "vocabguard: %d steps are done and no saved state of a guard is there: drift and counts begin here, not at the base"
 )
+_COUNTS_LATE = (
+    "vocabguard: %d steps are done and no saved state of a guard is there: counts begin here, drift is measured "
+    "against snapshot.source"
+)
 
 
-def to_go_on(saved: Mapping[str, Any], suggested: str | Path | None, steps_done: int) -> Mapping[str, Any]:
+def to_go_on(
+    saved: Mapping[str, Any], suggested: str | Path | None, steps_done: int, source: str | None
+) -> Mapping[str, Any]:
     """A state whose run folder may have been moved since, with the baselines in it.
 
     Says so where there is none and the trainer is in mid-run.
@@ -39,12 +45,13 @@ def to_go_on(saved: Mapping[str, Any], suggested: str | Path | None, steps_done:
         saved: the state; empty where no run goes on.
         suggested: the folder that the trainer would give a run.
         steps_done: optimizer steps that the trainer has behind it.
+        source: the checkpoint of the base that drift is measured against, if one is named.
 
     Returns:
         The state itself while its folder is where it was, else one that names the suggested folder, if a run is there.
     """
     if steps_done > 0 and not saved:
-        logger.warning(_BEGINS_LATE, steps_done)
+        logger.warning(_BEGINS_LATE if source is None else _COUNTS_LATE, steps_done)
     before = saved.get("run_dir")
     if before is None or suggested is None or Path(before).exists() or not (Path(suggested) / "run.json").exists():
         return saved
