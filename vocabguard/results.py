@@ -11,6 +11,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from vocabguard.transitions import Transition
+
 EXPOSURE_CLASSES = ("never", "1-4", "5-19", "20+")
 """Exposure classes of a token, by its data targets so far; the index is the value in ``classes`` vectors."""
 
@@ -168,29 +170,6 @@ class TokenReport:
 
 
 @dataclass(frozen=True)
-class Transition:
-    """One change of an alert's state.
-
-    Attributes:
-        rule: the rule's name.
-        state: the state entered.
-        level: ``info``, ``warning`` or ``critical``.
-        metric: the logged key.
-        value: its value at the transition.
-        step: the optimizer step.
-        message: one sentence for a person.
-    """
-
-    rule: str
-    state: Literal["firing", "resolved"]
-    level: str
-    metric: str
-    value: float
-    step: int
-    message: str
-
-
-@dataclass(frozen=True)
 class EchoPlan:
     """Which tokens are echoed, and how many a batch, until the next plan holds.
 
@@ -278,6 +257,7 @@ class CheckResult:
         scalars: flat logged keys (``vocabguard/...``) and values.
         transitions: alerts that changed state.
         firing: names of the rules that fire after this check.
+        requests: what rules that began to fire ask of the trainer: ``checkpoint``, ``stop``.
         worst: the worst live tokens, worst first.
         watched: the tokens of the watch list.
         seconds: what the check took.
@@ -300,6 +280,7 @@ class CheckResult:
     echo: EchoReport | None = None
     base_probe: ProbeResult | None = None
     findings: tuple[Finding, ...] = ()
+    requests: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

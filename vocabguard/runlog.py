@@ -4,7 +4,7 @@
 |---|---|
 | ``run.json`` | schema, version of vocabguard, times of start and resumes, settings, what is watched, group names |
 | ``checks.jsonl`` | one line a check: attempt, step, seconds, probed, firing, scalars, worst and watched tokens, echo |
-| ``alerts.jsonl`` | one line a transition: attempt and the fields of `Transition` |
+| ``alerts.jsonl`` | one line a transition: attempt and the fields of `Transition`, its story too |
 | ``rows-<step>.safetensors`` | the vectors of `row_vectors` at a step |
 | ``confusion.jsonl`` | one line an evaluation, if asked for: shares by language, and from -> into counts |
 | ``neighbors.jsonl`` | one line a token and a step, if asked for: nearest rows then and now |
@@ -32,7 +32,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vocabguard.jsonlines import append_line, mend, plain, read_lines, replace_file
-from vocabguard.results import CheckResult, Exposure, RowDrift, Transition, Watch
+from vocabguard.results import CheckResult, Exposure, RowDrift, Watch
+from vocabguard.transitions import AlertStory, Transition
 
 SCHEMA = 1
 """Version of the folder's layout; a newer one is refused."""
@@ -309,6 +310,13 @@ def _stands(line: Mapping[str, Any], first: Mapping[int, int]) -> bool:
 
 
 def _as_transition(line: Mapping[str, Any]) -> Transition:
-    values = {spec.name: line[spec.name] for spec in fields(Transition)}
+    """A line as a transition; earlier versions wrote fewer fields, later ones may write more."""
+    values: dict[str, Any] = {spec.name: line[spec.name] for spec in fields(Transition) if spec.name in line}
     values["value"] = math.nan if line["value"] is None else line["value"]
+    parts = line.get("parts") or {}
+    values["parts"] = {part: math.nan if value is None else value for part, value in parts.items()}
+    if told := line.get("story"):
+        known = {spec.name: told[spec.name] for spec in fields(AlertStory) if spec.name in told}
+        lists: dict[str, Any] = {key: tuple(known.pop(key)) for key in ("tokens", "advice") if key in known}
+        values["story"] = AlertStory(**known, **lists)
     return Transition(**values)

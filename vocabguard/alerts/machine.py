@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from vocabguard.alerts.rules import FIRING, AlertRule
-from vocabguard.results import Transition
+from vocabguard.transitions import Transition
 
 State = Literal["ok", "pending", "firing"]
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from vocabguard.results import EXPOSURE_CLASSES, Transition
+from vocabguard.results import EXPOSURE_CLASSES
+from vocabguard.transitions import Transition
 
 PREFIX = "vocabguard/"
 FIRING = "alerts/firing"

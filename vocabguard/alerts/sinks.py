@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from vocabguard.alerts.rules import AlertRule
-from vocabguard.results import Transition
+from vocabguard.transitions import Transition
 
 logger = logging.getLogger("vocabguard.alerts")
 

@@ -15,9 +15,10 @@ from vocabguard.alerts.rules import BUILT_IN, AlertRule, require_parts
 from vocabguard.config import ConfigError
 from vocabguard.matrices import VocabMatrix, find_matrices
 from vocabguard.measure.untrained import never_trained
-from vocabguard.results import MatrixName, NotApplicable, Preflight, Transition, Watch, WatchedMatrix
+from vocabguard.results import MatrixName, NotApplicable, Preflight, Watch, WatchedMatrix
 from vocabguard.settings import GuardConfig
 from vocabguard.snapshot import Baseline, CopiedBaseline, copy_baseline, open_baseline, reopen_baseline
+from vocabguard.transitions import Transition
 from vocabguard.vocabulary import GROUPS, VocabTable, build_table, plain_table
 
 Action = Callable[[Transition], None]

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from vocabguard.results import EXPOSURE_CLASSES, CheckResult, Finding, NotApplicable, TokenReport, Transition, Watch
+from vocabguard.results import EXPOSURE_CLASSES, CheckResult, Finding, NotApplicable, TokenReport, Watch
+from vocabguard.transitions import Transition
 from vocabguard.views.wording import (
     WORST_COLUMNS,
     ReportRow,

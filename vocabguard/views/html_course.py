@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vocabguard.results import EXPOSURE_CLASSES, Transition
+from vocabguard.results import EXPOSURE_CLASSES
+from vocabguard.transitions import Transition
 from vocabguard.views.html_data import PageData
 from vocabguard.views.html_figures import Figure, Label, Mark, Plot, Word, polyline, thinned, ticks
 from vocabguard.views.html_findings import label_of

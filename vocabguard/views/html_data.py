@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vocabguard.results import EXPOSURE_CLASSES, MatrixName, TokenReport, Transition
+from vocabguard.results import EXPOSURE_CLASSES, MatrixName, TokenReport
+from vocabguard.transitions import Transition
 from vocabguard.views.wording import ReportRow
 
 TOP = 500

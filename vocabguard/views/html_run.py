@@ -17,11 +17,11 @@ from vocabguard.results import (
     NotApplicable,
     ProbeResult,
     TokenReport,
-    Transition,
     Watch,
     WatchedMatrix,
 )
 from vocabguard.runlog import RunLog
+from vocabguard.transitions import Transition
 from vocabguard.views.html_data import (
     TOP,
     EchoDone,
