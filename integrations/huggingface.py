@@ -9,17 +9,20 @@ nothing of the trainer. Evaluation metrics get the logged keys under ``eval_``, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vocabguard.config import ConfigSource
 from vocabguard.guard import VocabGuard
-from vocabguard.guard.observe import Targets
+from vocabguard.guard.observe import LabelCarrier, Targets, drop_labels
 from vocabguard.guard.setup import Action
+from vocabguard.integrations.trl import targets_of
 
 STATE_FILE = "vocabguard.pt"
 STATE_KEY = "vocabguard"
@@ -34,6 +37,9 @@ class VocabGuardCallback(TrainerCallback):
         overrides: dotted settings, e.g. ``["drift.every_n_steps=50"]``.
         targets: takes (inputs or None, targets) out of a batch, where batches have no ``labels``.
         actions: callables that alert rules may name.
+        hidden_labels: the trainer takes ``labels`` out of a batch before the model sees it, as with
+            ``compute_loss_func``. They are counted then by a key of our own that the collate function adds and that is
+            taken away on its way into the model. Label smoothing is noticed without.
         **options: sections and settings of the configuration by keyword.
 
     Raises:
@@ -51,12 +57,15 @@ class VocabGuardCallback(TrainerCallback):
         overrides: Iterable[str] = (),
         targets: Targets | None = None,
         actions: Mapping[str, Action] | None = None,
+        hidden_labels: bool = False,
         **options: Any,
     ) -> None:
         self.guard = VocabGuard(
             config, tokenizer=tokenizer, overrides=overrides, targets=targets, actions=actions, **options
         )
+        self._targets, self._hidden = targets, hidden_labels
         self._resumes = False
+        self._undo = ExitStack()
 
     def on_train_begin(
         self,
@@ -66,6 +75,8 @@ class VocabGuardCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Attach: weights are still those of the base, unless the run is resumed."""
+        self._undo.close()
+        self.guard.targets = self._targets or targets_of(args, self.guard)
         if self.guard.tokenizer is None:
             processing = kwargs.get("processing_class")
             self.guard.tokenizer = getattr(processing, "tokenizer", processing)
@@ -81,6 +92,18 @@ class VocabGuardCallback(TrainerCallback):
             batches_per_step=args.gradient_accumulation_steps,
         )
         self._resumes = state.global_step > 0 and not args.ignore_data_skip
+        if self._hidden or args.label_smoothing_factor > 0:
+            self._carry_labels(kwargs["model"], kwargs.get("train_dataloader"))
+
+    def _carry_labels(self, model: nn.Module, dataloader: Any) -> None:
+        """Bring the labels to the model until training ends, also when the guard stands down in between."""
+        loader = getattr(dataloader, "base_dataloader", dataloader)
+        if self.guard.watch is None or self.guard.observer is None or not hasattr(loader, "collate_fn"):
+            return
+        inner = loader.collate_fn
+        loader.collate_fn = LabelCarrier(inner)
+        self._undo.callback(setattr, loader, "collate_fn", inner)
+        self._undo.callback(model.register_forward_pre_hook(drop_labels, with_kwargs=True).remove)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -127,6 +150,7 @@ class VocabGuardCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
     ) -> None:
         """Close the run; with the best model loaded back, the last step's check stands."""
+        self._undo.close()
         self.guard.finish(check=not args.load_best_model_at_end)
 
 

@@ -25,7 +25,7 @@ from vocabguard.measure.counter import ExposureCounter
 from vocabguard.models import is_encoder_decoder, no_tokens
 from vocabguard.protect.batches import add_rows
 from vocabguard.protect.collator import ECHO_KEY, EchoCollator, EchoError
-from vocabguard.results import Preflight
+from vocabguard.results import NotApplicable, Preflight
 from vocabguard.settings import GuardConfig
 
 logger = logging.getLogger("vocabguard")
@@ -69,6 +69,7 @@ def arm(
     watched: Watched,
     counter: ExposureCounter | None,
     source: EchoSource | None,
+    uncounted: NotApplicable | None = None,
 ) -> Protection | None:
     """What may protect this run; nothing is switched on yet.
 
@@ -79,6 +80,7 @@ def arm(
         watched: matrices and table.
         counter: of the run's targets.
         source: made by `VocabGuard.collator`, if it was called.
+        uncounted: why labels are no targets of the data here, where they are not.
 
     Returns:
         None where neither echo nor hold is configured.
@@ -88,7 +90,8 @@ def arm(
     """
     rules = tuple(rules)
     wants_echo, wants_hold = needed(config, rules, "echo") or source is not None, needed(config, rules, "hold")
-    if counter is None and (wants_echo or wants_hold) and (uncounted := no_tokens(run.model)) is not None:
+    uncounted = uncounted or no_tokens(run.model)
+    if counter is None and (wants_echo or wants_hold) and uncounted is not None:
         raise ConfigError(f"{'echo' if wants_echo else 'hold'}: {uncounted.reason}")
     if counter is None or not (wants_echo or wants_hold):
         return None

@@ -18,6 +18,7 @@ from vocabguard.guard.probing import Prober
 from vocabguard.guard.protection import Protection
 from vocabguard.guard.setup import Watched
 from vocabguard.measure.counter import ExposureCounter
+from vocabguard.results import NotApplicable
 from vocabguard.settings import GuardConfig
 
 
@@ -67,7 +68,7 @@ def put_together(
     *,
     prober: Prober | None,
     faults: Faults,
-    targets: Targets | None,
+    targets: Targets | NotApplicable | None,
     source: EchoSource | None,
 ) -> Parts:
     """Build the parts.
@@ -79,15 +80,20 @@ def put_together(
         watched: matrices, baselines and table.
         prober: None where the probe does not apply.
         faults: contains exceptions.
-        targets: the user's extractor, if any.
+        targets: the user's extractor, if any, or why labels are no targets of the data here.
         source: of echo rows, where `VocabGuard.collator` was called.
 
     Raises:
         ConfigError: where echo or hold would be wrong, or questions cannot be asked.
     """
     rules = tuple(rules)
+    uncounted = targets if isinstance(targets, NotApplicable) else None
     observer = None
-    if config.exposure.enabled and (run.shift is not None or targets is not None):
+    if (
+        config.exposure.enabled
+        and not isinstance(targets, NotApplicable)
+        and (run.shift is not None or targets is not None)
+    ):
         observer = Observer(
             ExposureCounter(watched.rows, next(run.model.parameters()).device, watched.tied),
             watched.gradient_matrix,
@@ -97,7 +103,7 @@ def put_together(
             targets=targets,
         )
     counter = observer.counter if observer else None
-    protection = arm(config, rules, run, watched, counter, source)
+    protection = arm(config, rules, run, watched, counter, source, uncounted)
     if observer is not None:
         observer.protection = protection
     checker = Checker(
@@ -109,6 +115,7 @@ def put_together(
         config.drift.chunk_rows,
         config.log.top_k,
         protection=protection,
+        uncounted=uncounted,
         extras=Extras(config, run.model, watched.tokenizer),
     )
     return Parts(observer, checker, protection)

@@ -31,7 +31,8 @@ Moment = Literal["evaluation", "end"]
 
 _NO_TARGETS = (
     "vocabguard: no target has been counted by step %d, so every token looks as if it never was one. The labels do not "
-    "reach the model's forward pass (label smoothing and a custom loss take them out); tell them by `targets=`"
+    "reach the model's forward pass (a custom loss takes them out); tell them by `targets=`, or in the Hugging Face "
+    "trainer by `hidden_labels=True`"
 )
 
 
@@ -50,6 +51,7 @@ class Checker:
         check_seconds: cost of the last check without its probe.
         probe_seconds: cost of the last probe.
         protection: echo and hold; None where neither is configured.
+        uncounted: why labels are no targets of the data here; None where they are.
         extras: what is looked at beside.
     """
 
@@ -63,6 +65,7 @@ class Checker:
     check_seconds: float = 0.0
     probe_seconds: float = 0.0
     protection: Protection | None = None
+    uncounted: NotApplicable | None = None
     extras: Extras | None = None
     groups: dict[str, Tensor] = field(init=False)
     _warned: bool = False
@@ -154,7 +157,7 @@ class Checker:
     def exposure(self) -> Exposure | NotApplicable:
         """Counts so far, over all processes."""
         if self.counter is None:
-            return no_tokens(self.model) or NotApplicable("exposure is off")
+            return self.uncounted or no_tokens(self.model) or NotApplicable("exposure is off")
         return collective.total_exposure(self.counter.exposure())
 
     def classes(self, exposure: Exposure | NotApplicable) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,12 @@ from vocabguard.measure.exposure import targets_of
 from vocabguard.protect.rows import IGNORE
 
 _KINDS = ("data", "echo")
+_UNTOLD = (
+    "vocabguard: loss/data and loss/echo leave batches with echo rows out: the model's output holds neither logits nor "
+    "log_probs of every position, as fused losses do"
+)
+
+logger = logging.getLogger("vocabguard")
 
 
 @torch.no_grad()
@@ -39,6 +46,29 @@ def target_losses(logits: Tensor, labels: Tensor, chosen: Tensor, shift: bool) -
     return total, keep.sum().to(picked.device)
 
 
+def summed_losses(output: Any, labels: Tensor, chosen: Tensor, shift: bool) -> tuple[Tensor, Tensor] | None:
+    """The same from what a model returned: its ``logits``, or the ``log_probs`` of the targets that TRL's head gives.
+
+    Args:
+        output: of a model.
+        labels: (B, T) int.
+        chosen: see `target_losses`.
+        shift: see `target_losses`.
+
+    Returns:
+        None where the output has neither for every position.
+    """
+    logits, told = _field(output, "logits"), _field(output, "log_probs")
+    if logits is not None and logits.shape[:2] == labels.shape:
+        return target_losses(logits, labels, chosen, shift)
+    targets = targets_of(labels, shift)
+    if told is None or told.shape != targets.shape:
+        return None
+    wide = chosen[:, None].expand(labels.shape) if chosen.ndim == 1 else chosen
+    keep = ((targets != IGNORE) & targets_of(wide, shift).to(targets.device)).to(told.device)
+    return -told.detach().float().masked_fill(~keep, 0.0).sum(), keep.sum()
+
+
 class LossMeter:
     """Adds up both losses from check to check, from the outputs of the model's training forward passes.
 
@@ -50,32 +80,35 @@ class LossMeter:
         self._shift = shift
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
+        self._told = False
 
     def add(self, output: Any, kwargs: Mapping[str, Any], labels: Tensor | None, echo: Tensor | None) -> None:
         """Take in one forward pass.
 
         Args:
-            output: of the model; its ``loss`` is used where there is one, its ``logits`` for the echo targets.
+            output: of the model; its ``loss`` is used where there is one, `summed_losses` for the echo targets.
             kwargs: the forward pass's; ``num_items_in_batch`` says what the loss was divided by.
             labels: (B, T) of the batch; without them nothing is counted.
             echo: (B,) or (B, T) bool, True at echo rows; None without any.
         """
         if labels is None:
             return
-        loss, logits = _field(output, "loss"), _field(output, "logits")
+        loss = _field(output, "loss")
         targets = (targets_of(labels, self._shift) != IGNORE).sum()
-        none = torch.zeros((), device=labels.device)
         if echo is None:
-            of_echo, echoed = none, torch.zeros_like(targets)
-        elif logits is not None and logits.shape[:2] == labels.shape:
-            of_echo, echoed = target_losses(logits, labels, echo, self._shift)
+            of_echo, echoed = torch.zeros((), device=labels.device), torch.zeros_like(targets)
+        elif (found := summed_losses(output, labels, echo, self._shift)) is not None:
+            of_echo, echoed = found
         else:
+            if not self._told:
+                self._told = True
+                logger.warning(_UNTOLD)
             return
         if loss is not None:
             divided_by = kwargs.get("num_items_in_batch")
             whole = loss.detach().float().mean() * (targets if divided_by is None else divided_by)
-        elif logits is not None and logits.shape[:2] == labels.shape:
-            whole, _ = target_losses(logits, labels, torch.ones_like(labels, dtype=torch.bool), self._shift)
+        elif (found := summed_losses(output, labels, torch.ones_like(labels).bool(), self._shift)) is not None:
+            whole, _ = found
         else:
             return
         self._book("echo", of_echo, echoed)
@@ -110,7 +143,7 @@ class LossMeter:
         """
 
         def after(module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            if not module.training or torch.compiler.is_compiling() or faults.down:
+            if not module.training or not torch.is_grad_enabled() or torch.compiler.is_compiling() or faults.down:
                 return
             with faults.contain("telling losses apart"):
                 known, echo = current()

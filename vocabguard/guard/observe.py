@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vocabguard")
 
-Targets = Callable[[Any], tuple[Tensor | None, Tensor]]
-"""Takes a batch, gives (inputs or None, targets): targets are not shifted again."""
+Targets = Callable[[Any], tuple[Tensor | None, Tensor] | None]
+"""Takes a batch, gives (inputs or None, targets), or None where there are none: targets are not shifted again."""
+
+LABELS_KEY = "vocabguard_labels"
+"""Key of a batch's labels where the trainer takes ``labels`` out of it before the model's forward pass."""
 
 
 def labels_of(batch: Any, targets: Targets | None) -> tuple[Tensor | None, Tensor, bool] | None:
@@ -34,12 +37,40 @@ def labels_of(batch: Any, targets: Targets | None) -> tuple[Tensor | None, Tenso
         targets: the user's extractor, if any.
     """
     if targets is not None:
-        inputs, aligned = targets(batch)
-        return inputs, aligned, True
-    if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
+        found = targets(batch)
+        return None if found is None else (*found, True)
+    labels = batch.get(LABELS_KEY, batch.get("labels")) if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor):
         inputs = batch.get("input_ids")
-        return (inputs if isinstance(inputs, Tensor) else None), batch["labels"], False
+        return (inputs if isinstance(inputs, Tensor) else None), labels, False
     return None
+
+
+class LabelCarrier:
+    """Wraps a collate function: a batch's labels go to the model under `LABELS_KEY` too.
+
+    Label smoothing and losses of one's own take ``labels`` out of a batch; what stays in it reaches the model's forward
+    pass, where an `Observer` sees it and `drop_labels` takes it away.
+
+    Args:
+        inner: the user's collate function.
+    """
+
+    def __init__(self, inner: Callable[[list[Any]], Any]) -> None:
+        self.inner = inner
+
+    def __call__(self, features: list[Any]) -> Any:
+        """Collate one batch."""
+        batch = self.inner(features)
+        if isinstance(batch, MutableMapping) and isinstance(batch.get("labels"), Tensor):
+            batch[LABELS_KEY] = batch["labels"]
+        return batch
+
+
+def drop_labels(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Take the labels of a `LabelCarrier` away, as the last forward pre-hook of a model that does not know them."""
+    kwargs.pop(LABELS_KEY, None)
+    return args, kwargs
 
 
 _NOT_ITS_OWN = "no optimizer has the output matrix (DeepSpeed, for one, steps copies of its own)"
@@ -82,7 +113,7 @@ class Observer:
             self._read_no_gradient()
 
     def hook_model(self, model: nn.Module) -> None:
-        """See every training forward pass of `model`; batches need not be told any more."""
+        """See every training forward pass of `model` that has a gradient; batches need not be told any more."""
         # Now, since a compiled pass cannot look into a signature.
         self._names = parameters_of(model)
         self._handles.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
@@ -163,7 +194,8 @@ class Observer:
             self.counter.resize(self._matrix.rows)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not module.training or self._faults.down:
+        # Without a gradient nothing is learned: a reference's or a sampler's pass through the same model.
+        if not module.training or not torch.is_grad_enabled() or self._faults.down:
             return
         batch = self._named(args) | kwargs
         if torch.compiler.is_compiling():

@@ -34,7 +34,7 @@ def wanted_preflight(
     dataloader: Any,
     rows: int,
     shift: bool | None,
-    targets: Targets | None,
+    targets: Targets | NotApplicable | None,
     need_labels: bool,
     tokenizer: Any = None,
 ) -> Preflight | NotApplicable:
@@ -45,7 +45,7 @@ def wanted_preflight(
         dataloader: the training dataloader, or None.
         rows: V of the vocabulary matrix.
         shift: whether the model shifts its labels; None where they are no tokens.
-        targets: the user's extractor, if any.
+        targets: the user's extractor, if any, or why labels are no targets of the data here.
         need_labels: whether batches must carry labels.
         tokenizer: the model's, if known: counts taken beforehand must be of its tokens.
 
@@ -54,6 +54,8 @@ def wanted_preflight(
             coverage file, or of another vocabulary.
     """
     wanted = config.preflight
+    if isinstance(targets, NotApplicable):
+        return targets
     if config.exposure.enabled and config.exposure.prior is not None:
         return _counted_before(config.exposure.prior, rows, tokenizer)
     if not (wanted.enabled and config.exposure.enabled):
@@ -220,5 +222,5 @@ def _no_labels(batch: Any) -> str:
     got = f"the keys {sorted(batch)}" if hasattr(batch, "keys") else type(batch).__name__
     return (
         f"no labels: a training batch holds {got}; the guard counts targets from 'labels' of shape (B, T), "
-        "or from what `targets=` takes out of a batch"
+        "or from what `targets=` takes out of a batch; exposure={{'enabled': False}} goes on without"
     )

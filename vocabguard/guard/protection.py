@@ -14,6 +14,7 @@ from vocabguard.guard.echoing import EchoControl
 from vocabguard.guard.faults import Faults
 from vocabguard.guard.holding import Holder
 from vocabguard.guard.losses import LossMeter
+from vocabguard.guard.observe import LABELS_KEY
 from vocabguard.protect.collator import ECHO_KEY, EchoError
 from vocabguard.results import CheckResult, EchoReport, Exposure, NotApplicable, ProbeResult
 from vocabguard.settings import GuardConfig
@@ -129,8 +130,8 @@ class Protection:
         self._labels = labels if isinstance(labels, Tensor) else None
 
     def _take_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if ECHO_KEY in kwargs:
-            self.mask = kwargs.pop(ECHO_KEY)
+        if ECHO_KEY in kwargs or LABELS_KEY in kwargs:
+            self.mask, self._labels = kwargs.pop(ECHO_KEY, None), kwargs.get(LABELS_KEY)
             return args, kwargs
         # Evaluation and generation in mid-run must not be taken for the batch before them.
         if module.training and self._labels is None:

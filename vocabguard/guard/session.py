@@ -26,7 +26,7 @@ from vocabguard.guard.protection import Protection
 from vocabguard.guard.report import Reporter, choose_folder
 from vocabguard.models import predicts_next
 from vocabguard.protect.collator import EchoCollator
-from vocabguard.results import CheckResult, Watch
+from vocabguard.results import CheckResult, NotApplicable, Watch
 from vocabguard.runlog import RunLog
 from vocabguard.settings import GuardConfig
 
@@ -64,7 +64,7 @@ class VocabGuard:
     ) -> None:
         self.config: GuardConfig = load_config(config, overrides, options)
         self.tokenizer = tokenizer
-        self.targets = targets
+        self.targets: Targets | NotApplicable | None = targets
         self.rules = setup.build_rules(self.config, actions or {})
         self.faults = Faults(self.config.on_error)
         self.cadence = Cadence.of(self.config)
