@@ -77,7 +77,7 @@ def test_a_threshold_is_taken_only_where_it_can_fire_and_can_be_quiet(op, metric
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"op": "=>"}, r"op is '=>'; allowed: one of \['>', '>=', '<', '<='\]"),
+        ({"op": "=>"}, r"op is '=>'; allowed: one of \['>', '>=', '<', '<=', 'absent', 'unchanged'\]"),
         ({"level": "fatal"}, r"level is 'fatal'; allowed: one of \['info', 'warning', 'critical'\]"),
         ({"for_checks": 0}, "for_checks is 0; allowed: at least 1"),
         ({"cooldown_steps": -1}, "cooldown_steps is -1; allowed: at least 0"),

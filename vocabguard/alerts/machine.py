@@ -1,61 +1,16 @@
-"""Follows alert rules through the checks of a run: ok -> pending -> firing -> ok."""
+"""Follows alert rules through the checks and evaluations of a run."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
-from vocabguard.alerts.rules import FIRING, AlertRule
+from vocabguard.alerts.keys import FIRING, short_key, values_by_part
+from vocabguard.alerts.messages import message_of, worst_first
+from vocabguard.alerts.rules import AlertRule
+from vocabguard.alerts.states import WHOLE, News, Standing, as_dict, follow, from_dict
 from vocabguard.transitions import Transition
-
-State = Literal["ok", "pending", "firing"]
-
-_OVER_WORDS = {">": "over", ">=": "at or over", "<": "under", "<=": "at or under"}
-_SAFE_WORDS = {">": "at or under", ">=": "under", "<": "at or over", "<=": "over"}
-
-
-@dataclass(frozen=True)
-class RuleState:
-    """Where one rule stands.
-
-    Attributes:
-        state: ``ok``, ``pending`` (over the threshold, but not yet often enough or still cooling down) or ``firing``.
-        checks: checks in a row over the threshold, while pending.
-        since: step of the first of them, while pending or firing.
-        resolved: step at which it last resolved.
-    """
-
-    state: State = "ok"
-    checks: int = 0
-    since: int | None = None
-    resolved: int | None = None
-
-
-def advance(rule: AlertRule, now: RuleState, step: int, value: float) -> RuleState:
-    """The state after one check.
-
-    Args:
-        rule: the rule.
-        now: its state before the check.
-        step: the optimizer step of the check.
-        value: the metric's value; NaN, which says nothing, leaves the state as it is.
-
-    Returns:
-        The new state.
-    """
-    if math.isnan(value):
-        return now
-    if now.state == "firing":
-        return RuleState(resolved=step) if rule.safe(value) else now
-    if not rule.over(value):
-        return RuleState(resolved=now.resolved)
-    checks, since = now.checks + 1, step if now.since is None else now.since
-    cooling = now.resolved is not None and step < now.resolved + rule.cooldown_steps
-    if checks < rule.for_checks or cooling:
-        return replace(now, state="pending", checks=checks, since=since)
-    return RuleState("firing", since=since, resolved=now.resolved)
 
 
 class AlertMachine:
@@ -84,41 +39,61 @@ class AlertMachine:
         if twice:
             raise ValueError(f"alert rules {twice} are given more than once; allowed: one rule a name")
         self.rules: tuple[AlertRule, ...] = rules
-        self._states = {name: RuleState() for name in names}
+        self._standings = {name: Standing() for name in names}
 
     @property
     def firing(self) -> tuple[str, ...]:
         """Names of the rules that fire, in the rules' order."""
-        return tuple(rule.name for rule in self.rules if self._states[rule.name].state == "firing")
+        return tuple(rule.name for rule in self.rules if self._standings[rule.name].firing)
 
-    def update(self, step: int, scalars: Mapping[str, float]) -> tuple[Transition, ...]:
-        """Take in one check.
+    def update(
+        self,
+        step: int,
+        scalars: Mapping[str, float],
+        *,
+        evaluation: bool = False,
+        rows: Mapping[str, int] | None = None,
+    ) -> tuple[Transition, ...]:
+        """Take in one check, or what an evaluation brought.
 
         Args:
             step: the optimizer step.
             scalars: logged keys, with or without ``vocabguard/``, and their values. A rule whose key is missing or NaN
-                stays as it is.
+                stays as it is, unless it is about that.
+            evaluation: follow the rules about an evaluation's keys, and only those; otherwise all others.
+            rows: live rows of each script group; a group that is not named has enough.
 
         Returns:
-            The rules that began to fire or resolved, in the rules' order, those about ``alerts/firing`` last.
+            The rules that fire, have news or resolved, in the rules' order, those about ``alerts/firing`` last.
         """
+        known = {short_key(key): value for key, value in scalars.items()}
         transitions = []
         for rule in sorted(self.rules, key=_about_alerts):
-            value = self._value(rule, scalars)
-            before = self._states[rule.name]
-            after = self._states[rule.name] = advance(rule, before, step, value)
-            if (before.state == "firing") != (after.state == "firing"):
-                transitions.append(_transition(rule, before, after, step, value))
+            if rule.at_evaluations != evaluation:
+                continue
+            values = self._values(rule, known, rows or {})
+            before = self._standings[rule.name]
+            after, news = follow(rule, before, step, values)
+            self._standings[rule.name] = after
+            if news is not None:
+                transitions.append(_transition(rule, news, (before, after), step, values, rows or {}))
         return tuple(transitions)
+
+    def requests(self, transitions: Iterable[Transition]) -> tuple[str, ...]:
+        """What rules that have just begun to fire ask of the trainer: ``checkpoint`` and ``stop``, in this order."""
+        fired = {change.rule for change in transitions if change.state == "firing" and not change.again}
+        asked = {action for rule in self.rules if rule.name in fired for action in rule.actions}
+        return tuple(action for action in ("checkpoint", "stop") if action in asked)
 
     def state_dict(self) -> dict[str, Any]:
         """Every rule's state, as a dict that JSON can hold."""
-        return {rule.name: {"metric": rule.key, **asdict(self._states[rule.name])} for rule in self.rules}
+        return {rule.name: as_dict(rule, self._standings[rule.name]) for rule in self.rules}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state.
 
-        Rules that the state does not know, or knows for another metric, start ok; unknown rules in it are ignored.
+        Rules that the state does not know, or knows for another metric, start ok; unknown rules and fields in it are
+        ignored.
 
         Args:
             state: from `state_dict`.
@@ -126,59 +101,39 @@ class AlertMachine:
         Raises:
             ValueError: if a rule's saved state is none of ``ok``, ``pending``, ``firing``.
         """
-        states = {}
-        for rule in self.rules:
-            saved = dict(state.get(rule.name) or {})
-            same = saved.pop("metric", None) == rule.key
-            states[rule.name] = RuleState(**saved) if same else RuleState()
-            if states[rule.name].state not in get_args(State):
-                raise ValueError(f"alert rule {rule.name!r}: state is {saved['state']!r}; allowed: {get_args(State)}")
-        self._states = states
+        self._standings = {rule.name: from_dict(rule, state.get(rule.name) or {}) for rule in self.rules}
 
-    def _value(self, rule: AlertRule, scalars: Mapping[str, float]) -> float:
+    def _values(self, rule: AlertRule, scalars: Mapping[str, float], rows: Mapping[str, int]) -> dict[str, float]:
         if _about_alerts(rule):
             # Not these rules themselves: one that fires because it fires would never resolve.
             others = {other.name for other in self.rules if not _about_alerts(other)}
-            return float(len(others.intersection(self.firing)))
-        return float(scalars.get(rule.key, scalars.get(rule.short, math.nan)))
+            return {WHOLE: float(len(others.intersection(self.firing)))}
+        if rule.by_part:
+            values = values_by_part(rule.key, scalars)
+            return {part: float(value) for part, value in values.items() if rows.get(part, math.inf) >= rule.min_rows}
+        return {WHOLE: float(scalars.get(rule.short, math.nan))}
 
 
 def _about_alerts(rule: AlertRule) -> bool:
     return rule.short == FIRING
 
 
-def _transition(rule: AlertRule, before: RuleState, after: RuleState, step: int, value: float) -> Transition:
-    fires = after.state == "firing"
-    message = _firing_message(rule, after, value) if fires else _resolved_message(rule, before, value)
-    return Transition(rule.name, "firing" if fires else "resolved", rule.level, rule.key, value, step, message)
-
-
-def _firing_message(rule: AlertRule, now: RuleState, value: float) -> str:
-    shown, limit = _apart(value, rule.threshold)
-    where = f"{rule.short} is {shown}, {_OVER_WORDS[rule.op]} {limit}"
-    return f"{rule.name} ({rule.level}): {where}, since step {now.since}."
-
-
-def _resolved_message(rule: AlertRule, before: RuleState, value: float) -> str:
-    if rule.resolve_at is None or rule.resolve_at == rule.threshold:
-        limit, words = rule.threshold, _SAFE_WORDS[rule.op]
-    else:
-        limit, words = rule.resolve_at, "at or under" if rule.upward else "at or over"
-    shown, bound = _apart(value, limit)
-    where = f"{rule.short} is {shown}, {words} {bound}"
-    return f"{rule.name} ({rule.level}) has resolved: {where}, after trouble since step {before.since}."
-
-
-def _apart(value: float, limit: float) -> tuple[str, str]:
-    """Both numbers as text, short, but with digits enough that different numbers look different."""
-    if value.is_integer() or math.isinf(value):
-        return f"{value:,.0f}", _number(limit)
-    for digits in range(3, 17):
-        shown = f"{value:.{digits}g}"
-        if (float(shown) < limit) == (value < limit) and (float(shown) > limit) == (value > limit):
-            return shown, _number(limit)
-    return repr(value), _number(limit)
-
-
-def _number(limit: float) -> str:
-    return f"{limit:,.0f}" if float(limit).is_integer() else repr(limit)
+def _transition(
+    rule: AlertRule,
+    news: News,
+    standing: tuple[Standing, Standing],
+    step: int,
+    values: Mapping[str, float],
+    rows: Mapping[str, int],
+) -> Transition:
+    before, after = standing
+    message = message_of(rule, news, standing, values, rows)
+    if news == "resolves":
+        # Of the parts that are resolved now, the one that was worst.
+        value = next(iter(worst_first(rule, before.firing, values).values()))
+        return Transition(rule.name, "resolved", rule.level, rule.key, value, step, message, since=before.since)
+    parts = worst_first(rule, after.firing, values)
+    return Transition(
+        rule.name, "firing", rule.level, rule.key, next(iter(parts.values())), step, message,
+        since=after.since, again=news == "again", parts=parts if rule.by_part else {},
+    )  # fmt: skip

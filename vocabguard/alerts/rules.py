@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vocabguard.results import EXPOSURE_CLASSES
+from vocabguard.alerts.keys import ANY, PREFIX, metric_range, part_of, require_part, short_key
 from vocabguard.transitions import Transition
 
-PREFIX = "vocabguard/"
-FIRING = "alerts/firing"
+BUILT_IN = ("log", "echo", "hold", "checkpoint", "stop")
+"""Actions that need no callable: ``log`` tells the logger, the guard heeds ``echo`` and ``hold`` by itself, the trainer
+is asked for ``checkpoint`` and ``stop``."""
 
-BUILT_IN = ("log", "echo", "hold")
-"""Actions that need no callable: ``log`` tells the logger, the guard heeds ``echo`` and ``hold`` by itself."""
-
-Action = Literal["log", "echo", "hold"] | Callable[[Transition], None]
+Action = Literal["log", "echo", "hold", "checkpoint", "stop"] | Callable[[Transition], None]
 
 _OVER: Mapping[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
@@ -26,34 +23,10 @@ _OVER: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
 }
+ABSENT, UNCHANGED = "absent", "unchanged"
+OPS = (*_OVER, ABSENT, UNCHANGED)
+CHANGES = ("ratio", "difference")
 _LEVELS = ("info", "warning", "critical")
-
-_COSINE, _SHARE, _COUNT = (-1.0, 1.0), (0.0, 1.0), (0.0, math.inf)
-_MATRICES = ("head", "embedding")
-_OF_ROWS = {
-    "cosine_mean": _COSINE,
-    "cosine_min": _COSINE,
-    "cosine_p01": _COSINE,
-    "residual_p01": _COSINE,
-    "below_0.95": _SHARE,
-    "below_0.90": _SHARE,
-    "nonfinite_rows": _COUNT,
-    "zero_rows": _COUNT,
-}
-_SINGLE = {
-    **{f"exposure/{name}": _SHARE for name in EXPOSURE_CLASSES},
-    "exposure/push_share": _SHARE,
-    "probe/retained": _SHARE,
-    "probe/watch": _SHARE,
-    "probe/probability_mean": _SHARE,
-    FIRING: _COUNT,
-    "overhead": _SHARE,
-    "loss/data": _COUNT,
-    "loss/echo": _COUNT,
-    "echo/dose": _COUNT,
-    "echo/targets_per_live_token": _COUNT,
-    "hold/share": _SHARE,
-}
 
 
 @dataclass(frozen=True)
@@ -63,17 +36,29 @@ class AlertRule:
     Attributes:
         name: the rule's name, unique within a machine.
         metric: a logged key, with or without ``vocabguard/``, e.g. ``head/ja/below_0.95``. The keys and their ranges
-            are those that `metric_range` knows.
-        op: ``>``, ``>=``, ``<`` or ``<=``; the rule is over its threshold when ``value op threshold``.
-        threshold: in the metric's range, and not where the rule would always or never fire.
+            are those that `metric_range` knows. With ``*`` in the place of the part (``head/*/below_0.95``) it is one
+            rule over all script groups, or all languages: it fires once, and names those that are over.
+        op: ``>``, ``>=``, ``<`` or ``<=``: over its threshold when ``value op threshold``; ``absent``: when the key is
+            missing or NaN; ``unchanged``: when its value is that of the check before (a missing one says nothing).
+        threshold: in the metric's range (with `change`, in that of the change), and not where the rule would always or
+            never fire; 0 with ``absent`` and ``unchanged``.
         for_checks: checks in a row over the threshold before it fires, at least 1. A check without the metric neither
-            counts nor breaks the row.
+            counts nor breaks the row, but with ``absent``. Rules about ``confusion/`` count evaluations.
         resolve_at: a firing rule resolves once the value is back at this or beyond it; on the safe side of the
             threshold, so that a value that wavers about the threshold does not flap. None takes the threshold.
         cooldown_steps: optimizer steps after resolving in which it may not fire again, at least 0.
         level: ``info``, ``warning`` or ``critical``.
-        actions: what to do at each transition: ``"log"``, or a callable that takes the `Transition`; and ``"echo"`` or
-            ``"hold"``, which are on while the rule fires.
+        actions: what to do at each transition: ``"log"``, or a callable that takes the `Transition`; ``"echo"`` or
+            ``"hold"``, which are on while the rule fires; and ``"checkpoint"`` or ``"stop"``, which are asked of the
+            trainer once, when the rule begins to fire.
+        change: compare, in the value's place, what became of it: ``ratio``, the value over that of `over_checks` ago,
+            or ``difference``, the value less that one. None compares the value itself.
+        over_checks: checks that a change is taken over, at least 1, of those that brought the metric.
+        floor: with `change`, smaller values count as this one, so that a ratio of next to nothing is no alarm. A ratio
+            needs one over 0; None is none.
+        min_rows: with ``*``, script groups of fewer live rows are left aside.
+        retell_steps: with ``*``, a group that joins is told no sooner than so many steps after the last telling.
+        remind_steps: tell again after so many steps while it fires; 0 never.
 
     Raises:
         ValueError: for a field outside what is allowed; the message names the field, the value and what is allowed.
@@ -87,26 +72,42 @@ class AlertRule:
     name: str
     metric: str
     op: str
-    threshold: float
+    threshold: float = 0.0
     for_checks: int = 1
     resolve_at: float | None = None
     cooldown_steps: int = 0
     level: str = "warning"
     actions: tuple[Action, ...] = ("log",)
+    change: str | None = None
+    over_checks: int = 1
+    floor: float | None = None
+    min_rows: int = 0
+    retell_steps: int = 0
+    remind_steps: int = 0
 
     def __post_init__(self) -> None:
         self._require(bool(self.name.strip()), "name", self.name, "any text that is not blank")
-        self._require(self.op in _OVER, "op", self.op, f"one of {list(_OVER)}")
+        self._require(self.name != "firing", "name", self.name, "another, since alerts/firing is a logged key")
+        self._require(self.op in OPS, "op", self.op, f"one of {list(OPS)}")
         self._require(self.level in _LEVELS, "level", self.level, f"one of {list(_LEVELS)}")
-        self._require(self.for_checks >= 1, "for_checks", self.for_checks, "at least 1")
-        self._require(self.cooldown_steps >= 0, "cooldown_steps", self.cooldown_steps, "at least 0")
+        for field, least in (("for_checks", 1), ("over_checks", 1), ("cooldown_steps", 0), ("min_rows", 0),
+                             ("retell_steps", 0), ("remind_steps", 0)):  # fmt: skip
+            self._require(getattr(self, field) >= least, field, getattr(self, field), f"at least {least}")
         known = all(one in BUILT_IN or callable(one) for one in self.actions)
-        allowed = "a tuple of 'log', 'echo', 'hold' and callables that take a Transition"
+        allowed = f"a tuple of {', '.join(map(repr, BUILT_IN))} and callables that take a Transition"
         self._require(known, "actions", self.actions, allowed)
         try:
             low, high = metric_range(self.metric)
         except ValueError as error:
             raise ValueError(f"alert rule {self.name!r}: {error}") from None
+        self._check_change(low, high)
+        self._check_parts()
+        if self.op in (ABSENT, UNCHANGED):
+            for field, nothing in (("threshold", 0.0), ("resolve_at", None), ("change", None)):
+                value = getattr(self, field)
+                self._require(value == nothing, field, value, f"{nothing}, since the rule is {self.op}")
+            return
+        low, high = self._compared(low, high)
         self._check_threshold(low, high)
         self._check_resolve_at(low, high)
 
@@ -123,24 +124,94 @@ class AlertRule:
     @property
     def upward(self) -> bool:
         """Whether high values are the bad ones."""
-        return self.op in (">", ">=")
+        return self.op not in ("<", "<=")
+
+    @property
+    def by_part(self) -> bool:
+        """Whether it is a rule over all script groups or languages."""
+        return part_of(self.metric) == ANY
+
+    @property
+    def at_evaluations(self) -> bool:
+        """Whether its metric comes with evaluations, not with checks."""
+        return self.short.startswith("confusion/")
+
+    @property
+    def memory(self) -> int:
+        """How many earlier values it looks at."""
+        return self.over_checks if self.change is not None else int(self.op == UNCHANGED)
+
+    def reading(self, value: float, earlier: Sequence[float]) -> float:
+        """What is compared with the threshold.
+
+        Args:
+            value: the metric's value; NaN where it is missing.
+            earlier: up to `memory` earlier values, oldest first.
+
+        Returns:
+            The value; or its change, in the metric's unit or as a ratio; or 1 and 0 for yes and no with ``absent`` and
+            ``unchanged``. NaN where nothing can be said.
+        """
+        if self.op == ABSENT:
+            return float(math.isnan(value))
+        if self.memory == 0 or math.isnan(value):
+            return value
+        if len(earlier) < self.memory:
+            return math.nan
+        if self.op == UNCHANGED:
+            return float(value == earlier[-1])
+        floor = -math.inf if self.floor is None else self.floor
+        now, then = max(value, floor), max(earlier[-self.memory], floor)
+        return now / then if self.change == "ratio" else now - then
 
     def over(self, value: float) -> bool:
-        """Whether a value is over the threshold, on the side that `op` says. NaN never is."""
-        return _OVER[self.op](value, self.threshold)
+        """Whether a reading is over the threshold, on the side that `op` says. NaN never is."""
+        return value > 0 if self.op in (ABSENT, UNCHANGED) else _OVER[self.op](value, self.threshold)
 
     def safe(self, value: float) -> bool:
-        """Whether a value resolves the rule: not over the threshold, and at `resolve_at` or beyond."""
+        """Whether a reading resolves the rule: not over the threshold, and at `resolve_at` or beyond."""
         if self.resolve_at is None:
             return not self.over(value)
         back = value <= self.resolve_at if self.upward else value >= self.resolve_at
         return back and not self.over(value)
 
+    def _compared(self, low: float, high: float) -> tuple[float, float]:
+        """The range of what is compared."""
+        if self.change is None:
+            return low, high
+        return (0.0, math.inf) if self.change == "ratio" else (low - high, high - low)
+
+    def _check_change(self, low: float, high: float) -> None:
+        if self.change is None:
+            self._require(self.over_checks == 1, "over_checks", self.over_checks, "1 where there is no change")
+            self._require(self.floor is None, "floor", self.floor, "none where there is no change")
+            return
+        self._require(self.change in CHANGES, "change", self.change, f"one of {list(CHANGES)}, or none")
+        least, bracket = low, "["
+        if self.change == "ratio":
+            allowed = f"'difference', since {self.short} can be negative"
+            self._require(low >= 0, "change", self.change, allowed)
+            least, bracket = math.nextafter(0.0, 1.0), "("
+        inside = self.floor is not None and math.isfinite(self.floor) and least <= self.floor <= high
+        fine = inside or (self.floor is None and self.change == "difference")
+        self._require(fine, "floor", self.floor, bracket + _interval(low, high)[1:] + f", the range of {self.short}")
+
+    def _check_parts(self) -> None:
+        if not self.by_part:
+            for field in ("min_rows", "retell_steps"):
+                allowed = f"0, since {self.short} has no {ANY!r} in it"
+                self._require(getattr(self, field) == 0, field, getattr(self, field), allowed)
+
     def _check_threshold(self, low: float, high: float) -> None:
+        what = f"a {self.change} of {self.short}" if self.change else self.short
         inside = math.isfinite(self.threshold) and low <= self.threshold <= high
-        self._require(inside, "threshold", self.threshold, f"{_interval(low, high)}, the range of {self.short}")
+        self._require(inside, "threshold", self.threshold, f"{_interval(low, high)}, the range of {what}")
         best, worst = (low, high) if self.upward else (high, low)
-        remark = f"; {self.short} lies in {_interval(low, high)}, so {self.op} {self.threshold:g}"
+        if self.change:
+            best = 1.0 if self.change == "ratio" else 0.0
+            remark = f"; {what} is {best:g} where nothing changes, so {self.op} {self.threshold:g}"
+        else:
+            remark = f"; {what} lies in {_interval(low, high)}, so {self.op} {self.threshold:g}"
         self._require(not self.over(best), "threshold", self.threshold, "one that does not always fire" + remark)
         self._require(self.over(worst), "threshold", self.threshold, "one that can fire" + remark)
 
@@ -158,87 +229,25 @@ class AlertRule:
             raise ValueError(f"alert rule {self.name!r}: {field} is {value!r}; allowed: {allowed}")
 
 
-def short_key(metric: str) -> str:
-    """A logged key without ``vocabguard/``."""
-    return metric.removeprefix(PREFIX)
-
-
-def metric_range(metric: str) -> tuple[float, float]:
-    """The values that a logged key can take.
-
-    ``<part>`` below is a script group (``ja``) or an exposure class (``never``, ``1-4``, ``5-19``, ``20+``).
-
-    | key | range |
-    |---|---|
-    | ``head/`` and ``embedding/`` ``cosine_mean``, ``cosine_min``, ``cosine_p01``, ``residual_p01`` | [-1, 1] |
-    | ``head/`` and ``embedding/`` ``below_0.95``, ``below_0.90`` | [0, 1] |
-    | ``head/`` and ``embedding/`` ``nonfinite_rows``, ``zero_rows`` | [0, inf) |
-    | the same after ``head/<part>/`` and ``embedding/<part>/`` | the same |
-    | ``exposure/`` ``never``, ``1-4``, ``5-19``, ``20+``, ``push_share`` | [0, 1] |
-    | ``probe/`` ``retained``, ``watch``, ``probability_mean``, ``<part>/retained`` | [0, 1] |
-    | ``overhead``, ``hold/share`` | [0, 1] |
-    | ``loss/data``, ``loss/echo``, ``echo/dose``, ``echo/targets_per_live_token`` | [0, inf) |
-    | ``alerts/firing`` | [0, inf) |
-
-    Args:
-        metric: a logged key, with or without ``vocabguard/``. A part is not checked here, since the groups are the
-            tokenizer's: see `require_parts`.
-
-    Returns:
-        Lowest and highest value; the highest is ``inf`` for counts.
-
-    Raises:
-        ValueError: for a key that is never logged, with the closest key that is.
-
-    Example:
-        >>> metric_range("head/ja/cosine_min")
-        (-1.0, 1.0)
-    """
-    key = short_key(metric)
-    if key in _SINGLE:
-        return _SINGLE[key]
-    owner, _, rest = key.partition("/")
-    part, _, last = rest.rpartition("/")
-    if "/" not in part and not rest.startswith("/"):
-        if owner in _MATRICES and last in _OF_ROWS:
-            return _OF_ROWS[last]
-        if owner == "probe" and last == "retained":
-            return _SHARE
-    raise ValueError(f"metric is {metric!r}, which is never logged{_nearest(key, _known_keys(part))}")
-
-
-def require_parts(rules: Iterable[AlertRule], groups: Iterable[str]) -> None:
+def require_parts(rules: Iterable[AlertRule], groups: Iterable[str], languages: Collection[str] = ()) -> None:
     """Refuse rules about a script group that the tokenizer does not have; such a rule would never fire.
 
     Args:
         rules: the rules.
         groups: names of the tokenizer's script groups.
+        languages: ISO 639 codes that are asked in at evaluations; empty where nothing is asked.
 
     Raises:
         ValueError: naming the rule, its metric and the parts that exist.
     """
-    parts = (*groups, *EXPOSURE_CLASSES)
+    groups = tuple(groups)
     for rule in rules:
-        pieces = rule.short.split("/")
-        if len(pieces) == 3 and pieces[1] not in parts:
-            hint = _nearest(pieces[1], parts)
-            raise ValueError(f"alert rule {rule.name!r}: metric is {rule.metric!r}; no part {pieces[1]!r}{hint}")
-
-
-def _known_keys(part: str) -> list[str]:
-    """All keys, those with parts for one part only."""
-    rows = [f"{owner}/{last}" for owner in _MATRICES for last in _OF_ROWS]
-    if not part:
-        return [*rows, *_SINGLE]
-    inner = [f"{owner}/{part}/{last}" for owner in _MATRICES for last in _OF_ROWS]
-    return [*inner, f"probe/{part}/retained", *rows, *_SINGLE]
-
-
-def _nearest(text: str, allowed: Iterable[str]) -> str:
-    allowed = list(allowed)
-    close = difflib.get_close_matches(text, allowed, n=1)
-    return (f"; did you mean {close[0]!r}?" if close else "") + f" Allowed: {', '.join(allowed)}"
+        try:
+            require_part(rule.metric, groups, languages)
+        except ValueError as error:
+            raise ValueError(f"alert rule {rule.name!r}: {error}") from None
 
 
 def _interval(low: float, high: float) -> str:
-    return f"[{low:g}, inf)" if math.isinf(high) else f"[{low:g}, {high:g}]"
+    left = f"({low:g}" if math.isinf(low) else f"[{low:g}"
+    return f"{left}, inf)" if math.isinf(high) else f"{left}, {high:g}]"
