@@ -146,3 +146,28 @@ def test_table_of_arms_over_seeds(tmp_path: Path) -> None:
     # What is there is not made again.
     run_example("protection_table.py", tmp_path, *arguments)
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*-?.json")} == before
+
+
+@pytest.mark.slow
+def test_the_probe_is_held_against_free_generation(tmp_path: Path) -> None:
+    told, kept = tmp_path / "truth.json", tmp_path / "kept"
+    arguments = ("--steps", "60", "--count", "60", "--lists", "3", "--model", str(kept), "--json", str(told))
+    said = run_example("probe_truth.py", tmp_path, *arguments)
+    found = json.loads(told.read_text(encoding="utf-8"))
+    assert found["drawn"] == {"forgotten": 60, "retained": 60}
+    assert found["probed"] >= sum(found["sorts"].values()) > 7000
+    # The base can say both kinds, in all of the probe's contexts.
+    assert min(share for shares in found["base"].values() for share in shares) > 0.85
+    # Only the decoding differs.
+    assert found["same_prompts"]["agreement"]["all"] >= 0.95
+    for asked in ("probe", "held_out"):
+        shares = found[asked]["agreement"]
+        assert shares["all"] == pytest.approx((shares["forgotten"] + shares["retained"]) / 2)
+        assert min(shares.values()) >= 0.8
+        one, other = found[asked]["in_the_answer"].values()
+        assert all(lost + 0.2 < still for lost, still in zip(one, other, strict=True))
+    assert "60 of" in said
+    run_example("probe_truth.py", tmp_path, *arguments, "--count", "10")  # the kept model is read
+    again = json.loads(told.read_text(encoding="utf-8"))
+    assert again["sorts"] == found["sorts"]
+    assert again["drawn"] == {"forgotten": 10, "retained": 10}

@@ -114,7 +114,7 @@ def _probe_context(
 ) -> tuple[Tensor, ...]:
     if not len(ids):
         return torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
-    lists = _shuffled_lists(len(ids), context, seed)
+    lists = probe_lists(len(ids), context, seed)
     count, k = lists.shape
     before, after = (
         torch.tensor(part, dtype=torch.int64).expand(count, -1) for part in (context.before, context.after)
@@ -133,8 +133,17 @@ def _probe_context(
     return tuple(answers)
 
 
-def _shuffled_lists(count: int, context: PromptContext, seed: int) -> Tensor:
-    """(lists, k) int64 positions in the probed ids; each of them once, then the fillers at the very end."""
+def probe_lists(count: int, context: PromptContext, seed: int) -> Tensor:
+    """The lists in which a probe asks in one context.
+
+    Args:
+        count: tokens asked for.
+        context: the way of asking.
+        seed: of the shuffle.
+
+    Returns:
+        (lists, k) int64 positions in the probed ids; each of them once, then the fillers at the very end.
+    """
     # By name, so that adding a context leaves the others' lists alone. The generator reads 32 bits of a seed.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{context.name}".encode()))
     order = torch.randperm(count, generator=generator)
