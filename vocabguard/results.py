@@ -232,6 +232,7 @@ class Finding:
         sentence: for a person.
         table: the same in Markdown; empty where the sentence says it all.
         scalars: flat logged keys (``vocabguard/...``) and values.
+        transitions: alerts that changed state by it.
     """
 
     kind: str
@@ -240,6 +241,7 @@ class Finding:
     sentence: str
     table: str = ""
     scalars: Mapping[str, float] = field(default_factory=dict)
+    transitions: tuple[Transition, ...] = ()
 
 
 @dataclass(frozen=True)

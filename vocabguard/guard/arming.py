@@ -53,8 +53,8 @@ class Run:
     route: Route | None
     total_steps: int | None
     batches_per_step: int
-    shift: bool | None
-    flight: object
+    shift: bool | None = None
+    flight: Preflight | NotApplicable = NotApplicable("nothing was counted yet")
 
     @property
     def loader(self) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from vocabguard.alerts.machine import AlertMachine
@@ -14,11 +15,13 @@ from vocabguard.guard.echoing import EchoSource
 from vocabguard.guard.extras import Extras
 from vocabguard.guard.faults import Faults
 from vocabguard.guard.observe import Observer, Targets
-from vocabguard.guard.probing import Prober
+from vocabguard.guard.preflight import wanted_preflight
+from vocabguard.guard.probing import Prober, choose_prober
 from vocabguard.guard.protection import Protection
-from vocabguard.guard.setup import Watched
+from vocabguard.guard.setup import Watched, describe, watch_model
 from vocabguard.measure.counter import ExposureCounter
-from vocabguard.results import NotApplicable
+from vocabguard.models import predicts_next
+from vocabguard.results import NotApplicable, Preflight, Watch
 from vocabguard.settings import GuardConfig
 
 
@@ -30,11 +33,19 @@ class Parts:
         observer: counts; None where exposure is off.
         checker: measures.
         protection: echo and hold; None where neither is configured.
+        flight: what preflight found.
+        prober: what probes, or why nothing does.
     """
 
     observer: Observer | None
     checker: Checker
     protection: Protection | None
+    flight: Preflight | NotApplicable
+    prober: Prober | NotApplicable
+
+    def describe(self, run_dir: Path | None) -> Watch:
+        """What a user is told before step 1."""
+        return describe(self.checker.watched, self.flight, self.prober, run_dir, self.notes())
 
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the parts before step 1."""
@@ -64,44 +75,40 @@ def put_together(
     config: GuardConfig,
     rules: Iterable[AlertRule],
     run: Run,
-    watched: Watched,
+    tokenizer: Any,
+    resumed: Mapping[str, Any],
     *,
-    prober: Prober | None,
+    hook_model: bool,
     faults: Faults,
     targets: Targets | NotApplicable | None,
     source: EchoSource | None,
 ) -> Parts:
-    """Build the parts.
+    """Find what is watched, count targets of the data to come, choose what probes, and build the parts.
 
     Args:
         config: all settings.
         rules: of alerts.
-        run: what is known of the run.
-        watched: matrices, baselines and table.
-        prober: None where the probe does not apply.
+        run: what is known of the run, without its ``shift`` and ``flight``.
+        tokenizer: the model's, or None.
+        resumed: the state of an earlier run that goes on, or empty.
+        hook_model: whether batches are counted in the model's forward pass.
         faults: contains exceptions.
         targets: the user's extractor, if any, or why labels are no targets of the data here.
         source: of echo rows, where `VocabGuard.collator` was called.
 
     Raises:
-        ConfigError: where echo or hold would be wrong, or questions cannot be asked.
+        ConfigError: for settings that do not fit the model, the tokenizer or the data; where echo or hold would be
+            wrong, or questions cannot be asked.
     """
     rules = tuple(rules)
+    watched = watch_model(run.model, tokenizer, config, resumed)
+    shift = config.exposure.shift_labels
+    shift = predicts_next(run.model) if shift is None else shift
+    flight = wanted_preflight(config, run.dataloader, watched.rows, shift, targets, hook_model, tokenizer)
+    prober = choose_prober(run.model, config, tokenizer, watched.table, flight)
+    run = replace(run, shift=shift, flight=flight)
     uncounted = targets if isinstance(targets, NotApplicable) else None
-    observer = None
-    if (
-        config.exposure.enabled
-        and not isinstance(targets, NotApplicable)
-        and (run.shift is not None or targets is not None)
-    ):
-        observer = Observer(
-            ExposureCounter(watched.rows, next(run.model.parameters()).device, watched.tied),
-            watched.gradient_matrix,
-            shift=bool(run.shift),
-            push_every=config.exposure.push_every_n_steps,
-            faults=faults,
-            targets=targets,
-        )
+    observer = _observer(config, run, watched, faults, targets)
     counter = observer.counter if observer else None
     protection = arm(config, rules, run, watched, counter, source, uncounted)
     if observer is not None:
@@ -110,7 +117,7 @@ def put_together(
         run.model,
         watched,
         counter,
-        prober,
+        prober if isinstance(prober, Prober) else None,
         AlertMachine(rules),
         config.drift.chunk_rows,
         config.log.top_k,
@@ -118,4 +125,20 @@ def put_together(
         uncounted=uncounted,
         extras=Extras(config, run.model, watched.tokenizer),
     )
-    return Parts(observer, checker, protection)
+    return Parts(observer, checker, protection, flight, prober)
+
+
+def _observer(
+    config: GuardConfig, run: Run, watched: Watched, faults: Faults, targets: Targets | NotApplicable | None
+) -> Observer | None:
+    """What counts; None where exposure is off, or labels are no targets."""
+    if not config.exposure.enabled or isinstance(targets, NotApplicable) or (run.shift is None and targets is None):
+        return None
+    return Observer(
+        ExposureCounter(watched.rows, next(run.model.parameters()).device, watched.tied),
+        watched.gradient_matrix,
+        shift=bool(run.shift),
+        push_every=config.exposure.push_every_n_steps,
+        faults=faults,
+        targets=targets,
+    )

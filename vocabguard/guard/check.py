@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from vocabguard import collective
+from vocabguard.alerts.keys import FIRING
 from vocabguard.alerts.machine import AlertMachine
 from vocabguard.guard import summary
 from vocabguard.guard.extras import Extras
@@ -23,17 +24,12 @@ from vocabguard.measure.drift import measure_drift
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.models import no_tokens
 from vocabguard.results import CheckResult, Exposure, Finding, MatrixName, NotApplicable, ProbeResult, RowDrift
-
-logger = logging.getLogger("vocabguard")
+from vocabguard.transitions import Transition
 
 Moment = Literal["evaluation", "end"]
 """When more is looked at than a check does."""
 
-_NO_TARGETS = (
-    "vocabguard: no target has been counted by step %d, so every token looks as if it never was one. The labels do not "
-    "reach the model's forward pass (a custom loss takes them out); tell them by `targets=`, or in the Hugging Face "
-    "trainer by `hidden_labels=True`"
-)
+_FIRING = summary.PREFIX + FIRING
 
 
 @dataclass
@@ -53,6 +49,8 @@ class Checker:
         protection: echo and hold; None where neither is configured.
         uncounted: why labels are no targets of the data here; None where they are.
         extras: what is looked at beside.
+        pending: what rules have asked of the trainer and nobody has taken yet.
+        groups: (V,) bool masks by script group.
     """
 
     model: nn.Module
@@ -67,8 +65,8 @@ class Checker:
     protection: Protection | None = None
     uncounted: NotApplicable | None = None
     extras: Extras | None = None
+    pending: list[str] = field(default_factory=list)
     groups: dict[str, Tensor] = field(init=False)
-    _warned: bool = False
 
     def __post_init__(self) -> None:
         self.groups = summary.group_masks(self.watched.table)
@@ -91,52 +89,57 @@ class Checker:
         classes = self.classes(exposure)
         drifts = self._drifts(self.watched.table.live & (classes == 0))
         scalars = summary.scalars_of(
-            drifts,
-            exposure,
-            classes,
-            probes,
-            live=self.watched.table.live,
-            groups=self.groups,
-            watched=self.prober.watched if self.prober else torch.empty(0, dtype=torch.int64),
-        )
+            drifts, exposure, classes, probes,
+            live=self.watched.table.live, groups=self.groups, watched=self._watch_list,
+        )  # fmt: skip
         scalars[summary.PREFIX + "overhead"] = overhead
-        protection = self.protection
-        if protection is not None:
-            scalars |= protection.scalars(exposure, self.watched.table.live)
-        # Times differ between processes, and all must judge alike.
-        scalars = collective.agree(scalars)
-        transitions = self.alerts.update(step, scalars)
-        scalars[summary.PREFIX + "alerts/firing"] = float(len(self.alerts.firing))
-        ranked = drifts["head"] if isinstance(drifts["head"], RowDrift) else drifts["embedding"]
-        last_probe = self.prober.last if self.prober else None
-        worst = summary.worst_ids(ranked, self.watched.table.live, self.top_k)
-        watch_list = self.prober.watched if self.prober else worst[:0]
-        about = (ranked, exposure, classes, last_probe, self.watched.table, step)
-        worst_reports, watch_reports = summary.token_reports(worst, *about), summary.token_reports(watch_list, *about)
+        if self.protection is not None:
+            scalars |= self.protection.scalars(exposure, self.watched.table.live)
+        base, now = probes or (None, None)
+        result = CheckResult(
+            step, drifts["head"], drifts["embedding"], exposure, classes, now,
+            # Times differ between processes, and all must judge alike.
+            collective.agree(scalars), base_probe=base,
+        )  # fmt: skip
+        result = self._told(self._judged(result))
         findings = self.extras.at_check(self, step, drifts) if self.extras is not None else ()
-        self._warn_if_silent(step, exposure)
         seconds = time.perf_counter() - began
         self.check_seconds = seconds - (self.probe_seconds if probes else 0.0)
-        return CheckResult(
-            step=step,
-            head=drifts["head"],
-            embedding=drifts["embedding"],
-            exposure=exposure,
-            classes=classes,
-            probe=probes[1] if probes else None,
-            scalars=scalars,
-            transitions=transitions,
-            firing=self.alerts.firing,
-            worst=worst_reports,
-            watched=watch_reports,
-            seconds=seconds,
-            echo=protection.report(exposure, classes, self.groups) if protection else None,
-            base_probe=probes[0] if probes else None,
-            findings=findings,
+        return replace(result, findings=findings, seconds=seconds)
+
+    def _judged(self, found: CheckResult) -> CheckResult:
+        """With what the rules say of it."""
+        transitions = self._follow(found.step, found.scalars)
+        scalars = {**found.scalars, _FIRING: float(len(self.alerts.firing))}
+        requests = self.alerts.requests(transitions)
+        return replace(found, scalars=scalars, transitions=transitions, firing=self.alerts.firing, requests=requests)
+
+    def _follow(self, step: int, scalars: Mapping[str, float], *, evaluation: bool = False) -> tuple[Transition, ...]:
+        rows = {name: int((mask & self.watched.table.live).sum()) for name, mask in self.groups.items()}
+        transitions = self.alerts.update(step, scalars, evaluation=evaluation, rows=rows)
+        self.pending += self.alerts.requests(transitions)
+        return transitions
+
+    def _told(self, found: CheckResult) -> CheckResult:
+        """With the tables of tokens, and what echo has done."""
+        ranked = found.head if isinstance(found.head, RowDrift) else found.embedding
+        worst = summary.worst_ids(ranked, self.watched.table.live, self.top_k)
+        last_probe = self.prober.last if self.prober else None
+        about = (ranked, found.exposure, found.classes, last_probe, self.watched.table, found.step)
+        protection = self.protection
+        return replace(
+            found,
+            worst=summary.token_reports(worst, *about),
+            watched=summary.token_reports(self._watch_list, *about),
+            echo=protection.report(found.exposure, found.classes, self.groups) if protection else None,
         )
 
+    @property
+    def _watch_list(self) -> Tensor:
+        return self.prober.watched if self.prober else torch.empty(0, dtype=torch.int64)
+
     def beside(self, at: Moment | None, last: CheckResult) -> tuple[Finding, ...]:
-        """What is looked at beside a check at some moment.
+        """What is looked at beside a check at some moment, with what the rules say of it.
 
         Args:
             at: an evaluation or the end; None looks at nothing.
@@ -144,15 +147,26 @@ class Checker:
         """
         if at is None or self.extras is None:
             return ()
-        return self.extras.at_end(self, last) if at == "end" else self.extras.at_evaluation(self, last.step)
+        if at == "end":
+            return self.extras.at_end(self, last)
+        found = tuple(map(self._judged_beside, self.extras.at_evaluation(self, last.step)))
+        if self.protection is not None:
+            self.protection.decide(self.alerts.firing)
+        return found
 
-    def _warn_if_silent(self, step: int, exposure: Exposure | NotApplicable) -> None:
-        """Say once that training goes on and no target was ever counted: the labels go another way."""
-        if self._warned or isinstance(exposure, NotApplicable) or exposure.steps == 0:
-            return
-        if not bool((exposure.data_target + exposure.echo_target).any()):
-            self._warned = True
-            logger.warning(_NO_TARGETS, step)
+    def _judged_beside(self, found: Finding) -> Finding:
+        scalars = collective.agree(dict(found.scalars))
+        transitions = self._follow(found.step, scalars, evaluation=True)
+        return replace(found, scalars={**scalars, _FIRING: float(len(self.alerts.firing))}, transitions=transitions)
+
+    def take_requests(self) -> tuple[str, ...]:
+        """What rules have asked of the trainer, once. For all processes to call."""
+        if not self.pending:
+            return ()
+        # Where a guard has failed meanwhile nobody asks: no process may stop without the others.
+        collective.heed_faults()
+        asked, self.pending = tuple(dict.fromkeys(self.pending)), []
+        return asked
 
     def exposure(self) -> Exposure | NotApplicable:
         """Counts so far, over all processes."""

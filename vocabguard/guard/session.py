@@ -20,11 +20,8 @@ from vocabguard.guard.check import Checker, Moment
 from vocabguard.guard.echoing import EchoSource
 from vocabguard.guard.faults import Faults
 from vocabguard.guard.observe import Observer, Targets
-from vocabguard.guard.preflight import wanted_preflight
-from vocabguard.guard.probing import Prober, choose_prober
 from vocabguard.guard.protection import Protection
 from vocabguard.guard.report import Reporter, choose_folder
-from vocabguard.models import predicts_next
 from vocabguard.protect.collator import EchoCollator
 from vocabguard.results import CheckResult, NotApplicable, Watch
 from vocabguard.runlog import RunLog
@@ -130,18 +127,11 @@ class VocabGuard:
             with self.faults.contain("attach"):
                 collective.open_line()
                 state.require_known(self._resumed)
-                watched = setup.watch_model(model, self.tokenizer, self.config, self._resumed)
-                shift = self.config.exposure.shift_labels
-                shift = predicts_next(model) if shift is None else shift
-                flight = wanted_preflight(
-                    self.config, dataloader, watched.rows, shift, self.targets, hook_model, self.tokenizer
-                )
-                prober = choose_prober(model, self.config, self.tokenizer, watched.table, flight)
-                run = Run(model, dataloader, inject, total_steps, batches_per_step, shift, flight)
-                parts = self._take(run, watched, prober if isinstance(prober, Prober) else None)
+                parts = self._take(Run(model, dataloader, inject, total_steps, batches_per_step), hook_model)
                 self.run_dir = choose_folder(self._resumed.get("run_dir"), self.config.run_dir or run_dir)
-                self.watch = setup.describe(watched, flight, prober, self.run_dir, parts.notes())
-                self._reporter = Reporter(self.config, watched.table, self.rules, self.run_dir, writer)
+                self.watch = parts.describe(self.run_dir)
+                table = parts.checker.watched.table
+                self._reporter = Reporter(self.config, table, self.rules, self.run_dir, writer)
                 self._reporter.watch(self.watch)
                 parts.hook(optimizer, self.faults, hook_model=hook_model)
                 if not self._resumed:
@@ -166,11 +156,11 @@ class VocabGuard:
         self.watch = self.last = self.observer = self.checker = self.run_dir = self.protection = None
         self.latest, self.steps, self._timer = {}, 0, StepTimer()
 
-    def _take(self, run: Run, watched: setup.Watched, prober: Prober | None) -> Parts:
+    def _take(self, run: Run, hook_model: bool) -> Parts:
         """The parts of the run, gone on from the state that is resumed."""
         parts = put_together(
-            self.config, self.rules, run, watched,
-            prober=prober, faults=self.faults, targets=self.targets, source=self._source,
+            self.config, self.rules, run, self.tokenizer, self._resumed,
+            hook_model=hook_model, faults=self.faults, targets=self.targets, source=self._source,
         )  # fmt: skip
         self.observer, self.checker, self.protection = parts.observer, parts.checker, parts.protection
         if self.protection is not None:
@@ -283,6 +273,15 @@ class VocabGuard:
                 self.latest.update(self._reporter.findings(self.checker.beside(at, last)))
             self._heed_faults()
         return self.last
+
+    def take_requests(self) -> tuple[str, ...]:
+        """What rules ask of the trainer since the last call: ``checkpoint``, ``stop``. For all processes to call."""
+        asked: tuple[str, ...] = ()
+        if self.checker is not None and not self.faults.down:
+            with self.faults.contain("asking the trainer"):
+                asked = self.checker.take_requests()
+            self._heed_faults()
+        return asked
 
     def _check(self, step: int, *, first: bool = False) -> CheckResult:
         assert self.checker is not None
