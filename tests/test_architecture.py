@@ -11,12 +11,13 @@ import pytest
 
 TOP = Path(__file__).parents[1]
 FLOORS = {
-    "transitions": 0, "results": 0, "jsonlines": 1, "settings": 0, "settings_protect": 0, "config": 0, "collective": 1,
+    "transitions": 0, "results": 0, "jsonlines": 1, "settings": 0, "settings_protect": 0, "settings_alerts": 0,
+    "config": 0, "collective": 1,
     "vocabulary": 1, "reachability": 1, "models": 1, "adapted": 1, "sharded": 1, "matrices": 1, "snapshot": 2,
     "measure": 3, "runlog": 3, "prompts": 4, "alerts": 4, "protect": 4, "views": 5, "offline": 5,
     "guard": 6, "cli": 7, "integrations": 7,
 }  # fmt: skip
-READS_CONFIG = {"config", "settings", "guard", "cli", "integrations", "__init__"}
+READS_CONFIG = {"config", "settings", "settings_alerts", "guard", "cli", "integrations", "__init__"}
 
 
 def modules() -> list[Path]:
@@ -47,7 +48,7 @@ def test_layers(path: Path) -> None:
         return
     for other in imported_rooms(path):
         assert FLOORS[other] <= FLOORS[room], f"{room} imports {other}, a floor above it"
-        if other in ("config", "settings", "settings_protect"):
+        if other in ("config", "settings", "settings_protect", "settings_alerts"):
             assert room in READS_CONFIG, f"{room} reads the configuration; it takes plain values"
 
 

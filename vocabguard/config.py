@@ -7,18 +7,20 @@ Sources are merged in this order, the later one winning: the defaults in `settin
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from vocabguard.settings import ConfusionConfig, GuardConfig
+from vocabguard.settings import ConfusionConfig, GuardConfig, WebhookConfig
 
 
 class ConfigError(ValueError):
@@ -102,6 +104,7 @@ def load_config(
         if text.count("{tokens}") != 1:
             raise ConfigError(f"{key} is {text!r}; it needs exactly one '{{tokens}}'")
     _check_protection(config)
+    _check_webhook(config.sinks.webhook)
     if config.confusion.enabled:
         load_questions(config.confusion)
     return config
@@ -129,6 +132,38 @@ def _check_protection(config: GuardConfig) -> None:
         raise ConfigError("echo.auto follows the probe; allowed with it: probe.enabled: true")
     if config.echo.mode == "watch" and "echo" in wanted and not config.probe.watch:
         raise ConfigError("echo.mode is 'watch' and probe.watch is []; allowed: a watch list of tokens")
+
+
+def _check_webhook(webhook: WebhookConfig) -> None:
+    """Refuse an address that nothing can be sent to. It may be a secret, so it is not shown.
+
+    Raises:
+        ConfigError: with the key and what is allowed.
+    """
+    if webhook.url_env is not None:
+        if webhook.url is not None:
+            raise ConfigError("sinks.webhook has a url and a url_env; allowed: one of them")
+        if not os.environ.get(webhook.url_env):
+            raise ConfigError(f"sinks.webhook.url_env is {webhook.url_env!r}; allowed: a variable that is set")
+    url = webhook_url(webhook)
+    if url is None:
+        return
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        fine = False
+    if not fine:
+        raise ConfigError(f"{_webhook_key(webhook)} is no address; allowed: http://... or https://...")
+
+
+def webhook_url(webhook: WebhookConfig) -> str | None:
+    """Where news of alerts is posted to; None where it is not."""
+    return webhook.url if webhook.url_env is None else os.environ.get(webhook.url_env)
+
+
+def _webhook_key(webhook: WebhookConfig) -> str:
+    return "sinks.webhook.url" if webhook.url_env is None else f"${webhook.url_env} (sinks.webhook.url_env)"
 
 
 def _layer(source: Any) -> Any:
@@ -211,7 +246,8 @@ def _check_limits(section: Any, prefix: str) -> None:
             _check_limits(value, f"{key}.")
         elif isinstance(value, dict):
             for name, item in value.items():
-                _check_limits(item, f"{key}.{name}.")
+                if is_dataclass(item):
+                    _check_limits(item, f"{key}.{name}.")
         elif value is not None and not _within(value, spec.metadata):
             raise ConfigError(f"{key} is {value!r}; allowed: {_allowed(spec.metadata)}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from vocabguard.settings_alerts import RuleConfig, SinksConfig, WebhookConfig, default_rules
 from vocabguard.settings_protect import AutoDoseConfig, EchoConfig, HoldConfig, limited
 
 __all__ = [
@@ -23,8 +24,10 @@ __all__ = [
     "PreflightConfig",
     "ProbeConfig",
     "RuleConfig",
+    "SinksConfig",
     "SnapshotConfig",
     "UntrainedConfig",
+    "WebhookConfig",
 ]
 
 
@@ -166,6 +169,8 @@ class ConfusionConfig:
         prompts: a YAML file of questions by language (ISO 639 codes); null takes the packaged ``prompts.yaml``.
         languages: those asked in; none named, all of the file.
         per_language: at most so many questions in each.
+        allow: language -> scripts that belong in its answers beside its own, e.g. ``{ja: [], ko: [latin, zh]}``; where
+            a language is not named, Latin letters do (names and loanwords).
         max_new_tokens: longest answer.
         batch_prompts: questions in one forward pass.
     """
@@ -174,6 +179,7 @@ class ConfusionConfig:
     prompts: str | None = None
     languages: list[str] = limited([])
     per_language: int = limited(4, at_least=1)
+    allow: dict[str, list[str]] = field(default_factory=dict)
     max_new_tokens: int = limited(32, at_least=1, at_most=4096)
     batch_prompts: int = limited(16, at_least=1)
 
@@ -206,35 +212,6 @@ class CadenceConfig:
     budget: float = limited(0.005, at_least=0.0, at_most=1.0)
     settle_steps: int = limited(20, at_least=1)
     max_checks: int = limited(200, at_least=1)
-
-
-@dataclass
-class RuleConfig:
-    """One alert rule; its name is its key. See `vocabguard.alerts.AlertRule`.
-
-    Among the `actions`, ``log`` tells the logger, ``echo`` and ``hold`` switch these on while the rule fires, and other
-    names stand for callables.
-    """
-
-    metric: str = "???"
-    op: str = limited(">", choices=(">", ">=", "<", "<="))
-    threshold: float = 0.0
-    for_checks: int = limited(1, at_least=1)
-    resolve_at: float | None = None
-    cooldown_steps: int = limited(0, at_least=0)
-    level: str = limited("warning", choices=("info", "warning", "critical"))
-    actions: list[str] = limited(["log"])
-    enabled: bool = True
-
-
-def _default_rules() -> dict[str, RuleConfig]:
-    return {
-        "head_degraded": RuleConfig("head/below_0.95", ">", 0.01, resolve_at=0.008),
-        "head_severe": RuleConfig("head/below_0.90", ">", 0.02, resolve_at=0.016, level="critical"),
-        "tokens_forgotten": RuleConfig("probe/retained", "<", 0.95, resolve_at=0.97, level="critical"),
-        "watched_forgotten": RuleConfig("probe/watch", "<", 1.0, level="critical"),
-        "broken_rows": RuleConfig("head/nonfinite_rows", ">", 0.0, level="critical"),
-    }
 
 
 @dataclass
@@ -276,6 +253,7 @@ class GuardConfig:
         echo: echo rows in training batches.
         hold: rows that keep still.
         alerts: rules by name.
+        sinks: where news of alerts is sent.
         log: where results go.
         on_error: ``warn`` reports a fault of the guard once and stands down; ``raise`` raises it.
         run_dir: folder of the run log; null puts it beside the trainer's logs.
@@ -294,7 +272,8 @@ class GuardConfig:
     cadence: CadenceConfig = field(default_factory=CadenceConfig)
     echo: EchoConfig = field(default_factory=EchoConfig)
     hold: HoldConfig = field(default_factory=HoldConfig)
-    alerts: dict[str, RuleConfig] = field(default_factory=_default_rules)
+    alerts: dict[str, RuleConfig] = field(default_factory=default_rules)
+    sinks: SinksConfig = field(default_factory=SinksConfig)
     log: LogConfig = field(default_factory=LogConfig)
     on_error: str = limited("warn", choices=("warn", "raise"))
     run_dir: str | None = None

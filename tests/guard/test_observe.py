@@ -240,7 +240,7 @@ def test_silence_is_told_once(kit: Any, caplog: Any) -> None:
     for step in (1, 2, 3):
         guard.step(step)
     assert len(caplog.records) == 1
-    assert "no target has been counted by step 1" in caplog.records[0].getMessage()
+    assert "no_targets (warning): exposure/targets stays at 0, since step 1." in caplog.records[0].getMessage()
 
 
 def test_an_optimizer_with_copies_of_its_own(kit: Any, caplog: Any) -> None:

@@ -259,7 +259,8 @@ def test_a_tokenizer_larger_than_the_model_is_refused(kit: Any, tokenizer: Any) 
 
 def test_padded_rows_are_not_live_and_raise_no_alarm(kit: Any, tokenizer: Any) -> None:
     model = kit.llama(kit.TOKENIZER_ROWS)
-    guard = VocabGuard(tokenizer=tokenizer, probe={"enabled": False}, **kit.QUIET)
+    unasked = {"no_targets": {"enabled": False}}
+    guard = VocabGuard(tokenizer=tokenizer, probe={"enabled": False}, alerts=unasked, **kit.QUIET)
     guard.attach(model)
     with torch.no_grad():
         model.lm_head.weight[8160:].neg_()
@@ -289,7 +290,7 @@ def test_never_trained_rows_raise_no_alarm(kit: Any, tokenizer: Any, told_apart:
         tokenizer=tokenizer,
         probe={"enabled": False},
         untrained={"enabled": told_apart},
-        alerts={"low": rule},
+        alerts={"low": rule, "no_targets": {"enabled": False}},
         **kit.QUIET,
     )
     watch = guard.attach(model)

@@ -350,7 +350,7 @@ def test_hidden_labels_are_said_once(
     assert guarded.guard.last.step == 6
     assert not guarded.guard.last.exposure.data_target.any()
     assert guarded.guard.last.head.cosine.nan_to_num(1.0).min() < 0.999
-    said = [record.getMessage() for record in caplog.records if "no target has been counted" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "exposure/targets stays at 0" in record.getMessage()]
     assert len(said) == 1
     assert "step 2" in said[0]
 

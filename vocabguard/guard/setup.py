@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vocabguard.alerts.rules import BUILT_IN, AlertRule, require_parts
-from vocabguard.config import ConfigError
+from vocabguard.config import ConfigError, load_questions
 from vocabguard.matrices import VocabMatrix, find_matrices
 from vocabguard.measure.untrained import never_trained
 from vocabguard.results import MatrixName, NotApplicable, Preflight, Watch, WatchedMatrix
@@ -236,23 +236,13 @@ def build_rules(config: GuardConfig, actions: Mapping[str, Action]) -> list[Aler
             allowed = [*BUILT_IN, *actions]
             raise ConfigError(f"alerts.{name}.actions has {unknown}; allowed: {allowed} (more by `actions=`)")
         try:
-            rules.append(
-                AlertRule(
-                    name=name,
-                    metric=rule.metric,
-                    op=rule.op,
-                    threshold=rule.threshold,
-                    for_checks=rule.for_checks,
-                    resolve_at=rule.resolve_at,
-                    cooldown_steps=rule.cooldown_steps,
-                    level=rule.level,
-                    actions=tuple(cast(Any, actions.get(action, action)) for action in rule.actions),
-                )
-            )
+            given = {spec.name: getattr(rule, spec.name) for spec in fields(rule) if spec.name != "enabled"}
+            given["actions"] = tuple(cast(Any, actions.get(action, action)) for action in rule.actions)
+            rules.append(AlertRule(name, **given))
         except ValueError as error:
             raise ConfigError(str(error)) from error
     try:
-        require_parts(rules, GROUPS)
+        require_parts(rules, GROUPS, load_questions(config.confusion) if config.confusion.enabled else ())
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return rules

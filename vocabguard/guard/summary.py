@@ -63,6 +63,7 @@ def scalars_of(
     if isinstance(exposure, Exposure):
         summary = summarise_exposure(exposure, classes, live)
         found |= {f"exposure/{key}": value for key, value in summary.items()}
+        found["exposure/targets"] = float(exposure.data_target.sum())
     if probes is not None:
         summary = summarise_probe(*probes, parts, watched)
         found |= {f"probe/{key}": value for key, value in summary.items()}
