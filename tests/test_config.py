@@ -133,6 +133,7 @@ REFUSED: list[tuple[Any, tuple[str, ...]]] = [
     ({"probe": {"watch": "word"}}, ("probe.watch", "list")),
     ({"confusion": {"max_new_tokens": 0}}, ("confusion.max_new_tokens", "0", "1 to 4096")),
     ({"confusion": {"languages": "ja"}}, ("confusion.languages", "list")),
+    ({"confusion": {"allow": {"ja": "latin"}}}, ("confusion.allow.ja", "latin", "List")),
     ({"confusion": {"enabled": True, "languages": ["ja", "xx"]}}, ("confusion.languages has ['xx']", "ja", "ko")),
     ({"confusion": {"enabled": True, "prompts": "none.yaml"}}, ("confusion.prompts is 'none.yaml'", "YAML file")),
     ({"neighbors": {"k": 101}}, ("neighbors.k", "101", "0 to 100")),

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from vocabguard import ConfigError, RunLog, VocabGuard
+from vocabguard.guard import confusing
 from vocabguard.guard.confusing import Confuser, choose_confuser, greedy_answers
 from vocabguard.measure.confusion import count_answers, summarise_confusion
 from vocabguard.results import NotApplicable
@@ -71,6 +72,25 @@ def test_questions_are_users_turns_of_the_chat_template(base: Any, tokenizer: An
     )
     assert confuser.questions[0].ids == tuple(tokenizer.encode(rendered, add_special_tokens=False))
     assert tokenizer.eos_token_id in confuser.stops
+
+
+def test_scripts_that_are_allowed(base: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"ja": "はい、iPhone です。", "ko": "네, 韓國 입니다.", "ru": "Да, это iPhone и 韓國."}
+    asked = confuser_of(base, tokenizer, languages=list(said), per_language=1).questions
+    texts = {question.ids: said[question.language] for question in asked}
+
+    def answers(_model: Any, prompts: Any, *_: Any) -> list[list[int]]:
+        return [tokenizer.encode(texts[prompt], add_special_tokens=False) for prompt in prompts]
+
+    monkeypatch.setattr(confusing, "greedy_answers", answers)
+    for allow, foreign in (
+        ({}, {"ja": 0, "ko": 1, "ru": 1}),
+        ({"ja": []}, {"ja": 1, "ko": 1, "ru": 1}),
+        ({"ko": ["latin", "zh"], "ru": ["zh"]}, {"ja": 0, "ko": 0, "ru": 1}),
+    ):
+        confuser = confuser_of(base, tokenizer, languages=list(said), per_language=1, allow=allow)
+        counts = confuser.ask(base)
+        assert dict(zip(counts.languages, counts.counts[:, 1].tolist(), strict=True)) == foreign, allow
 
 
 def test_the_model_is_left_as_it_was(base: Any, tokenizer: Any) -> None:
@@ -218,6 +238,8 @@ def test_models_that_cannot_answer_say_so_and_are_watched(kit: Any, tokenizer: A
     [
         ({"max_new_tokens": 60}, r"confusion.max_new_tokens is 60; allowed: \d+, since the model takes 64 tokens"),
         ({"prompts": "klingon"}, "confusion.prompts: language is 'tlh'; allowed: .*ja"),
+        ({"allow": {"tlh": ["latin"]}}, "confusion.allow: language is 'tlh'; allowed: .*ja"),
+        ({"allow": {"ko": ["latin", "han"]}}, r"confusion.allow: allow has \['han'\]; allowed: .*zh"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_before_training(

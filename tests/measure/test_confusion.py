@@ -189,6 +189,8 @@ def test_prose_keeps_its_lines() -> None:
         (lambda: judge_answer("a", "ja", allow=("kanji",)), r"allow has \['kanji'\]; allowed: .*zh"),
         (lambda: count_answers([("ru", "a")], ("ja",)), "language is 'ru'; allowed: ja"),
         (lambda: LanguageConfusion(["ja", "xx"]), "language is 'xx'; allowed"),
+        (lambda: LanguageConfusion(["ja"], {"xx": ()}), "language is 'xx'; allowed"),
+        (lambda: LanguageConfusion(["ja"], {"ja": ["kanji"]}), r"allow has \['kanji'\]; allowed: .*zh"),
         (lambda: LanguageConfusion(["ja", "ja"]), r"\['ja', 'ja'\]; allowed: each once"),
         (lambda: LanguageConfusion(["ja"]).update(["a"], ["ja", "ja"]), "2 languages for 1 answers"),
     ],

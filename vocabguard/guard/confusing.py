@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class Confuser:
         stops: ids that end an answer.
         max_new_tokens: longest answer.
         batch: questions in one forward pass.
+        allow: language -> scripts that belong beside its own, where it is not Latin letters.
     """
 
     tokenizer: Any
@@ -48,6 +49,7 @@ class Confuser:
     stops: tuple[int, ...]
     max_new_tokens: int
     batch: int
+    allow: Mapping[str, Sequence[str]]
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -71,7 +73,7 @@ class Confuser:
                 said = greedy_answers(generator, [one.ids for one in part], self.stops, self.max_new_tokens)
                 texts = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in said)
                 answers += [(one.language, text) for one, text in zip(part, texts, strict=True)]
-        return count_answers(answers, self.languages)
+        return count_answers(answers, self.languages, allow=self.allow)
 
 
 def greedy_answers(
@@ -117,7 +119,7 @@ def choose_confuser(model: nn.Module, config: ConfusionConfig, tokenizer: Any) -
 
     Raises:
         ConfigError: for questions in a language that is not known, that the chat template does not render, or that
-            leave no room for an answer.
+            leave no room for an answer; and for a language or script in ``allow`` that is not known.
     """
     if not config.enabled:
         return NotApplicable("confusion is off")
@@ -132,7 +134,12 @@ def choose_confuser(model: nn.Module, config: ConfusionConfig, tokenizer: Any) -
         return NotApplicable("neither tokenizer nor model names a token that ends an answer")
     questions = tuple(_questions(config, tokenizer))
     _require_room(core_of(model), questions, config.max_new_tokens)
-    return Confuser(tokenizer, questions, stops, config.max_new_tokens, config.batch_prompts)
+    confuser = Confuser(tokenizer, questions, stops, config.max_new_tokens, config.batch_prompts, config.allow)
+    try:
+        count_answers((), confuser.languages, allow=config.allow)
+    except ValueError as error:
+        raise ConfigError(f"confusion.allow: {error}") from error
+    return confuser
 
 
 def _questions(config: ConfusionConfig, tokenizer: Any) -> Iterator[Question]:

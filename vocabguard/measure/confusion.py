@@ -234,6 +234,9 @@ def count_answers(
     """
     counts = torch.zeros(len(languages), len(_COUNTED), dtype=torch.int64)
     into = torch.zeros(len(languages), len(SCRIPTS), dtype=torch.int64)
+    for language, scripts in (allow or {}).items():
+        scripts_of(language)
+        _check_scripts(scripts)
     place = {language: row for row, language in enumerate(languages)}
     words = None if english is None else frozenset(english)
     for language, text in answers:
