@@ -31,6 +31,7 @@ import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
 
+from vocabguard.forecasts import Forecast
 from vocabguard.jsonlines import append_line, mend, plain, read_lines, replace_file
 from vocabguard.results import CheckResult, Exposure, RowDrift, Watch
 from vocabguard.transitions import AlertStory, Transition
@@ -56,8 +57,9 @@ def row_vectors(result: CheckResult, group: Tensor, live: Tensor) -> dict[str, T
     Returns:
         (V,) vectors: ``group``, ``live``, ``classes``; ``head/`` and ``embedding/`` ``cosine``, ``residual``, ``l2``,
         ``norm_ratio`` (float32); ``exposure/`` ``inputs``, ``data_target``, ``echo_target``, ``last_target`` (int64),
-        ``pull``, ``push``, ``input_only`` (float32). If a probe ran, of its n tokens and C contexts: ``probe/ids`` (n,)
-        int64, and (n, C) ``probe/said``, ``base_said`` bool, ``instead`` int64, ``probability`` float32; else left out.
+        ``pull``, ``push``, ``input_only`` (float32); ``forecast/`` ``cosine``, ``low``, ``high``, ``chance`` (float32).
+        If a probe ran, of its n tokens and C contexts: ``probe/ids`` (n,) int64, and (n, C) ``probe/said``,
+        ``base_said`` bool, ``instead`` int64, ``probability`` float32; else left out.
     """
     vectors = {"group": group, "live": live, "classes": result.classes}
     for name, drift in (("head", result.head), ("embedding", result.embedding)):
@@ -66,6 +68,8 @@ def row_vectors(result: CheckResult, group: Tensor, live: Tensor) -> dict[str, T
     if isinstance(result.exposure, Exposure):
         counts = ("inputs", "data_target", "echo_target", "last_target", "pull", "push", "input_only")
         vectors |= _named("exposure", result.exposure, counts)
+    if isinstance(result.forecast, Forecast):
+        vectors |= _named("forecast", result.forecast, ("cosine", "low", "high", "chance"))
     if result.probe is not None:
         vectors |= _named("probe", result.probe, ("ids", "instead", "probability"))
     probes = {"probe/said": result.probe, "probe/base_said": result.base_probe}
@@ -130,9 +134,21 @@ class RunWriter:
         }
         line |= {} if result.echo is None else {"echo": result.echo}
         # Alerts first: a check that can be read has all its alerts.
-        for transition in result.transitions:
-            append_line(self.folder / _ALERTS, {"attempt": attempt, **plain(transition)})
+        self.alerts(result.transitions)
         append_line(self.folder / _CHECKS, line)
+
+    def alerts(self, transitions: Sequence[Transition]) -> None:
+        """Append transitions.
+
+        Args:
+            transitions: at a check or beside it.
+
+        Raises:
+            RuntimeError: before `start`.
+        """
+        attempt = self._started()
+        for transition in transitions:
+            append_line(self.folder / _ALERTS, {"attempt": attempt, **plain(transition)})
 
     def note(self, kind: str, step: int, content: Mapping[str, Any]) -> None:
         """Append a finding that is no check.

@@ -67,11 +67,6 @@ def in_the_forward_hook(kit: Any, on_error: str, folder: Path) -> Any:
     return guard_of(kit, on_error, targets=broken), {}, {}
 
 
-def in_an_action(kit: Any, on_error: str, folder: Path) -> Any:
-    rule = {"metric": "head/cosine_min", "op": "<", "threshold": 0.999999, "actions": ["tell"]}
-    return guard_of(kit, on_error, alerts={"moved": rule}, actions={"tell": broken}), {}, {}
-
-
 class BrokenTokenizer:
     """Fails whatever is asked of it but its length."""
 
@@ -127,7 +122,7 @@ def in_finish(kit: Any, on_error: str, folder: Path) -> Any:
 
 
 CASES = [
-    in_attach, in_the_tokenizer, at_the_first_check, in_step, in_the_forward_hook, in_an_action, run_dir_is_a_file,
+    in_attach, in_the_tokenizer, at_the_first_check, in_step, in_the_forward_hook, run_dir_is_a_file,
     run_dir_below_a_file,
     in_observe, in_observe_batch, in_check, in_state_dict, in_finish,
 ]  # fmt: skip
@@ -178,6 +173,19 @@ def test_a_fault_is_raised_if_asked(kit: Any, tmp_path: Path, case: Any) -> None
     with pytest.raises((OwnFaultError, ExceptionGroup, OSError, IndexError, SafetensorError)):
         run(kit, guard, attach, between)
     assert not guard.faults.down
+
+
+def test_a_broken_action_is_told_and_the_guard_goes_on(kit: Any, caplog: Any) -> None:
+    seen: list[Any] = []
+    rule = {"metric": "head/cosine_min", "op": "<", "threshold": 0.999999, "actions": ["tell", "note"]}
+    guard = guard_of(kit, "warn", alerts={"moved": rule}, actions={"tell": broken, "note": seen.append})
+    losses = run(kit, guard, {}, {})[2]
+    [said] = [record.getMessage() for record in caplog.records if record.name == "vocabguard"]
+    assert "OwnFaultError: broken on purpose, raised by an action of alert rule 'moved' at step 2" in said
+    assert not guard.faults.down
+    assert [change.rule for change in seen] == ["moved"]
+    assert guard.last.step == STEPS
+    assert losses == run_bare(kit)[0]
 
 
 def test_the_other_actions_run_and_the_rule_is_named(kit: Any, caplog: Any) -> None:

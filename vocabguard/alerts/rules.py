@@ -26,7 +26,7 @@ _OVER: Mapping[str, Callable[[float, float], bool]] = {
 ABSENT, UNCHANGED = "absent", "unchanged"
 OPS = (*_OVER, ABSENT, UNCHANGED)
 CHANGES = ("ratio", "difference")
-_LEVELS = ("info", "warning", "critical")
+LEVELS = ("info", "warning", "critical")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class AlertRule:
         self._require(bool(self.name.strip()), "name", self.name, "any text that is not blank")
         self._require(self.name != "firing", "name", self.name, "another, since alerts/firing is a logged key")
         self._require(self.op in OPS, "op", self.op, f"one of {list(OPS)}")
-        self._require(self.level in _LEVELS, "level", self.level, f"one of {list(_LEVELS)}")
+        self._require(self.level in LEVELS, "level", self.level, f"one of {list(LEVELS)}")
         for field, least in (("for_checks", 1), ("over_checks", 1), ("cooldown_steps", 0), ("min_rows", 0),
                              ("retell_steps", 0), ("remind_steps", 0)):  # fmt: skip
             self._require(getattr(self, field) >= least, field, getattr(self, field), f"at least {least}")

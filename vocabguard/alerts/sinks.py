@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterable
 
+from vocabguard.alerts.receivers import full_text
 from vocabguard.alerts.rules import AlertRule
 from vocabguard.transitions import Transition
 
@@ -15,13 +16,13 @@ _LOGGING_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical":
 
 
 def log_transition(transition: Transition) -> None:
-    """Send a transition to the logger ``vocabguard.alerts``, at the alert's level; a resolved one at INFO.
+    """Send a transition, with its story, to the logger ``vocabguard.alerts``, at its level; a resolved one at INFO.
 
     Args:
         transition: what changed.
     """
     resolved = transition.state == "resolved"
-    logger.log(logging.INFO if resolved else _LOGGING_LEVELS[transition.level], "%s", transition.message)
+    logger.log(logging.INFO if resolved else _LOGGING_LEVELS[transition.level], "%s", full_text(transition))
 
 
 def dispatch(rules: Iterable[AlertRule], transitions: Iterable[Transition]) -> None:
@@ -80,10 +81,13 @@ def transition_markdown(transition: Transition) -> str:
         transition: what changed.
 
     Returns:
-        A headline with level, state and step, and the message; nothing in it is read as markup.
+        A headline with level, state and step, the message, and its story as a list; nothing in it is read as markup.
     """
-    headline = f"**{transition.level}** {transition.state} at step {transition.step}"
-    return f"{headline}\n\n{_escape(transition.message)}"
+    again = " again" * transition.again
+    headline = f"**{transition.level}** {transition.state}{again} at step {transition.step}"
+    story = transition.story.lines if transition.story is not None else ()
+    listed = "".join(f"\n- {_escape(line)}" for line in story)
+    return f"{headline}\n\n{_escape(transition.message)}" + (f"\n{listed}" if listed else "")
 
 
 def _escape(text: str) -> str:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from vocabguard import collective
+from vocabguard.alerts.courier import Courier, Receiver
+from vocabguard.alerts.receivers import WandbAlerts, Webhook
 from vocabguard.alerts.rules import AlertRule
 from vocabguard.alerts.sinks import dispatch
+from vocabguard.config import webhook_url
 from vocabguard.results import CheckResult, Finding, Watch
 from vocabguard.runlog import RunLog, RunWriter, row_vectors
-from vocabguard.settings import GuardConfig
+from vocabguard.settings import GuardConfig, SinksConfig
+from vocabguard.transitions import Transition
 from vocabguard.views.console import ConsoleView
 from vocabguard.views.tensorboard import TensorBoardView, open_view
 from vocabguard.vocabulary import VocabTable
@@ -44,6 +49,29 @@ def choose_folder(resumed: str | None, suggested: str | Path | None) -> Path | N
     return None if suggested is None else collective.agree(free_folder(Path(suggested)))
 
 
+def choose_courier(sinks: SinksConfig, folder: Path | None) -> Courier:
+    """What carries news of alerts beyond this machine; without a receiver it does nothing.
+
+    Args:
+        sinks: where to.
+        folder: of the run log: what a webhook is told the run is called.
+    """
+    hook, url = sinks.webhook, webhook_url(sinks.webhook)
+    receivers: list[Receiver] = [WandbAlerts()] if sinks.wandb else []
+    if url is not None:
+        run = "" if folder is None else str(folder)
+        receivers.append(Webhook(url, run, timeout=hook.timeout, retries=hook.retries, backoff=hook.backoff))
+    return Courier(receivers, least_level=sinks.least_level, waiting=sinks.waiting, finish_seconds=sinks.finish_seconds)
+
+
+def without_secrets(config: GuardConfig) -> dict[str, Any]:
+    """The settings as a mapping that may be written down: of a webhook's address, only its host."""
+    plain = asdict(config)
+    if config.sinks.webhook.url is not None:
+        plain["sinks"]["webhook"]["url"] = f"{urlsplit(config.sinks.webhook.url).hostname}/..."
+    return plain
+
+
 class Reporter:
     """Hands each result to every view.
 
@@ -69,6 +97,7 @@ class Reporter:
         self._table = table
         self._rules = tuple(rules)
         self._main = main
+        self._courier = choose_courier(config.sinks, folder) if main else None
         self._console = ConsoleView(enabled=main and config.log.console)
         if main and config.log.console:
             # Without handlers of the user's, logging would print to the terminal what the console view shows there.
@@ -82,7 +111,7 @@ class Reporter:
     def watch(self, watch: Watch) -> None:
         """Say what is watched, before step 1."""
         if self._log is not None:
-            self._log.start(asdict(self._config), watch, self._table.names)
+            self._log.start(without_secrets(self._config), watch, self._table.names)
         if self._board is not None:
             self._board.watch(watch)
         self._console.watch(watch, self._table)
@@ -108,7 +137,21 @@ class Reporter:
         self._console.check(result)
         self.findings(result.findings)
         self._checks += 1
-        dispatch(self._rules, result.transitions)
+        self._act(result.transitions)
+
+    def _act(self, transitions: Sequence[Transition]) -> None:
+        """Send news of alerts on their way, and run actions; one of a user's that fails is told, the guard goes on."""
+        if self._courier is not None:
+            for change in transitions:
+                self._courier.send(change)
+        try:
+            dispatch(self._rules, transitions)
+        except ExceptionGroup as group:
+            if self._config.on_error == "raise":
+                raise
+            for error in group.exceptions:
+                note = " ".join(getattr(error, "__notes__", ()))
+                logger.warning("vocabguard: %s: %s, %s; the guard goes on", type(error).__name__, error, note)
 
     def findings(self, found: Iterable[Finding]) -> dict[str, float]:
         """Pass on what was found beside the checks; gives the logged keys of all of it."""
@@ -120,9 +163,11 @@ class Reporter:
             if self._log is not None:
                 for line in one.lines:
                     self._log.note(one.kind, one.step, line)
+                self._log.alerts(one.transitions)
             if self._board is not None:
                 self._board.finding(one)
             self._console.finding(one)
+            self._act(one.transitions)
         return scalars
 
     def finish(self, last: CheckResult | None) -> RunLog | None:
@@ -135,6 +180,8 @@ class Reporter:
             if self._log is not None and self._rows_written != last.step:
                 self._rows(last)
             self._console.finish(last, self._table)
+        if self._courier is not None:
+            self._courier.close()
         if self._board is not None:
             self._board.close()
         if self._log is None:
