@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from model_cases import MissingError
@@ -15,7 +16,16 @@ TOLD = ("FutureWarning", "DeprecationWarning", "UserWarning")
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in TOLD]
 
 
-@pytest.mark.parametrize("case", TRAINERS, ids=lambda case: case.name.strip("-` "))
+SLOW = ("packing", "padding-free", "assistant-only loss")
+
+
+def cases() -> list[Any]:
+    """All trainers; variants of one that is run anyway are slow tests."""
+    named = [(case, case.name.strip("-` ")) for case in TRAINERS]
+    return [pytest.param(case, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for case, name in named]
+
+
+@pytest.mark.parametrize("case", cases())
 def test_contract(case: TrainerCase, tmp_path: Path) -> None:
     try:
         found = outcomes(case, tmp_path)

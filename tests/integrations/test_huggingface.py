@@ -339,22 +339,6 @@ def assert_run_equals_naive(kit: Any, run: Any, guard: Any, rows: Any, size: int
     assert found.exposure.pull.sum() > 0
 
 
-def test_hidden_labels_are_said_once(
-    kit: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    guarded = guard_for(kit, tokenizer)
-    with caplog.at_level(logging.WARNING, "vocabguard"):
-        kit.run_hf(
-            kit.tiny_model(), kit.random_rows(24), tokenizer, tmp_path, callbacks=(guarded,), label_smoothing_factor=0.1
-        )
-    assert guarded.guard.last.step == 6
-    assert not guarded.guard.last.exposure.data_target.any()
-    assert guarded.guard.last.head.cosine.nan_to_num(1.0).min() < 0.999
-    said = [record.getMessage() for record in caplog.records if "exposure/targets stays at 0" in record.getMessage()]
-    assert len(said) == 1
-    assert "step 2" in said[0]
-
-
 def test_counted_labels_are_not_warned_of(
     kit: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -73,6 +73,10 @@ def drop_labels(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return args, kwargs
 
 
+_NO_LABELS = (
+    "vocabguard: a training pass got no labels, so its targets are not counted. Where a trainer takes them out of the "
+    "batch before (a loss function of one's own), say `hidden_labels=True` to the Hugging Face callback; else `targets=`"
+)
 _NOT_ITS_OWN = "no optimizer has the output matrix (DeepSpeed, for one, steps copies of its own)"
 
 
@@ -106,7 +110,7 @@ class Observer:
         self._targets = targets
         self._handles: list[Any] = []
         self._names: tuple[str, ...] = ()
-        self._unread = True
+        self._unread, self._told = True, False
         self.hooked = False
         self.protection: Protection | None = None
         if matrix is None:
@@ -203,7 +207,10 @@ class Observer:
             self.batch(batch)
             return
         with self._faults.contain("counting a batch"):
-            self.batch(batch)
+            if not self.batch(batch) and not self._told:
+                self._told = True
+                if self.counter.batches == 0:
+                    logger.warning(_NO_LABELS)
 
     def _named(self, args: tuple[Any, ...]) -> dict[str, Any]:
         """What a forward pass got by position, by name; a single mapping is a batch, another first one the inputs."""
