@@ -98,6 +98,7 @@ class VocabGuardCallback(Callback):
             self._monitored = True
             pl_module.log_dict(self.guard.latest, logger=False, rank_zero_only=True)
         _to_loggers(trainer, result)
+        self._ask(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer questions in many languages, where `confusion` asks for them."""
@@ -107,6 +108,17 @@ class VocabGuardCallback(Callback):
             _to_loggers(trainer, None if result is before else result)
             answers = {key: value for key, value in self.guard.latest.items() if "/confusion/" in key}
             _log_beside(trainer, answers, trainer.global_step)
+            self._ask(trainer)
+
+    def _ask(self, trainer: Trainer) -> None:
+        """Do what alert rules ask of the trainer; a checkpoint lies where the trainer's own do."""
+        asked = self.guard.take_requests()
+        if "checkpoint" in asked:
+            own = getattr(trainer.checkpoint_callback, "dirpath", None)
+            folder = Path(own or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
+            trainer.save_checkpoint(folder / f"vocabguard-step={trainer.global_step}.ckpt")
+        if "stop" in asked:
+            trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The next epoch's batches follow those that the model has seen."""

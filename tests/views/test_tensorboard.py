@@ -12,16 +12,17 @@ from torch.utils.tensorboard import SummaryWriter
 from vocabguard.alerts.sinks import transition_markdown
 from vocabguard.results import (
     CheckResult,
+    Finding,
     NotApplicable,
     Preflight,
     RowDrift,
     TokenReport,
-    Transition,
     Watch,
     WatchedMatrix,
 )
+from vocabguard.transitions import AlertStory, Transition
 from vocabguard.views.tensorboard import ALERTS_SHOWN, TensorBoardView, open_view
-from vocabguard.views.wording import worst_markdown
+from vocabguard.views.wording import large_groups, worst_markdown
 from vocabguard.vocabulary import VocabTable
 
 ROWS = 1000
@@ -192,6 +193,11 @@ def test_charts_take_in_groups_and_classes_apart(tmp_path, table, watch):
     [event] = read(tmp_path).Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     keys = [*SCALARS, "vocabguard/head/never/below_0.95", "vocabguard/head/neverland/below_0.95"]
+    keys += [
+        "vocabguard/forecast/never/below_0.95",
+        "vocabguard/forecast/ja/below_0.95",
+        "vocabguard/forecast/below_0.95",
+    ]
     charts = {
         chart.title: [key for key in keys if re.match(chart.multiline.tag[0], key)]
         for chart in layout.category[0].chart
@@ -202,9 +208,37 @@ def test_charts_take_in_groups_and_classes_apart(tmp_path, table, watch):
             "vocabguard/head/20+/below_0.95",
             "vocabguard/head/never/below_0.95",
         ],
+        "forecast of head rows below 0.95, by group": ["vocabguard/forecast/ja/below_0.95"],
         "retained, by group": [],
         "retained, by exposure class": ["vocabguard/probe/1-4/retained"],
     }
+    ends = {chart.title.split(":")[0]: chart.margin.series[0] for chart in layout.category[1].chart}
+    assert list(ends) == ["all", *large_groups(table)]
+    for name, series in ends.items():
+        inner = "" if name == "all" else f"{name}/"
+        assert series.value == series.lower == f"vocabguard/head/{inner}below_0.95"
+        assert series.upper == f"vocabguard/forecast/{inner}below_0.95"
+
+
+def test_a_timeline_of_each_rule_and_the_story_of_its_alerts(tmp_path, table):
+    story = AlertStory(what="412 rows <have> turned away.", tokens=("語",), advice=("echo.",))
+    change = dataclasses.replace(ALERT, story=story)
+    asked = dataclasses.replace(ALERT, rule="asked", state="resolved")
+    view = open_view(tmp_path, table=table, rules=("slow", "asked"))
+    view.check(check(step=20, firing=("asked",)))
+    view.check(check(step=40, firing=("slow", "asked"), transitions=(change,)))
+    view.finding(Finding("confusion", 50, (), "Answers.", transitions=(asked,)))
+    view.close()
+    events = read(tmp_path)
+    timeline = {
+        rule: [(event.step, event.value) for event in events.Scalars(f"vocabguard/alerts/{rule}")]
+        for rule in ("slow", "asked")
+    }
+    assert timeline == {"slow": [(20, 0.0), (40, 1.0)], "asked": [(20, 1.0), (40, 1.0), (50, 0.0)]}
+    [(_, first), (step, last)] = texts(events, "vocabguard/alert_log")
+    assert first.splitlines()[-3:] == ["- 412 rows &lt;have&gt; turned away.", "- Worst: 語", "- To do: echo."]
+    assert step == 50
+    assert last.startswith("**warning** resolved at step 40")
 
 
 def test_a_trainers_writer_is_shared_and_left_open(tmp_path, table, watch):

@@ -26,12 +26,13 @@ _OF_ROWS = {
     "nonfinite_rows": _COUNT,
     "zero_rows": _COUNT,
 }
-_OF_FORECAST = {"below_0.95": _SHARE, "rows": _COUNT, "cosine_mean": _COSINE}
+_OF_FORECAST = {"below_0.95": _SHARE, "rows": _COUNT}
 _OF_ANSWERS = ("latin", "line_pass", "word_pass")
 _SINGLE = {
     **{f"exposure/{name}": _SHARE for name in EXPOSURE_CLASSES},
     "exposure/push_share": _SHARE,
     "exposure/targets": _COUNT,
+    "forecast/cosine_mean": _COSINE,
     "probe/retained": _SHARE,
     "probe/watch": _SHARE,
     "probe/probability_mean": _SHARE,
@@ -63,8 +64,9 @@ def metric_range(metric: str) -> tuple[float, float]:
     | ``head/`` and ``embedding/`` ``below_0.95``, ``below_0.90`` | [0, 1] |
     | ``head/`` and ``embedding/`` ``nonfinite_rows``, ``zero_rows`` | [0, inf) |
     | the same after ``head/<part>/`` and ``embedding/<part>/`` | the same |
-    | ``forecast/below_0.95``, ``forecast/rows``, ``forecast/cosine_mean`` | [0, 1], [0, inf), [-1, 1] |
-    | the same after ``forecast/<part>/`` | the same |
+    | ``forecast/below_0.95``, ``forecast/<part>/below_0.95`` | [0, 1] |
+    | ``forecast/rows``, ``forecast/<part>/rows`` | [0, inf) |
+    | ``forecast/cosine_mean`` | [-1, 1] |
     | ``exposure/`` ``never``, ``1-4``, ``5-19``, ``20+``, ``push_share`` | [0, 1] |
     | ``exposure/targets`` | [0, inf) |
     | ``probe/`` ``retained``, ``watch``, ``probability_mean``, ``<part>/retained`` | [0, 1] |

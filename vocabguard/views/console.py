@@ -71,18 +71,23 @@ class ConsoleView:
         self._print("", lines, "")
 
     def check(self, result: CheckResult) -> None:
-        """Print the verdict, then a line for each alert that changed state."""
+        """Print the verdict, then each alert that has news, with its story."""
         if not self._enabled:
             return
         line = verdict(result, self._groups)
-        lines = [self._line(line, bold=line.index(":"))]
-        lines += [self._line(change.message, _alert_style(change)) for change in result.transitions]
-        self._print(*lines)
+        self._print(self._line(line, bold=line.index(":")), *self._alerts(result.transitions))
 
     def finding(self, found: Finding) -> None:
         """Print what was found beside the checks."""
         if self._enabled:
-            self._print(self._line(f"step {found.step:,}: {found.sentence}"))
+            self._print(self._line(f"step {found.step:,}: {found.sentence}"), *self._alerts(found.transitions))
+
+    def _alerts(self, changes: Sequence[Transition]) -> list[RenderableType]:
+        lines = []
+        for change in changes:
+            lines.append(self._line(change.message, _alert_style(change)))
+            lines += [self._line(f"  {line}") for line in (change.story.lines if change.story is not None else ())]
+        return lines
 
     def finish(self, result: CheckResult, table: VocabTable) -> None:
         """Print the closing tables: all, groups and exposure classes; then the watched and the worst tokens."""

@@ -5,6 +5,7 @@ Tags are a fixed, small set. There is never a tag per token: thousands of tags m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,10 +13,13 @@ import numpy as np
 
 from vocabguard.alerts.sinks import transition_markdown
 from vocabguard.results import CheckResult, Finding, RowDrift, Watch
-from vocabguard.views.wording import escape_markdown, preflight_sentences, watch_sentences, worst_markdown
+from vocabguard.transitions import Transition
+from vocabguard.views.wording import escape_markdown, large_groups, preflight_sentences, watch_sentences, worst_markdown
 
 if TYPE_CHECKING:
     from vocabguard.vocabulary import VocabTable
+
+_ALERTS = "vocabguard/alerts"
 
 ALERTS_SHOWN = 100
 """Newest alert changes kept in the text of ``vocabguard/alert_log``."""
@@ -27,6 +31,7 @@ _LAYOUT = {
     "vocabguard": {
         "head rows below 0.95, by group": ["Multiline", [rf"vocabguard/head/{_GROUPS}/below_0\.95$"]],
         "head rows below 0.95, by exposure class": ["Multiline", [rf"vocabguard/head/{_CLASSES}/below_0\.95$"]],
+        "forecast of head rows below 0.95, by group": ["Multiline", [rf"vocabguard/forecast/{_GROUPS}/below_0\.95$"]],
         "retained, by group": ["Multiline", [rf"vocabguard/probe/{_GROUPS}/retained$"]],
         "retained, by exposure class": ["Multiline", [rf"vocabguard/probe/{_CLASSES}/retained$"]],
     }
@@ -72,7 +77,8 @@ class TensorBoardView:
     | ``vocabguard/head/cosine``, ``vocabguard/embedding/cosine`` | histogram over live finite rows |
     | ``vocabguard/watch`` | text: what is watched, and preflight |
     | ``vocabguard/worst``, ``vocabguard/watched`` | text: tables of the worst tokens and of the watch list |
-    | ``vocabguard/alert_log`` | text: all changes of alerts so far, newest first |
+    | ``vocabguard/alerts/<rule>`` | scalars: 1 while the rule fires, 0 while it does not |
+    | ``vocabguard/alert_log`` | text: all changes of alerts so far with their stories, newest first |
     | ``vocabguard/{confusion,neighbors,head_or_body}`` | text: what was found beside the checks, if asked for |
 
     Args:
@@ -80,13 +86,23 @@ class TensorBoardView:
         table: groups and live tokens.
         histogram: whether to write the histograms.
         owned: whether `close` closes the writer, and whether a layout of charts is written, of which a writer has one.
+        rules: names of the alert rules.
     """
 
-    def __init__(self, writer: Writer, *, table: VocabTable, histogram: bool = True, owned: bool = False) -> None:
+    def __init__(
+        self,
+        writer: Writer,
+        *,
+        table: VocabTable,
+        histogram: bool = True,
+        owned: bool = False,
+        rules: Sequence[str] = (),
+    ) -> None:
         self._writer = writer
         self._table = table
         self._histogram = histogram
         self._owned = owned
+        self._rules = tuple(rules)
         self._alerts: list[str] = []
 
     def watch(self, watch: Watch) -> None:
@@ -95,7 +111,7 @@ class TensorBoardView:
         text = "\n".join(f"- {escape_markdown(sentence)}" for sentence in sentences)
         self._writer.add_text("vocabguard/watch", text, global_step=0)
         if self._owned:
-            self._writer.add_custom_scalars(_LAYOUT)
+            self._writer.add_custom_scalars(_layout(large_groups(self._table)))
 
     def check(self, result: CheckResult) -> None:
         """Write one check at its step."""
@@ -106,8 +122,9 @@ class TensorBoardView:
         for tag, reports in (("vocabguard/worst", result.worst), ("vocabguard/watched", result.watched)):
             if reports:
                 self._writer.add_text(tag, worst_markdown(reports), global_step=result.step)
-        if result.transitions:
-            self._alert_log(result)
+        for rule in self._rules:
+            self._writer.add_scalar(f"{_ALERTS}/{rule}", float(rule in result.firing), global_step=result.step)
+        self._alert_log(result.step, result.transitions)
 
     def finding(self, found: Finding) -> None:
         """Write what was found beside the checks, at its step."""
@@ -115,6 +132,10 @@ class TensorBoardView:
             self._writer.add_scalar(key, value, global_step=found.step)
         text = "\n\n".join(filter(None, (escape_markdown(found.sentence), found.table)))
         self._writer.add_text(f"vocabguard/{found.kind}", text, global_step=found.step)
+        for change in found.transitions:
+            firing = float(change.state == "firing")
+            self._writer.add_scalar(f"{_ALERTS}/{change.rule}", firing, global_step=found.step)
+        self._alert_log(found.step, found.transitions)
 
     def close(self) -> None:
         """Close the writer if it is ours; a trainer's writer is left alone."""
@@ -130,14 +151,33 @@ class TensorBoardView:
             if shown.size:
                 _add_histogram(self._writer, f"vocabguard/{name}/cosine", shown, result.step)
 
-    def _alert_log(self, result: CheckResult) -> None:
+    def _alert_log(self, step: int, changes: Sequence[Transition]) -> None:
         """Write the whole log each time: TensorBoard keeps only a sample of a tag's texts, but always the last."""
-        self._alerts[:0] = reversed([transition_markdown(change) for change in result.transitions])
+        if not changes:
+            return
+        self._alerts[:0] = reversed([transition_markdown(change) for change in changes])
         del self._alerts[ALERTS_SHOWN:]
-        self._writer.add_text("vocabguard/alert_log", "\n\n".join(self._alerts), global_step=result.step)
+        self._writer.add_text("vocabguard/alert_log", "\n\n".join(self._alerts), global_step=step)
 
 
-def open_view(folder: str | Path, *, table: VocabTable, histogram: bool = True) -> TensorBoardView:
+def _layout(groups: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """Charts of several scalars: all groups on one, and for each group how it is and how it will end.
+
+    Args:
+        groups: that are large enough for a chart of their own.
+    """
+    ends = {}
+    for name in ("all", *groups):
+        inner = "" if name == "all" else f"{name}/"
+        now, then = f"vocabguard/head/{inner}below_0.95", f"vocabguard/forecast/{inner}below_0.95"
+        # A line for now, and a band from it to the forecast.
+        ends[f"{name}: head rows below 0.95, now and forecast for the end"] = ["Margin", [now, now, then]]
+    return {**_LAYOUT, "vocabguard, now and at the end": ends}
+
+
+def open_view(
+    folder: str | Path, *, table: VocabTable, histogram: bool = True, rules: Sequence[str] = ()
+) -> TensorBoardView:
     """A view with an event file of its own in `folder`, made if it is missing.
 
     Use a folder beside the trainer's event file, not the same one: TensorBoard reads one live file a folder.
@@ -146,13 +186,14 @@ def open_view(folder: str | Path, *, table: VocabTable, histogram: bool = True) 
         folder: where the event file goes.
         table: groups and live tokens.
         histogram: whether to write the histograms.
+        rules: names of the alert rules.
     """
     # Imported here: it costs a second that a run without TensorBoard need not spend.
     from torch.utils.tensorboard import SummaryWriter
 
     # Written by the writer's own thread, so a short interval does not hold up a step.
     writer = SummaryWriter(str(folder), flush_secs=10)  # type: ignore[no-untyped-call, unused-ignore]
-    return TensorBoardView(writer, table=table, histogram=histogram, owned=True)
+    return TensorBoardView(writer, table=table, histogram=histogram, owned=True, rules=rules)
 
 
 def _cosine_edges() -> np.ndarray[Any, np.dtype[np.float32]]:
