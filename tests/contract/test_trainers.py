@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from model_cases import MissingError
 from model_contract import YES
-from trainer_cases import TRAINERS, TrainerCase
-from trainer_contract import CHECKS, expected_columns, outcomes
+from trainer_cases import BATCH, DOCS, PRECISIONS, TRAINERS, Job, TrainerCase, kit, row_docs, scaled
+from trainer_contract import CHECKS, QUIET, Trial, drift, expected_columns, exposure, outcomes, push_pull, untouched
 
 # Of the libraries, about each other and about what they are about to drop.
 TOLD = ("FutureWarning", "DeprecationWarning", "UserWarning")
@@ -33,3 +34,22 @@ def test_contract(case: TrainerCase, tmp_path: Path) -> None:
         pytest.skip(str(error))
     assert set(found) == set(CHECKS)
     assert {name for name, outcome in found.items() if outcome == YES} == expected_columns(case)
+
+
+@pytest.mark.parametrize("case", PRECISIONS, ids=lambda case: case.name)
+def test_mixed_precision(case: TrainerCase, tmp_path: Path) -> None:
+    """Gradients are those that the optimizer uses: averaged, unscaled, clipped."""
+    trial = Trial(case, tmp_path)
+    untouched(trial)
+    assert {check(trial) for check in (drift, exposure, push_pull)} == {YES}
+
+
+def test_steps_that_a_scaler_leaves_out(tmp_path: Path) -> None:
+    """Their targets count, and no gradient of theirs is read."""
+    found = scaled(Job(tmp_path, QUIET | {"exposure": {"push_every_n_steps": 1}}), scale=2.0**25)
+    skipped = DOCS // BATCH - len(found.optimizer.gradients)
+    assert 0 < skipped < DOCS // BATCH
+    exposure = found.guard.last.exposure
+    kit.assert_counts(exposure, kit.naive_counts([{"input_ids": i, "labels": n} for i, n in row_docs()], BATCH))
+    norms = torch.stack([gradient.norm(dim=1) for gradient in found.optimizer.gradients]).sum(dim=0)
+    torch.testing.assert_close(exposure.pull + exposure.push, norms)

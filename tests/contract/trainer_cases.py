@@ -458,13 +458,46 @@ def loop(job: Job, *, size: int = BATCH, accelerator: Callable[[], Any] = lambda
     return found
 
 
-def accelerated(job: Job) -> Trained:
+def accelerated(job: Job, precision: str = "no") -> Trained:
+    """Two batches a step; a scale of the loss under which no step is skipped."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import GradScalerKwargs
+
+    def helper() -> Any:
+        return Accelerator(
+            cpu=True, gradient_accumulation_steps=2, mixed_precision=precision,
+            kwargs_handlers=[GradScalerKwargs(init_scale=1024.0)],
+        )  # fmt: skip
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    found = loop(job, size=BATCH // 2, accelerator=lambda: Accelerator(cpu=True, gradient_accumulation_steps=2))
+    found = loop(job, size=BATCH // 2, accelerator=helper)
     AcceleratorState._reset_state(reset_partial_state=True)
+    return found
+
+
+def scaled(job: Job, scale: float = 1024.0) -> Trained:
+    """A loop with half precision and a scaled loss, which leaves out steps where gradients overflow."""
+    model = kit.tiny_model().train()
+    found = Trained(model, kit.RecordingAdamW(model), Tape(model))
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    guard = VocabGuard(tokenizer=TOKENIZER, **(job.options or {}))
+    if job.options is not None:
+        guard.attach(model, found.optimizer, total_steps=DOCS // BATCH, run_dir=job.folder)
+        found.guard = guard
+    collate, data = DataCollatorForSeq2Seq(TOKENIZER), rows()
+    for step in range(DOCS // BATCH):
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = model(**collate([dict(row) for row in data[step * BATCH : (step + 1) * BATCH]])).loss
+        found.losses.append(loss.item())
+        scaler.scale(loss).backward()
+        scaler.unscale_(found.optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), kit.CLIP)
+        scaler.step(found.optimizer)
+        scaler.update()
+        guard.step(step + 1)
+        found.optimizer.zero_grad()
+    guard.finish()
     return found
 
 
@@ -481,6 +514,13 @@ def refused(reason: str, *columns: str) -> dict[str, str]:
     return dict.fromkeys(columns or ("echo", "hold"), reason)
 
 
+PRECISIONS = (
+    TrainerCase("bf16, Trainer", partial(plain, bf16=True), **OF_ROWS),
+    TrainerCase("fp16, Trainer", partial(plain, fp16=True), **OF_ROWS),
+    TrainerCase("bf16, accelerate", partial(accelerated, precision="bf16"), **OF_ROWS, batches_a_step=2),
+    TrainerCase("fp16, accelerate", partial(accelerated, precision="fp16"), **OF_ROWS, batches_a_step=2),
+    TrainerCase("fp16, loop", scaled, **OF_ROWS),
+)
 TRAINERS = (
     TrainerCase("`Trainer`", plain, **OF_ROWS),
     TrainerCase(
