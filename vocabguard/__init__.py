@@ -3,12 +3,16 @@
 Trainer callbacks live in `vocabguard.integrations`; nothing here imports a trainer.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from vocabguard.config import ConfigError, load_config, presets
 from vocabguard.guard import VocabGuard
-from vocabguard.measure.metrics import LanguageConfusion, TokenDrift, TokenExposure
 from vocabguard.results import CheckResult
 from vocabguard.runlog import RunLog
 from vocabguard.settings import GuardConfig
+
+if TYPE_CHECKING:
+    from vocabguard.measure.metrics import LanguageConfusion, TokenDrift, TokenExposure
 
 __all__ = [
     "CheckResult",
@@ -22,3 +26,12 @@ __all__ = [
     "load_config",
     "presets",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The torchmetrics classes, imported when they are asked for: torchmetrics takes seconds and 80 MiB to import."""
+    if name in ("LanguageConfusion", "TokenDrift", "TokenExposure"):
+        from vocabguard.measure import metrics
+
+        return getattr(metrics, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

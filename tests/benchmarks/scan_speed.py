@@ -1,13 +1,15 @@
 """Time and memory of a scan, against reading both files once and against loading both models.
 
-    python tests/benchmarks/scan_speed.py rows [--rows 200064] [--width 4096] [--threads 2]
+    python tests/benchmarks/scan_speed.py rows [--rows 200064] [--width 4096] [--threads 2] [--numpy]
     python tests/benchmarks/scan_speed.py models [--rows 262144] [--width 640]
 
 ``rows``: two bf16 files of one head each, in a temporary folder (3.3 GB, deleted afterwards). "read" reads both files
-once through a 1 MiB buffer; all are cached by then. Memory is the peak resident size (``VmHWM``) of a fresh process
-that scans, less that of one that has only imported torch. ``models``: a pair of small Gemma 3 models with random
-weights (vocabulary and width of the 270M one, few layers), scanned, and compared by ``from_pretrained`` and a naive
-cosine in float64.
+once through a 1 MiB buffer; all are cached by then. Scans and reads take turns, and the ratio is that of each round.
+"row pass" is the part of a scan that reads every row; the rest is a sample of the rows, before it, and the summary.
+The first round, which loads the compiled loop, is told apart; ``--numpy`` does without that loop. Memory is the peak
+resident size (``VmHWM``) of a fresh process that scans, less that of one that has only imported torch. ``models``: a
+pair of small Gemma 3 models with random weights (vocabulary and width of the 270M one, few layers), scanned, and
+compared by ``from_pretrained`` and a naive cosine in float64.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -29,16 +30,34 @@ TORCH = f"import torch; print({PEAK})"
 SCAN = f"""
 import sys, time, json, torch
 torch.set_num_threads(int(sys.argv[3]))
+if "--numpy" in sys.argv:
+    sys.modules["numba"] = None
+from vocabguard.measure import drift, fused
 from vocabguard.offline.checkpoint import open_checkpoint
 from vocabguard.offline.scan import scan
 from vocabguard.offline.scan_summary import summary
-seconds = []
+passes, reads, seconds, row_sums = [], [], [], drift.row_sums
+def timed(*args, **options):
+    began = time.perf_counter()
+    found = row_sums(*args, **options)
+    passes.append(time.perf_counter() - began)
+    return found
+drift.row_sums = timed
+def read_once(paths):
+    buffer, began = bytearray(2**20), time.perf_counter()
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - began
 for _ in range(int(sys.argv[4])):
+    reads.append(read_once(sys.argv[1:3]) if sys.argv[1].endswith(".safetensors") else 0)
     began = time.perf_counter()
     base = open_checkpoint(sys.argv[1]); tuned = open_checkpoint(sys.argv[2], base=base)
     told = summary(scan(base, tuned))
     seconds.append(time.perf_counter() - began)
-print(json.dumps([seconds, told["seconds"], {PEAK}, told["head"]["cosine_mean"]]))
+compiled = fused.kernel("bfloat16") is not None
+print(json.dumps([seconds, {PEAK}, told["head"]["cosine_mean"], reads, passes, compiled]))
 """
 NAIVE = f"""
 import sys, time, json, torch
@@ -48,7 +67,7 @@ base, tuned = (AutoModelForCausalLM.from_pretrained(path) for path in sys.argv[1
 for of in ("get_output_embeddings", "get_input_embeddings"):
     a, b = (getattr(model, of)().weight.detach().double() for model in (base, tuned))
     cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
-print(json.dumps([[time.perf_counter() - began], 0, {PEAK}, float(cosine.mean())]))
+print(json.dumps([[time.perf_counter() - began], {PEAK}, float(cosine.mean())]))
 """
 
 
@@ -57,21 +76,18 @@ def run(code: str, *arguments: object) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def read_once(paths: list[Path]) -> float:
-    buffer, began = bytearray(2**20), time.perf_counter()
-    for path in paths:
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-    return time.perf_counter() - began
-
-
-def measure(label: str, code: str, *arguments: object) -> list[float]:
-    seconds, _, peak, mean = json.loads(run(code, *arguments))
+def measure(label: str, code: str, *arguments: object) -> list[list[float]]:
+    """Seconds of every round, and what else the code measured."""
+    seconds, peak, mean, *others = json.loads(run(code, *arguments))
     above = (int(peak) - int(run(TORCH))) / 1024
-    print(f"{label}: median {statistics.median(seconds):.3f} s, min {min(seconds):.3f} s, "
+    print(f"{label}: median {statistics.median(seconds):.3f} s, min {min(seconds):.3f} s, first {seconds[0]:.3f} s, "
           f"{above:.0f} MiB above torch, mean cosine {mean:.6f}")  # fmt: skip
-    return seconds
+    return [seconds, *others]
+
+
+def ratio(name: str, seconds: list[float], reads: list[float]) -> str:
+    each = [mine / read for mine, read in zip(seconds[1:], reads[1:], strict=True)]
+    return f"{name} x read: median {statistics.median(each):.2f}, least {min(each):.2f}"
 
 
 def rows(folder: Path, arguments: argparse.Namespace) -> None:
@@ -83,11 +99,12 @@ def rows(folder: Path, arguments: argparse.Namespace) -> None:
         part.add_(0.1 * torch.randn(part.shape, generator=generator).bfloat16())
     save_file({"lm_head.weight": base}, paths[1])
     del base
-    reads = [read_once(paths) for _ in range(6)][1:]
-    print(f"read both once: median {statistics.median(reads):.3f} s, min {min(reads):.3f} s")
-    seconds = measure("scan", SCAN, *paths, arguments.threads, arguments.rounds)
-    print(f"x read: {statistics.median(seconds) / statistics.median(reads):.2f} "
-          f"(of minima {min(seconds) / min(reads):.2f})")  # fmt: skip
+    flags = ["--numpy"] * arguments.numpy
+    seconds, reads, passes, compiled = measure("scan", SCAN, *paths, arguments.threads, arguments.rounds, *flags)
+    print(f"read both once: median {statistics.median(reads[1:]):.3f} s, min {min(reads[1:]):.3f} s; "
+          f"sums by {'the compiled loop' if compiled else 'numpy'}")  # fmt: skip
+    print(ratio("scan", seconds, reads))
+    print(ratio("row pass", passes, reads))
 
 
 def models(folder: Path, arguments: argparse.Namespace) -> None:
@@ -104,8 +121,8 @@ def models(folder: Path, arguments: argparse.Namespace) -> None:
         weight += 0.1 * weight.std() * torch.randn_like(weight)
     model.save_pretrained(folder / "tuned")
     pair = folder / "base", folder / "tuned"
-    found = measure("scan", SCAN, *pair, arguments.threads, 3)
-    naive = measure("from_pretrained and float64", NAIVE, *pair)
+    found = measure("scan", SCAN, *pair, arguments.threads, 3)[0]
+    naive = measure("from_pretrained and float64", NAIVE, *pair)[0]
     print(f"naive over scan: {min(naive) / min(found):.1f} times the time")
 
 
@@ -116,6 +133,7 @@ def main() -> None:
     parser.add_argument("--width", type=int)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--numpy", action="store_true")
     arguments = parser.parse_args()
     sizes = (200_064, 4096) if arguments.what == "rows" else (262_144, 640)
     arguments.rows, arguments.width = arguments.rows or sizes[0], arguments.width or sizes[1]

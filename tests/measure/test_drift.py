@@ -5,6 +5,7 @@ import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from vocabguard.matrices import VocabMatrix, find_matrices
+from vocabguard.measure import fused, rowwise
 from vocabguard.measure.drift import mean_shift, measure_drift, summarise
-from vocabguard.measure.rowwise import row_sums, sums_by_numpy, sums_by_torch
+from vocabguard.measure.rowwise import row_sums, sums_by_numba, sums_by_numpy, sums_by_torch
 from vocabguard.results import RowDrift
 from vocabguard.snapshot import CopiedBaseline, copy_baseline
 
@@ -214,23 +216,85 @@ def test_under_autocast_and_low_matmul_precision() -> None:
     torch.testing.assert_close(drift.cosine, expected.cosine, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("by", [sums_by_numpy, sums_by_torch, row_sums])
+NEEDS_NUMBA = pytest.mark.skipif(fused.kernel("float32") is None, reason="numba is not installed")
+
+
+@pytest.mark.parametrize("base_too", [False, True])
+@pytest.mark.parametrize("by", [sums_by_numpy, sums_by_torch, row_sums, pytest.param(sums_by_numba, marks=NEEDS_NUMBA)])
 @pytest.mark.parametrize("width", [48, 33, 1])
 @pytest.mark.parametrize(
     ("now_dtype", "base_dtype"),
     [(dtype, dtype) for dtype in DTYPES] + [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
 )
-def test_row_sums(by: Callable[..., Tensor], width: int, now_dtype: torch.dtype, base_dtype: torch.dtype) -> None:
+def test_row_sums(
+    by: Callable[..., Tensor], width: int, now_dtype: torch.dtype, base_dtype: torch.dtype, base_too: bool
+) -> None:
     base, now = rows_pair(width=width)
     base, now, shift = base.to(base_dtype), now.to(now_dtype), torch.linspace(-1, 1, width)
-    found = by(CopiedBaseline(now), CopiedBaseline(base[:200]), shift, 64)
+    found = by(CopiedBaseline(now), CopiedBaseline(base[:200]), shift, 64, base_too=base_too)
     assert found.dtype is torch.float32
     assert found[:, 200:].isnan().all()
     w, w0, s = now[:200].double(), base[:200].double(), shift.double()
     d = w - w0
-    for sums, expected in zip(found[:, :200].double(), (w * w, d * d, w * s, d * s), strict=True):
+    products = (w * w, d * d, w * s, d * s, w0 * w0)[: 4 + base_too]
+    for sums, expected in zip(found[:, :200].double(), products, strict=True):
         error = (sums - expected.sum(dim=1)).abs() / expected.abs().sum(dim=1).clamp_min(1e-30)
         assert error.max() < 1e-6
+
+
+@NEEDS_NUMBA
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_compiled_sums_give_the_same_drift(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Wide rows, rows that are not finite, and rows beyond the baseline's."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(300, 4096, generator=generator)
+    now = (base + torch.logspace(-4, 1, 300)[:, None] * torch.randn(300, 4096, generator=generator)).to(dtype)
+    base = base[:280].to(dtype)
+    now[3], now[4, 7], base[5, 9], now[6] = 0, math.nan, math.inf, base[6]
+    calls = []
+
+    def compiled(*args: Any, **options: Any) -> Tensor:
+        calls.append(args)
+        return sums_by_numba(*args, **options)
+
+    unexposed = some_rows(300)
+    expected = drift_of(base, now, unexposed)
+    monkeypatch.setattr(rowwise, "_WORTH_COMPILING", 0)
+    monkeypatch.setattr(rowwise, "sums_by_numba", compiled)
+    found = drift_of(base, now, unexposed)
+    assert len(calls) == 1
+    for name in ("cosine", "residual"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-6, equal_nan=True)
+    for name in ("l2", "norm_ratio"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=0, equal_nan=True)
+    assert torch.equal(found.bad, expected.bad)
+    w, w0 = now[:280].double(), base.double()
+    naive = torch.nn.functional.cosine_similarity(w, w0, dim=1)
+    good = ~found.bad[:280] & ~found.zero[:280]
+    assert (found.cosine[:280].double() - naive)[good].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("broken", ["missing", "unfit", "helpless"])
+def test_without_a_numba_that_works_the_sums_are_numpys(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    class Helpless:
+        @staticmethod
+        def njit(*args: Any, **options: Any) -> Any:
+            raise RuntimeError("cannot cache function: no locator available")
+
+    def imported(name: str) -> Any:
+        if broken == "helpless":
+            return Helpless
+        raise ImportError(name) if broken == "missing" else SystemError("built for another numpy")
+
+    base, now = rows_pair()
+    expected = drift_of(base, now)
+    fused.kernel.cache_clear()
+    monkeypatch.setattr(fused.importlib, "import_module", imported)
+    monkeypatch.setattr(rowwise, "_WORTH_COMPILING", 0)
+    try:
+        torch.testing.assert_close(drift_of(base, now).cosine, expected.cosine, rtol=0, atol=0)
+    finally:
+        fused.kernel.cache_clear()
 
 
 @pytest.fixture

@@ -33,6 +33,8 @@ _FAR = 4.0
 _LONG_SQ = 2.0
 # A sum of displacements from which on some may have overflowed, or will when they are squared.
 _HUGE = 1e15
+# Rows gathered at a time: their arrays stay in the cache.
+_FEW_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,11 @@ def mean_shift(
     """
     _check(matrix, baseline)
     _check_mask("unexposed", unexposed, matrix.rows)
-    chosen = _evenly(np.flatnonzero(unexposed[: baseline.rows].numpy()), shift_rows)
+    chosen = evenly(np.flatnonzero(unexposed[: baseline.rows].numpy()), shift_rows)
     total, count = np.zeros(matrix.width), 0
     for _, rows, base in _gathered(matrix, baseline, chosen, chunk_rows):
         with np.errstate(invalid="ignore"):
-            moved = rows - base
+            moved = np.subtract(rows, base, out=rows)
             chunk_sum = moved.sum(axis=0, dtype=np.float64)
         if not (np.abs(chunk_sum) < _HUGE).all():
             # A row whose length overflows float32 is as bad as one that is not finite.
@@ -128,7 +130,9 @@ def mean_shift(
     return torch.from_numpy((total / max(count, 1)).astype(np.float32))
 
 
-def row_products(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int = 1024) -> RowPass:
+def row_products(
+    matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int = 1024, *, base_too: bool = False
+) -> RowPass:
     """The pass over all rows.
 
     Args:
@@ -136,15 +140,19 @@ def row_products(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: in
         baseline: the rows before.
         shift: (width,) float32 on the CPU, see `mean_shift`.
         chunk_rows: rows read at a time.
+        base_too: measure the baseline's norms in the same pass, instead of asking for ``baseline.norms``, which are
+            another one if they are not known yet.
 
     Raises:
         ValueError: if the widths differ.
     """
     _check(matrix, baseline)
-    now_sq, moved_sq, now_shift, moved_shift = row_sums(matrix, baseline, shift, chunk_rows).numpy()
-    base_sq = np.full_like(now_sq, np.nan)
-    kept = min(matrix.rows, baseline.rows)
-    base_sq[:kept] = np.square(baseline.norms[:kept].numpy())
+    sums = row_sums(matrix, baseline, shift, chunk_rows, base_too=base_too).numpy()
+    now_sq, moved_sq, now_shift, moved_shift = sums[:4]
+    base_sq = sums[4] if base_too else np.full_like(now_sq, np.nan)
+    if not base_too:
+        kept = min(matrix.rows, baseline.rows)
+        base_sq[:kept] = np.square(baseline.norms[:kept].numpy())
     shift_sq = float(np.square(shift.numpy(), dtype=np.float64).sum())
     with np.errstate(all="ignore"):
         products = _products(base_sq, now_sq, moved_sq)
@@ -234,20 +242,25 @@ def _describe(drift: RowDrift, chosen: Flags) -> dict[str, float]:
 
 
 def _gathered(matrix: Rows, baseline: Baseline, ids: Ids, chunk_rows: int) -> Iterator[tuple[Ids, Floats, Floats]]:
-    """Some of the ids at a time, their rows and their baseline rows in new float32 arrays.
+    """A few of the ids at a time, their rows and their baseline rows in new float32 arrays.
 
     Only those rows are copied, so chunks may be larger here, which saves calls.
     """
+    if len(ids) == 0:
+        return
+    few = min(chunk_rows, _FEW_ROWS)
     for part, rows in matrix.chunks(8 * chunk_rows):
         first, last = np.searchsorted(ids, (part.start, part.stop))
         if first == last:
             continue
-        places = ids[first:last] - part.start
         base = baseline.chunk(slice(part.start, min(part.stop, baseline.rows)))
-        yield ids[first:last], take_rows(rows, places), take_rows(base, places)
+        for start in range(first, last, few):
+            chosen = ids[start : min(start + few, last)]
+            places = chosen - part.start
+            yield chosen, take_rows(rows, places), take_rows(base, places)
 
 
-def _evenly(ids: Ids, count: int) -> Ids:
+def evenly(ids: Ids, count: int) -> Ids:
     """At most ``count`` of the ids, evenly spaced, in order."""
     return ids if len(ids) <= count else ids[np.arange(count) * len(ids) // count]
 

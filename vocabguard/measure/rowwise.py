@@ -1,6 +1,7 @@
-"""Four inner products of every row in one pass: what a drift check spends its time on.
+"""A few inner products of every row in one pass: what a drift check spends its time on.
 
-On the CPU the arithmetic is numpy's, in a few threads of its own. A torch operation on a block that fits a cache is
+On the CPU the arithmetic of large matrices is one compiled loop where numba is installed (`vocabguard.measure.fused`),
+and numpy's otherwise, in a few threads of its own. A torch operation on a block that fits a cache is
 split between all cores: each ends in a barrier, so that a check takes ten times as long once another process holds a
 core, and rows wander between the cores' caches. A numpy call stays on its core and lets other threads run; every block
 is taken, measured and dropped by one of them, and torch's thread settings are left alone. On an accelerator the
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -20,13 +21,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vocabguard.measure.fused import Sums, kernel
 from vocabguard.snapshot import Baseline
 
 Floats = npt.NDArray[np.float32]
+_Measure = Callable[[Tensor, Tensor, Floats], None]
 
 _NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
 # Elements of a block: two float32 buffers of it, 4 MiB a thread, stay in the cache, and calls are few.
 _BLOCK = 2**19
+# Elements of a block for the compiled loop, which has no buffers: few calls matter more.
+_COMPILED_BLOCK = 2**20
+# Elements of a matrix from which on it pays to load the compiled loop, which takes about half a second.
+_WORTH_COMPILING = 2**26
 # More threads than this wait for each other and for the memory.
 _MOST_THREADS = 4
 # numpy < 2 has no vecdot, which takes half the time.
@@ -48,7 +55,7 @@ class Rows(Protocol):
         """Slices of at most ``size`` rows and the rows themselves, in order."""
 
 
-def row_sums(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int) -> Tensor:
+def row_sums(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False) -> Tensor:
     """Inner products of the rows w with themselves, of their displacements d = w - w0, and of both with a shift s.
 
     Args:
@@ -56,14 +63,20 @@ def row_sums(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int) -
         baseline: the rows before, of the same width; brought to the matrix's device chunk by chunk.
         shift: (width,) float32.
         chunk_rows: rows read at a time, at most; on the CPU fewer, if they would not fit the cache.
+        base_too: measure the baseline rows as well, for baselines whose norms are not known yet.
 
     Returns:
-        (4, V) float32 on the CPU: w.w, d.d, w.s and d.s, accumulated in float32. NaN where there is no baseline row.
+        (4, V) float32 on the CPU: w.w, d.d, w.s and d.s, accumulated in float32; (5, V) with w0.w0 last, if asked for.
+        NaN where there is no baseline row.
     """
-    device = next((rows.device for _, rows in matrix.chunks(1)), torch.device("cpu"))
-    if device.type == "cpu":
-        return sums_by_numpy(matrix, baseline, shift, min(chunk_rows, max(1, _BLOCK // matrix.width)))
-    return sums_by_torch(matrix, baseline, shift.to(device), chunk_rows)
+    first = next((rows for _, rows in matrix.chunks(1)), torch.empty(0))
+    if first.device.type != "cpu":
+        return sums_by_torch(matrix, baseline, shift.to(first.device), chunk_rows, base_too=base_too)
+    both = first.dtype is baseline.chunk(slice(0, 1)).dtype is torch.bfloat16
+    by, block = sums_by_numpy, _BLOCK
+    if matrix.rows * matrix.width >= _WORTH_COMPILING and kernel("bfloat16" if both else "float32") is not None:
+        by, block = sums_by_numba, _COMPILED_BLOCK
+    return by(matrix, baseline, shift, min(chunk_rows, max(1, block // matrix.width)), base_too=base_too)
 
 
 @torch.no_grad()
@@ -84,27 +97,47 @@ def take_rows(rows: Tensor, places: npt.NDArray[np.int64]) -> Floats:
 
 
 @torch.no_grad()
-def sums_by_torch(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int) -> Tensor:
+def sums_by_torch(
+    matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False
+) -> Tensor:
     """`row_sums` for an accelerator; the shift is on it."""
-    sums = torch.full((4, matrix.rows), math.nan, device=shift.device)
+    sums = torch.full((5, matrix.rows), math.nan, device=shift.device)
     with torch.autocast(shift.device.type, enabled=False):
         for part, now, before in _pairs(matrix, baseline, chunk_rows):
-            rows = now.float()
-            moved = rows - before.to(rows.device).float()
+            rows, base = now.float(), before.to(now.device).float()
+            moved = rows - base
             for place, values in enumerate((rows, moved)):
                 torch.linalg.vector_norm(values, dim=-1, out=sums[place, part])
                 torch.mv(values, shift, out=sums[2 + place, part])
-    sums[:2].square_()
-    return sums.cpu()
+            if base_too:
+                torch.linalg.vector_norm(base, dim=-1, out=sums[4, part])
+    sums[[0, 1, 4]] = sums[[0, 1, 4]].square()
+    return sums[: 4 + base_too].cpu()
 
 
-def sums_by_numpy(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int) -> Tensor:
+def sums_by_numpy(
+    matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False
+) -> Tensor:
     """`row_sums` for rows on the CPU."""
-    sums = np.full((4, matrix.rows), np.nan, dtype=np.float32)
-    pairs, turn = _pairs(matrix, baseline, chunk_rows), threading.Lock()
+    size = min(chunk_rows, matrix.rows)
+    return _summed(matrix, baseline, size, 4 + base_too, lambda: _BlockSums(size, shift.numpy()))
+
+
+def sums_by_numba(
+    matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False
+) -> Tensor:
+    """`row_sums` for rows on the CPU where numba is installed."""
+    size = min(chunk_rows, matrix.rows)
+    return _summed(matrix, baseline, size, 5, lambda: _CompiledSums(shift.numpy()))[: 4 + base_too]
+
+
+def _summed(matrix: Rows, baseline: Baseline, size: int, kinds: int, make: Callable[[], _Measure]) -> Tensor:
+    """The (kinds, V) sums that one measure a thread writes block by block."""
+    sums = np.full((kinds, matrix.rows), np.nan, dtype=np.float32)
+    pairs, turn = _pairs(matrix, baseline, size), threading.Lock()
 
     def work() -> None:
-        measure = _BlockSums(min(chunk_rows, matrix.rows), shift.numpy())
+        measure = make()
         with np.errstate(all="ignore"):
             while True:
                 with turn:
@@ -112,7 +145,7 @@ def sums_by_numpy(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: i
                 if pair is None:
                     return
                 part, now, before = pair
-                measure(now, before, out=sums[:, part])
+                measure(now, before, sums[:, part])
 
     threads = min(torch.get_num_threads(), _MOST_THREADS)
     with ThreadPoolExecutor(threads, thread_name_prefix="vocabguard") as pool:
@@ -145,14 +178,42 @@ class _BlockSums:
         self.halves = np.stack((shift[0::2], shift[1::2]))[:, None] if len(shift) % 2 == 0 else None
 
     def __call__(self, now: Tensor, before: Tensor, out: Floats) -> None:
-        """Write the (4, n) sums of n rows; see `row_sums`."""
+        """Write the (4, n) or (5, n) sums of n rows; see `row_sums`."""
         split = self.halves is not None and now.dtype is before.dtype is torch.bfloat16
         convert, shift = (_split_bfloat16, self.halves) if split else (_as_float32, self.whole)
         rows, base = convert(now, self.buffers[0]), convert(before, self.buffers[1])
+        if len(out) > 4:
+            np.add.reduce(_vecdot(base, base), axis=0, out=out[4])
         moved = np.subtract(rows, base, out=self.buffers[1, : rows.size].reshape(rows.shape))
         pairs = ((rows, rows), (moved, moved), (rows, shift), (moved, shift))
         for place, (left, right) in enumerate(pairs):
             np.add.reduce(_vecdot(left, right), axis=0, out=out[place])
+
+
+class _CompiledSums:
+    """The sums of one block after another by `vocabguard.measure.fused`.
+
+    Args:
+        shift: (width,) float32.
+    """
+
+    def __init__(self, shift: Floats) -> None:
+        self.shift = np.ascontiguousarray(shift)
+
+    def __call__(self, now: Tensor, before: Tensor, out: Floats) -> None:
+        """Write the (5, n) sums of n rows; see `row_sums`."""
+        both = now.dtype is before.dtype is torch.bfloat16
+        sums: Sums | None = kernel("bfloat16" if both else "float32")
+        assert sums is not None
+        convert = _bits if both else _new_float32
+        rows, base = (np.ascontiguousarray(convert(of)) for of in (now, before))
+        sums(rows, base, self.shift, out)
+
+
+def _new_float32(rows: Tensor) -> Floats:
+    """(n, width): the rows themselves if they are float32, else a new array."""
+    bits = _bits(rows)
+    return bits if bits.dtype == np.float32 else _as_float32(rows, np.empty(bits.size, np.float32))[0]
 
 
 def _as_float32(rows: Tensor, buffer: Floats) -> Floats:

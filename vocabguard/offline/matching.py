@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vocabguard.offline.tensors import norms_of, one_line, slices_of
+from vocabguard.offline.tensors import norms_of, one_line, one_torch_thread, slices_of
 from vocabguard.snapshot import Baseline
 from vocabguard.vocabulary import VocabTable, build_table, plain_table
 
@@ -96,6 +96,7 @@ class ReorderedRows:
         return norms_of(self)
 
 
+@one_torch_thread()
 def match_rows(base_tokenizer: Any, tuned_tokenizer: Any, base_rows: int, tuned_rows: int) -> Match:
     """Match two vocabularies.
 
@@ -142,6 +143,7 @@ def load_tokenizer(path: str | Path) -> Any:
         raise ValueError(f"{folder}: its tokenizer cannot be loaded ({one_line(error)})") from error
 
 
+@one_torch_thread()
 def table_for(tokenizer: Any, rows: int) -> VocabTable:
     """The table of V rows; one group without a tokenizer.
 

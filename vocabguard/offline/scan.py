@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vocabguard.measure.drift import measure_drift
+from vocabguard.measure.drift import mean_shift, row_drift, row_products
 from vocabguard.measure.rowwise import Rows
-from vocabguard.measure.untrained import Chunks, never_trained
 from vocabguard.offline.checkpoint import Checkpoint
 from vocabguard.offline.matching import Match, ReorderedRows, match_rows, table_for
+from vocabguard.offline.tensors import one_torch_thread
+from vocabguard.offline.untrained import BaseRows
 from vocabguard.results import MatrixName, NotApplicable, RowDrift
 from vocabguard.snapshot import Baseline
 from vocabguard.vocabulary import VocabTable
@@ -23,10 +25,8 @@ from vocabguard.vocabulary import VocabTable
 Progress = Callable[[str, int, int], None]
 """Called with what is being read, the rows read so far and the rows there are."""
 
-# Elements read at a time. `measure_drift` reads eight times as many where it samples rows.
+# Elements read at a time; eight times as many where rows are sampled.
 _CHUNK = 2**20
-# Fewer rows known as unused say nothing about what an unused row looks like.
-_FEWEST_UNUSED = 4
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Scan:
     data_target: Tensor | None
     seconds: float
 
-    @property
+    @cached_property
     def live(self) -> Tensor:
         """(V,) bool: live tokens that have a base row."""
         return self.table.live & self.match.mask
@@ -81,8 +81,9 @@ def scan(
 ) -> Scan:
     """Measure every row of the head and of the input embedding against the base.
 
-    The residual cosine leaves out the mean displacement of the rows that were never a target of the data; where the
-    data's counts are not known, that of all live rows.
+    Each matrix is read once, but for a sample of its rows: the residual cosine leaves out the mean displacement of the
+    rows that were never a target of the data (where the data's counts are not known, of all live rows), and that has to
+    be known before. Known unused rows (see `vocabguard.offline.untrained`) cost a second reading of the base's head.
 
     Args:
         base: the checkpoint before training.
@@ -102,51 +103,23 @@ def scan(
     table = table_for(tokenizer, rows)
     before = {name: fitted(base.matrix(name), match.base_ids) for name in ("head", "embedding")}
     now = {name: fitted(tuned.matrix(name), torch.arange(rows)) for name in ("head", "embedding")}
-    head, embedding = before["head"], before["embedding"]
-    table = table.with_trained(~untrained_at(head, embedding, base.tied, table, match.mask))
-    unexposed = table.live & match.mask
-    if data_target is not None:
-        unexposed &= data_target == 0
+    of_base = _base_rows(before, base.tied, table, match)
+    unexposed = of_base.trained_sample(data_target)
     found: dict[str, RowDrift | NotApplicable] = {}
+    norms: dict[str, Tensor] = {}
     for name in ("head", "embedding"):
         if name == "embedding" and tuned.tied and base.tied:
             found[name] = found["head"]
         else:
-            found[name] = _drift(name, now[name], before[name], unexposed, progress)
+            found[name] = _drift(name, now[name], before[name], unexposed, norms, progress)
+    table = table.with_trained(~of_base.never_trained(norms))
     return Scan(base, tuned, found["head"], found["embedding"], table, match, data_target, time.perf_counter() - began)
 
 
-def untrained_at(
-    head: Baseline | NotApplicable,
-    embedding: Baseline | NotApplicable,
-    tied: bool,
-    table: VocabTable,
-    matched: Tensor,
-) -> Tensor:
-    """(V,) bool: rows that were never trained at the base; see `vocabguard.measure.untrained`.
-
-    Args:
-        head: the base's output rows in the order of the table.
-        embedding: its input rows.
-        tied: whether both are one matrix.
-        table: its live rows are the candidates, its padded and unreachable ones are known to be unused.
-        matched: (V,) bool, rows that have a base row.
-    """
-    unused = (table.padded | ~table.reachable) & ~table.control & matched
-    candidates = table.live & matched
-    source = head if isinstance(embedding, NotApplicable) else embedding
-    if isinstance(source, NotApplicable):
-        return torch.zeros(len(table), dtype=torch.bool)
-    known = int(unused.sum()) >= _FEWEST_UNUSED
-    # Without known unused rows two more passes over the head could find nothing.
-    outputs = partial(head.chunks, _chunk_rows(head)) if known and not isinstance(head, NotApplicable) else None
-    one_matrix = outputs is not None and (tied or source is head)
-    return never_trained(_only_norms(source), outputs, one_matrix, candidates, unused)
-
-
-def _only_norms(rows: Baseline) -> Chunks:
-    """One chunk of width 1 with the rows' norms: all that is asked of input rows, and `measure_drift` uses them too."""
-    return lambda: iter([(slice(0, rows.rows), rows.norms[:, None])])
+@one_torch_thread()
+def _base_rows(before: Mapping[str, Baseline | NotApplicable], tied: bool, table: VocabTable, match: Match) -> BaseRows:
+    unused = (table.padded | ~table.reachable) & ~table.control & match.mask
+    return BaseRows(before["head"], before["embedding"], tied, table.live & match.mask, unused, _CHUNK)
 
 
 def fitted(rows: Baseline | NotApplicable, ids: Tensor) -> Baseline | NotApplicable:
@@ -167,8 +140,10 @@ def _drift(
     now: Baseline | NotApplicable,
     before: Baseline | NotApplicable,
     unexposed: Tensor,
+    norms: dict[str, Tensor],
     progress: Progress | None,
 ) -> RowDrift | NotApplicable:
+    """Drift of one matrix; the base rows' norms go into ``norms``."""
     for rows, side in ((now, "tuned"), (before, "base")):
         if isinstance(rows, NotApplicable):
             return rows if side == "tuned" else NotApplicable(f"base: {rows.reason}")
@@ -179,12 +154,12 @@ def _drift(
             f"the {name}'s rows have {before.width} elements in the base and {now.width} in the tuned model; allowed: "
             "two checkpoints of one model"
         )
+    size = max(1, _CHUNK // now.width)
+    shift = mean_shift(now, before, unexposed, size)
     told: Rows = now if progress is None else _Told(now, name, progress)
-    return measure_drift(told, before, unexposed, _chunk_rows(now))
-
-
-def _chunk_rows(rows: Baseline) -> int:
-    return max(1, _CHUNK // rows.width)
+    found = row_products(told, before, shift, size, base_too=True)
+    norms[name] = torch.from_numpy(np.sqrt(found.products.base_sq.numpy()))
+    return row_drift(found)
 
 
 def _check_counts(data_target: Tensor | None, rows: int) -> None:

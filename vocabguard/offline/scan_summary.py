@@ -20,7 +20,7 @@ from vocabguard.jsonlines import replace_file
 from vocabguard.measure.drift import summarise
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.offline.scan import Scan
-from vocabguard.offline.tensors import one_line
+from vocabguard.offline.tensors import one_line, one_torch_thread
 from vocabguard.results import EXPOSURE_CLASSES, MatrixName, NotApplicable, RowDrift
 from vocabguard.vocabulary import VocabTable
 
@@ -85,6 +85,7 @@ def category_of(table: VocabTable, token_id: int) -> str:
     return "code and markup" if group == "code" else group
 
 
+@one_torch_thread()
 def summary(scan: Scan, *, top: int = 30) -> dict[str, Any]:
     """Everything that a scan tells, as JSON-able values; NaN becomes None.
 
@@ -225,8 +226,8 @@ def load_scan(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], list
 
 
 def _groups(scan: Scan) -> dict[str, Tensor]:
-    masks = {name: scan.table.mask(name) for name in scan.table.names}
-    return {name: mask for name, mask in masks.items() if bool((mask & scan.live).any())}
+    counts = scan.table.group[scan.live].bincount(minlength=len(scan.table.names)).tolist()
+    return {name: scan.table.mask(name) for name, count in zip(scan.table.names, counts, strict=True) if count}
 
 
 def _sizes(scan: Scan) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import mmap
 import threading
-from collections import deque
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,11 +23,19 @@ from torch import Tensor
 from vocabguard.snapshot import Baseline, CopiedBaseline
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Bytes of one mapping that stay mapped behind the reader: enough for every thread's current block.
-_KEPT_MAPPED = 2**24
+# Bytes that a thread may leave mapped behind it when it asks for the next block.
+_KEPT_MAPPED = 2**20
 # Elements of a block whose float32 buffer stays in the cache.
 _BLOCK = 2**17
 _MOST_THREADS = 4
+
+
+@dataclass
+class _Behind:
+    """What a thread has read and may still have mapped."""
+
+    parts: list[slice] = field(default_factory=list)
+    rows: int = 0
 
 
 class MappedRows:
@@ -56,8 +66,7 @@ class MappedRows:
         with path.open("rb") as file:
             # A private mapping: torch asks for a writable buffer, the file itself cannot be written to through it.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._mapped: deque[slice] = deque()
-        self._held = 0  # rows in it
+        self._behind: defaultdict[int, _Behind] = defaultdict(_Behind)  # by thread
 
     def chunk(self, part: slice) -> Tensor:
         """Rows ``part``: (n, width) on the CPU, in the file's dtype, valid as long as these rows. Not to be written to.
@@ -68,9 +77,11 @@ class MappedRows:
         count = max(0, min(part.stop, self.rows) - part.start)
         if count == 0:
             return torch.empty(0, self.width, dtype=self.dtype)
-        self._let_go()
-        self._mapped.append(part)
-        self._held += part.stop - part.start
+        behind = self._behind[threading.get_ident()]
+        if behind.rows * self._row_bytes >= _KEPT_MAPPED:
+            self._let_go(behind)
+        behind.parts.append(part)
+        behind.rows += part.stop - part.start
         first = self._offset + part.start * self._row_bytes
         flat = torch.frombuffer(self._map, dtype=self.dtype, count=count * self.width, offset=first)
         return flat.view(count, self.width)
@@ -92,16 +103,16 @@ class MappedRows:
         """(rows,) float32 L2 norms, computed at first use."""
         return norms_of(self)
 
-    def _let_go(self) -> None:
-        """Unmap what was read a while ago: a reader that still holds it faults it in again from the page cache."""
-        while self._mapped and self._held * self._row_bytes > _KEPT_MAPPED:
-            old = self._mapped.popleft()
-            self._held -= old.stop - old.start
+    def _let_go(self, behind: _Behind) -> None:
+        """Unmap what a thread read before: if it still looks at it, it faults it in again from the page cache."""
+        for old in behind.parts:
             first = self._offset + old.start * self._row_bytes
             first -= first % mmap.PAGESIZE
             end = min(self._offset + old.stop * self._row_bytes, len(self._map))
             if hasattr(mmap, "MADV_DONTNEED"):  # elsewhere the system decides
                 self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
+        behind.parts.clear()
+        behind.rows = 0
 
 
 class TensorStore(Protocol):
@@ -289,6 +300,20 @@ def _widened(rows: Tensor, buffer: npt.NDArray[np.float32]) -> npt.NDArray[np.fl
     else:
         np.copyto(wide, rows.detach().numpy(), casting="same_kind")
     return wide
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Let torch work on one core here: for many small operations, each of which would else wait for all cores.
+
+    Where another process holds one of them, an operation on a vector of V elements takes 100 times as long.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
