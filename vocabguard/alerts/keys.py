@@ -184,4 +184,4 @@ def _known_keys(owner: str, part: str) -> list[str]:
 def _nearest(text: str, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
     close = difflib.get_close_matches(text, allowed, n=1)
-    return (f"; did you mean {close[0]!r}?" if close else "") + f" Allowed: {', '.join(allowed)}"
+    return (f"; did you mean {close[0]!r}?" if close else ".") + f" Allowed: {', '.join(allowed)}"

@@ -44,7 +44,9 @@ def _echo(about: About) -> str:
         return 'switch echo on: guard.switch("echo", True), or "echo" among the actions of this rule.'
     cost = round(ECHO_TARGETS * scene.live)
     expected = scene.targets / step * scene.total if step and scene.total else 0.0
-    share = f", {percent(cost / expected)} of what the data will have" if expected else ""
+    share = f", {percent(cost / expected)} of the data's own" if expected else ""
+    if expected and cost > expected:
+        share = ", more than the data's own: echo.dose_limit adds fewer"
     return f'echo and hold: config="protect" adds {cost:,} targets over the run{share}.'
 
 
@@ -68,4 +70,4 @@ def _data(about: About) -> str:
     rows = sum(scene.rows.get(name, 0) for name in names)
     if not unasked:
         return ""
-    return f"data with {joined(names)}: {unasked:,} of these {rows:,} tokens have not been a target so far."
+    return f"data with {joined(names)}: {unasked:,} of their {rows:,} tokens have not been a target so far."

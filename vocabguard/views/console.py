@@ -83,10 +83,13 @@ class ConsoleView:
             self._print(self._line(f"step {found.step:,}: {found.sentence}"), *self._alerts(found.transitions))
 
     def _alerts(self, changes: Sequence[Transition]) -> list[RenderableType]:
-        lines = []
+        """Messages and stories; what several alerts of a check have in common is said once."""
+        lines, told = [], set()
         for change in changes:
             lines.append(self._line(change.message, _alert_style(change)))
-            lines += [self._line(f"  {line}") for line in (change.story.lines if change.story is not None else ())]
+            story = [line for line in (change.story.lines if change.story is not None else ()) if line not in told]
+            lines += [self._line(f"  {line}") for line in story]
+            told.update(story)
         return lines
 
     def finish(self, result: CheckResult, table: VocabTable) -> None:

@@ -108,7 +108,7 @@ class About:
     @property
     def inside(self) -> str:
         """The parts concerned, as what follows a noun."""
-        return f" of {joined(self.parts)}" if self.parts else ""
+        return f" in {joined(self.parts)}" if self.parts else ""
 
     @property
     def share(self) -> float | None:

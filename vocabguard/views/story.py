@@ -139,6 +139,8 @@ def _outlook(about: About) -> str:
     scene, share = about.scene, about.scene.scalar("forecast/below_0.95")
     if about.kind not in ("degraded", "turned", "asked", "forgotten") or math.isnan(share) or about.owner == "forecast":
         return ""
+    if scene.total is not None and about.change.step >= scene.total:
+        return ""
     more = " more" if "on" in (scene.echo, scene.hold) else ""
     by_part = {name: scene.scalar(f"forecast/{name}/below_0.95") for name in about.parts}
     chosen = {name: value for name, value in by_part.items() if not math.isnan(value)} or scene.worst(
