@@ -84,6 +84,7 @@ class VocabGuardCallback(TrainerCallback):
             kwargs["model"],
             kwargs.get("optimizer"),
             total_steps=state.max_steps if state.max_steps > 0 else None,
+            schedule=kwargs.get("lr_scheduler"),
             run_dir=Path(args.output_dir or ".") / "vocabguard",
             resumed=_saved(args, state),
             dataloader=kwargs.get("train_dataloader"),
@@ -121,6 +122,7 @@ class VocabGuardCallback(TrainerCallback):
         """One optimizer step is done; where a checkpoint of it will hold our state goes into the trainer's state."""
         self.guard.step(state.global_step)
         _shared(state)[STATE_KEY] = {"state": str(_checkpoint(args, state) / STATE_FILE)}
+        self._ask(control)
 
     def on_evaluate(
         self,
@@ -137,6 +139,13 @@ class VocabGuardCallback(TrainerCallback):
         self.guard.check(at="evaluation")
         if metrics is not None:
             metrics.update({f"eval_{key}": value for key, value in self.guard.latest.items()})
+        self._ask(control)
+
+    def _ask(self, control: TrainerControl) -> None:
+        """Pass on what alert rules ask of the trainer."""
+        asked = self.guard.take_requests()
+        control.should_save |= "checkpoint" in asked
+        control.should_training_stop |= "stop" in asked
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any) -> None:
         """Write our state into the checkpoint."""

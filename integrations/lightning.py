@@ -19,6 +19,7 @@ from torch import nn
 from vocabguard.config import ConfigSource
 from vocabguard.guard import VocabGuard
 from vocabguard.guard.observe import Targets
+from vocabguard.guard.rates import rates_by_epoch
 from vocabguard.guard.setup import Action
 from vocabguard.results import CheckResult
 
@@ -69,6 +70,7 @@ class VocabGuardCallback(Callback):
             pl_module if named.head or named.embedding else language_model(pl_module),
             trainer.optimizers,
             total_steps=int(steps) if math.isfinite(steps) else None,
+            schedule=_schedule(trainer),
             run_dir=Path(trainer.log_dir or trainer.default_root_dir) / "vocabguard",
             dataloader=trainer.train_dataloader,
             writer=_tensorboard(trainer),
@@ -143,6 +145,23 @@ def language_model(module: nn.Module) -> nn.Module:
     Where there is none the module comes back as it is, and `matrices` says what is missing.
     """
     return next((child for child in module.modules() if hasattr(child, "get_output_embeddings")), module)
+
+
+def _schedule(trainer: Trainer) -> Any:
+    """What moves the learning rates of a run, or the rates themselves; None if they are unknown."""
+    configs, steps = trainer.lr_scheduler_configs, trainer.estimated_stepping_batches
+    if not trainer.lightning_module.automatic_optimization or len(configs) > 1 or not math.isfinite(steps):
+        return None
+    left = int(steps) - trainer.global_step
+    if not configs:
+        return [trainer.optimizers[0].param_groups[0]["lr"]] * left
+    config = configs[0]
+    if config.frequency != 1 or config.reduce_on_plateau:
+        return None
+    if config.interval == "step":
+        return config.scheduler
+    in_epoch = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+    return rates_by_epoch(config.scheduler, left, in_epoch, trainer.global_step)
 
 
 def _to_loggers(trainer: Trainer, result: CheckResult | None) -> None:

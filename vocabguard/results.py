@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from vocabguard.forecasts import Forecast
 from vocabguard.transitions import Transition
 
 EXPOSURE_CLASSES = ("never", "1-4", "5-19", "20+")
@@ -265,6 +266,7 @@ class CheckResult:
         seconds: what the check took.
         echo: what echo has done so far; None where it is not configured.
         findings: what was found beside, where that is due at checks.
+        forecast: where the head's rows will end, or why nothing is said.
     """
 
     step: int
@@ -283,6 +285,7 @@ class CheckResult:
     base_probe: ProbeResult | None = None
     findings: tuple[Finding, ...] = ()
     requests: tuple[str, ...] = ()
+    forecast: Forecast | NotApplicable = NotApplicable("nothing was forecast")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ __all__ = [
     "DriftConfig",
     "EchoConfig",
     "ExposureConfig",
+    "ForecastConfig",
     "GuardConfig",
     "HoldConfig",
     "LogConfig",
@@ -200,6 +201,17 @@ class NeighborsConfig:
 
 
 @dataclass
+class ForecastConfig:
+    """Where rows will end if nothing is done, from step 0 on.
+
+    Attributes:
+        enabled: whether it is asked at checks.
+    """
+
+    enabled: bool = True
+
+
+@dataclass
 class CadenceConfig:
     """How the cadence is chosen where it is null.
 
@@ -249,6 +261,7 @@ class GuardConfig:
         probe: asking for tokens back.
         confusion: answers in many languages at evaluations.
         neighbors: nearest rows.
+        forecast: where rows will end.
         cadence: how often, where not given.
         echo: echo rows in training batches.
         hold: rows that keep still.
@@ -269,6 +282,7 @@ class GuardConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     confusion: ConfusionConfig = field(default_factory=ConfusionConfig)
     neighbors: NeighborsConfig = field(default_factory=NeighborsConfig)
+    forecast: ForecastConfig = field(default_factory=ForecastConfig)
     cadence: CadenceConfig = field(default_factory=CadenceConfig)
     echo: EchoConfig = field(default_factory=EchoConfig)
     hold: HoldConfig = field(default_factory=HoldConfig)

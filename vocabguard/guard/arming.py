@@ -44,6 +44,7 @@ class Run:
         route: how echo rows get in; None where only a collate function of the guard's can bring them.
         total_steps: planned optimizer steps, if known.
         batches_per_step: micro-batches of a process in an optimizer step.
+        schedule: a torch scheduler, or the learning rates of the steps to come; None if they are unknown.
         shift: whether the model shifts its labels; None where they are no tokens.
         flight: what preflight counted.
     """
@@ -53,6 +54,7 @@ class Run:
     route: Route | None
     total_steps: int | None
     batches_per_step: int
+    schedule: Any = None
     shift: bool | None = None
     flight: Preflight | NotApplicable = NotApplicable("nothing was counted yet")
 

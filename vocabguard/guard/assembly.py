@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vocabguard import collective
 from vocabguard.alerts.machine import AlertMachine
 from vocabguard.alerts.rules import AlertRule
 from vocabguard.guard.arming import Run, arm
@@ -14,6 +15,7 @@ from vocabguard.guard.check import Checker
 from vocabguard.guard.echoing import EchoSource
 from vocabguard.guard.extras import Extras
 from vocabguard.guard.faults import Faults
+from vocabguard.guard.forecasting import Forecaster
 from vocabguard.guard.observe import Observer, Targets
 from vocabguard.guard.preflight import wanted_preflight
 from vocabguard.guard.probing import Prober, choose_prober
@@ -52,18 +54,22 @@ class Parts:
         told = self.protection.notes() if self.protection is not None else ()
         return told + (self.checker.extras.notes() if self.checker.extras is not None else ())
 
-    def hook(self, optimizer: Any, faults: Faults, *, hook_model: bool) -> None:
+    def hook(self, optimizer: Any, faults: Faults, *, hook_model: bool, steps_done: int) -> None:
         """Set all hooks.
 
         Args:
             optimizer: one, several, or None.
             faults: contains exceptions.
             hook_model: whether batches are counted in the model's forward pass.
+            steps_done: optimizer steps that the trainer has behind it.
         """
         if self.observer is None:
             return
         if optimizer is not None:
-            self.observer.hook_optimizers([optimizer] if hasattr(optimizer, "param_groups") else optimizer)
+            optimizers = [optimizer] if hasattr(optimizer, "param_groups") else list(optimizer)
+            self.observer.hook_optimizers(optimizers)
+            if self.checker.forecaster is not None:
+                self.observer.meter = self.checker.forecaster.hook(optimizers, steps_done)
         if self.protection is not None:
             # First, so that the echo mask is out of the batch before anything else sees it.
             self.protection.hook_model(self.checker.model, faults)
@@ -124,8 +130,17 @@ def put_together(
         protection=protection,
         uncounted=uncounted,
         extras=Extras(config, run.model, watched.tokenizer),
+        total_steps=run.total_steps,
+        forecaster=_forecaster(config, run, watched),
     )
     return Parts(observer, checker, protection, flight, prober)
+
+
+def _forecaster(config: GuardConfig, run: Run, watched: Watched) -> Forecaster | None:
+    if not config.forecast.enabled:
+        return None
+    batches = run.batches_per_step * collective.world_size()
+    return Forecaster(watched, run.flight, run.total_steps, batches, run.schedule)
 
 
 def _observer(

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from vocabguard import collective
 from vocabguard.alerts.keys import FIRING
 from vocabguard.alerts.machine import AlertMachine
+from vocabguard.forecasts import Forecast
 from vocabguard.guard import summary
 from vocabguard.guard.extras import Extras
+from vocabguard.guard.forecasting import Forecaster
 from vocabguard.guard.probing import Prober
 from vocabguard.guard.protection import Protection
 from vocabguard.guard.setup import Watched, vocabulary_rows
+from vocabguard.guard.telling import Teller
 from vocabguard.matrices import VocabMatrix
 from vocabguard.measure.counter import ExposureCounter
 from vocabguard.measure.drift import measure_drift
@@ -49,6 +52,8 @@ class Checker:
         protection: echo and hold; None where neither is configured.
         uncounted: why labels are no targets of the data here; None where they are.
         extras: what is looked at beside.
+        forecaster: says where the rows will end; None where that is off.
+        total_steps: planned optimizer steps, if known.
         pending: what rules have asked of the trainer and nobody has taken yet.
         groups: (V,) bool masks by script group.
     """
@@ -65,6 +70,8 @@ class Checker:
     protection: Protection | None = None
     uncounted: NotApplicable | None = None
     extras: Extras | None = None
+    forecaster: Forecaster | None = None
+    total_steps: int | None = None
     pending: list[str] = field(default_factory=list)
     groups: dict[str, Tensor] = field(init=False)
 
@@ -95,11 +102,14 @@ class Checker:
         scalars[summary.PREFIX + "overhead"] = overhead
         if self.protection is not None:
             scalars |= self.protection.scalars(exposure, self.watched.table.live)
+        forecast = self._forecast(step, drifts["head"], exposure)
+        if isinstance(forecast, Forecast):
+            scalars |= summary.forecast_scalars(forecast, classes, self.watched.table.live, self.groups)
         base, now = probes or (None, None)
         result = CheckResult(
             step, drifts["head"], drifts["embedding"], exposure, classes, now,
             # Times differ between processes, and all must judge alike.
-            collective.agree(scalars), base_probe=base,
+            collective.agree(scalars), base_probe=base, forecast=forecast,
         )  # fmt: skip
         result = self._told(self._judged(result))
         findings = self.extras.at_check(self, step, drifts) if self.extras is not None else ()
@@ -107,18 +117,29 @@ class Checker:
         self.check_seconds = seconds - (self.probe_seconds if probes else 0.0)
         return replace(result, findings=findings, seconds=seconds)
 
+    def _forecast(
+        self, step: int, drift: RowDrift | NotApplicable, exposure: Exposure | NotApplicable
+    ) -> Forecast | NotApplicable:
+        if self.forecaster is None:
+            return NotApplicable("the forecast is off")
+        return self.forecaster.at(step, drift, exposure)
+
     def _judged(self, found: CheckResult) -> CheckResult:
         """With what the rules say of it."""
-        transitions = self._follow(found.step, found.scalars)
+        transitions = self._follow(found, found.scalars)
         scalars = {**found.scalars, _FIRING: float(len(self.alerts.firing))}
         requests = self.alerts.requests(transitions)
         return replace(found, scalars=scalars, transitions=transitions, firing=self.alerts.firing, requests=requests)
 
-    def _follow(self, step: int, scalars: Mapping[str, float], *, evaluation: bool = False) -> tuple[Transition, ...]:
-        rows = {name: int((mask & self.watched.table.live).sum()) for name, mask in self.groups.items()}
-        transitions = self.alerts.update(step, scalars, evaluation=evaluation, rows=rows)
+    def _follow(
+        self, found: CheckResult, scalars: Mapping[str, float], *, evaluation: bool = False
+    ) -> tuple[Transition, ...]:
+        table = self.watched.table
+        rows = {name: int((mask & table.live).sum()) for name, mask in self.groups.items()}
+        transitions = self.alerts.update(found.step, scalars, evaluation=evaluation, rows=rows)
         self.pending += self.alerts.requests(transitions)
-        return transitions
+        teller = Teller(found, table, self.groups, self.prober, self.protection, self.total_steps)
+        return teller.tell(transitions)
 
     def _told(self, found: CheckResult) -> CheckResult:
         """With the tables of tokens, and what echo has done."""
@@ -149,14 +170,14 @@ class Checker:
             return ()
         if at == "end":
             return self.extras.at_end(self, last)
-        found = tuple(map(self._judged_beside, self.extras.at_evaluation(self, last.step)))
+        found = tuple(self._judged_beside(one, last) for one in self.extras.at_evaluation(self, last.step))
         if self.protection is not None:
             self.protection.decide(self.alerts.firing)
         return found
 
-    def _judged_beside(self, found: Finding) -> Finding:
+    def _judged_beside(self, found: Finding, last: CheckResult) -> Finding:
         scalars = collective.agree(dict(found.scalars))
-        transitions = self._follow(found.step, scalars, evaluation=True)
+        transitions = self._follow(last, scalars, evaluation=True)
         return replace(found, scalars={**scalars, _FIRING: float(len(self.alerts.firing))}, transitions=transitions)
 
     def take_requests(self) -> tuple[str, ...]:
@@ -189,6 +210,8 @@ class Checker:
         self.groups = summary.group_masks(self.watched.table)
         if self.counter is not None and self.counter.rows != rows:
             self.counter.resize(rows)
+        if self.forecaster is not None:
+            self.forecaster.resize()
 
     def _drifts(self, unexposed: Tensor) -> dict[MatrixName, RowDrift | NotApplicable]:
         found: dict[MatrixName, RowDrift | NotApplicable] = {}

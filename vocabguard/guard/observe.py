@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vocabguard import collective
 from vocabguard.config import ConfigError
 from vocabguard.guard.faults import Faults
+from vocabguard.guard.rates import RateMeter
 from vocabguard.matrices import VocabMatrix
 from vocabguard.measure.counter import ExposureCounter
 from vocabguard.models import parameters_of
@@ -113,6 +114,7 @@ class Observer:
         self._unread, self._told = True, False
         self.hooked = False
         self.protection: Protection | None = None
+        self.meter: RateMeter | None = None
         if matrix is None:
             self._read_no_gradient()
 
@@ -236,6 +238,8 @@ class Observer:
         with self._faults.contain("reading the gradient"):
             self._follow_resize()
             gradient, counter = self._matrix.weight.grad, self.counter
+            if self.meter is not None:
+                self.meter.add(optimizer)
             # By the steps that a resumed run remembers, so that it samples where an uninterrupted one does.
             sample = self._push_every > 0 and (counter.steps + 1) % self._push_every == 0
             holder = self.protection.holder if self.protection is not None else None

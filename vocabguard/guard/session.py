@@ -87,6 +87,7 @@ class VocabGuard:
         optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
         *,
         total_steps: int | None = None,
+        schedule: Any = None,
         run_dir: str | Path | None = None,
         resumed: Mapping[str, Any] | None = None,
         dataloader: Any = None,
@@ -102,6 +103,7 @@ class VocabGuard:
             model: the model that is trained, before its first step.
             optimizer: the optimizer or optimizers that hold its parameters; None reads no gradients.
             total_steps: planned optimizer steps, if known: the last one gets a check.
+            schedule: torch scheduler, or rates of the steps to come; None where unknown, and nothing is forecast.
             run_dir: folder of the run log, where the configuration names none.
             resumed: a state from `state_dict`, to go on from it.
             dataloader: the training dataloader, for preflight; it is not iterated.
@@ -127,13 +129,13 @@ class VocabGuard:
             with self.faults.contain("attach"):
                 collective.open_line()
                 state.require_known(self._resumed)
-                parts = self._take(Run(model, dataloader, inject, total_steps, batches_per_step), hook_model)
+                parts = self._take(Run(model, dataloader, inject, total_steps, batches_per_step, schedule), hook_model)
                 self.run_dir = choose_folder(self._resumed.get("run_dir"), self.config.run_dir or run_dir)
                 self.watch = parts.describe(self.run_dir)
                 table = parts.checker.watched.table
                 self._reporter = Reporter(self.config, table, self.rules, self.run_dir, writer)
                 self._reporter.watch(self.watch)
-                parts.hook(optimizer, self.faults, hook_model=hook_model)
+                parts.hook(optimizer, self.faults, hook_model=hook_model, steps_done=steps_done)
                 if not self._resumed:
                     self.steps = steps_done
                     self._check(steps_done, first=True)
@@ -145,8 +147,7 @@ class VocabGuard:
             if not attached:
                 self._let_go(for_good=True)
         self._resumed = {}  # another `attach` is another run
-        # Only now, since the work of attaching is booked when it ends.
-        self._timer.start(self.faults)
+        self._timer.start(self.faults)  # only now, since the work of attaching is booked when it ends
         return self.watch if attached else None
 
     def _begin_anew(self) -> None:

@@ -93,6 +93,7 @@ def collect(guard: VocabGuard) -> dict[str, Any]:
             "probe_seconds": checker.probe_seconds,
         },
         "latest": dict(guard.latest),
+        "forecast": checker.forecaster.state_dict() if checker.forecaster is not None else {},
         "protection": guard.protection.state_dict() if guard.protection is not None else {},
     }
 
@@ -143,5 +144,7 @@ def restore(guard: VocabGuard, saved: Mapping[str, Any]) -> None:
     # Known before the cadence is chosen: a run may stop within its first steps.
     checker.check_seconds, checker.probe_seconds = cadence["check_seconds"], cadence["probe_seconds"]
     guard.latest.update(saved["latest"])
+    if checker.forecaster is not None and saved.get("forecast"):
+        checker.forecaster.load_state_dict(saved["forecast"])
     if guard.protection is not None and saved.get("protection"):
         guard.protection.load_state_dict(saved["protection"])

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from vocabguard.forecasts import Forecast
 from vocabguard.measure.drift import summarise
 from vocabguard.measure.exposure import steps_since_target, summarise_exposure
+from vocabguard.measure.forecast import summarise_forecast
 from vocabguard.measure.probe import said_instead, summarise_probe
 from vocabguard.results import EXPOSURE_CLASSES, Exposure, MatrixName, NotApplicable, ProbeResult, RowDrift, TokenReport
 from vocabguard.vocabulary import VocabTable
@@ -68,6 +70,21 @@ def scalars_of(
         summary = summarise_probe(*probes, parts, watched)
         found |= {f"probe/{key}": value for key, value in summary.items()}
     return {PREFIX + key: value for key, value in found.items()}
+
+
+def forecast_scalars(
+    forecast: Forecast, classes: Tensor, live: Tensor, groups: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Logged keys of a forecast.
+
+    Args:
+        forecast: of all rows.
+        classes: (V,) uint8.
+        live: (V,) bool.
+        groups: masks by group.
+    """
+    found = summarise_forecast(forecast, live, {**groups, **class_masks(classes)})
+    return {f"{PREFIX}forecast/{key}": value for key, value in found.items()}
 
 
 def echo_scalars(exposure: Exposure, live: Tensor) -> dict[str, float]:

@@ -1,0 +1,165 @@
+"""The recorded fine-tunes of ``early_runs.py``, as the guard saw them at a check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from early_runs import HELD_OUT_DATA, HELD_OUT_OPTIMIZER, Setup
+
+from vocabguard.forecasts import Schedule
+from vocabguard.measure.forecast import Asked, Floats, Past, Rows, angles, halfway, keep
+from vocabguard.measure.forecast_features import running_features, starting_features
+from vocabguard.results import RowDrift
+
+Prior = Literal["complete", "sample", "none"]
+MEMORY = {"adamw": 1000.0, "adamw95": 20.0, "sgd": 0.0}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One fine-tune.
+
+    Attributes:
+        setup: its configuration.
+        found: what the file holds.
+    """
+
+    setup: Setup
+    found: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: Path) -> Recorded:
+        """Read a file of ``early_runs.run``."""
+        with np.load(path) as file:
+            found = {name: file[name] for name in file.files}
+        fields = {name.removeprefix("setup/"): found[name].item() for name in found if name.startswith("setup/")}
+        return cls(Setup(**fields), found)
+
+    @property
+    def held_out(self) -> bool:
+        """Whether fitting must not see it."""
+        return self.setup.data == HELD_OUT_DATA or self.setup.optimizer == HELD_OUT_OPTIMIZER
+
+    @property
+    def last(self) -> int:
+        """Index of the last check."""
+        return len(self.found["step"]) - 1
+
+    @property
+    def live(self) -> np.ndarray:
+        """(V,) bool."""
+        live: np.ndarray = self.found["live"]
+        return live
+
+    @cached_property
+    def end(self) -> Floats:
+        """(V,) cosine at the end."""
+        end: Floats = self.found["cosine"][-1]
+        return end
+
+    @cached_property
+    def rows(self) -> Rows:
+        """What does not change."""
+        found = self.found
+        width = 128
+        norm, group, live = (torch.from_numpy(found[name]) for name in ("base_norm", "group", "live"))
+        return Rows(norm, group, live, width, self.setup.tied)
+
+    @cached_property
+    def angle(self) -> list[Floats]:
+        """The angle of every row at each check."""
+        return [angles(self._drift(check), self.rows.norm) for check in range(self.last + 1)]
+
+    @cached_property
+    def _sums(self) -> tuple[np.ndarray, np.ndarray]:
+        rates = self.found["rates"]
+        return tuple(np.concatenate([[0.0], np.cumsum(one)]) for one in (rates, rates**2))  # type: ignore[return-value]
+
+    def at(self, share: float) -> int:
+        """The check nearest to a share of the steps."""
+        steps = self.found["step"]
+        return int(np.argmin(np.abs(steps - share * steps[-1])))
+
+    def schedule(self, check: int, end: int | None = None) -> Schedule:
+        """Rates at a check, for a run that ends at another."""
+        step, total = (int(self.found["step"][one]) for one in (check, self.last if end is None else end))
+        sums, squares = self._sums
+        optimizer = "sgd" if self.setup.optimizer == "sgd" else "adam"
+        # Adafactor's second moment takes in 1 / t^0.8 of the newest step.
+        memory = MEMORY.get(self.setup.optimizer, (step or total) ** 0.8)
+        left = float(sums[total] - sums[step]), float(squares[total] - squares[step])
+        return Schedule(step, total, float(sums[step]), float(squares[step]), *left, optimizer, memory)
+
+    def asked(self, check: int, prior: Prior = "complete", seed: int = 0) -> Asked:
+        """Targets, inputs and gradients at a check."""
+        found = self.found
+        vectors = {name: torch.from_numpy(found[name][check].astype(kind)) for name, kind in _KINDS.items()}
+        step = int(found["step"][check])
+        counted = found["prior"]
+        if prior == "sample":
+            share = np.random.default_rng(seed).uniform(0.1, 0.6)
+            counted = np.random.default_rng(seed).binomial(counted, share)
+        per_step = found["data_target"][check].sum() / step if step else found["prior"].sum() / found["step"][-1]
+        return Asked(
+            targets=vectors.pop("data_target"),
+            **vectors,
+            push_samples=int(found["push_samples"][check]),
+            prior=None if prior == "none" else torch.from_numpy(counted),
+            complete=prior == "complete",
+            per_step=float(per_step),
+        )
+
+    def pasts(self, check: int) -> tuple[Past, ...]:
+        """What the guard would have kept up to a check."""
+        pasts: tuple[Past, ...] = ()
+        for one in range(check + 1):
+            rate_sum = float(self._sums[0][self.found["step"][one]])
+            if rate_sum > 0:
+                pasts = keep(pasts, Past(int(self.found["step"][one]), rate_sum, self.angle[one]))
+        return pasts
+
+    def running(self, check: int, end: int | None = None, prior: Prior = "complete", seed: int = 0) -> Any:
+        """What `forecast_model.forecast_running` takes."""
+        pasts, schedule = self.pasts(check), self.schedule(check, end)
+        before = halfway(pasts[:-1], schedule.sum_past)
+        assert before is not None
+        asked = self.asked(check, prior, seed)
+        return self.rows, pasts[-1], before, asked, schedule, self.found["residual"][check]
+
+    def starting(self, end: int | None = None, prior: Prior = "complete", seed: int = 0) -> Any:
+        """What `forecast_model.forecast_starting` takes."""
+        asked = self.asked(0, prior, seed)
+        if end is not None and prior == "complete":
+            # Of a run that ends earlier, the data is what it came to see.
+            asked = replace(asked, prior=torch.from_numpy(self.found["data_target"][end].astype(np.int64)))
+        return self.rows, asked, self.schedule(0, end)
+
+    def pair(self, check: int, end: int, prior: Prior, seed: int) -> tuple[Floats, Floats]:
+        """Numbers of every row at a check, and the logarithm of how its angle grew up to another."""
+        inputs, base = (
+            running_features(*self.running(check, end, prior, seed))
+            if check
+            else starting_features(*self.starting(end, prior, seed))
+        )
+        return inputs, np.log(np.maximum(self.angle[end], 1e-4)) - base
+
+    def _drift(self, check: int) -> RowDrift:
+        names = ("cosine", "residual", "l2", "norm_ratio")
+        vectors = {name: torch.from_numpy(self.found[name][check]) for name in names}
+        none = torch.zeros(len(self.live), dtype=torch.bool)
+        return RowDrift(**vectors, bad=none, zero=none)
+
+
+_KINDS = {
+    "data_target": np.int64,
+    "inputs": np.int64,
+    "last_target": np.int64,
+    "pull": np.float32,
+    "push": np.float32,
+    "input_only": np.float32,
+}

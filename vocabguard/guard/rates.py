@@ -1,0 +1,172 @@
+"""Learning rates: those that steps were done with, and those that the schedule has yet to give."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from vocabguard import collective
+
+Rates = npt.NDArray[np.float64]
+
+_NESTED = "_schedulers"
+# A rate that differs from the planned one by more is another plan. The first steps may be those that a scaler skips.
+_TOLERANCE = 0.02
+_PATIENCE = 3
+
+
+def planned_rates(scheduler: Any, steps: int, group: int = 0) -> Rates | None:
+    """The learning rates of the next steps, without moving the scheduler or its optimizer.
+
+    A copy of the scheduler is stepped beside a stand-in for the optimizer, which holds the groups' settings and no
+    parameters.
+
+    Args:
+        scheduler: of torch, or accelerate's wrapper of one, stepped once an optimizer step.
+        steps: how many steps to look ahead.
+        group: index of the parameter group.
+
+    Returns:
+        (steps,) float64, or None where it cannot be told: a plateau scheduler waits for losses, a foreign one is not
+        looked into, and some refuse to go as far.
+    """
+    calls = _calls_a_step(scheduler)
+    scheduler = getattr(scheduler, "scheduler", scheduler)
+    if isinstance(scheduler, ReduceLROnPlateau) or not isinstance(scheduler, LRScheduler):
+        return None
+    groups = scheduler.optimizer.param_groups
+    stand = SimpleNamespace(param_groups=[{**one, "params": []} for one in groups], _opt_called=True, step=None)
+    stand.defaults = dict(scheduler.optimizer.defaults)
+    for one in stand.param_groups:
+        # Rates that are tensors are filled in place.
+        one.update({name: value.clone() for name, value in one.items() if isinstance(value, Tensor)})
+    moved = _beside(scheduler, stand)
+    found = np.empty(steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(steps):
+            found[step] = float(stand.param_groups[group]["lr"])
+            try:
+                for _ in range(calls):
+                    moved.step()
+            except (ValueError, TypeError, AttributeError):
+                # Past the end of a one-cycle schedule, or a scheduler of a user's own that wants more.
+                return None if step + 1 < steps else found
+    return found
+
+
+def rates_by_epoch(scheduler: Any, steps: int, in_epoch: int, done: int) -> Rates | None:
+    """The same for a scheduler that is stepped once an epoch.
+
+    Args:
+        scheduler: of torch.
+        steps: how many steps to look ahead.
+        in_epoch: optimizer steps of an epoch.
+        done: optimizer steps done, perhaps in mid-epoch.
+    """
+    into = done % in_epoch
+    rates = planned_rates(scheduler, -(-(steps + into) // in_epoch))
+    return None if rates is None else np.repeat(rates, in_epoch)[into : into + steps]
+
+
+def _beside(scheduler: Any, stand: Any) -> Any:
+    """A copy of the scheduler that moves the stand-in."""
+    moved = copy.copy(scheduler)
+    moved.optimizer = stand
+    # Not its first step: that one looks whether the optimizer has been stepped.
+    moved._step_count = max(2, getattr(scheduler, "_step_count", 2))
+    for name, value in vars(scheduler).items():
+        if isinstance(value, list) and name != _NESTED:
+            setattr(moved, name, list(value))
+    if hasattr(scheduler, _NESTED):
+        moved._schedulers = [_beside(inner, stand) for inner in scheduler._schedulers]
+    return moved
+
+
+def _calls_a_step(scheduler: Any) -> int:
+    """Accelerate steps a scheduler once a process, unless batches are split between them."""
+    if not hasattr(scheduler, "scheduler") or getattr(scheduler, "split_batches", True):
+        return 1
+    return collective.world_size() if getattr(scheduler, "step_with_optimizer", False) else 1
+
+
+def group_of(optimizers: Iterable[torch.optim.Optimizer], weight: Tensor) -> tuple[torch.optim.Optimizer, int] | None:
+    """The optimizer that holds a parameter, and the index of its group there."""
+    for optimizer in optimizers:
+        inner = getattr(optimizer, "optimizer", optimizer)
+        for index, group in enumerate(inner.param_groups):
+            if any(weight is parameter for parameter in group["params"]):
+                return inner, index
+    return None
+
+
+@dataclass
+class RateMeter:
+    """Adds up the learning rates of the matrix's steps, and holds them against the plan.
+
+    Attributes:
+        group: index of the optimizer's parameter group that has the matrix.
+        planned: rates of the steps from `first` on; None if unknown.
+        first: steps done when the plan was made.
+        steps: steps done.
+        sum: learning rates so far, summed.
+        square: their squares, summed.
+    """
+
+    group: int = 0
+    planned: Rates | None = None
+    first: int = 0
+    steps: int = 0
+    sum: float = 0.0
+    square: float = 0.0
+    _strayed: int = field(default=0, repr=False)
+
+    def add(self, optimizer: torch.optim.Optimizer) -> None:
+        """A step has been done with this optimizer."""
+        rate = float(optimizer.param_groups[self.group]["lr"])
+        if self.planned is not None:
+            self._compare(rate)
+        self.steps += 1
+        self.sum += rate
+        self.square += rate * rate
+
+    def left(self, step: int, total: int) -> tuple[float, float] | None:
+        """Sums of the rates to come and of their squares; None if they are unknown.
+
+        Args:
+            step: optimizer steps done, by the trainer's count.
+            total: planned optimizer steps.
+        """
+        if self.planned is None:
+            return None
+        rest = self.planned[max(0, step - self.first) : max(0, total - self.first)]
+        return float(rest.sum()), float(np.square(rest).sum())
+
+    def _compare(self, rate: float) -> None:
+        """Give the plan up once the rates are others: somebody sets them by hand."""
+        assert self.planned is not None
+        place = self.steps - self.first
+        wanted = float(self.planned[place]) if 0 <= place < len(self.planned) else float("nan")
+        scale = float(np.abs(self.planned).max())
+        self._strayed = 0 if abs(rate - wanted) <= _TOLERANCE * scale else self._strayed + 1
+        if self._strayed >= _PATIENCE:
+            self.planned = None
+
+    def state_dict(self) -> dict[str, float]:
+        """Plain numbers."""
+        return {"steps": self.steps, "sum": self.sum, "square": self.square}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from `state_dict`; the plan is made anew from the scheduler that was loaded."""
+        self.steps, self.sum, self.square = int(state["steps"]), float(state["sum"]), float(state["square"])
+        self.first = self.steps

@@ -1,0 +1,201 @@
+"""What is known of each row, as numbers without a scale: the same for 8,000 rows of 128 and 262,144 of 640.
+
+Angles are compared with the angles of rows like it, rates with the rates so far, steps with the steps so far. Nothing
+counts absolute steps, rows or learning rates, so that what is fitted on short runs can be asked about long ones.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from vocabguard.forecasts import Schedule
+from vocabguard.measure.exposure import CLASS_STARTS
+from vocabguard.measure.forecast import Asked, Floats, Past, Rows
+
+_SMALLEST_ANGLE = 1e-4
+_FEW = 5
+_ENOUGH = 20
+
+Ints = npt.NDArray[np.int64]
+
+
+def running_features(
+    rows: Rows, now: Past, halfway: Past, asked: Asked, schedule: Schedule, residual: Floats
+) -> tuple[Floats, Floats]:
+    """Numbers of a run that is under way.
+
+    Args:
+        rows: what does not change.
+        now: where the rows are.
+        halfway: where they were at about half of the rates summed so far.
+        asked: targets, inputs and gradients so far.
+        schedule: rates.
+        residual: (V,) residual cosine.
+
+    Returns:
+        (V, F) float32, and the (V,) float32 logarithm of the angle now, which quantiles are relative to.
+    """
+    angle, live = _log(now.angle), rows.live.numpy()
+    size = _relative_size(rows)
+    targets = asked.targets.numpy()
+    classes = np.searchsorted(CLASS_STARTS, targets, side="right")
+    span = max(math.log(now.rate_sum / halfway.rate_sum), 0.1)
+    growth = np.clip((angle - _log(halfway.angle)) / span, -1, 3)
+    moved = angle + size
+    of_class = _medians(moved, classes, live, _FEW)
+    never = live & (classes == 0)
+    of_group = _medians(moved, rows.group.numpy(), never if never.any() else live, _ENOUGH)
+    columns = [
+        angle,
+        size,
+        of_class - size,
+        of_group - of_class,
+        growth,
+        _medians(growth, classes, live, _FEW),
+        _log(np.arccos(np.clip(residual, -1, 1)), 1e-3) - angle,
+        _efficiency(angle, size, rows, schedule),
+        *_asked(asked, schedule, never),
+        *_rates(schedule),
+        float(rows.tied),
+    ]
+    return _stacked(columns, len(angle)), angle
+
+
+def starting_features(rows: Rows, asked: Asked, schedule: Schedule) -> tuple[Floats, Floats]:
+    """Numbers of a run that has not begun: what the data will ask, how long the rows are, the rates to come.
+
+    Args:
+        rows: what does not change.
+        asked: with a count beforehand; only that is looked at.
+        schedule: before step 1, of an optimizer whose steps have a known size (not ``sgd``).
+
+    Returns:
+        (V, F) float32, and the (V,) float32 logarithm of the largest angle that quantiles are relative to: that of a
+        row whose every element moves by the learning rate, one way, in every step.
+    """
+    assert asked.prior is not None
+    largest = _log(schedule.sum_left * math.sqrt(rows.width) / np.maximum(rows.norm.numpy(), 1e-12))
+    counts = asked.prior.numpy()
+    spread = math.log(schedule.square_left * schedule.total / schedule.sum_left**2)
+    columns = [
+        largest,
+        _relative_size(rows),
+        counts == 0,
+        np.log1p(10 * targets_to_come(asked, schedule)),
+        spread,
+        _memory(schedule, schedule.total),
+        float(rows.tied),
+    ]
+    return _stacked(columns, len(largest)), largest
+
+
+def _asked(asked: Asked, schedule: Schedule, never: npt.NDArray[np.bool_]) -> list[npt.ArrayLike]:
+    """Targets so far and to come, and what the gradient did, beside that of rows that never were a target."""
+    targets, step = asked.targets.numpy(), schedule.step
+    samples = max(asked.push_samples, 1)
+    push = _log(asked.push.numpy() / samples, 1e-12)
+    usual = float(np.median(push[never])) if never.any() else 0.0
+    pull = _log(asked.pull.numpy() / np.maximum(targets, 1), 1e-12)
+    drawn = asked.input_only.numpy()
+    last = asked.last_target.numpy()
+    return [
+        targets == 0,
+        np.log1p(targets),
+        np.log1p(10 * targets_to_come(asked, schedule)),
+        0.0 if asked.prior is None else asked.prior.numpy() == 0,
+        asked.prior is not None,
+        np.where(last < 0, 1.0, (step - last) / max(step, 1)),
+        np.clip(np.nan_to_num(push - usual), -8, 8) / 2,
+        np.where(targets > 0, np.clip(np.nan_to_num(pull - usual), -8, 8) / 2, 0.0),
+        np.where(drawn > 0, np.clip(np.nan_to_num(_log(drawn / samples, 1e-12) - usual), -8, 8) / 2, 0.0),
+        0.3 * np.log1p(asked.inputs.numpy()),
+    ]
+
+
+def targets_to_come(asked: Asked, schedule: Schedule) -> npt.NDArray[np.float64]:
+    """Expected targets of each row in the rest of the run, by its share of the targets counted beforehand.
+
+    Without a count beforehand, by its share of those so far: 0 for a row that never was one.
+
+    Returns:
+        (V,) float64 >= 0.
+    """
+    targets = asked.targets.numpy().astype(np.float64)
+    left = schedule.total - schedule.step
+    if asked.prior is None:
+        return targets * left / max(schedule.step, 1)
+    prior = asked.prior.numpy().astype(np.float64)
+    whole = prior * (asked.per_step * schedule.total / max(prior.sum(), 1))
+    if np.isnan(asked.per_step):
+        # One pass over what was counted.
+        whole = prior
+    # In whole passes over the data, what has been asked will not be asked again.
+    found: npt.NDArray[np.float64]
+    found = np.maximum(whole - targets, 0.0) if asked.complete else whole * left / schedule.total
+    return found
+
+
+def _rates(schedule: Schedule) -> list[float]:
+    """Rates to come against those so far, and how far the second moment reaches."""
+    past, left = schedule.sum_past, schedule.sum_left
+    # Mean rates, weighted by themselves: a step twice as long counts twice.
+    usual, coming = schedule.square_past / past, schedule.square_left / left if left > 0 else 0.0
+    return [
+        math.log((past + left) / past),
+        math.log(max(coming / usual, 1e-3)),
+        math.log(schedule.total / schedule.step),
+        _memory(schedule, schedule.step),
+        float(schedule.optimizer == "sgd"),
+    ]
+
+
+def _memory(schedule: Schedule, steps: int) -> float:
+    if schedule.optimizer == "sgd":
+        return 0.0
+    return 0.3 * min(max(math.log(schedule.memory / max(steps, 1)), -7.0), 7.0)
+
+
+def _efficiency(angle: Floats, size: Floats, rows: Rows, schedule: Schedule) -> npt.ArrayLike:
+    """How much of the way a row went that steps of one direction would have taken it; 0 where their size is unknown."""
+    if schedule.optimizer == "sgd":
+        return 0.0
+    usual = float(np.median(rows.norm.numpy()[rows.live.numpy()]))
+    whole = math.log(max(schedule.sum_past, 1e-30) * math.sqrt(rows.width) / max(usual, 1e-12))
+    found: Floats = np.clip(angle + size - whole, -10, 1)
+    return found
+
+
+def _relative_size(rows: Rows) -> Floats:
+    """Logarithm of a baseline row's length over the median length."""
+    length = _log(rows.norm.numpy(), 1e-12)
+    live = rows.live.numpy()
+    found: Floats = length - np.median(length[live] if live.any() else length)
+    return found
+
+
+def _medians(values: Floats, parts: npt.NDArray[np.integer], chosen: npt.NDArray[np.bool_], least: int) -> Floats:
+    """(V,) the median of a row's part, over the chosen rows; of all the chosen where the part has too few."""
+    usable = chosen & np.isfinite(values)
+    everywhere = np.median(values[usable]) if usable.any() else 0.0
+    found = np.full(len(values), everywhere, dtype=np.float32)
+    for part in np.unique(parts):
+        of_part = parts == part
+        inside = values[of_part & usable]
+        if len(inside) >= least:
+            found[of_part] = np.median(inside)
+    return found
+
+
+def _log(values: npt.ArrayLike, smallest: float = _SMALLEST_ANGLE) -> Floats:
+    found: Floats = np.log(np.maximum(np.asarray(values, dtype=np.float32), np.float32(smallest)))
+    return found
+
+
+def _stacked(columns: list[npt.ArrayLike], rows: int) -> Floats:
+    table = np.empty((rows, len(columns)), dtype=np.float32)
+    for place, column in enumerate(columns):
+        table[:, place] = column
+    return table
