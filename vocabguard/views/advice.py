@@ -47,7 +47,8 @@ def _echo(about: About) -> str:
     share = f", {percent(cost / expected)} of the data's own" if expected else ""
     if expected and cost > expected:
         share = ", more than the data's own: echo.dose_limit adds fewer"
-    return f'echo and hold: config="protect" adds {cost:,} targets over the run{share}.'
+    both = "echo and hold" if scene.hold == "absent" else "echo"
+    return f'{both}: config="protect" adds {cost:,} targets over the run{share}.'
 
 
 def _hold(about: About) -> str:

@@ -12,7 +12,7 @@ from vocabguard.views.scene import COSINES, About, Kind, Scene, about_of, count,
 from vocabguard.views.wording import number, percent
 
 _ROWS = {"embedding": "input embedding rows"}
-_ASKED = dict(zip(EXPOSURE_CLASSES, ("not once", "1 to 4 times", "5 to 19 times", "20 times or more"), strict=True))
+_ASKED = dict(zip(EXPOSURE_CLASSES, ("never", "1 to 4 times", "5 to 19 times", "20 times or more"), strict=True))
 _ANSWERS = {
     "latin": "of answers have Latin letters in them",
     "line_pass": "of answers keep to their language in every line",
@@ -63,7 +63,7 @@ def _broken(about: About) -> str:
 
 def _asked(about: About) -> str:
     share = percent(about.share)
-    return f"{about.lost:,} of {about.of_rows:,} live tokens ({share}) have been targets {_ASKED[about.last]} so far."
+    return f"{about.lost:,} of {about.of_rows:,} live tokens ({share}): {_ASKED[about.last]} a target so far."
 
 
 def _targets(about: About) -> str:
