@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,23 @@ def _scalars(cosine: np.ndarray, live: np.ndarray, group: np.ndarray, classes: n
     return found
 
 
+def note_beside(writer: RunWriter, texts: Sequence[str]) -> None:
+    """Answers at steps 10 and 20, neighbours of the first two texts, and where tokens were lost."""
+    for step, foreign in ((10, 0.25), (20, 0.5)):
+        shares = {"ja": foreign, "ko": 0.0, "ja/line_pass": 0.75, "foreign": foreign / 2, "line_pass": 0.75}
+        into = {"ja": {"cyrillic": round(4 * foreign)}}
+        writer.note("confusion", step, {"answers": {"ja": 4, "ko": 4}, "shares": shares, "into": into})
+        near = [
+            {"id": i, "text": text, "group": NAMES[i % 3], "cosine": 0.5, "intruder": step == 20}
+            for i, text in enumerate(texts)
+        ]
+        for token, text in enumerate(texts[:2]):
+            line = {"matrix": "head", "id": token, "text": text, "group": NAMES[0], "overlap": [0.5, math.nan][token]}
+            writer.note("neighbors", step, {**line, "then": near[:2] if not token else [], "now": near})
+    counts = {"forgotten": 12, "head": 9, "input": 0, "body": 3}
+    writer.note("head_or_body", 20, {**counts, "ids": [], "with_head": [], "with_rows": []})
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., RunLog]:
     """Writes a run of 90 rows (30 a group, the last 3 not live) and opens it.
@@ -70,7 +87,15 @@ def make_run(tmp_path: Path) -> Callable[..., RunLog]:
     Tokens 0 to 11 are hostile and the worst; the probe asks for the first 40 and misses the first `missed`.
     """
 
-    def make(name: str = "run", worst: float = 0.5, missed: int = 12, echo: bool = False, rows: bool = True) -> RunLog:
+    def make(
+        name: str = "run",
+        worst: float = 0.5,
+        missed: int = 12,
+        echo: bool = False,
+        rows: bool = True,
+        beside: bool = False,
+        texts: Sequence[str] = HOSTILE,
+    ) -> RunLog:
         group = np.repeat(np.arange(3, dtype=np.uint8), 30)
         live = np.arange(ROWS) < ROWS - 3
         targets = np.arange(ROWS) // 4
@@ -109,6 +134,8 @@ def make_run(tmp_path: Path) -> Callable[..., RunLog]:
                 echo=EchoReport(None, True, 1234, {"latin": 1000, "ja": 0}, {"never": 234}, 0.5) if echo else None,
             )  # fmt: skip
             writer.check(result)
+        if beside:
+            note_beside(writer, texts)
         if rows:
             writer.rows(20, row_vectors(result, torch.from_numpy(group), torch.from_numpy(live)))
         return RunLog.open(tmp_path / name)

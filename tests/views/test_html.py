@@ -289,6 +289,47 @@ def test_echo_is_shown_by_group(make_run):
     assert re.search(r"Latin 1,000 33\.3", text)
 
 
+def test_what_was_found_beside_the_checks_is_shown(make_run):
+    data = run_data(make_run(beside=True))
+    page = Page(render(data))
+    assert [(one.kind, one.step) for one in data.beside] == [("confusion", 20), ("neighbors", 20), ("head_or_body", 20)]
+    for sentence in (
+        "Step 20: 8 answers in 2 languages: 25.0 % with foreign script (ja 50.0 % cyrillic); lines pass 75.0 %.",
+        "Step 20: 2 worst and watched tokens keep 50.0 % of their nearest rows; intruders among them: 2 then, 24 now.",
+        "Step 20: 12 forgotten tokens: 9 (75.0 %) back with the base's output rows, 3 (25.0 %) with neither",
+    ):
+        assert sentence in page.text
+    assert "ja 4 50.0 % cyrillic 2 75.0 % - -" in page.text
+    assert re.search(r"0 <script>alert\(1\)</script> latin 50\.0 % .*\[latin!\] 0\.50", page.text)
+    assert page.texts["h3"] == [
+        "Answers in many languages",
+        "Nearest rows, then and now",
+        "Where forgotten tokens were lost",
+    ]
+    assert dict(key_numbers(data))["answers with foreign script"] == "25.0 %"
+    found = json.loads(json.dumps(as_json(data, Limits())))
+    assert found["beside"].keys() == {"confusion", "neighbors", "head_or_body"}
+    figures = {figure.title: figure for figure in timelines(data)}
+    assert figures["Answers with foreign script"].text == (
+        "mean of languages: 12.5 % at step 10, 25.0 % at step 20; ja: 25.0 % at step 10, 50.0 % at step 20"
+    )
+    assert "Beside the checks" not in render(run_data(make_run("none")))
+
+
+def test_nothing_found_beside_becomes_markup(make_run):
+    hostile = Page(render(run_data(make_run(beside=True))))
+    plain = [f"plain {number}" for number in range(HOSTILE)]
+    clean = Page(render(run_data(make_run("clean", beside=True, texts=plain), text=lambda token: f"plain {token}")))
+    assert [tag for tag, _ in hostile.elements] == [tag for tag, _ in clean.elements]
+    assert not {name for _, attributes in hostile.elements for name in attributes if name.startswith("on")}
+    # Each neighbour stands alone: a right-to-left text turns no other around.
+    assert len([text for text in hostile.texts["bdi"] if text.endswith(" 0.50")]) == 2 + 2 * HOSTILE
+    assert any(text.startswith("\\u202eevil\\u2066") for text in hostile.texts["bdi"])
+    both = Page(render(run_data(make_run("a", beside=True)), run_data(make_run("b", beside=True))))
+    assert "Beside the checks of A" in both.text
+    assert "Beside the checks of B" in both.text
+
+
 def test_two_runs_are_compared_token_by_token(make_run):
     first, second = run_data(make_run("a", worst=0.5, missed=12)), run_data(make_run("b", worst=0.9, missed=2))
     both = compare(first, second)
@@ -334,6 +375,9 @@ def test_json_holds_the_verdict_and_the_rows(data):
         ("rows-20.safetensors", b""),
         ("rows-20.safetensors", b"\xff" * 64),
         ("run.json", b'{"schema": 1}'),
+        ("confusion.jsonl", b'{"attempt": 0, "step": 20}\n'),
+        ("neighbors.jsonl", b'{"attempt": 0, "step": 20, "id": 1}\n'),
+        ("head_or_body.jsonl", b'{"attempt": 0, "step": 20, "forgotten": 0, "head": 1}\n'),
         ("run.json", b'{"schema": 1, "groups": ["a"], "watch": 5, "config": {}}'),
     ],
 )

@@ -118,7 +118,7 @@ def driven(page: str, folder: Path, *flags: str, phone: bool = False) -> dict[st
 
 @pytest.fixture
 def data(make_run):
-    return run_data(make_run(echo=True))
+    return run_data(make_run(echo=True, beside=True))
 
 
 def test_the_page_loads_without_a_word_on_the_console(data, make_run, tmp_path):

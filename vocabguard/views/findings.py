@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vocabguard.measure.body import HeadOrBody
@@ -14,6 +15,34 @@ from vocabguard.vocabulary import VocabTable
 
 _PREFIX = "vocabguard/confusion/"
 _NAMED = 4
+_CONFUSION = ("language", "answers", "foreign script", "into", "lines pass", "words pass", "with Latin")
+_NEIGHBORS = ("id", "token", "group", "kept", "near then", "near now")
+
+Cell = str | tuple[str, ...]
+"""A text, or several that are shown apart: one right-to-left piece does not reorder the others."""
+
+
+@dataclass(frozen=True)
+class Story:
+    """Lines of the run log as people read them.
+
+    Attributes:
+        sentence: what was found.
+        columns: headings of the table.
+        rows: its cells; none where the sentence says all.
+    """
+
+    sentence: str
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[Cell, ...], ...] = ()
+
+    def markdown(self) -> str:
+        """The table, escaped; empty where there is none."""
+        if not self.columns:
+            return ""
+        cells = ([escape_markdown(_joined(cell)) for cell in row] for row in self.rows)
+        lines = [self.columns, ["---"] * len(self.columns), *cells]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def confusion_finding(step: int, counts: ConfusionCounts) -> Finding:
@@ -23,15 +52,10 @@ def confusion_finding(step: int, counts: ConfusionCounts) -> Finding:
         step: the optimizer step.
         counts: of all answers.
     """
-    shares, matrix = summarise_confusion(counts), confusion_matrix(counts)
+    shares = summarise_confusion(counts)
     answers = dict(zip(counts.languages, counts.counts[:, 0].tolist(), strict=True))
-    line = {"answers": answers, "shares": shares, "into": matrix}
-    table = _table(
-        ("language", "answers", "foreign script", "into", "lines pass", "words pass", "with Latin"),
-        [_confusion_row(language, answers[language], shares, matrix) for language in counts.languages],
-    )
-    scalars = {_PREFIX + key: value for key, value in shares.items()}
-    return Finding("confusion", step, (line,), _confusion_sentence(counts, shares, matrix), table, scalars)
+    line = {"answers": answers, "shares": shares, "into": confusion_matrix(counts)}
+    return _finding("confusion", step, [line], {_PREFIX + key: value for key, value in shares.items()})
 
 
 def neighbors_finding(step: int, name: MatrixName, found: Neighborhoods, table: VocabTable) -> Finding:
@@ -49,8 +73,7 @@ def neighbors_finding(step: int, name: MatrixName, found: Neighborhoods, table: 
         about = {"matrix": name, "id": token, "text": table.text(token), "group": table.group_of(token)}
         sides = {key: _named(table, found, side)[place] for key, side in (("then", found.then), ("now", found.now))}
         lines.append({**about, "overlap": overlap[place], **sides})
-    columns = ("id", "token", "group", "kept", "near then", "near now")
-    return Finding("neighbors", step, tuple(lines), _neighbors_sentence(lines), _table(columns, map(_beside, lines)))
+    return _finding("neighbors", step, lines)
 
 
 def body_finding(step: int, found: HeadOrBody) -> Finding:
@@ -60,9 +83,35 @@ def body_finding(step: int, found: HeadOrBody) -> Finding:
         step: the optimizer step.
         found: which came back with the base's rows.
     """
-    counts = found.counts
-    line = {**counts, "ids": found.ids.tolist(), "with_head": found.with_head.tolist()}
+    line = {**found.counts, "ids": found.ids.tolist(), "with_head": found.with_head.tolist()}
     line["with_rows"] = found.with_rows.tolist()
+    return _finding("head_or_body", step, [line])
+
+
+def story_of(kind: str, lines: Sequence[Mapping[str, Any]]) -> Story:
+    """What the run log's lines of one kind and step say.
+
+    Args:
+        kind: ``confusion``, ``neighbors`` or ``head_or_body``.
+        lines: at least one.
+    """
+    if kind == "neighbors":
+        return Story(_neighbors_sentence(lines), _NEIGHBORS, tuple(map(_beside, lines)))
+    if kind == "head_or_body":
+        return Story(_body_sentence(lines[-1]))
+    answers, shares, into = (lines[-1][key] for key in ("answers", "shares", "into"))
+    rows = tuple(_confusion_row(language, count, shares, into) for language, count in answers.items())
+    return Story(_confusion_sentence(answers, shares, into), _CONFUSION, rows)
+
+
+def _finding(
+    kind: str, step: int, lines: Sequence[Mapping[str, Any]], scalars: Mapping[str, float] | None = None
+) -> Finding:
+    story = story_of(kind, lines)
+    return Finding(kind, step, tuple(lines), story.sentence, story.markdown(), scalars or {})
+
+
+def _body_sentence(counts: Mapping[str, Any]) -> str:
     total = counts["forgotten"]
     said = [
         f"{counts[part]:,} ({percent(counts[part] / total)}) {words}"
@@ -73,8 +122,7 @@ def body_finding(step: int, found: HeadOrBody) -> Finding:
         )
         if counts[part]
     ]
-    sentence = f"{total:,} forgotten token{'s' * (total != 1)}: {', '.join(said)}"
-    return Finding("head_or_body", step, (line,), sentence)
+    return f"{total:,} forgotten token{'s' * (total != 1)}: {', '.join(said)}"
 
 
 def _confusion_row(
@@ -86,9 +134,10 @@ def _confusion_row(
 
 
 def _confusion_sentence(
-    counts: ConfusionCounts, shares: Mapping[str, float], matrix: Mapping[str, Mapping[str, int]]
+    answers: Mapping[str, int], shares: Mapping[str, float], matrix: Mapping[str, Mapping[str, int]]
 ) -> str:
-    total, foreign = counts.counts[:, :2].sum(0).tolist()
+    total = sum(answers.values())
+    foreign = sum(round(count * shares.get(language, 0.0)) for language, count in answers.items())
     worst = sorted((language for language in matrix), key=lambda language: -shares[language])
     named = [f"{language} {percent(shares[language])} {'/'.join(matrix[language])}" for language in worst[:_NAMED]]
     shown = f" ({', '.join(named)}{', ...' * (len(worst) > _NAMED)})" if named else ""
@@ -97,7 +146,7 @@ def _confusion_sentence(
         for key, words in (("line_pass", "lines"), ("word_pass", "words"))
         if key in shares
     )
-    languages = int((counts.counts[:, 0] > 0).sum())
+    languages = sum(count > 0 for count in answers.values())
     said = f"{total:,} answer{'s' * (total != 1)} in {languages} language{'s' * (languages != 1)}"
     return f"{said}: {percent(foreign / total if total else None)} with foreign script{shown}{passed}"
 
@@ -116,15 +165,16 @@ def _named(table: VocabTable, found: Neighborhoods, side: NearestRows) -> list[l
 
 
 def _neighbors_sentence(lines: Sequence[Mapping[str, Any]]) -> str:
-    kept = [line["overlap"] for line in lines if line["overlap"] == line["overlap"]]
+    # In a log a token that had no rows near it has null, before that NaN.
+    kept = [line["overlap"] for line in lines if line["overlap"] is not None and line["overlap"] == line["overlap"]]
     then, now = (sum(one["intruder"] for line in lines for one in line[key]) for key in ("then", "now"))
     share = f"keep {percent(sum(kept) / len(kept))} of their nearest rows" if kept else "had no rows near them"
     return f"{len(lines)} worst and watched tokens {share}; intruders among them: {then:,} then, {now:,} now"
 
 
-def _beside(line: Mapping[str, Any]) -> tuple[str, ...]:
+def _beside(line: Mapping[str, Any]) -> tuple[Cell, ...]:
     token = (str(line["id"]), visible(line["text"]), line["group"], percent(line["overlap"]))
-    return (*token, *(" · ".join(_neighbor(one) for one in line[key]) for key in ("then", "now")))
+    return (*token, *(tuple(_neighbor(one) for one in line[key]) for key in ("then", "now")))
 
 
 def _neighbor(one: Mapping[str, Any]) -> str:
@@ -132,6 +182,5 @@ def _neighbor(one: Mapping[str, Any]) -> str:
     return f"{visible(one['text'], 24)}{mark} {number(one['cosine'], 2)}"
 
 
-def _table(columns: Sequence[str], rows: Any) -> str:
-    lines = [columns, ["---"] * len(columns), *([escape_markdown(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def _joined(cell: Cell) -> str:
+    return cell if isinstance(cell, str) else " · ".join(cell)

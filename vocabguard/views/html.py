@@ -27,7 +27,7 @@ from vocabguard.views.html_charts import exposure_figure, histograms
 from vocabguard.views.html_compare import compare
 from vocabguard.views.html_course import timelines
 from vocabguard.views.html_data import EchoDone, PageData, TextOf, TokenLine
-from vocabguard.views.html_findings import Limits, key_numbers, label_of, verdict_of
+from vocabguard.views.html_findings import Limits, beside_label, key_numbers, label_of, verdict_of
 from vocabguard.views.html_run import run_data
 from vocabguard.views.wording import WORST_COLUMNS, number, percent, token_cells, visible
 
@@ -190,7 +190,8 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "number": number, "visible": visible, "label_of": label_of}
+    environment.filters |= {"percent": percent, "number": number, "visible": visible}
+    environment.filters |= {"label_of": label_of, "beside_label": beside_label}
     return environment
 
 

@@ -67,10 +67,23 @@ def _panels(data: PageData) -> list[_Panel]:
             percent,
             whole=True,
         ),
+        _Panel(
+            "Answers with foreign script",
+            ("confusion/foreign", *(f"confusion/{language}" for language in _most_confused(data))),
+            ("mean of languages", *_most_confused(data)),
+            percent,
+        ),
         _Panel("Training loss, nats a target", ("loss/data", "loss/echo"), ("data", "echo"), _short),
         _Panel("Echo dose (echo targets a data target)", ("echo/dose",), ("dose",), _short),
         _Panel("Echo targets a live token", ("echo/targets_per_live_token",), ("targets",), _short),
     ]
+
+
+def _most_confused(data: PageData, most: int = 4) -> list[str]:
+    """Languages with the largest share of answers with foreign letters at the last evaluation, largest first."""
+    shares = {key: data.scalars.get(key, 0.0) for key in data.curves if key.startswith("confusion/")}
+    worst = sorted(shares, key=lambda key: -shares[key])
+    return [key.removeprefix("confusion/") for key in worst if shares[key] > 0 and key != "confusion/foreign"][:most]
 
 
 def _common_panels(data: PageData) -> list[_Panel]:
@@ -81,6 +94,7 @@ def _common_panels(data: PageData) -> list[_Panel]:
         ("Still said (retained)", "probe/retained", percent),
         ("Mean cosine to the base", f"{matrix}/cosine_mean", _short),
         ("Never a target so far", "exposure/never", percent),
+        ("Answers with foreign script", "confusion/foreign", percent),
         ("Training loss on data, nats a target", "loss/data", _short),
         ("Training loss on echo, nats a target", "loss/echo", _short),
         ("Echo dose (echo targets a data target)", "echo/dose", _short),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from vocabguard.results import EXPOSURE_CLASSES, MatrixName, TokenReport
 from vocabguard.transitions import Transition
+from vocabguard.views.findings import Story
 from vocabguard.views.wording import ReportRow
 
 TOP = 500
@@ -112,6 +113,21 @@ class EchoDone:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What was found beside the checks, of one kind.
+
+    Attributes:
+        kind: one of `vocabguard.runlog.NOTES`.
+        step: at which it was last looked at.
+        story: in words, and as a table.
+    """
+
+    kind: str
+    step: int
+    story: Story
+
+
+@dataclass(frozen=True)
 class PageData:
     """One run or scan, ready to be shown.
 
@@ -135,6 +151,7 @@ class PageData:
         probed: the last logged probe, if it was kept.
         tokens: lost tokens, worst tokens and watched tokens; lost ones first, then by cosine.
         echo: what echo has done by the last check; None without echo.
+        beside: what was found beside the checks, the latest of each kind.
         settings: dotted keys and values.
         text: the text of any id.
     """
@@ -158,6 +175,7 @@ class PageData:
     probed: Probed | None = None
     tokens: tuple[TokenLine, ...] = ()
     echo: EchoDone | None = None
+    beside: tuple[Beside, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     text: TextOf = field(default=lambda token: f"<row {token}>", repr=False)
 

@@ -21,6 +21,11 @@ _GROUP_LABELS = {
     "bytes": "byte pieces",
 }
 _CLASS_LABELS = {"never": "never a target", "1-4": "1-4 times", "5-19": "5-19 times", "20+": "20+ times"}
+_BESIDE_LABELS = {
+    "confusion": "Answers in many languages",
+    "neighbors": "Nearest rows, then and now",
+    "head_or_body": "Where forgotten tokens were lost",
+}
 _UPRIGHT = {"other", "control", "padded"}
 
 
@@ -63,6 +68,15 @@ def label_of(name: str) -> str:
         return "all live tokens"
     plain = _GROUP_LABELS.get(name) or _CLASS_LABELS.get(name)
     return plain or (name.replace("_", " ") if name in _UPRIGHT else name.replace("_", " ").capitalize())
+
+
+def beside_label(kind: str) -> str:
+    """The heading of what was found beside the checks.
+
+    >>> beside_label("confusion")
+    'Answers in many languages'
+    """
+    return _BESIDE_LABELS.get(kind, kind)
 
 
 def verdict_of(data: PageData, limits: Limits) -> Verdict:
@@ -114,6 +128,8 @@ def key_numbers(data: PageData) -> tuple[tuple[str, str], ...]:
         found.append(("never a target", _counted(data, never)))
     if (watched := data.scalars.get("probe/watch")) is not None:
         found.append(("watched tokens still said", percent(watched)))
+    if (foreign := data.scalars.get("confusion/foreign")) is not None:
+        found.append(("answers with foreign script", percent(foreign)))
     if data.kind == "run":
         found.append(("alerts firing", str(len(data.firing))))
         found.append(("optimizer steps", None if data.step is None else f"{data.step:,}"))
@@ -144,6 +160,7 @@ def as_json(data: PageData, limits: Limits) -> dict[str, Any]:
         "probe": None if data.probed is None else {"step": data.probe_step, "tokens": len(data.probed.ids)},
         "echo": {key: data.scalars.get(f"echo/{key}") for key in ("dose", "targets_per_live_token")},
         "firing": list(data.firing),
+        "beside": {one.kind: one.story.sentence for one in data.beside},
         "groups": rows["group"],
         "classes": rows["class"],
     }

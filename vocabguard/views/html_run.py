@@ -20,10 +20,12 @@ from vocabguard.results import (
     Watch,
     WatchedMatrix,
 )
-from vocabguard.runlog import RunLog
+from vocabguard.runlog import NOTES, RunLog
 from vocabguard.transitions import Transition
+from vocabguard.views.findings import story_of
 from vocabguard.views.html_data import (
     TOP,
+    Beside,
     EchoDone,
     PageData,
     Probed,
@@ -37,6 +39,7 @@ from vocabguard.views.html_data import (
 from vocabguard.views.wording import report_rows, watch_sentences
 
 _PREFIX = "vocabguard/"
+_CONFUSION = "confusion/"
 
 
 def run_data(log: RunLog, text: TextOf | None = None, top: int = TOP) -> PageData:
@@ -63,8 +66,9 @@ def run_data(log: RunLog, text: TextOf | None = None, top: int = TOP) -> PageDat
 def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
     checks, names = log.checks(), tuple(str(name) for name in log.meta["groups"])
     watch = _watch(log.meta["watch"], str(log.folder))
-    curves = _curves(checks)
-    scalars = _latest(checks)
+    notes = {kind: found for kind in NOTES if (found := log.notes(kind))}
+    curves = _curves(checks) | _confusion_curves(notes.get("confusion", ()))
+    scalars = _latest(checks) | {key: values[-1] for key, (_, values) in curves.items() if key.startswith(_CONFUSION)}
     matrix = _measured(scalars)
     steps = log.row_steps
     vectors = log.rows(steps[-1]) if steps else {}
@@ -96,6 +100,7 @@ def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
         probed=probed,
         tokens=_tokens(rows, probed, names, say, top, last),
         echo=_echo(last.get("echo")),
+        beside=tuple(_beside(kind, lines) for kind, lines in notes.items()),
         settings=_flat(log.meta["config"]),
         text=say,
     )
@@ -135,6 +140,24 @@ def _curves(checks: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], l
             steps.append(int(check["step"]))
             values.append(_value(value))
     return found
+
+
+def _confusion_curves(notes: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    """Shares of answers with foreign letters, by language and their mean, over the evaluations."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for line in notes:
+        for key, share in line["shares"].items():
+            if key == "foreign" or key in line["answers"]:
+                steps, values = found.setdefault(_CONFUSION + key, ([], []))
+                steps.append(int(line["step"]))
+                values.append(_value(share))
+    return found
+
+
+def _beside(kind: str, lines: Sequence[Mapping[str, Any]]) -> Beside:
+    """What the lines of the latest step say."""
+    step = int(lines[-1]["step"])
+    return Beside(kind, step, story_of(kind, [line for line in lines if line["step"] == step]))
 
 
 def _latest(checks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
