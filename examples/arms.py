@@ -99,5 +99,17 @@ def run_arm(
     guard: VocabGuard = callback.guard
     if guard.last is None or guard.checker is None:
         raise SystemExit(f"the guard stood down: {guard.faults.reason}")
+    seconds |= costs(guard)
     table, tuned = guard.checker.watched.table, ask(model, tokenizer, whole_table(model, tokenizer))
     return Arm(arm_entry(guard.last, base, tuned, table, sum(positions), seconds), tuned, guard, table)
+
+
+def costs(guard: VocabGuard) -> dict[str, float]:
+    """What the guard took of the training's time, by its own clock; the probes alone by the process's clock too."""
+    prober = None if guard.checker is None else guard.checker.prober
+    return {
+        "guard_seconds": guard.faults.seconds,
+        "probes": 0 if prober is None else prober.runs,
+        "probe_seconds": 0.0 if prober is None else prober.seconds,
+        "probe_cpu_seconds": 0.0 if prober is None else prober.cpu_seconds,
+    }

@@ -160,7 +160,7 @@ def arm_entry(
         tuned: what the tuned model says.
         table: groups and live rows.
         positions: tokens that went through the model in training, padding and echo rows included.
-        seconds: ``wall_seconds`` and ``cpu_seconds`` of the training.
+        seconds: ``wall_seconds`` and ``cpu_seconds`` of the training, and what of it the guard took.
     """
     before, now = only(base.recall, table.live), only(tuned.recall, table.live)
     groups, classes = parts(table, last.classes)

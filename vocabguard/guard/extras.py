@@ -173,10 +173,11 @@ def _body(checker: Checker, step: int) -> Finding | NotApplicable | None:
             ends[name] = End(matrix.module, watched.baseline_of(name))
     if "head" not in ends:
         return NotApplicable("the head does not move by itself, so there is no row to put back")
-    found = head_or_body(
-        checker.model, prober.base, prober.last, prober.contexts, ends["head"], ends.get("embedding"),
-        seed=prober.seed, batch_tokens=prober.batch_tokens,
-    )  # fmt: skip
+    with prober.timed():
+        found = head_or_body(
+            checker.model, prober.base, prober.last, prober.contexts, ends["head"], ends.get("embedding"),
+            seed=prober.seed, batch_tokens=prober.batch_tokens,
+        )  # fmt: skip
     if isinstance(found, NotApplicable):
         return found
     return body_finding(step, found) if len(found.ids) else None

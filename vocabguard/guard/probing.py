@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +67,9 @@ class Prober:
         seed: of the shuffles; the same at every probe, so that probes differ only by the model.
         base: the first result.
         last: the latest result.
+        runs: how often the model was asked, in this process.
+        seconds: time that asking took.
+        cpu_seconds: the same by the process's own clock, in which other programs do not count.
     """
 
     contexts: tuple[PromptContext, ...]
@@ -74,12 +79,27 @@ class Prober:
     seed: int
     base: ProbeResult | None = None
     last: ProbeResult | None = None
+    runs: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     def run(self, model: nn.Module) -> ProbeResult:
         """Probe now; the first call sets the base."""
-        self.last = probe(model, self.ids, self.contexts, seed=self.seed, batch_tokens=self.batch_tokens)
+        with self.timed():
+            self.last = probe(model, self.ids, self.contexts, seed=self.seed, batch_tokens=self.batch_tokens)
         self.base = self.base or self.last
         return self.last
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Count what is asked inside as this prober's."""
+        began, worked = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            self.runs += 1
+            self.seconds += time.perf_counter() - began
+            self.cpu_seconds += time.process_time() - worked
 
     def state_dict(self) -> dict[str, Any]:
         """The base's result as tensors."""
