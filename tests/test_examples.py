@@ -160,6 +160,7 @@ def test_the_probe_is_held_against_free_generation(tmp_path: Path) -> None:
     assert min(share for shares in found["base"].values() for share in shares) > 0.85
     # Only the decoding differs.
     assert found["same_prompts"]["agreement"]["all"] >= 0.95
+    assert min(found["pooled"]["agreement"].values()) >= 0.9
     for asked in ("probe", "held_out"):
         shares = found[asked]["agreement"]
         assert shares["all"] == pytest.approx((shares["forgotten"] + shares["retained"]) / 2)
