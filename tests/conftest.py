@@ -6,8 +6,13 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +24,51 @@ collect_ignore = ["processes"]  # scripts, no tests
 def together() -> Callable[..., list[str]]:
     """Runs a script in processes of its own; see `run_together`."""
     return run_together
+
+
+class Answering(BaseHTTPRequestHandler):
+    """Keeps what is posted, and answers as the server was told to."""
+
+    def do_POST(self) -> None:
+        server: Any = self.server
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        server.seen.append((dict(self.headers), body, time.monotonic()))
+        status, headers, seconds = server.answers[min(len(server.seen), len(server.answers)) - 1]
+        server.release.wait(seconds)
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@contextmanager
+def listening(*answers: tuple[int, dict[str, str], float]) -> Iterator[Any]:
+    """A real server at ``url`` that keeps ``(headers, body, time)`` in ``seen``.
+
+    Args:
+        *answers: in turn, the last one for all that follow: status, headers, seconds before it answers.
+    """
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    server.seen, server.answers, server.release = [], answers or ((200, {}, 0),), threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_port}/hook/secret"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.release.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def receiver() -> Callable[..., AbstractContextManager[Any]]:
+    """A receiver of webhooks; see `listening`."""
+    return listening
 
 
 def run_together(

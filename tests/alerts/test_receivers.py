@@ -5,10 +5,7 @@ import logging
 import socket
 import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -24,41 +21,6 @@ def transition(step=120, level="warning", state="firing", value=0.034, rule="hea
     return Transition(rule, state, level, "vocabguard/head/below_0.95", value, step, "It is bad.", 100, story=STORY)
 
 
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        self.server.seen.append(
-            (dict(self.headers), self.rfile.read(int(self.headers["Content-Length"])), time.monotonic())
-        )
-        status, headers, seconds = self.server.answers[min(len(self.server.seen), len(self.server.answers)) - 1]
-        self.server.release.wait(seconds)
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    do_GET = do_POST  # noqa: N815  http.server's name
-
-    def log_message(self, *args):
-        pass
-
-
-@contextmanager
-def receiver(*answers):
-    """A server that answers in turn: (status, headers, seconds before it answers)."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.seen, server.answers, server.release = [], answers or ((200, {}, 0),), threading.Event()
-    server.url = f"http://127.0.0.1:{server.server_port}/hook/secret"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.release.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
 def courier(url, **options):
     hook = {name: options.pop(name) for name in ("timeout", "retries", "backoff") if name in options}
     return Courier([Webhook(url, "run-7", **{"timeout": 2.0, "backoff": 0.01, **hook})], **options)
@@ -68,7 +30,7 @@ def bodies(server):
     return [json.loads(body) for _, body, _ in server.seen]
 
 
-def test_what_is_posted():
+def test_what_is_posted(receiver):
     with receiver() as server:
         carrier = courier(server.url)
         carrier.send(transition(value=float("nan")))
@@ -87,7 +49,7 @@ def test_what_is_posted():
 
 
 @pytest.mark.parametrize("status", [500, 503, 429, 408])
-def test_a_receiver_that_falters_gets_it_in_the_end(status, caplog):
+def test_a_receiver_that_falters_gets_it_in_the_end(receiver, status, caplog):
     with receiver((status, {}, 0), (status, {}, 0), (204, {}, 0)) as server:
         carrier = courier(server.url, backoff=0.05)
         carrier.send(transition())
@@ -100,7 +62,7 @@ def test_a_receiver_that_falters_gets_it_in_the_end(status, caplog):
     assert caplog.records == []
 
 
-def test_a_receiver_says_when_to_come_back():
+def test_a_receiver_says_when_to_come_back(receiver):
     with receiver((503, {"Retry-After": "1"}, 0), (200, {}, 0)) as server:
         carrier = courier(server.url)
         carrier.send(transition())
@@ -111,7 +73,7 @@ def test_a_receiver_says_when_to_come_back():
 
 
 @pytest.mark.parametrize("answer", [(400, {}, 0), (404, {}, 0), (302, {"Location": "/elsewhere"}, 0)])
-def test_what_is_refused_is_told_once_and_not_sent_again(answer, caplog):
+def test_what_is_refused_is_told_once_and_not_sent_again(receiver, answer, caplog):
     with receiver(answer) as server, caplog.at_level(logging.WARNING, "vocabguard"):
         carrier = courier(server.url)
         for step in (1, 2, 3):
@@ -137,7 +99,7 @@ def test_nobody_listens(caplog):
     assert "refused" in caplog.records[0].getMessage()
 
 
-def test_a_hanging_receiver_holds_up_nobody(caplog):
+def test_a_hanging_receiver_holds_up_nobody(receiver, caplog):
     with receiver((200, {}, 60)) as server:
         carrier = courier(server.url, timeout=0.2, retries=1, waiting=5, finish_seconds=0.6)
         began = time.perf_counter()
@@ -152,7 +114,7 @@ def test_a_hanging_receiver_holds_up_nobody(caplog):
         carrier.send(transition())
 
 
-def test_the_end_does_not_wait_for_long_pauses():
+def test_the_end_does_not_wait_for_long_pauses(receiver):
     with receiver((503, {"Retry-After": "60"}, 0)) as server:
         carrier = courier(server.url, finish_seconds=0.3)
         carrier.send(transition())
@@ -161,7 +123,7 @@ def test_the_end_does_not_wait_for_long_pauses():
         assert time.perf_counter() - began < 1.5
 
 
-def test_a_script_that_dies_still_tells():
+def test_a_script_that_dies_still_tells(receiver):
     with receiver() as server:
         code = (
             "from vocabguard.alerts.courier import Courier; from vocabguard.alerts.receivers import Webhook; "
@@ -174,7 +136,7 @@ def test_a_script_that_dies_still_tells():
         assert [body["step"] for body in bodies(server)] == [3]
 
 
-def test_levels_and_threads():
+def test_levels_and_threads(receiver):
     with receiver() as server:
         carrier = courier(server.url, least_level="critical")
         carrier.send(transition(1))
@@ -185,7 +147,7 @@ def test_levels_and_threads():
         assert [body["step"] for body in bodies(server)] == [2]
 
 
-def test_one_broken_receiver_does_not_keep_another_from_it(caplog):
+def test_one_broken_receiver_does_not_keep_another_from_it(receiver, caplog):
     class Broken:
         name = "broken"
 
