@@ -19,7 +19,7 @@ from vocabguard.offline.matching import Match, ReorderedRows, match_rows, table_
 from vocabguard.offline.tensors import one_torch_thread
 from vocabguard.offline.untrained import BaseRows
 from vocabguard.results import MatrixName, NotApplicable, RowDrift
-from vocabguard.snapshot import Baseline
+from vocabguard.snapshot import COMMON_NAMES, Baseline
 from vocabguard.vocabulary import VocabTable
 
 Progress = Callable[[str, int, int], None]
@@ -101,19 +101,24 @@ def scan(
     _check_counts(data_target, rows)
     match = match_rows(base_tokenizer, tokenizer, base.rows, rows)
     table = table_for(tokenizer, rows)
-    before = {name: fitted(base.matrix(name), match.base_ids) for name in ("head", "embedding")}
-    now = {name: fitted(tuned.matrix(name), torch.arange(rows)) for name in ("head", "embedding")}
+    before, now = (_fitted(*pair) for pair in ((base, match.base_ids), (tuned, torch.arange(rows))))
     of_base = _base_rows(before, base.tied, table, match)
     unexposed = of_base.trained_sample(data_target)
     found: dict[str, RowDrift | NotApplicable] = {}
     norms: dict[str, Tensor] = {}
-    for name in ("head", "embedding"):
+    for name in COMMON_NAMES:
         if name == "embedding" and tuned.tied and base.tied:
             found[name] = found["head"]
         else:
             found[name] = _drift(name, now[name], before[name], unexposed, norms, progress)
     table = table.with_trained(~of_base.never_trained(norms))
     return Scan(base, tuned, found["head"], found["embedding"], table, match, data_target, time.perf_counter() - began)
+
+
+@one_torch_thread()
+def _fitted(checkpoint: Checkpoint, ids: Tensor) -> dict[str, Baseline | NotApplicable]:
+    """Both matrices of a checkpoint."""
+    return {name: fitted(checkpoint.matrix(name), ids) for name in COMMON_NAMES}
 
 
 @one_torch_thread()

@@ -255,6 +255,8 @@ def _control_moved(scan: Scan, top: int) -> list[int]:
 
 def _lowest(values: Tensor, mask: Tensor, top: int) -> list[int]:
     ids = (mask & values.isfinite()).nonzero().flatten()
+    if 0 < top < len(ids):  # only those that can be among them need sorting
+        ids = ids[values[ids] <= values[ids].kthvalue(top).values]
     order = torch.sort(values[ids], stable=True).indices[:top]
     return [int(i) for i in ids[order]]
 
