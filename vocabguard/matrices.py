@@ -42,7 +42,7 @@ class VocabMatrix:
         Raises:
             RuntimeError: if the model no longer has it.
         """
-        return plain_module(self._wrapped)
+        return plain_module(self.wrapped)
 
     @property
     def adapter(self) -> AdaptedRows | None:
@@ -51,14 +51,18 @@ class VocabMatrix:
         Raises:
             RuntimeError: if an adapter is there whose rows cannot be read.
         """
-        adapter = adapter_of(self._wrapped)
+        adapter = adapter_of(self.wrapped)
         if isinstance(adapter, NotApplicable):
             raise RuntimeError(f"the {self.name} can no longer be followed: {adapter.reason}")
         return adapter
 
     @property
-    def _wrapped(self) -> nn.Module:
-        """The module with its wrappers."""
+    def wrapped(self) -> nn.Module:
+        """The module that the forward pass calls: with an adapter's wrappers, where there are any.
+
+        Raises:
+            RuntimeError: if the model no longer has it.
+        """
         module = _locate(self.model, self.name, self.path)
         if isinstance(module, NotApplicable):
             raise RuntimeError(f"the {self.name} is no longer in the model: {module.reason}")
@@ -104,7 +108,7 @@ class VocabMatrix:
         if self.tied or not getattr(text_config_of(self.model), "tie_word_embeddings", False):
             return False
         other = _locate(self.model, "embedding" if self.name == "head" else "head", self.other_path)
-        ends = [self._wrapped] if isinstance(other, NotApplicable) else [self._wrapped, other]
+        ends = [self.wrapped] if isinstance(other, NotApplicable) else [self.wrapped, other]
         return any(plain_module(module) is not module for module in ends)
 
     @property

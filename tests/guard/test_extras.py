@@ -105,6 +105,31 @@ def test_no_head_or_body(kit: Any, tokenizer: Any, tmp_path: Path, how: str) -> 
     assert guard.finish(check=how != "best weights back").notes("head_or_body") == []
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing", "ignore:.*[Tt]ied")
+def test_rows_that_an_adapter_makes(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(base_model(kit), peft.LoraConfig(r=8, target_modules=["lm_head", "embed_tokens"]))
+    near = {"k": 4, "rows": 3}
+    guard = guarded(kit, tokenizer, model, tmp_path, probe=PROBE | {"every_n_steps": 1}, neighbors=near)
+    before = model.lm_head.weight.detach().clone()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.lm_head.lora_B["default"].weight.normal_(std=1.0)
+    guard.step(1)
+    log = guard.finish()
+    now = before + model.lm_head.get_delta_weight("default").detach()
+    padded = guard.checker.watched.table.padded
+    lines = log.notes("neighbors")
+    assert [line["id"] for line in lines] == [report.id for report in guard.last.worst[:3]]
+    for line in lines:
+        for key, rows in (("then", before), ("now", now)):
+            expected = nearest_rows(CopiedBaseline(rows), torch.tensor([line["id"]]), 4, padded)
+            assert [one["id"] for one in line[key]] == expected.ids[0].tolist()
+    [note] = log.notes("head_or_body")
+    assert note["forgotten"] == note["head"] + note["input"] + note["body"] > 10
+    assert note["input"] == 0, "the input rows have not moved"
+
+
 def test_a_fault_in_one_part_leaves_the_others(
     kit: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

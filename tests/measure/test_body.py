@@ -18,11 +18,12 @@ from transformers import (
     PhiForCausalLM,
 )
 
+from vocabguard.matrices import VocabMatrix, find_matrices
 from vocabguard.measure.body import End, HeadOrBody, head_or_body, input_rows_back, output_rows_back
 from vocabguard.measure.probe import PromptContext, probe, said
 from vocabguard.prompts import render_context
 from vocabguard.results import NotApplicable, ProbeResult
-from vocabguard.snapshot import CopiedBaseline
+from vocabguard.snapshot import CopiedBaseline, copy_baseline
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 ASK = {"seed": 0, "batch_tokens": 4096}
@@ -116,6 +117,52 @@ def test_head_input_and_body_are_told_apart(base: Any, contexts: list[PromptCont
     assert counts["forgotten"] >= 20
     assert counts["forgotten"] == counts["head"] + counts["input"] + counts["body"]
     assert counts[where] > 0.9 * counts["forgotten"]
+
+
+BOTH = ["lm_head", "embed_tokens"]
+# PEFT's options, and how far the head's and the embedding's parameters move: so that some of all outcomes come.
+ADAPTERS: dict[str, tuple[dict[str, Any], float, float]] = {
+    "lora": ({"target_modules": BOTH}, 0.06, 0.02),
+    "dora": ({"target_modules": BOTH, "use_dora": True}, 0.06, 0.02),
+    "head only": ({"target_modules": ["lm_head"]}, 0.2, 0.0),
+    "saved": ({"modules_to_save": BOTH}, 0.06, 0.02),
+    "tokens": ({"trainable_token_indices": {name: list(range(700, 4700, 50)) for name in BOTH}}, 0.2, 0.1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing", "ignore:.*[Tt]ied")
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapted_rows_are_put_back_as_in_a_merged_model(base: Any, contexts: list[PromptContext], kind: str) -> None:
+    peft = pytest.importorskip("peft")
+    options, *sizes = ADAPTERS[kind]
+    before = asked(base, contexts)
+    config = peft.LoraConfig(**({"r": 8, "target_modules": ["q_proj"]} | options))
+    model = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    matrices = {name: found for name, found in find_matrices(model).items() if isinstance(found, VocabMatrix)}
+    bases = {name: copy_baseline(matrix) for name, matrix in matrices.items()}
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            size = sum(size for end, size in zip(BOTH, sizes, strict=True) if end in name)
+            if weight.requires_grad and size:
+                weight.add_(size * torch.randn(weight.shape, generator=generator))
+    now = asked(model, contexts)
+    ends_now = {name: End(matrix.wrapped, bases[name], matrix) for name, matrix in matrices.items()}
+    found = head_or_body(model, before, now, contexts, ends_now["head"], ends_now.get("embedding"), **ASK)
+    assert isinstance(found, HeadOrBody)
+    assert len(found.ids) >= 10
+    plain = copy.deepcopy(model).merge_and_unload()
+    with torch.no_grad():
+        plain.lm_head.weight[found.ids] = base.lm_head.weight[found.ids]
+        with_head = asked(plain, contexts)
+        plain.get_input_embeddings().weight[found.ids] = base.get_input_embeddings().weight[found.ids]
+        with_rows = asked(plain, contexts)
+    place = torch.searchsorted(now.ids, found.ids)
+    assert torch.equal(found.with_head, said(with_head)[place])
+    assert torch.equal(found.with_rows, said(with_rows)[place])
+    assert found.counts["head"]
+    assert found.counts["body"]
+    assert found.counts["input"] or "embedding" not in ends_now
 
 
 def test_more_forgotten_tokens_than_are_asked_for(base: Any, contexts: list[PromptContext]) -> None:

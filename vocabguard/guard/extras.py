@@ -169,8 +169,8 @@ def _body(checker: Checker, step: int) -> Finding | NotApplicable | None:
     for name, matrix in watched.matrices.items():
         if isinstance(matrix, VocabMatrix) and matrix.shard is not None:
             return _SHARDED
-        if isinstance(matrix, VocabMatrix) and matrix.adapter is None:
-            ends[name] = End(matrix.module, watched.baseline_of(name))
+        if isinstance(matrix, VocabMatrix):
+            ends[name] = End(matrix.wrapped, watched.baseline_of(name), matrix)
     if "head" not in ends:
         return NotApplicable("the head does not move by itself, so there is no row to put back")
     with prober.timed():

@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vocabguard.adapted import plain_module
+from vocabguard.measure.neighbors import pick_rows
 from vocabguard.measure.probe import PromptContext, probe, said
+from vocabguard.measure.rowwise import Rows
 from vocabguard.results import NotApplicable, ProbeResult
 from vocabguard.snapshot import Baseline
 
@@ -47,12 +50,14 @@ class End:
     """A matrix's module in the model, and its rows at the base.
 
     Attributes:
-        module: called in the forward pass; a linear layer (head) or an embedding.
+        module: called in the forward pass; a linear layer (head) or an embedding, with an adapter's wrappers.
         baseline: its rows before.
+        rows: those that the forward pass uses now; None where they are the module's ``weight``.
     """
 
     module: nn.Module
     baseline: Baseline
+    rows: Rows | None = None
 
 
 def head_or_body(
@@ -115,7 +120,7 @@ def output_rows_back(head: End, ids: Tensor) -> Iterator[list[bool]]:
         A list that is empty until the head is called.
     """
     rows, called = _base_rows(head, ids), list[bool]()
-    bias = getattr(head.module, "bias", None)
+    bias = getattr(plain_module(head.module), "bias", None)
 
     def after(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         called.append(True)
@@ -139,15 +144,14 @@ def input_rows_back(embedding: End, ids: Tensor) -> Iterator[None]:
         embedding: the input rows.
         ids: (n,) int64, ascending.
     """
-    rows = _base_rows(embedding, ids)
+    rows, own_rows = _base_rows(embedding, ids), _rows_now(embedding, ids)
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def after(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         inputs: Tensor = args[0]
         chosen = torch.isin(inputs, ids.to(inputs.device))
-        tokens = inputs[chosen].cpu()
-        base = rows[torch.searchsorted(ids, tokens)].to(output.device, torch.float32)
-        weight: Any = module.weight
-        own, vectors = weight[tokens.to(weight.device)].to(output.device).float(), output[chosen].float()
+        places = torch.searchsorted(ids, inputs[chosen].cpu())
+        base = rows[places].to(output.device, torch.float32)
+        own, vectors = own_rows[places].to(output.device), output[chosen].float()
         if not torch.equal(own, vectors):
             base *= (own * vectors).sum(1, keepdim=True) / own.square().sum(1, keepdim=True).clamp(min=1e-30)
         changed = output.clone()
@@ -164,6 +168,15 @@ def input_rows_back(embedding: End, ids: Tensor) -> Iterator[None]:
 def _base_rows(end: End, ids: Tensor) -> Tensor:
     """(n, width) of the baseline, in its dtype."""
     return torch.cat([end.baseline.chunk(slice(token, token + 1)) for token in ids.tolist()])
+
+
+def _rows_now(end: End, ids: Tensor) -> Tensor:
+    """(n, width) float32 on the CPU, as the forward pass uses them."""
+    if end.rows is not None:
+        return pick_rows(end.rows, ids).cpu()
+    weight = end.module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()[ids.to(weight.device)].cpu().float()
 
 
 def _evenly(ids: Tensor, most: int) -> Tensor:

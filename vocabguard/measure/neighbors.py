@@ -103,7 +103,7 @@ def nearest_rows(rows: Rows | Baseline, ids: Tensor, k: int, exclude: Tensor | N
         raise ValueError(f"exclude has shape {tuple(exclude.shape)}; expected ({rows.rows},)")
     ids = ids.to("cpu", torch.int64)
     size = max(1, _CHUNK // max(1, rows.width))
-    wanted = _directions(_picked(rows, ids, size))
+    wanted = _directions(pick_rows(rows, ids))
     best, place = torch.full((k, len(ids)), -torch.inf), torch.full((k, len(ids)), -1)
     best, place, own = (tensor.to(wanted.device) for tensor in (best, place, ids))
     for part, chunk in rows.chunks(size):
@@ -150,9 +150,19 @@ def intruders(table: VocabTable, ids: Tensor, near: Tensor) -> Tensor:
     return (theirs != group[ids][:, None]) & ~shared[theirs] & (near >= 0)
 
 
-def _picked(rows: Rows | Baseline, ids: Tensor, size: int) -> Tensor:
-    """(n, width) float32 rows of the ids on the rows' device; NaN for an id beyond them."""
+@torch.no_grad()
+def pick_rows(rows: Rows | Baseline, ids: Tensor) -> Tensor:
+    """Some rows: one by one where single rows can be read, else in one pass.
+
+    Args:
+        rows: of any floating dtype, on any device.
+        ids: (n,) int64, on the CPU.
+
+    Returns:
+        (n, width) float32 on the rows' device; NaN for an id beyond them.
+    """
     read: Callable[[slice], Tensor] | None = getattr(rows, "chunk", None)
+    size = max(1, _CHUNK // max(1, rows.width))
     found: Tensor | None = None
     parts = (
         ((slice(i, i + 1), read(slice(i, i + 1))) for i in ids.tolist() if i < rows.rows) if read else rows.chunks(size)
