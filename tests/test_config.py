@@ -331,4 +331,6 @@ def test_presets_switch_on_what_they_are_named_for() -> None:
     assert switched["echo"] == (True, False)
     assert switched["hold"] == (False, True)
     assert switched["protect"] == (True, True)
+    assert switched["early"] == (False, False)
+    assert load_config("early").alerts["at_risk"].actions == ["log", "echo", "hold"]
     assert {switched[name] for name in ("watch", "light", "thorough")} == {(False, False)}

@@ -54,9 +54,7 @@ def train(trainer: str, folder: Path, tokenizer: Any, *, broken: bool) -> dict[s
     pattern = "checkpoint-*" if trainer == "hf" else "**/*step=*.ckpt"
     return {
         "step": run.trainer.state.global_step if trainer == "hf" else run.trainer.global_step,
-        "checkpoints": sorted(
-            path.name for path in folder.glob("**/*step=*.ckpt" if trainer != "hf" else "checkpoint-*")
-        ),
+        "checkpoints": sorted(path.name for path in folder.glob(pattern)),
         "seen": seen,
         "reason": guard.faults.reason,
         "weights": {name: value.clone() for name, value in run.model.state_dict().items()},
