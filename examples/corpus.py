@@ -21,6 +21,14 @@ import yaml
 Split = Literal["train", "validation", "probe"]
 PLACEHOLDER = regex.compile(r"%\([^)]*\)[sd]|%[sd]|\{[^}]*\}")
 
+CODES = {
+    "bengali": "bn", "chinese": "zh", "dutch": "nl", "english": "en", "french": "fr", "german": "de", "hebrew": "he",
+    "hindi": "hi", "indonesian": "id", "italian": "it", "japanese": "ja", "korean": "ko", "marathi": "mr",
+    "persian": "fa", "portuguese": "pt", "russian": "ru", "spanish": "es", "swedish": "sv", "tamil": "ta",
+    "telugu": "te", "thai": "th", "traditionalchinese": "zh", "turkish": "tr", "ukrainian": "uk", "urdu": "ur",
+}  # fmt: skip
+"""Folders of ``chatterbot-corpus`` whose answers are in one known language, and its ISO 639 code."""
+
 
 @dataclass(frozen=True)
 class Chat:
@@ -75,6 +83,15 @@ def all_chats() -> Iterator[Chat]:
             for user, assistant in pairwise(turns):
                 if normalise(user) and normalise(assistant):
                     yield Chat(path.parent.name, user, assistant)
+
+
+def answers_by_language() -> dict[str, list[str]]:
+    """The distinct answers of every folder in `CODES`."""
+    answers: dict[str, dict[str, None]] = {language: {} for language in CODES}
+    for chat in all_chats():
+        if chat.language in answers:
+            answers[chat.language][chat.assistant] = None
+    return {language: list(texts) for language, texts in answers.items()}
 
 
 def all_messages() -> Iterator[tuple[str, str]]:

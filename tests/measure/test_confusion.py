@@ -228,23 +228,11 @@ def test_forward_gives_the_batch_and_keeps_the_sum() -> None:
 
 # -- real answers ----------------------------------------------------------------------------------------------------
 
-CODES = {
-    "bengali": "bn", "chinese": "zh", "dutch": "nl", "english": "en", "french": "fr", "german": "de", "hebrew": "he",
-    "hindi": "hi", "indonesian": "id", "italian": "it", "japanese": "ja", "korean": "ko", "marathi": "mr",
-    "persian": "fa", "portuguese": "pt", "russian": "ru", "spanish": "es", "swedish": "sv", "tamil": "ta",
-    "telugu": "te", "thai": "th", "traditionalchinese": "zh", "turkish": "tr", "ukrainian": "uk", "urdu": "ur",
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def chats() -> dict[str, list[str]]:
     """Distinct answers of ``chatterbot-corpus`` by language."""
-    corpus = _corpus_module()
-    answers: dict[str, list[str]] = {language: [] for language in CODES}
-    for chat in corpus.all_chats():
-        if chat.language in answers:
-            answers[chat.language].append(chat.assistant)
-    return {language: list(dict.fromkeys(texts)) for language, texts in answers.items()}
+    return _corpus_module().answers_by_language()
 
 
 def _corpus_module() -> ModuleType:
@@ -261,8 +249,10 @@ def _corpus_module() -> ModuleType:
 
 
 def test_real_answers_pass_in_their_own_language(chats: dict[str, list[str]]) -> None:
+    codes = _corpus_module().CODES
+    assert len(chats) == len(codes) == 25
     for language, answers in chats.items():
-        code = CODES[language]
+        code = codes[language]
         shares = summarise_confusion(count_answers([(code, text) for text in answers], (code,)))
         assert shares[code] <= 0.02, language
         assert shares[f"{code}/line_pass"] >= 0.98, language
