@@ -89,7 +89,8 @@ def run_together(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    rooms = os.pathsep.join(str(HERE / room) for room in ("integrations", "guard", "processes"))
+    known = [path for path in [os.environ.get("PYTHONPATH")] if path]
+    rooms = os.pathsep.join([*(str(HERE / room) for room in ("integrations", "guard", "processes")), *known])
     common = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": rooms}
     if count > 1:
         size, address = str(count), {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

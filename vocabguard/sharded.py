@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vocabguard import collective
 from vocabguard.results import NotApplicable
@@ -85,6 +85,14 @@ def local_rows(weight: Tensor) -> Tensor:
     local = weight if to_local is None else to_local()
     assert isinstance(local, Tensor)
     return local
+
+
+def reshard(model: nn.Module) -> None:
+    """Give each process its own rows back: a forward pass without a backward pass leaves FSDP2's outermost gathered."""
+    for module in model.modules():
+        # To import FSDP2 for its class takes a second.
+        if callable(again := getattr(module, "reshard", None)):
+            again()
 
 
 class ShardBaseline:

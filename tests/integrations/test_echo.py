@@ -524,18 +524,19 @@ def test_refused_before_step_one(kit: Any, tokenizer: Any, tmp_path: Path) -> No
     assert losses == []
 
 
-def test_lightning_refuses_batches_without_names(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_lightning_refuses_batches_without_names(kit: Any, tokenizer: Any, tmp_path: Path, kind: type) -> None:
     guarded = guard_for(kit, "lightning", tokenizer, targets=lambda batch: (batch[0], batch[1]))
 
     class Pairs(kit.Module):  # type: ignore[name-defined, misc]
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self.model(input_ids=batch[0], labels=batch[1]).loss
 
-    def collate(rows: list[Any]) -> tuple[Tensor, Tensor]:
+    def collate(rows: list[Any]) -> Any:
         batch = DataCollatorForSeq2Seq(tokenizer)(rows)
-        return batch["input_ids"], batch["labels"]
+        return kind([batch["input_ids"], batch["labels"]])
 
-    with pytest.raises(ConfigError, match="tuple"):
+    with pytest.raises(ConfigError, match=f"the batch is a {kind.__name__}"):
         kit.run_lightning(
             kit.tiny_model(), long_rows(8), tokenizer, tmp_path, callbacks=(guarded,), module=Pairs, collate=collate
         )

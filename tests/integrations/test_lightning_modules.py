@@ -101,13 +101,15 @@ def after_shift(batch: Any) -> Any:
     return batch[0], batch[2][:, 1:]
 
 
-def test_tuple_batches_with_an_extractor(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_batches_without_names_and_an_extractor(kit: Any, tokenizer: Any, tmp_path: Path, kind: type) -> None:
+    collate = tuple_collate(kit, tokenizer)
     rows = kit.random_rows(24)
     # Without an attention mask padding would count as an input; here padding is the token 0.
     guarded = guard_for(kit, tokenizer, after_shift, preflight={"enabled": True})
     run = kit.run_lightning(
         kit.tiny_model(), rows, tokenizer, tmp_path, callbacks=(guarded,), module=loss_outside(kit),
-        collate=tuple_collate(kit, tokenizer),
+        collate=lambda rows: kind(collate(rows)),
     )  # fmt: skip
     targets, inputs, last = kit.naive_counts(rows, kit.BATCH)
     found = guarded.guard.last

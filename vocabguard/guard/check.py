@@ -27,6 +27,7 @@ from vocabguard.measure.drift import measure_drift
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.models import no_tokens
 from vocabguard.results import CheckResult, Exposure, Finding, MatrixName, NotApplicable, ProbeResult, RowDrift
+from vocabguard.sharded import reshard
 from vocabguard.transitions import Transition
 
 Moment = Literal["evaluation", "end"]
@@ -215,6 +216,7 @@ class Checker:
 
     def _drifts(self, unexposed: Tensor) -> dict[MatrixName, RowDrift | NotApplicable]:
         found: dict[MatrixName, RowDrift | NotApplicable] = {}
+        reshard(self.model)
         for name, matrix in self.watched.matrices.items():
             if isinstance(matrix, VocabMatrix):
                 # A tied pair is one matrix, measured once.

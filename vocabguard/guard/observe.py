@@ -76,7 +76,7 @@ def drop_labels(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 _NO_LABELS = (
     "vocabguard: a training pass got no labels, so its targets are not counted. Where a trainer takes them out of the "
-    "batch before (a loss function of one's own), say `hidden_labels=True` to the Hugging Face callback; else `targets=`"
+    "batch before (a loss of one's own), say `hidden_labels=True` to the Hugging Face callback; else `targets=`"
 )
 _NOT_ITS_OWN = "no optimizer has the output matrix (DeepSpeed, for one, steps copies of its own)"
 

@@ -17,6 +17,7 @@ from vocabguard.matrices import VocabMatrix, find_matrices
 from vocabguard.measure.untrained import never_trained
 from vocabguard.results import MatrixName, NotApplicable, Preflight, Watch, WatchedMatrix
 from vocabguard.settings import GuardConfig
+from vocabguard.sharded import reshard
 from vocabguard.snapshot import Baseline, CopiedBaseline, copy_baseline, open_baseline, reopen_baseline
 from vocabguard.transitions import Transition
 from vocabguard.vocabulary import GROUPS, VocabTable, build_table, plain_table
@@ -97,6 +98,7 @@ def watch_model(model: nn.Module, tokenizer: Any, config: GuardConfig, resumed: 
     Raises:
         ConfigError: for a module name or a source that does not exist, or a tokenizer larger than the model.
     """
+    reshard(model)
     try:
         matrices = find_matrices(model, config.matrices.head, config.matrices.embedding)
         rows = vocabulary_rows(model, matrices)
