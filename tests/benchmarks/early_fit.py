@@ -13,13 +13,13 @@ from early_replay import Prior, Recorded
 from torch import nn
 
 from vocabguard.measure.forecast import Floats
-from vocabguard.measure.forecast_model import LEVELS, QuantileNets, nets_of
+from vocabguard.measure.forecast_model import KINDS, LEVELS, QuantileNets, nets_of
 
-Name = Literal["running", "starting"]
+Name = Literal["running-adam", "running-sgd", "starting"]
 
 MEMBERS = 4
 HIDDEN = 32
-PAIRS = {"running": 36, "starting": 16}
+PAIRS = {"running-adam": 36, "running-sgd": 60, "starting": 16}
 ROWS = 1200
 EPOCHS = 10
 BATCH = 4096
@@ -35,9 +35,12 @@ class Member(nn.Module):
         self.layers = nn.ModuleList(
             [nn.Linear(inputs, HIDDEN), nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, len(LEVELS))]
         )
+        self.past = nn.Linear(inputs, 1, bias=False)
+        nn.init.zeros_(self.past.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(n, Q) quantiles."""
+        past = self.past(x)
         for layer in self.layers[:2]:
             x = nn.functional.silu(layer(x))
         out = self.layers[2](x)
@@ -45,7 +48,7 @@ class Member(nn.Module):
         below = steps[:, :_MEDIAN].flip(1).cumsum(1).flip(1)
         above = steps[:, _MEDIAN + 1 :].cumsum(1)
         middle = out[:, _MEDIAN : _MEDIAN + 1]
-        return torch.cat([middle - below, middle, middle + above], 1)
+        return torch.cat([middle - below, middle, middle + above], 1) + past
 
 
 def examples(run: Recorded, name: Name, seed: int) -> tuple[Floats, Floats]:
@@ -56,9 +59,9 @@ def examples(run: Recorded, name: Name, seed: int) -> tuple[Floats, Floats]:
     rng = np.random.default_rng(seed)
     live, inputs, growths = np.flatnonzero(run.live), [], []
     for _ in range(PAIRS[name]):
-        check = run.at(rng.uniform(0.04, 0.7)) if name == "running" else 0
+        check = 0 if name == "starting" else run.at(rng.uniform(0.04, 0.7))
         end = run.last if rng.random() < 0.5 else int(rng.integers(check + 2, run.last + 1))
-        prior = PRIORS[rng.choice(3, p=(0.5, 0.3, 0.2))] if name == "running" else PRIORS[rng.integers(2)]
+        prior = PRIORS[rng.integers(2)] if name == "starting" else PRIORS[rng.choice(3, p=(0.5, 0.3, 0.2))]
         x, y = run.pair(check, end, prior, int(rng.integers(2**31)))
         chosen = rng.choice(live, min(ROWS, len(live)), replace=False)
         inputs.append(x[chosen])
@@ -72,9 +75,7 @@ def fit(runs: Sequence[Recorded], name: Name, seed: int = 0, members: int = MEMB
     Returns:
         The tensors of `forecast_model.nets_of`, not widened.
     """
-    if name == "starting":
-        # The size of a step of plain gradient descent is not known beforehand.
-        runs = [run for run in runs if run.setup.optimizer != "sgd"]
+    runs = concerned(runs, name)
     data = [examples(run, name, seed + index) for index, run in enumerate(runs)]
     inputs = np.concatenate([x for x, _ in data])
     mean, scale = inputs.mean(0), np.maximum(inputs.std(0), 0.05)
@@ -90,7 +91,13 @@ def fit(runs: Sequence[Recorded], name: Name, seed: int = 0, members: int = MEMB
         parts = [net.layers[layer] for net in trained]
         tensors[f"{name}/weight{layer}"] = np.stack([part.weight.detach().numpy().T for part in parts])
         tensors[f"{name}/bias{layer}"] = np.stack([part.bias.detach().numpy()[None] for part in parts])
+    tensors[f"{name}/weight3"] = np.stack([net.past.weight.detach().numpy().T for net in trained])
     return {key: np.ascontiguousarray(value, dtype=np.float32) for key, value in tensors.items()}
+
+
+def concerned(runs: Sequence[Recorded], name: Name) -> list[Recorded]:
+    """The runs that networks of a name are for: the size of a step of plain gradient descent is not known beforehand."""
+    return [run for run in runs if (run.setup.optimizer == "sgd") == (name == "running-sgd")]
 
 
 def _train(inputs: Floats, growths: Floats, seed: int) -> Member:
@@ -113,7 +120,7 @@ def _train(inputs: Floats, growths: Floats, seed: int) -> Member:
 
 def left_out(runs: Sequence[Recorded], name: Name) -> list[tuple[Recorded, QuantileNets]]:
     """Each run with networks that were fitted on the runs of other data."""
-    found = []
+    runs, found = concerned(runs, name), []
     for data in sorted({run.setup.data for run in runs}):
         nets = nets_of(fit([run for run in runs if run.setup.data != data], name, members=2), name)
         found += [(run, nets) for run in runs if run.setup.data == data]
@@ -127,10 +134,8 @@ def widening(pairs: Sequence[tuple[Recorded, QuantileNets]], name: Name) -> Floa
     """
     ratios: dict[str, list[Floats]] = {"below": [], "above": []}
     for run, nets in pairs:
-        if name == "starting" and run.setup.optimizer == "sgd":
-            continue
         moved = run.live & (run.end < 0.98)
-        for share in (0.1, 0.2, 0.4) if name == "running" else (0.0,):
+        for share in (0.0,) if name == "starting" else (0.1, 0.2, 0.4):
             x, y = run.pair(run.at(share), run.last, "complete", 0)
             levels = nets.quantiles(x)[moved]
             off = y[moved] - levels[:, _MEDIAN]
@@ -152,7 +157,7 @@ def _even_quantile(parts: Sequence[Floats], level: float) -> float:
 def fit_all(runs: Sequence[Recorded], path: Path) -> None:
     """Fit and widen both kinds on the runs, and write them."""
     tensors: dict[str, Any] = {}
-    for name in ("running", "starting"):
+    for name in KINDS:
         widen = widening(left_out(runs, name), name)
         print(f"{name}: intervals widened by {widen.round(2).tolist()}")
         tensors |= {**fit(runs, name), f"{name}/widen": widen}

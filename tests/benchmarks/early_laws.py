@@ -29,7 +29,7 @@ def diffusion(run: Recorded, check: int) -> Floats:
 
 def own_power(run: Recorded, check: int) -> Floats:
     """A power of the summed rates that the run itself shows: by exposure class, between half of the sum and now."""
-    rows, now, before, asked, *_ = run.running(check)
+    rows, (now, before, _), asked, *_ = run.running(check)
     span = np.log(now.rate_sum / before.rate_sum)
     growth = (np.log(np.maximum(now.angle, 1e-4)) - np.log(np.maximum(before.angle, 1e-4))) / span
     classes = np.searchsorted((1, 5, 20), asked.targets.numpy(), side="right")
@@ -42,7 +42,7 @@ def own_power(run: Recorded, check: int) -> Floats:
 
 def steady_and_wandering(run: Recorded, check: int) -> Floats:
     """A steady part and a random walk, d^2 = a S^2 + b Q, told apart by the class's growth since half of the sum."""
-    rows, now, before, asked, schedule, _ = run.running(check)
+    rows, (now, before, _), asked, schedule, _ = run.running(check)
     _, squares = run._sums
     half_square = float(squares[before.step])
     classes = np.searchsorted((1, 5, 20), asked.targets.numpy(), side="right")

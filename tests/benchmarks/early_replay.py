@@ -12,7 +12,7 @@ import torch
 from early_runs import HELD_OUT_DATA, HELD_OUT_OPTIMIZER, Setup
 
 from vocabguard.forecasts import Schedule
-from vocabguard.measure.forecast import Asked, Floats, Past, Rows, angles, halfway, keep
+from vocabguard.measure.forecast import Asked, Floats, Past, Rows, angles, keep, track
 from vocabguard.measure.forecast_features import running_features, starting_features
 from vocabguard.results import RowDrift
 
@@ -120,16 +120,16 @@ class Recorded:
         for one in range(check + 1):
             rate_sum = float(self._sums[0][self.found["step"][one]])
             if rate_sum > 0:
-                pasts = keep(pasts, Past(int(self.found["step"][one]), rate_sum, self.angle[one]))
+                own = np.arccos(np.clip(self.found["residual"][one], -1, 1))
+                pasts = keep(pasts, Past(int(self.found["step"][one]), rate_sum, self.angle[one], own))
         return pasts
 
     def running(self, check: int, end: int | None = None, prior: Prior = "complete", seed: int = 0) -> Any:
         """What `forecast_model.forecast_running` takes."""
         pasts, schedule = self.pasts(check), self.schedule(check, end)
-        before = halfway(pasts[:-1], schedule.sum_past)
-        assert before is not None
-        asked = self.asked(check, prior, seed)
-        return self.rows, pasts[-1], before, asked, schedule, self.found["residual"][check]
+        known = track(pasts[:-1], pasts[-1])
+        assert known is not None
+        return self.rows, known, self.asked(check, prior, seed), schedule, self.found["norm_ratio"][check]
 
     def starting(self, end: int | None = None, prior: Prior = "complete", seed: int = 0) -> Any:
         """What `forecast_model.forecast_starting` takes."""

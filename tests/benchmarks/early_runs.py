@@ -258,7 +258,7 @@ HELD_OUT_DATA, HELD_OUT_OPTIMIZER = "russian", "adafactor"
 
 TUNING = (
     Setup("english", "adamw", 6.3e-4, LINEAR, 12),
-    Setup("english", "adamw", 7.5e-4, COSINE, 8, seed=1),
+    Setup("english", "adamw", 6.2e-4, COSINE, 8, seed=1),
     Setup("english", "adamw", 3.6e-4, CONSTANT, 12, seed=2),
     Setup("english", "adamw", 6.5e-4, RESTARTS, 24, seed=3),
     Setup("english", "adamw95", 4.2e-4, LINEAR, 12, seed=4),
@@ -273,12 +273,16 @@ TUNING = (
     Setup("mixed", "adamw95", 4.5e-4, LINEAR, 16, seed=12),
     Setup("mixed", "adamw", 3.8e-4, CONSTANT, 8, seed=13),
     Setup("mixed", "sgd", 0.5, COSINE, 12, seed=14),
-    Setup("mixed", "adamw95", 2e-4, CONSTANT, 12, tied=True, seed=15),
+    Setup("mixed", "adamw95", 2.5e-4, CONSTANT, 12, tied=True, seed=15),
     Setup("spanish", "adamw", 6.5e-4, COSINE, 12, seed=16),
     Setup("spanish", "adamw95", 4.5e-4, RESTARTS, 8, seed=17),
     Setup("korean", "adamw", 7e-4, LINEAR, 16, seed=18),
     Setup("korean", "adamw", 1.5e-4, COSINE, 12, seed=19),
     Setup("korean", "adamw95", 2.2e-4, CONSTANT, 12, seed=20),
+    Setup("code", "adamw95", 5.5e-4, CONSTANT, 8, steps=120, seed=21),
+    Setup("mixed", "adamw", 9e-4, LINEAR, 12, steps=120, seed=22),
+    Setup("english", "adamw", 5e-4, LINEAR, 12, steps=480, seed=50),
+    Setup("english", "adamw", 7e-4, LINEAR, 12, seed=51),
 )
 HELD_OUT = (
     Setup("russian", "adamw", 9e-4, LINEAR, 12, seed=30),
@@ -293,8 +297,10 @@ HELD_OUT = (
     Setup("english", "adafactor", 6.3e-4, COSINE, 12, seed=39),
     Setup("code", "adafactor", 7.5e-4, LINEAR, 12, seed=40),
     Setup("mixed", "adafactor", 6.5e-4, RESTARTS, 12, seed=41),
-    Setup("english", "adafactor", 6.3e-4, LINEAR, 16, tied=True, seed=42),
+    Setup("english", "adafactor", 7e-4, LINEAR, 16, tied=True, seed=42),
     Setup("code", "adafactor", 1e-4, COSINE, 12, seed=43),
+    Setup("russian", "adamw", 1e-3, LINEAR, 12, seed=52),
+    Setup("russian", "adamw95", 3.6e-4, LINEAR, 12, steps=480, seed=45),
 )
 """Rates are such that most runs end with 2 to 50 % of the live rows below 0.95, and a few with none."""
 

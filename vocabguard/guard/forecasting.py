@@ -16,7 +16,7 @@ from vocabguard.forecasts import Forecast, Schedule
 from vocabguard.guard.rates import RateMeter, Rates, group_of, planned_rates
 from vocabguard.guard.setup import Watched
 from vocabguard.matrices import VocabMatrix
-from vocabguard.measure.forecast import Asked, Past, Rows, angles, halfway, keep
+from vocabguard.measure.forecast import Asked, Floats, Past, Rows, angles, keep, track
 from vocabguard.measure.forecast_model import forecast_running, forecast_starting
 from vocabguard.results import Exposure, NotApplicable, Preflight, RowDrift
 from vocabguard.sharded import ShardBaseline
@@ -150,13 +150,14 @@ class Forecaster:
         if known.sum_past <= 0:
             first = asked.prior is not None and known.optimizer != "sgd" and known.sum_left > 0
             return forecast_starting(rows, asked, known) if first else _FIRST_MOVES
-        now = Past(step, known.sum_past, angles(drift, rows.norm))
-        before = halfway(self.pasts, known.sum_past)
+        own = torch.arccos(drift.residual.clamp(-1, 1)).numpy()
+        now = Past(step, known.sum_past, angles(drift, rows.norm), own)
+        known_from = track(self.pasts, now)
         if not self.pasts or self.pasts[-1].rate_sum < now.rate_sum:
             self.pasts = keep(self.pasts, now)
-        if before is None:
+        if known_from is None:
             return _NO_PAST
-        return forecast_running(rows, now, before, asked, known, drift.residual.numpy())
+        return forecast_running(rows, known_from, asked, known, drift.norm_ratio.numpy())
 
     def _schedule(self, step: int) -> Schedule | NotApplicable:
         meter, nature = self.meter, self.nature
@@ -200,23 +201,32 @@ class Forecaster:
         """The matrix has other rows now: new ones have no past."""
         rows = self.watched.rows
         self.pasts = tuple(
-            Past(past.step, past.rate_sum, _fitted(torch.from_numpy(past.angle), rows, math.nan).numpy())
+            Past(past.step, past.rate_sum, _longer(past.angle, rows), _longer(past.own_angle, rows))
             for past in self.pasts
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and a few V-sized vectors; loads with ``weights_only=True``."""
-        pasts = [
-            {"step": past.step, "rate_sum": past.rate_sum, "angle": torch.from_numpy(past.angle)} for past in self.pasts
-        ]
+        pasts = [{name: _saved(value) for name, value in vars(past).items()} for past in self.pasts]
         return {"meter": {} if self.meter is None else self.meter.state_dict(), "pasts": pasts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`; call it before `hook`."""
         self._saved = state["meter"]
         self.pasts = tuple(
-            Past(int(past["step"]), float(past["rate_sum"]), past["angle"].numpy()) for past in state["pasts"]
+            Past(past["step"], past["rate_sum"], past["angle"].numpy(), past["own_angle"].numpy())
+            for past in state["pasts"]
         )
+
+
+def _saved(value: Any) -> Any:
+    """Tensors survive ``torch.load(weights_only=True)``, arrays do not."""
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def _longer(vector: Floats, rows: int) -> Floats:
+    found: Floats = _fitted(torch.from_numpy(vector), rows, math.nan).numpy()
+    return found
 
 
 def _fitted(vector: Tensor, rows: int, fill: float = 0) -> Tensor:

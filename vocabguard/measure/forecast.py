@@ -23,7 +23,7 @@ from vocabguard.results import RowDrift
 
 Floats = npt.NDArray[np.float32]
 
-_KEPT = 6
+_KEPT = 5
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,13 @@ class Past:
         step: the optimizer step.
         rate_sum: learning rates up to it, summed.
         angle: (V,) float32 in [0, pi], between row and baseline row; NaN for bad rows.
+        own_angle: (V,) float32 in [0, pi], the same without the shift that unexposed rows share.
     """
 
     step: int
     rate_sum: float
     angle: Floats
+    own_angle: Floats
 
 
 def angles(drift: RowDrift, norm: Tensor) -> Floats:
@@ -130,6 +132,20 @@ def halfway(pasts: Sequence[Past], rate_sum: float) -> Past | None:
     """The past whose summed rates are nearest to half of the given, by ratio; None if there is none before it."""
     before = [past for past in pasts if 0 < past.rate_sum < rate_sum]
     return min(before, key=lambda past: abs(math.log(2 * past.rate_sum / rate_sum)), default=None)
+
+
+def track(pasts: Sequence[Past], now: Past) -> tuple[Past, Past, Past] | None:
+    """Now, about half of the summed rates ago, and about a quarter; the earliest stands in where there is none earlier.
+
+    Args:
+        pasts: what `keep` kept, with or without `now`.
+        now: the rows now.
+
+    Returns:
+        None if nothing is known from before.
+    """
+    half = halfway(pasts, now.rate_sum)
+    return None if half is None else (now, half, halfway(pasts, half.rate_sum) or half)
 
 
 def summarise_forecast(forecast: Forecast, live: Tensor, parts: Mapping[str, Tensor]) -> dict[str, float]:

@@ -23,41 +23,46 @@ Ints = npt.NDArray[np.int64]
 
 
 def running_features(
-    rows: Rows, now: Past, halfway: Past, asked: Asked, schedule: Schedule, residual: Floats
+    rows: Rows, track: tuple[Past, Past, Past], asked: Asked, schedule: Schedule, norm_ratio: Floats
 ) -> tuple[Floats, Floats]:
     """Numbers of a run that is under way.
 
     Args:
         rows: what does not change.
-        now: where the rows are.
-        halfway: where they were at about half of the rates summed so far.
+        track: where the rows are and were, see `forecast.track`.
         asked: targets, inputs and gradients so far.
         schedule: rates.
-        residual: (V,) residual cosine.
+        norm_ratio: (V,) length of the rows over that of their baseline rows.
 
     Returns:
         (V, F) float32, and the (V,) float32 logarithm of the angle now, which quantiles are relative to.
     """
+    now, half, quarter = track
     angle, live = _log(now.angle), rows.live.numpy()
     size = _relative_size(rows)
-    targets = asked.targets.numpy()
-    classes = np.searchsorted(CLASS_STARTS, targets, side="right")
-    span = max(math.log(now.rate_sum / halfway.rate_sum), 0.1)
-    growth = np.clip((angle - _log(halfway.angle)) / span, -1, 3)
+    classes = np.searchsorted(CLASS_STARTS, asked.targets.numpy(), side="right")
+    never = live & (classes == 0)
+    own = _log(now.own_angle, 1e-3)
+    # How far a row went, had all rows the same length.
     moved = angle + size
     of_class = _medians(moved, classes, live, _FEW)
-    never = live & (classes == 0)
     of_group = _medians(moved, rows.group.numpy(), never if never.any() else live, _ENOUGH)
+    growth, before = _growth(half, now), _growth(quarter, half) if quarter is not half else _growth(half, now)
+    of_growth, of_before = (_medians(one, classes, live, _FEW) for one in (growth, before))
     columns = [
-        angle,
+        moved - of_class,
         size,
-        of_class - size,
         of_group - of_class,
-        growth,
-        _medians(growth, classes, live, _FEW),
-        _log(np.arccos(np.clip(residual, -1, 1)), 1e-3) - angle,
-        _efficiency(angle, size, rows, schedule),
+        growth - of_growth,
+        before - of_before,
+        own - angle,
+        own - _log(half.own_angle, 1e-3) - of_growth,
+        np.clip((norm_ratio - 1) / np.maximum(now.angle, 1e-3), -3, 3),
         *_asked(asked, schedule, never),
+        of_class,
+        _efficiency(of_class, rows, schedule),
+        of_growth,
+        of_before,
         *_rates(schedule),
         float(rows.tied),
     ]
@@ -90,6 +95,13 @@ def starting_features(rows: Rows, asked: Asked, schedule: Schedule) -> tuple[Flo
         float(rows.tied),
     ]
     return _stacked(columns, len(largest)), largest
+
+
+def _growth(before: Past, after: Past) -> Floats:
+    """The power of the summed rates that a row's angle went with in between: 1 in proportion, 0.5 a random walk."""
+    span = max(math.log(after.rate_sum / before.rate_sum), 0.1)
+    found: Floats = np.clip((_log(after.angle) - _log(before.angle)) / span, -1, 3)
+    return found
 
 
 def _asked(asked: Asked, schedule: Schedule, never: npt.NDArray[np.bool_]) -> list[npt.ArrayLike]:
@@ -148,7 +160,6 @@ def _rates(schedule: Schedule) -> list[float]:
         math.log(max(coming / usual, 1e-3)),
         math.log(schedule.total / schedule.step),
         _memory(schedule, schedule.step),
-        float(schedule.optimizer == "sgd"),
     ]
 
 
@@ -158,13 +169,13 @@ def _memory(schedule: Schedule, steps: int) -> float:
     return 0.3 * min(max(math.log(schedule.memory / max(steps, 1)), -7.0), 7.0)
 
 
-def _efficiency(angle: Floats, size: Floats, rows: Rows, schedule: Schedule) -> npt.ArrayLike:
-    """How much of the way a row went that steps of one direction would have taken it; 0 where their size is unknown."""
+def _efficiency(moved: Floats, rows: Rows, schedule: Schedule) -> npt.ArrayLike:
+    """How much of the way rows went that steps of one direction would have taken them; 0 where their size is unknown."""
     if schedule.optimizer == "sgd":
         return 0.0
     usual = float(np.median(rows.norm.numpy()[rows.live.numpy()]))
     whole = math.log(max(schedule.sum_past, 1e-30) * math.sqrt(rows.width) / max(usual, 1e-12))
-    found: Floats = np.clip(angle + size - whole, -10, 1)
+    found: Floats = np.clip(moved - whole, -10, 1)
     return found
 
 

@@ -1,7 +1,8 @@
 """The fitted part of the forecast: a few small networks from a row's numbers to quantiles of its angle at the end.
 
 They are fitted by ``tests/benchmarks/early_warning.py --fit`` on whole fine-tunes, by the pinball loss, each on other
-fine-tunes; their mean is taken. Intervals are widened by what left-out fine-tunes called for.
+fine-tunes; their mean is taken. Intervals are widened by what left-out fine-tunes called for. Plain gradient descent,
+whose rows move with the size of their gradients, has networks of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from vocabguard.measure.forecast_features import running_features, starting_feat
 LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 """Quantiles that a network gives."""
 
+KINDS = ("running-adam", "running-sgd", "starting")
+"""Names of the networks."""
+
 _MEDIAN = LEVELS.index(0.5)
 _CHUNK = 16384
 _WITHIN = 4.0
@@ -33,14 +37,14 @@ class QuantileNets:
     Attributes:
         mean: (F,) of the inputs.
         scale: (F,) of the inputs.
-        weights: three arrays, (K, F, H), (K, H, H), (K, H, Q).
+        weights: four arrays, (K, F, H), (K, H, H), (K, H, Q), and past the hidden layers (K, F, 1) to the median.
         biases: three arrays, (K, 1, H), (K, 1, H), (K, 1, Q).
         widen: what distances from the median are multiplied by, below and above.
     """
 
     mean: Floats
     scale: Floats
-    weights: tuple[Floats, Floats, Floats]
+    weights: tuple[Floats, Floats, Floats, Floats]
     biases: tuple[Floats, Floats, Floats]
     widen: tuple[float, float]
 
@@ -63,10 +67,11 @@ class QuantileNets:
         return found
 
     def _one(self, x: Floats, member: int) -> Floats:
+        past = x @ self.weights[3][member]
         for layer in (0, 1):
             x = x @ self.weights[layer][member] + self.biases[layer][member]
             x = x / (1 + np.exp(-x))
-        return spread(x @ self.weights[2][member] + self.biases[2][member])
+        return spread(x @ self.weights[2][member] + self.biases[2][member]) + past
 
 
 def spread(out: Floats) -> Floats:
@@ -87,7 +92,7 @@ def packaged(name: str) -> QuantileNets:
     """The networks that come with the package.
 
     Args:
-        name: ``running`` or ``starting``.
+        name: one of `KINDS`.
     """
     data = (resources.files("vocabguard.measure") / "forecast.safetensors").read_bytes()
     return nets_of(safetensors.numpy.load(data), name)
@@ -97,10 +102,11 @@ def nets_of(tensors: Mapping[str, Floats], name: str) -> QuantileNets:
     """The networks of a name, out of what a file holds.
 
     Args:
-        tensors: ``<name>/mean``, ``scale``, ``widen``, ``weight0`` ... ``bias2``.
-        name: ``running`` or ``starting``.
+        tensors: ``<name>/mean``, ``scale``, ``widen``, ``weight0`` ... ``weight3``, ``bias0`` ... ``bias2``.
+        name: one of `KINDS`.
     """
-    weights, biases = (tuple(tensors[f"{name}/{kind}{layer}"] for layer in range(3)) for kind in ("weight", "bias"))
+    weights = tuple(tensors[f"{name}/weight{layer}"] for layer in range(4))
+    biases = tuple(tensors[f"{name}/bias{layer}"] for layer in range(3))
     below, above = tensors[f"{name}/widen"].tolist()
     return QuantileNets(
         tensors[f"{name}/mean"],
@@ -112,15 +118,15 @@ def nets_of(tensors: Mapping[str, Floats], name: str) -> QuantileNets:
 
 
 def forecast_running(
-    rows: Rows, now: Past, halfway: Past, asked: Asked, schedule: Schedule, residual: Floats
+    rows: Rows, track: tuple[Past, Past, Past], asked: Asked, schedule: Schedule, norm_ratio: Floats
 ) -> Forecast:
     """The forecast in mid-run; see `forecast_features.running_features` for what it takes."""
-    inputs, angle = running_features(rows, now, halfway, asked, schedule, residual)
-    quantiles = packaged("running").quantiles(inputs) + angle[:, None]
+    inputs, angle = running_features(rows, track, asked, schedule, norm_ratio)
+    quantiles = packaged(f"running-{schedule.optimizer}").quantiles(inputs) + angle[:, None]
     if schedule.sum_left <= 0:
         # Nothing moves any more.
         quantiles = np.repeat(angle[:, None], len(LEVELS), axis=1)
-    return forecast_of(quantiles, np.isnan(now.angle), schedule)
+    return forecast_of(quantiles, np.isnan(track[0].angle), schedule)
 
 
 def forecast_starting(rows: Rows, asked: Asked, schedule: Schedule) -> Forecast:
