@@ -2,8 +2,9 @@
 
 ``python tests/benchmarks/coverage_speed.py`` takes the interface messages of Django in 99 languages as texts and as
 prompts with completions, and the chats of chatterbot-corpus joined to conversations, with and without
-``{% generation %}`` in the template. The bare tokenizer is ``tokenizer(batch)`` in batches of as many. Both are run in
-turns, in one process; printed are the median times and their ratio. No network.
+``{% generation %}`` in the template. The bare tokenizer is ``tokenizer(batch)`` in batches of as many, of texts that
+are there already; of chats also ``tokenizer.apply_chat_template(batch)``, which has to render them as coverage does.
+All are run in turns, in one process; printed are the median times and the ratio to them. No network.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ PLAIN = (
 )
 
 
+WHAT = ("tokenizer(batch)", "apply_chat_template")
+
+
 def conversations(chats: Any, exchanges: int) -> list[list[dict[str, str]]]:
     """Chats joined to conversations of so many exchanges."""
     found = []
@@ -42,7 +46,7 @@ def conversations(chats: Any, exchanges: int) -> list[list[dict[str, str]]]:
     return found
 
 
-def medians(works: tuple[Callable[[], object], ...], repeats: int) -> list[float]:
+def medians(works: list[Callable[[], object]], repeats: int) -> list[float]:
     """Seconds of each, run in turns."""
     times: list[list[float]] = [[] for _ in works]
     for _ in range(repeats):
@@ -57,18 +61,17 @@ def compare(name: str, examples: list[Example], texts: list[str], tokenizer: Any
     """Print one line."""
     table = build_table(tokenizer, len(tokenizer))
     batches = [texts[begin : begin + CHUNK] for begin in range(0, len(texts), CHUNK)]
-    bare, counted = medians(
-        (
-            lambda: [tokenizer(batch) for batch in batches],
-            lambda: measure_coverage(examples, tokenizer, table),
-        ),
-        repeats,
-    )
+    works: list[Callable[[], object]] = [
+        lambda: measure_coverage(examples, tokenizer, table),
+        lambda: [tokenizer(batch) for batch in batches],
+    ]
+    if isinstance(examples[0], Chat):
+        said = [[chat.turns for chat in examples[begin : begin + CHUNK]] for begin in range(0, len(examples), CHUNK)]
+        works.append(lambda: [tokenizer.apply_chat_template(batch) for batch in said])
+    counted, *others = medians(works, repeats)
     tokens = int(measure_coverage(examples, tokenizer, table).inputs.sum())
-    print(
-        f"{name:28} {len(examples):7,} rows {tokens:9,} tokens: tokenizer {bare:.3f} s, coverage {counted:.3f} s, "
-        f"{counted / bare:.2f} times; {tokens / counted / 1e6:.2f} M tokens/s"
-    )
+    told = [f"{counted / other:.2f} times {what} ({other:.3f} s)" for other, what in zip(others, WHAT, strict=False)]
+    print(f"{name:24} {len(examples):7,} rows {tokens:8,} tokens: coverage {counted:.3f} s, {', '.join(told)}")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vocabguard.measure.exposure import exposure_classes
-from vocabguard.offline.coverage_encode import Loss, TargetEncoder
+from vocabguard.offline.coverage_encode import Batch, Loss, Source, TargetEncoder
 from vocabguard.offline.coverage_examples import Example
 from vocabguard.offline.coverage_render import TurnTally
 from vocabguard.vocabulary import VocabTable
@@ -248,24 +248,51 @@ def count_rows(encoder: TargetEncoder, examples: Sequence[Example]) -> _Counted:
     Raises:
         DataError: for an example that cannot be used.
     """
-    encoder.renderer.tally = turns = TurnTally()
-    rows = encoder.encode(examples)
-    all_ids = np.concatenate([row.ids for row in rows])
-    is_target = np.concatenate([row.target for row in rows])
+    encoder.renderer.tally = TurnTally()
+    return _count_batches(encoder.batches(encoder.render(examples)), encoder.renderer.tally)
+
+
+def _count_batches(batches: Sequence[Batch], turns: TurnTally) -> _Counted:
+    """Counts of the batches of a few examples; see `count_rows`."""
+    all_ids = np.concatenate([batch.ids for batch in batches])
+    is_target = np.concatenate([batch.target for batch in batches])
     ids, place = np.unique(all_ids, return_inverse=True)
     counts = np.stack([np.bincount(place[is_target], minlength=len(ids)), np.bincount(place, minlength=len(ids))])
-    without, cut = sum(not row.target.any() for row in rows), sum(row.cut for row in rows)
-    return ids, counts, RowTally(len(rows), without, cut, turns.exact, turns.by_text, turns.missing)
+    rows, without = (sum(of) for of in zip(*((len(b.lengths), b.without_targets) for b in batches), strict=True))
+    cut = sum(int(batch.cut.sum()) for batch in batches)
+    return ids, counts, RowTally(rows, without, cut, turns.exact, turns.by_text, turns.missing)
 
 
 def _counted(examples: Iterable[Example], tokenizer: Any, options: dict[str, Any], workers: int) -> Iterator[_Counted]:
     remaining = iter(examples)
     chunks = iter(lambda: tuple(islice(remaining, CHUNK)), ())
+    encoder = TargetEncoder(tokenizer, **options)  # wrong options are refused here, not in a worker that then breaks
     if workers == 1:
-        encoder = TargetEncoder(tokenizer, **options)
-        yield from (count_rows(encoder, chunk) for chunk in chunks)
-        return
-    TargetEncoder(tokenizer, **options)  # wrong options are refused here, not in a worker that then breaks
+        return _counted_here(chunks, encoder)
+    return _counted_elsewhere(chunks, tokenizer, options, workers)
+
+
+def _counted_here(chunks: Iterable[Sequence[Example]], encoder: TargetEncoder) -> Iterator[_Counted]:
+    """Chat templates are rendered here while a thread has the tokenizer, which lets go of Python's lock."""
+
+    def count(sources: Sequence[Source], turns: TurnTally) -> _Counted:
+        return _count_batches(encoder.batches(sources), turns)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="vocabguard") as pool:
+        waiting: deque[Future[_Counted]] = deque()
+        for chunk in chunks:
+            encoder.renderer.tally = TurnTally()
+            sources = encoder.render(chunk)
+            waiting.append(pool.submit(count, sources, encoder.renderer.tally))
+            if len(waiting) > 2:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _counted_elsewhere(
+    chunks: Iterable[Sequence[Example]], tokenizer: Any, options: dict[str, Any], workers: int
+) -> Iterator[_Counted]:
     # Forked children of a process with running threads may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, options)) as pool:

@@ -5,15 +5,17 @@ The rules are those of TRL's ``SFTTrainer``, without packing, which changes neit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vocabguard.offline.coverage_examples import Chat, Completion, Example, Text
-from vocabguard.offline.coverage_render import ChatRenderer, Span
+from vocabguard.offline.coverage_render import ChatRenderer
+from vocabguard.offline.coverage_shapes import Span
 from vocabguard.offline.readers import DataError
 
 Loss = Literal["assistant", "completion", "all"]
@@ -39,7 +41,38 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Batch:
+    """Rows that were tokenized together, one after the other.
+
+    Attributes:
+        ids: (T,) int64, of all rows.
+        target: (T,) bool, see `Encoded`.
+        lengths: (n,) int64, tokens of each row.
+        cut: (n,) bool, see `Encoded`.
+        order: (n,) int64, which example each row is.
+    """
+
+    ids: Ids
+    target: Mask
+    lengths: NDArray[np.int64]
+    cut: Mask
+    order: NDArray[np.int64]
+
+    @property
+    def without_targets(self) -> int:
+        """Rows that ask for nothing."""
+        row_of = np.repeat(np.arange(len(self.lengths)), self.lengths)
+        return int((np.bincount(row_of[self.target], minlength=len(self.lengths)) == 0).sum())
+
+    def rows(self) -> Iterator[tuple[int, Encoded]]:
+        """The rows, each with its place among the examples."""
+        edges = np.cumsum(self.lengths)[:-1]
+        parts = zip(np.split(self.ids, edges), np.split(self.target, edges), self.cut.tolist(), strict=True)
+        yield from ((place, Encoded(*part)) for place, part in zip(self.order.tolist(), parts, strict=True))
+
+
+@dataclass(frozen=True)
+class Source:
     """What to tokenize.
 
     Attributes:
@@ -101,89 +134,120 @@ class TargetEncoder:
         Raises:
             DataError: for an example that the chat template or the tokenizer refuses.
         """
-        sources = [self._source(example) for example in examples]
-        rows: list[Encoded | None] = [None] * len(sources)
-        for special in (False, True):
-            for marked in (False, True):
-                chosen = [i for i, s in enumerate(sources) if s.special == special and (s.spans is not None) == marked]
-                for index, row in zip(chosen, self._rows([sources[i] for i in chosen], special, marked), strict=True):
-                    rows[index] = row
-        return [row for row in rows if row is not None]
+        found = dict(row for batch in self.batches(self.render(examples)) for row in batch.rows())
+        return [found[place] for place in range(len(found))]
 
-    def _source(self, example: Example) -> _Source:
+    def render(self, examples: Sequence[Example]) -> list[Source]:
+        """The examples as texts: the first half of `encode`, which holds Python's lock.
+
+        Raises:
+            DataError: for an example that the chat template refuses.
+        """
+        return [self._source(example) for example in examples]
+
+    def batches(self, sources: Sequence[Source]) -> list[Batch]:
+        """The texts as ids, in batches that are tokenized alike: the second half, during which other threads can run.
+
+        Raises:
+            DataError: for a text that the tokenizer refuses.
+        """
+        kinds: dict[tuple[bool, bool], list[int]] = {}
+        for place, source in enumerate(sources):
+            kinds.setdefault((source.special, source.spans is not None), []).append(place)
+        return [self._batch([sources[i] for i in places], np.array(places), *kind) for kind, places in kinds.items()]
+
+    def _source(self, example: Example) -> Source:
         if isinstance(example, Text):
-            return _Source(example.place, self._ended(example.text), special=True)
+            return Source(example.place, self._ended(example.text), special=True)
         if isinstance(example, Chat):
             return self._chat(example)
         prompt, completion = example.prompt, example.completion
         if isinstance(prompt, str) and isinstance(completion, str):
             whole = self._ended(prompt + completion)
-            return _Source(example.place, whole, special=True, prompt=None if self._loss == "all" else prompt)
+            return Source(example.place, whole, special=True, prompt=None if self._loss == "all" else prompt)
         return self._answer(example)
 
-    def _chat(self, chat: Chat) -> _Source:
+    def _chat(self, chat: Chat) -> Source:
         if self._loss == "all":
-            return _Source(chat.place, self.renderer.text(chat.place, chat.turns, chat.options), special=False)
+            return Source(chat.place, self.renderer.text(chat.place, chat.turns, chat.options), special=False)
         if self._loss == "assistant":
             text, spans = self.renderer.assistant_spans(chat.place, chat.turns, chat.options)
-            return _Source(chat.place, text, special=False, spans=spans)
+            return Source(chat.place, text, special=False, spans=spans)
         last = max((i for i, turn in enumerate(chat.turns) if turn["role"] == "assistant"), default=0)
         if last == 0:
             raise DataError(f"{chat.place}: no assistant's turn after another one; the completion is such a turn")
         return self._answer(Completion(chat.place, chat.turns[:last], chat.turns[last : last + 1], chat.options))
 
-    def _answer(self, example: Completion) -> _Source:
+    def _answer(self, example: Completion) -> Source:
         """A conversation of which the end is the target."""
         prompt, completion = list(example.prompt), list(example.completion)
         text = self.renderer.text(example.place, prompt + completion, example.options)  # type: ignore[arg-type]
         if self._loss == "all":
-            return _Source(example.place, text, special=False)
+            return Source(example.place, text, special=False)
         before = self.renderer.text(example.place, prompt, example.options, generate=True)  # type: ignore[arg-type]
-        return _Source(example.place, text, special=False, prompt=before)
+        return Source(example.place, text, special=False, prompt=before)
 
     def _ended(self, text: str) -> str:
         return text if text.endswith(self._eos) else text + self._eos
 
-    def _rows(self, sources: list[_Source], special: bool, marked: bool) -> list[Encoded]:
-        ids, offsets = self._tokenize(sources, [source.text for source in sources], special, marked)
-        asked = [source for source in sources if source.prompt is not None]
-        prompts = iter(self._tokenize(asked, [source.prompt or "" for source in asked], special, False)[0])
-        masks = []
-        for source, row, places in zip(sources, ids, offsets, strict=True):
-            if source.spans is not None:
-                masks.append(_inside(places, source.spans) if places is not None else self._by_prefixes(source, row))
-            else:
-                start = 0 if source.prompt is None else common_prefix(next(prompts), row)
-                masks.append(np.arange(len(row)) >= start)
-        return [self._row(row, mask) for row, mask in zip(ids, masks, strict=True)]
+    def _batch(self, sources: list[Source], order: NDArray[np.int64], special: bool, marked: bool) -> Batch:
+        ids, lengths, places = self._tokenize(sources, [source.text for source in sources], special, marked)
+        starts = np.cumsum(lengths) - lengths
+        if places is not None:
+            target = _inside(places, lengths, sources)
+        elif marked:
+            rows = zip(sources, np.split(ids, starts[1:]), strict=True)
+            target = np.concatenate([self._by_prefixes(source, row) for source, row in rows])
+        else:
+            target = self._after_prompts(sources, ids, lengths, special)
+        target[starts[lengths > 0]] = False
+        if self._max_length is None:
+            return Batch(ids, target, lengths, np.zeros(len(lengths), dtype=np.bool_), order)
+        kept = np.arange(len(ids)) - np.repeat(starts, lengths) < self._max_length
+        cut = lengths > self._max_length
+        return Batch(ids[kept], target[kept], np.minimum(lengths, self._max_length), cut, order)
 
-    def _row(self, ids: Ids, target: Mask) -> Encoded:
-        target[:1] = False
-        cut = self._max_length is not None and len(ids) > self._max_length
-        return Encoded(ids[: self._max_length], target[: self._max_length], cut)
+    def _after_prompts(self, sources: list[Source], ids: Ids, lengths: NDArray[np.int64], special: bool) -> Mask:
+        """Targets of rows that begin with a prompt, or are all target."""
+        target = np.ones(len(ids), dtype=np.bool_)
+        asked = [i for i, source in enumerate(sources) if source.prompt is not None]
+        if not asked:
+            return target
+        chosen = [sources[i] for i in asked]
+        found, counts, _ = self._tokenize(chosen, [source.prompt or "" for source in chosen], special, False)
+        ends = np.cumsum(lengths)
+        for i, prompt in zip(asked, np.split(found, np.cumsum(counts)[:-1]), strict=True):
+            start = ends[i] - lengths[i]
+            target[start : start + common_prefix(prompt, ids[start : ends[i]])] = False
+        return target
 
     def _tokenize(
-        self, sources: list[_Source], texts: list[str], special: bool, marked: bool
-    ) -> tuple[list[Ids], list[NDArray[np.int64] | None]]:
-        """The ids of each text and, if `marked` and the tokenizer knows, the (T, 2) characters of each token."""
+        self, sources: list[Source], texts: list[str], special: bool, marked: bool
+    ) -> tuple[Ids, NDArray[np.int64], NDArray[np.int64] | None]:
+        """The ids of all texts, each one's length and, if `marked` and the tokenizer knows, (T, 2) their characters."""
         if self._backend is None:
             slow: Callable[[str], list[int]] = lambda text: self._tokenizer.encode(text, add_special_tokens=special)  # noqa: E731
-            return [_array(_single(slow, s, text)) for s, text in zip(sources, texts, strict=True)], [None] * len(texts)
+            rows = [_single(slow, source, text) for source, text in zip(sources, texts, strict=True)]
+            return (*_joined(rows), None)
         encode = self._backend.encode_batch if marked else self._backend.encode_batch_fast
         try:
             found = encode(texts, add_special_tokens=special)
         except Exception:  # one text spoils the batch: say which
             one: Callable[[str], Any] = lambda text: encode([text], add_special_tokens=special)[0]  # noqa: E731
             found = [_single(one, source, text) for source, text in zip(sources, texts, strict=True)]
-        places = [np.array(e.offsets, dtype=np.int64).reshape(-1, 2) if marked else None for e in found]
-        return [_array(e.ids) for e in found], places
+        ids, lengths = _joined([e.ids for e in found])
+        if not marked:
+            return ids, lengths, None
+        characters = chain.from_iterable(chain.from_iterable(e.offsets for e in found))
+        return ids, lengths, np.fromiter(characters, np.int64, 2 * len(ids)).reshape(-1, 2)
 
-    def _by_prefixes(self, source: _Source, ids: Ids) -> Mask:
+    def _by_prefixes(self, source: Source, ids: Ids) -> Mask:
         """Targets where the tokenizer knows no offsets: between the ids of the text before and up to a span's end."""
         mask = np.zeros(len(ids), dtype=np.bool_)
         for span in source.spans or ():
             texts = [source.text[:edge] for edge in span]
-            begin, end = (common_prefix(part, ids) for part in self._tokenize([source] * 2, texts, False, False)[0])
+            parts, lengths, _ = self._tokenize([source] * 2, texts, False, False)
+            begin, end = (common_prefix(part, ids) for part in np.split(parts, lengths[:1]))
             mask[begin:end] = True
         return mask
 
@@ -200,19 +264,35 @@ def common_prefix(prompt: Ids, ids: Ids) -> int:
     return int(different[0]) if len(different) else shorter
 
 
-def _inside(places: NDArray[np.int64], spans: list[Span]) -> Mask:
-    """The tokens of which any character is in a span."""
-    mask = np.zeros(len(places), dtype=np.bool_)
-    for begin, end in spans:
-        mask |= (places[:, 1] > begin) & (places[:, 0] < end)
-    return mask
+def _inside(places: NDArray[np.int64], lengths: NDArray[np.int64], sources: Sequence[Source]) -> Mask:
+    """(T,) bool: the tokens of which any character is in a span of their row.
+
+    Args:
+        places: (T, 2) int64, the characters of each token in its row's text.
+        lengths: (n,) int64, tokens of each row.
+        sources: the n rows, with spans.
+    """
+    texts = np.array([len(source.text) + 1 for source in sources], dtype=np.int64)
+    shifts = np.cumsum(texts) - texts  # as if the texts were one
+    spans = [
+        (shift + a, shift + b) for shift, s in zip(shifts.tolist(), sources, strict=True) for a, b in s.spans or ()
+    ]
+    if not spans:
+        return np.zeros(len(places), dtype=np.bool_)
+    begins, ends = np.array(sorted(spans, key=lambda span: span[1]), dtype=np.int64).T
+    begun = np.append(np.minimum.accumulate(begins[::-1])[::-1], np.iinfo(np.int64).max)
+    shift = np.repeat(shifts, lengths)
+    inside: Mask = begun[np.searchsorted(ends, places[:, 0] + shift, side="right")] < places[:, 1] + shift
+    return inside
 
 
-def _array(ids: Sequence[int]) -> Ids:
-    return np.array(ids, dtype=np.int64)
+def _joined(rows: Sequence[Sequence[int]]) -> tuple[Ids, NDArray[np.int64]]:
+    """All ids in one array, and how many each row has."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    return np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum())), lengths
 
 
-def _single(encode: Callable[[str], Any], source: _Source, text: str) -> Any:
+def _single(encode: Callable[[str], Any], source: Source, text: str) -> Any:
     try:
         return encode(text)
     except Exception as error:  # the libraries raise no narrower one

@@ -10,10 +10,8 @@ import regex
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from vocabguard.offline.coverage_examples import Turn
+from vocabguard.offline.coverage_shapes import Shape, Span, learn_shape, shape_of
 from vocabguard.offline.readers import DataError
-
-Span = tuple[int, int]
-"""Characters from the first to before the second."""
 
 _GENERATION = regex.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -32,6 +30,9 @@ class TurnTally:
     by_text: int = 0
     missing: int = 0
 
+    def __add__(self, other: TurnTally) -> TurnTally:
+        return TurnTally(self.exact + other.exact, self.by_text + other.by_text, self.missing + other.missing)
+
 
 class ChatRenderer:
     """A tokenizer's chat template.
@@ -44,6 +45,8 @@ class ChatRenderer:
         self.tally = TurnTally()
         self._tokenizer = tokenizer
         self._special: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self._shapes: dict[tuple[str, ...], tuple[Shape | None, TurnTally]] = {}
+        self._met: set[tuple[str, ...]] = set()
 
     def text(self, place: str, turns: Sequence[Turn], options: Mapping[str, Any], *, generate: bool = False) -> str:
         """The conversation as text.
@@ -69,6 +72,33 @@ class ChatRenderer:
         Raises:
             DataError: if there is no template, or it fails.
         """
+        shape, turned = self._shape(place, turns, options)
+        if shape is not None:
+            whole = self.text(place, turns, options)
+            spans = shape.spans_in(whole, turns)
+            if spans is not None:
+                self.tally += turned
+                return whole, spans
+        return self._found_spans(place, turns, options)
+
+    def _shape(self, place: str, turns: Sequence[Turn], options: Mapping[str, Any]) -> tuple[Shape | None, TurnTally]:
+        """The shape of such conversations and how its turns were found; from the second of them on, if it has one."""
+        roles = None if options else shape_of(turns)
+        if roles is None or roles not in self._met:
+            self._met |= {roles} if roles else set()
+            return None, TurnTally()
+        if roles not in self._shapes:
+            before, self.tally = self.tally, TurnTally()
+            try:
+                shape = learn_shape(roles, lambda own: self._found_spans(place, own, {}))
+            except DataError:  # our words may be none that the template takes
+                shape = None
+            self._shapes[roles] = (None if self.tally.missing else shape), self.tally
+            self.tally = before
+        return self._shapes[roles]
+
+    def _found_spans(self, place: str, turns: Sequence[Turn], options: Mapping[str, Any]) -> tuple[str, list[Span]]:
+        """`assistant_spans`, by a rendering for each turn where the template does not mark them."""
         if _GENERATION.search(self._template(place, options)):
             return self._render(place, turns, options, False, True)
         whole = self.text(place, turns, options)
