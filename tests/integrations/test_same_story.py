@@ -45,3 +45,7 @@ def test_same_counts_and_cosines(kit: Any, tokenizer: Any, tmp_path: Path, accum
     probes = [guard.last.probe for guard in (hf, other)]
     assert torch.equal(probes[0].ids, probes[1].ids)
     torch.testing.assert_close(probes[0].probability, probes[1].probability, atol=1e-6, rtol=1e-4)
+    forecasts = [guard.last.forecast for guard in (hf, other)]
+    for part in ("cosine", "chance"):
+        one, two = (getattr(forecast, part) for forecast in forecasts)
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=0, equal_nan=True)

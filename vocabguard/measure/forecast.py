@@ -23,7 +23,8 @@ from vocabguard.results import RowDrift
 
 Floats = npt.NDArray[np.float32]
 
-_KEPT = 5
+# How many pasts are kept, and how far back: by the ratio of the summed rates.
+_KEPT, _REACH = 5, 16
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,9 @@ def keep(pasts: Sequence[Past], new: Past) -> tuple[Past, ...]:
         pasts: in order.
         new: later than all of them, with some rate summed.
     """
-    kept = [*pasts, new]
+    kept = [past for past in pasts if past.rate_sum > new.rate_sum / _REACH] + [new]
+    if len(kept) == 1:
+        kept = [*pasts[-1:], new]
     while len(kept) > _KEPT:
         gaps = [kept[i + 1].rate_sum / kept[i - 1].rate_sum for i in range(1, len(kept) - 1)]
         del kept[1 + int(np.argmin(gaps))]

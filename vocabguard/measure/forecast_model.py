@@ -71,7 +71,8 @@ class QuantileNets:
         for layer in (0, 1):
             x = x @ self.weights[layer][member] + self.biases[layer][member]
             x = x / (1 + np.exp(-x))
-        return spread(x @ self.weights[2][member] + self.biases[2][member]) + past
+        found: Floats = spread(x @ self.weights[2][member] + self.biases[2][member]) + past
+        return found
 
 
 def spread(out: Floats) -> Floats:

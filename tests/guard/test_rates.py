@@ -1,0 +1,127 @@
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.optim import SGD, AdamW
+from torch.optim import lr_scheduler as schedulers
+
+from vocabguard.guard.rates import RateMeter, group_of, planned_rates, rates_by_epoch
+
+STEPS = 40
+MAKERS: dict[str, Callable[[Any], Any]] = {
+    "linear": lambda o: schedulers.LambdaLR(o, lambda step: max(0.0, 1 - step / STEPS)),
+    "constant": lambda o: schedulers.ConstantLR(o, 1.0, 0),
+    "cosine": lambda o: schedulers.CosineAnnealingLR(o, STEPS),
+    "restarts": lambda o: schedulers.CosineAnnealingWarmRestarts(o, 7, T_mult=2),
+    "milestones": lambda o: schedulers.MultiStepLR(o, [5, 9, 30], 0.3),
+    "one cycle": lambda o: schedulers.OneCycleLR(o, 0.5, total_steps=STEPS),
+    "cyclic": lambda o: schedulers.CyclicLR(o, 0.01, 0.1, 3, cycle_momentum=False),
+    "in sequence": lambda o: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o, 0.1, total_iters=5), schedulers.CosineAnnealingLR(o, 35)], [5]
+    ),
+    "chained": lambda o: schedulers.ChainedScheduler(
+        [schedulers.ConstantLR(o, 0.1, 4), schedulers.ExponentialLR(o, 0.9)], optimizer=o
+    ),
+}
+
+
+def optimizer() -> torch.optim.Optimizer:
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    return SGD([{"params": weights[:1]}, {"params": weights[1:], "lr": 0.3}], lr=0.2)
+
+
+def really(made: Any, steps: int, group: int) -> list[float]:
+    """The rates that the scheduler gives when it is stepped for real."""
+    found = []
+    for step in range(steps):
+        found.append(float(made.optimizer.param_groups[group]["lr"]))
+        made.optimizer.step()
+        if step + 1 < steps:
+            made.step()
+    return found
+
+
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("name", list(MAKERS))
+@pytest.mark.filterwarnings("ignore:.*(lr_scheduler.step|epoch parameter).*")
+def test_planned_rates_are_those_of_the_real_scheduler(name: str, before: int) -> None:
+    made = MAKERS[name](optimizer())
+    for _ in range(before):
+        made.optimizer.step()
+        made.step()
+    kept = copy.deepcopy({key: value for key, value in made.state_dict().items() if "lambda" not in key})
+    groups = [{key: value for key, value in one.items() if key != "params"} for one in made.optimizer.param_groups]
+    planned = [planned_rates(made, STEPS - before, group) for group in (0, 1)]
+    assert {key: value for key, value in made.state_dict().items() if "lambda" not in key} == kept
+    assert groups == [
+        {key: value for key, value in one.items() if key != "params"} for one in made.optimizer.param_groups
+    ]
+    other = MAKERS[name](optimizer())
+    for _ in range(before):
+        other.optimizer.step()
+        other.step()
+    for group in (0, 1):
+        found = planned[group]
+        assert found is not None
+    real = really(other, STEPS - before, 0)
+    np.testing.assert_allclose(planned[0], real, rtol=1e-9)  # type: ignore[arg-type]
+
+
+def test_a_plateau_and_a_foreign_scheduler_are_not_known() -> None:
+    assert planned_rates(schedulers.ReduceLROnPlateau(optimizer()), 5) is None
+    assert planned_rates(object(), 5) is None
+
+
+def test_a_schedule_that_ends_before_the_run_is_not_known() -> None:
+    made = schedulers.OneCycleLR(optimizer(), 0.5, total_steps=10)
+    assert planned_rates(made, 30) is None
+
+
+def test_a_wrapper_is_looked_into() -> None:
+    class Wrapper:
+        split_batches = True
+        scheduler = MAKERS["linear"](optimizer())
+
+    np.testing.assert_allclose(planned_rates(Wrapper(), 3), [0.2, 0.195, 0.19])  # type: ignore[arg-type]
+
+
+def test_rates_that_move_once_an_epoch() -> None:
+    made = schedulers.ExponentialLR(optimizer(), 0.5)
+    np.testing.assert_allclose(rates_by_epoch(made, 7, 3, 0), [0.2, 0.2, 0.2, 0.1, 0.1, 0.1, 0.05])  # type: ignore[arg-type]
+    np.testing.assert_allclose(rates_by_epoch(made, 4, 3, 2), [0.2, 0.1, 0.1, 0.1])  # type: ignore[arg-type]
+
+
+def test_the_meter_adds_up_and_looks_ahead() -> None:
+    made = optimizer()
+    meter = RateMeter(1, planned=np.array([0.3, 0.2, 0.1, 0.0]))
+    for rate in (0.3, 0.2):
+        made.param_groups[1]["lr"] = rate
+        meter.add(made)
+    assert meter.sum == pytest.approx(0.5)
+    assert meter.square == pytest.approx(0.13)
+    assert meter.left(2, 4) == pytest.approx((0.1, 0.01))
+    later = RateMeter(1, planned=np.array([0.1, 0.0]), first=2)
+    later.load_state_dict(meter.state_dict())
+    assert (later.sum, later.left(2, 4)) == (meter.sum, pytest.approx((0.1, 0.01)))
+
+
+def test_a_plan_that_is_left_is_given_up() -> None:
+    made, meter = optimizer(), RateMeter(0, planned=np.full(20, 0.2))
+    meter.add(made)
+    made.param_groups[0]["lr"] = 0.1
+    for _ in range(2):
+        meter.add(made)
+    assert meter.left(3, 20) is not None
+    meter.add(made)
+    assert meter.left(4, 20) is None
+
+
+def test_the_group_of_a_weight_is_found() -> None:
+    made = optimizer()
+    weight = made.param_groups[1]["params"][0]
+    other = AdamW([torch.nn.Parameter(torch.ones(1))])
+    assert group_of([other, made], weight) == (made, 1)
+    assert group_of([other], weight) is None
