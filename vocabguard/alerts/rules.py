@@ -48,9 +48,9 @@ class AlertRule:
             threshold, so that a value that wavers about the threshold does not flap. None takes the threshold.
         cooldown_steps: optimizer steps after resolving in which it may not fire again, at least 0.
         level: ``info``, ``warning`` or ``critical``.
-        actions: what to do at each transition: ``"log"``, or a callable that takes the `Transition`; ``"echo"`` or
-            ``"hold"``, which are on while the rule fires; and ``"checkpoint"`` or ``"stop"``, which are asked of the
-            trainer once, when the rule begins to fire.
+        actions: what to do at each transition: ``"log"``, or a callable that takes the `Transition`, both in the main
+            process only, between two steps; ``"echo"`` or ``"hold"``, which are on while the rule fires; and
+            ``"checkpoint"`` or ``"stop"``, which all processes ask of their trainer once, when it begins to fire.
         change: compare, in the value's place, what became of it: ``ratio``, the value over that of `over_checks` ago,
             or ``difference``, the value less that one. None compares the value itself.
         over_checks: checks that a change is taken over, at least 1, of those that brought the metric.
