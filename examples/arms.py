@@ -94,7 +94,12 @@ def run_arm(
 
     model.register_forward_pre_hook(count, with_kwargs=True)
     began, worked = time.perf_counter(), time.process_time()
-    fine_tune(model, tokenizer, rows, trainer=trainer, callbacks=[callback], folder=folder, seed=seed)
+    # Questions in many languages are asked at evaluations: without them none are needed.
+    evaluate_every = -(-steps // 3) if callback.guard.config.confusion.enabled else 0
+    fine_tune(
+        model, tokenizer, rows, trainer=trainer, callbacks=[callback], folder=folder, seed=seed,
+        evaluate_every=evaluate_every,
+    )  # fmt: skip
     seconds = {"wall_seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
     guard: VocabGuard = callback.guard
     if guard.last is None or guard.checker is None:

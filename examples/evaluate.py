@@ -8,9 +8,9 @@ from difflib import SequenceMatcher
 from typing import Any
 
 import torch
-from copying import HELD_OUT_TEMPLATES, around, chat_row
+from copying import HELD_OUT_TEMPLATES, around
 from corpus import load
-from finetune import LONGEST_CHAT, collator
+from finetune import LONGEST_CHAT, collator, validation_rows
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,7 +29,7 @@ _LONGEST_LOOP = 8
 @torch.no_grad()
 def validation_loss(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
     """Mean cross entropy in nats of the answers in the held-out English chats."""
-    rows = [chat_row(tokenizer, chat, LONGEST_CHAT) for chat in load("validation").english()]
+    rows = validation_rows(tokenizer)
     total, targets = 0.0, 0
     for start in range(0, len(rows), 32):
         batch = collator(tokenizer)(rows[start : start + 32])

@@ -79,12 +79,22 @@ class OrderedTrainer(Trainer):
         return SequentialSampler(train_dataset or self.train_dataset)
 
 
-def train_hf(model: PreTrainedModel, tokenizer: Any, rows: list[Row], callbacks: list[Any], folder: Path) -> None:
+def validation_rows(tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """The held-out English chats."""
+    return [chat_row(tokenizer, chat, LONGEST_CHAT) for chat in load("validation").english()]
+
+
+def train_hf(
+    model: PreTrainedModel, tokenizer: Any, rows: list[Row], callbacks: list[Any], folder: Path, evaluate_every: int
+) -> None:
     """Fine-tune with the Hugging Face ``Trainer``: AdamW, 1e-3 linear to 0, clipped at 1."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=len(rows) // BATCH,
         per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=2 * BATCH,
+        eval_strategy="steps" if evaluate_every else "no",
+        eval_steps=evaluate_every or None,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="linear",
         logging_steps=50,
@@ -97,6 +107,7 @@ def train_hf(model: PreTrainedModel, tokenizer: Any, rows: list[Row], callbacks:
         model=model,
         args=arguments,
         train_dataset=rows,  # type: ignore[arg-type]
+        eval_dataset=validation_rows(tokenizer) if evaluate_every else None,  # type: ignore[arg-type]
         data_collator=collator(tokenizer),
         processing_class=tokenizer,
         callbacks=callbacks,
@@ -104,7 +115,7 @@ def train_hf(model: PreTrainedModel, tokenizer: Any, rows: list[Row], callbacks:
 
 
 def train_lightning(
-    model: PreTrainedModel, tokenizer: Any, rows: list[Row], callbacks: list[Any], folder: Path
+    model: PreTrainedModel, tokenizer: Any, rows: list[Row], callbacks: list[Any], folder: Path, evaluate_every: int
 ) -> None:
     """The same fine-tune with Lightning."""
     import lightning
@@ -123,11 +134,18 @@ def train_lightning(
             targets = (batch["labels"][:, 1:] != IGNORE).sum()
             return self.model(**batch, num_items_in_batch=targets).loss
 
+        def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+            self.log("val_loss", self.model(**batch).loss)
+
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    loaders: list[Any] = [DataLoader(rows, batch_size=BATCH, collate_fn=collator(tokenizer))]  # type: ignore[arg-type]
+    if evaluate_every:
+        held_out: Any = validation_rows(tokenizer)
+        loaders.append(DataLoader(held_out, batch_size=2 * BATCH, collate_fn=collator(tokenizer)))
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
@@ -140,7 +158,10 @@ def train_lightning(
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-        ).fit(Chat(), DataLoader(rows, batch_size=BATCH, collate_fn=collator(tokenizer)))  # type: ignore[arg-type]
+            num_sanity_val_steps=0,
+            check_val_every_n_epoch=None,
+            val_check_interval=evaluate_every or None,
+        ).fit(Chat(), *loaders)
 
 
 TRAINERS = {"hf": train_hf, "lightning": train_lightning}
@@ -155,9 +176,10 @@ def fine_tune(
     callbacks: list[Any],
     folder: Path,
     seed: int,
+    evaluate_every: int = 0,
 ) -> None:
-    """Fine-tune `model` in place with the named trainer."""
+    """Fine-tune `model` in place with the named trainer; with `evaluate_every` steps between evaluations, if any."""
     set_seed(seed)
     model.train()
-    TRAINERS[trainer](model, tokenizer, rows, callbacks, folder)
+    TRAINERS[trainer](model, tokenizer, rows, callbacks, folder, evaluate_every)
     model.eval()

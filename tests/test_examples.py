@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vocabguard.results import EXPOSURE_CLASSES
 from vocabguard.runlog import RunLog
@@ -82,7 +83,9 @@ def test_json_of_the_main_example(tmp_path: Path, trainer: str) -> None:
     assert 0 <= control["retained"]["all"] <= 1
     assert control["val_loss"] > 0
     assert control["echo"] == {"dose": 0.0, "targets_per_live_token": 0.0}
-    assert control["wall_seconds"] > 0
+    assert control["wall_seconds"] > control["guard_seconds"] > control["probe_seconds"] > 0
+    assert control["cpu_seconds"] > control["probe_cpu_seconds"] > 0
+    assert control["probes"] >= 2
     sizes = control["tokens"]
     assert sum(sizes["classes"].values()) == sum(sizes["groups"].values()) > 7000
 
@@ -119,6 +122,33 @@ def test_the_main_example_shows_what_it_promises(tmp_path: Path) -> None:
     assert hf["retained"]["all"] == pytest.approx(lightning["retained"]["all"], abs=0.02)
     for kind in ("never", "1-4", "5-19", "20+"):
         assert hf["retained"]["classes"][kind] == pytest.approx(lightning["retained"]["classes"][kind], abs=0.02), kind
+
+
+@pytest.mark.slow
+def test_the_thorough_preset_looks_at_everything_in_both_trainers(tmp_path: Path) -> None:
+    logs = {}
+    for trainer in ("hf", "lightning"):
+        forget(tmp_path, trainer, "--arms", "thorough", "--steps", "12", "--logdir", str(tmp_path / "logs"))
+        log = logs[trainer] = RunLog.open(tmp_path / "logs" / f"thorough-{trainer}" / "vocabguard")
+        checks = log.checks()
+        assert [check["step"] for check in checks] == [0, 4, 8, 10, 12]
+        assert log.row_steps == tuple(check["step"] for check in checks), "rows at every check"
+        vectors = log.rows()
+        assert torch.equal(vectors["probe/ids"], vectors["live"].nonzero().flatten()), "every live token is probed"
+        answers = log.notes("confusion")
+        assert [line["step"] for line in answers] == [4, 8, 12]
+        assert all(len(line["answers"]) == 16 and set(line["answers"].values()) == {4} for line in answers)
+        near = log.notes("neighbors")
+        assert [line["step"] for line in near] == [12] * 20
+        assert all(len(line["then"]) == len(line["now"]) == 10 for line in near)
+        [lost] = log.notes("head_or_body")
+        assert lost["forgotten"] == lost["head"] + lost["input"] + lost["body"] > 0
+        page = (log.folder / "report.html").read_text(encoding="utf-8")
+        for heading in ("Answers in many languages", "Nearest rows, then and now", "Where forgotten tokens were lost"):
+            assert f"<h3>{heading}</h3>" in page
+        assert "Answers with foreign script" in page
+    for kind in ("confusion", "neighbors", "head_or_body"):
+        assert logs["hf"].notes(kind) == logs["lightning"].notes(kind), kind
 
 
 @pytest.mark.slow
