@@ -38,7 +38,7 @@ def default_rules() -> dict[str, RuleConfig]:
         "at_risk": RuleConfig("forecast/below_0.95", ">", 0.02, resolve_at=0.016),
         "head_degraded": RuleConfig("head/below_0.95", ">", 0.01, resolve_at=0.008),
         "head_severe": RuleConfig("head/below_0.90", ">", 0.02, resolve_at=0.016, level="critical"),
-        "group_degraded": RuleConfig("head/*/below_0.95", ">", 0.1, resolve_at=0.08, min_rows=20),
+        "group_degraded": RuleConfig("head/*/below_0.95", ">", 0.1, resolve_at=0.08, min_rows=20, retell_steps=100),
         "tokens_forgotten": RuleConfig("probe/retained", "<", 0.95, resolve_at=0.97, level="critical"),
         "watched_forgotten": RuleConfig("probe/watch", "<", 1.0, level="critical"),
         "broken_rows": RuleConfig("head/nonfinite_rows", ">", 0.0, level="critical"),

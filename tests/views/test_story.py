@@ -85,7 +85,7 @@ def test_groups():
     assert one.what == (
         "40 of 100 live input embedding rows in ja (40.0 %) have turned away from the base model's: cosine below 0.90."
     )
-    assert one.where == ""
+    assert one.where == story_of(change("head/*/below_0.95", 0.4, {"ja": 0.4}), SCENE).where == ""
 
 
 def test_a_forecast():
@@ -164,6 +164,12 @@ def test_what_to_do_goes_by_what_is_on(echo, hold, said, unsaid):
     assert all(one in advice for one in said)
     assert not any(one in advice for one in unsaid)
     assert ("If nothing more is done" in story.outlook) == ("on" in (echo, hold))
+
+
+def test_data_is_named_for_the_groups_that_were_forgotten():
+    assert story_of(change("probe/retained", 0.8), SCENE).advice[-1] == (
+        "data with ja: 90 of their 100 tokens have not been a target so far."
+    )
 
 
 def test_what_is_not_known_is_not_said():

@@ -64,7 +64,9 @@ def _hold(about: About) -> str:
 def _data(about: About) -> str:
     scene = about.scene
     names = [name for name in about.parts if name in scene.rows and name not in EXPOSURE_CLASSES]
-    if not names:
+    if not names and about.kind == "forgotten":
+        names = [name for name, kept in scene.worst("probe/*/retained", lowest=True).items() if kept < 1]
+    elif not names:
         key = "forecast" if about.kind == "at risk" else "head"
         names = [name for name, share in scene.worst(f"{key}/*/below_0.95").items() if share > 0]
     unasked = sum(scene.unasked.get(name, 0) for name in names)

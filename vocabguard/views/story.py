@@ -96,7 +96,7 @@ _WHAT: Mapping[Kind, Callable[[About], str]] = {
 
 
 def _where_rows(about: About) -> str:
-    if about.change.parts:
+    if len(about.parts) > 1:
         return f"In {about.scene.listed(about.values)}."
     worst = about.scene.worst(f"{about.owner}/*/{about.last}")
     return "" if about.parts or not any(worst.values()) else f"Most in {about.scene.listed(worst)}."
