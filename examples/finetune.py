@@ -159,7 +159,7 @@ def train_lightning(
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            check_val_every_n_epoch=None,
+            check_val_every_n_epoch=None if evaluate_every else 1,
             val_check_interval=evaluate_every or None,
         ).fit(Chat(), *loaders)
 
