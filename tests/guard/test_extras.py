@@ -105,6 +105,22 @@ def test_no_head_or_body(kit: Any, tokenizer: Any, tmp_path: Path, how: str) -> 
     assert guard.finish(check=how != "best weights back").notes("head_or_body") == []
 
 
+def test_neighbors_that_cannot_be_had_are_said_once(
+    kit: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = base_model(kit)
+    for module in (model.get_output_embeddings(), model.get_input_embeddings()):
+        module.weight.requires_grad_(False)
+    guard = guarded(kit, tokenizer, model, tmp_path, neighbors={"k": 3, "every_n_checks": 1}, probe={"enabled": False})
+    with caplog.at_level(logging.WARNING, "vocabguard"):
+        for step in (1, 2, 3):
+            guard.step(step)
+        guard.finish()
+    said = [record.message for record in caplog.records if "neighbors" in record.message]
+    assert len(said) == 1
+    assert said[0].startswith("vocabguard: no neighbors: the embedding is frozen")
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing", "ignore:.*[Tt]ied")
 def test_rows_that_an_adapter_makes(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")

@@ -121,7 +121,9 @@ class Extras:
             self._down.add(name)
             return ()
         if isinstance(found, NotApplicable):
-            logger.info("vocabguard: no %s: %s", name, found.reason)
+            # Neighbours were asked for; head or body is looked at by itself.
+            level = logging.WARNING if name == "neighbors" else logging.INFO
+            logger.log(level, "vocabguard: no %s: %s", name, found.reason)
             self._down.add(name)
         return (found,) if isinstance(found, Finding) else ()
 
