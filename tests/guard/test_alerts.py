@@ -170,6 +170,14 @@ def test_what_the_trainer_is_asked_is_in_the_result_too(kit: Any, tmp_path: Path
     assert guard.take_requests() == ()
 
 
+def test_what_nobody_took_is_gone_at_the_end(kit: Any, tmp_path: Path) -> None:
+    guard = VocabGuard(alerts={"moved": MOVED | {"actions": ["stop"]}}, **SMALL, **kit.QUIET)
+    run(kit, guard, tmp_path / "run")
+    guard.finish()
+    assert guard.last.requests == ("stop",)
+    assert guard.take_requests() == ()
+
+
 def test_the_worst_tokens_of_a_story_are_those_concerned(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
     model = kit.llama(kit.TOKENIZER_ROWS)
     guard = VocabGuard(

@@ -278,7 +278,7 @@ class VocabGuard:
     def take_requests(self) -> tuple[str, ...]:
         """What rules ask of the trainer since the last call: ``checkpoint``, ``stop``. For all processes to call."""
         asked: tuple[str, ...] = ()
-        if self.checker is not None and not self.faults.down:
+        if self.checker is not None and self._reporter is not None and not self.faults.down:
             with self.faults.contain("asking the trainer"):
                 asked = self.checker.take_requests()
             self._heed_faults()
