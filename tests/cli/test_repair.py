@@ -1,72 +1,59 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch import Tensor
 
-from vocabguard.cli.app import main
-
+Run = Callable[..., int]
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["vocabguard", "repair", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        main()
-    return int(left.value.code or 0)
-
-
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pair") / "tuned"
-    shutil.copytree(ASSETS, folder)
-    tensors = load_file(folder / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
-    tensors["lm_head.weight"][2000:2300] += 0.5 * torch.randn(300, 128, generator=generator)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+def tuned(changed_assets: Any) -> Path:
+    def change(head: Tensor) -> None:
+        head[2000:2300] += 0.5 * torch.randn(300, 128, generator=torch.Generator().manual_seed(0))
+
+    return changed_assets(change)
 
 
-def test_json_and_words(tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_json_and_words(tuned: Path, tmp_path: Path, run: Run, capsys: Any) -> None:
     text = tmp_path / "text.txt"
     text.write_text("How are you? I am fine, thank you.", encoding="utf-8")
     options = ("--sample", 300, "--text", text)
-    assert run(monkeypatch, ASSETS, tuned, "--out", tmp_path / "one", *options, "--json") == 0
+    assert run("repair", ASSETS, tuned, "--out", tmp_path / "one", *options, "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["method"] == "shift"
     assert 250 <= told["rows"] <= 300
     assert told["recall"]["repaired"] > told["recall"]["tuned"]
     assert told["loss"].keys() == {"base", "tuned", "repaired"}
-    assert run(monkeypatch, ASSETS, tuned, "--out", tmp_path / "two", *options, "--method", "rows") == 0
+    assert run("repair", ASSETS, tuned, "--out", tmp_path / "two", *options, "--method", "rows") == 0
     said = capsys.readouterr().out
     assert "output rows replaced (live rows with cosine below 0.95; method rows)" in said
     assert "100 % of the loss returned" in said
     assert "loss on the text: tuned" in said
 
 
-def test_without_asking(tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    assert run(monkeypatch, ASSETS, tuned, "--out", tmp_path / "out", "--no-ask", "--cosine-below", "-1") == 0
+def test_without_asking(tuned: Path, tmp_path: Path, run: Run, capsys: Any) -> None:
+    assert run("repair", ASSETS, tuned, "--out", tmp_path / "out", "--no-ask", "--cosine-below", "-1") == 0
     assert "Not measured" in capsys.readouterr().out
     one, other = (load_file(folder / "model.safetensors") for folder in (tuned, tmp_path / "out"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_echo_trains_all_but_the_input_rows(
-    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_echo_trains_all_but_the_input_rows(tuned: Path, tmp_path: Path, run: Run, capsys: Any) -> None:
     """Lost tokens are echoed as often as asked, come back, and neither the inputs nor the input rows change."""
     chat = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "I am fine, thank you."}]
     data, out = tmp_path / "chats.jsonl", tmp_path / "out"
     data.write_text((json.dumps({"messages": chat}) + "\n") * 40, encoding="utf-8")
     before = {path.name: path.read_bytes() for path in tuned.iterdir()}
     options = ("--method", "echo", "--data", data, "--sample", 300, "--json")
-    assert run(monkeypatch, ASSETS, tuned, "--out", out, *options) == 0
+    assert run("repair", ASSETS, tuned, "--out", out, *options) == 0
     told = json.loads(capsys.readouterr().out)
     assert {path.name: path.read_bytes() for path in tuned.iterdir()} == before
     echo, recall = told["echo"], told["recall"]
@@ -94,12 +81,12 @@ def test_echo_trains_all_but_the_input_rows(
     ],
 )
 def test_bad_options(
-    options: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    options: tuple[str, ...], said: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    assert run(monkeypatch, ASSETS, ASSETS, *options) == 2
+    assert run("repair", ASSETS, ASSETS, *options) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert len(captured.err.strip().splitlines()) == 1

@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
 from vocabguard.cli.app import InputError
 from vocabguard.offline.coverage import Coverage, measure_coverage
 from vocabguard.offline.coverage_examples import read_examples
 from vocabguard.offline.coverage_report import at_risk, group_rows, summary
 from vocabguard.offline.readers import data_files
+from vocabguard.offline.tables import Column, Grid
 from vocabguard.results import EXPOSURE_CLASSES
 from vocabguard.views.wording import percent, visible
 from vocabguard.vocabulary import VocabTable, build_table, resolve_token
@@ -212,25 +210,22 @@ def _notes(result: Coverage) -> list[str]:
     return notes
 
 
-def _group_table(result: Coverage) -> Table:
-    grid = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
-    grid.add_column("")
-    for heading in ("tokens", "never", "", "1-4", "5-19", "20+"):
-        grid.add_column(heading, justify="right", no_wrap=True)
+def _group_table(result: Coverage) -> Grid:
+    names = ("never", "", "1-4", "5-19", "20+")
+    grid = Grid([Column("", words=True), Column("tokens", spare=1), *map(Column, names)])
     for row in group_rows(result):
         never, *others = row.classes
         counts = (f"{row.live:,}", f"{never:,}", percent(never / row.live), *(f"{count:,}" for count in others))
-        grid.add_row(row.group, *counts, style="bold" if row.group == "all" else "")
+        grid.add(row.group.replace("_", " "), *counts, style="bold" if row.group == "all" else "")
     return grid
 
 
-def _token_table(result: Coverage, table: VocabTable, shown: tuple[int, ...]) -> Table:
-    grid = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
-    for heading in ("id", "token", "group", "targets", "inputs"):
-        grid.add_column(heading, justify="left" if heading in ("token", "group") else "right", no_wrap=True)
+def _token_table(result: Coverage, table: VocabTable, shown: tuple[int, ...]) -> Grid:
+    words = (Column("token", words=True), Column("group", words=True, spare=1))
+    grid = Grid([Column("id"), *words, Column("targets"), Column("inputs", spare=2)])
     encoding = sys.stdout.encoding or "utf-8"
     for i in shown:
-        text = visible(table.text(i)).encode(encoding, "backslashreplace").decode(encoding)
+        text = visible(table.text(i), 24).encode(encoding, "backslashreplace").decode(encoding)
         counts = f"{int(result.data_target[i]):,}", f"{int(result.inputs[i]):,}"
-        grid.add_row(str(i), Text(text), table.group_of(i), *counts)
+        grid.add(str(i), text, table.group_of(i).replace("_", " "), *counts)
     return grid

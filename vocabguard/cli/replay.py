@@ -11,9 +11,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from vocabguard.cli.app import InputError
@@ -23,6 +21,7 @@ from vocabguard.offline.coverage_encode import TargetEncoder
 from vocabguard.offline.coverage_examples import Chat, Completion, Example, Text, read_examples
 from vocabguard.offline.readers import data_files
 from vocabguard.offline.replay import Replay, count_targets_in, find_replay, needed_targets, written_rows
+from vocabguard.offline.tables import Column, Grid
 from vocabguard.views.wording import percent
 from vocabguard.vocabulary import VocabTable, build_table
 
@@ -147,12 +146,11 @@ def _print(told: dict[str, Any], out: Path) -> None:
         f"Of {told['needed']:,} tokens in need {told['met']:,} ({percent(1 - told['unmet_share'])}) get all their "
         f"targets; {told['in_no_row']:,} are in no row."
     )
-    grid = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
-    grid.add_column("")
-    for heading in ("in need", "met", "", "in no row", "targets", "of"):
-        grid.add_column(heading, justify="right", no_wrap=True)
+    names = ("met", "", "in no row", "targets", "of")
+    grid = Grid([Column("", words=True), Column("in need"), *(Column(name, spare=name == "of") for name in names)])
     for name, part in {"all": told, **told["groups"]}.items():
         numbers = (part["in_no_row"], part["targets"], part["targets_needed"])
         met = (f"{part['needed']:,}", f"{part['met']:,}", percent(part["met"] / part["needed"]))
-        grid.add_row(name, *met, *(f"{number:,}" for number in numbers), style="bold" if name == "all" else "")
+        bold = "bold" if name == "all" else ""
+        grid.add(name.replace("_", " "), *met, *(f"{number:,}" for number in numbers), style=bold)
     console.print(grid)

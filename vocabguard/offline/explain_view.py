@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from vocabguard.offline.scan_view import plain_table
+from vocabguard.offline.tables import Column, Grid
 from vocabguard.views.wording import number, percent, visible
 
 _ASKED = {
@@ -50,32 +49,40 @@ def _sentences(told: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _rows(told: Mapping[str, Any]) -> Table:
-    table = plain_table("row", "cosine", "rank", "residual", "L2", "rank ", "norm ratio", text=("row",))
+def _rows(told: Mapping[str, Any]) -> Grid:
+    table = Grid([
+        Column("row", words=True), Column("cosine"), Column("rank"), Column("residual", spare=2), Column("L2"),
+        Column("rank ", spare=1), Column("norm ratio", spare=3),
+    ])  # fmt: skip
     for name, label in (("head", "output"), ("embedding", "input")):
         facts = told[name]
         if "not_applicable" in facts:
-            table.add_row(Text(f"{label}: {facts['not_applicable']}"))
+            table.add(f"{label}: {facts['not_applicable']}")
             continue
         of = f"of {facts['live']:,}"
         cosine_rank, l2_rank = f"{facts['cosine_rank'] + 1:,} {of}", f"{facts['l2_rank'] + 1:,} {of}"
         cells = [number(facts["cosine"]), cosine_rank, number(facts["residual"]), number(facts["l2"]), l2_rank]
-        table.add_row(label, *cells, number(facts["norm_ratio"]))
+        table.add(label, *cells, number(facts["norm_ratio"]))
     return table
 
 
-def _emission(emission: Mapping[str, Any]) -> Table:
-    table = plain_table("asked", "says it", "contexts", "prob.", "instead", text=("asked", "says it", "instead"))
+def _emission(emission: Mapping[str, Any]) -> Grid:
+    table = Grid([
+        Column("asked", words=True), Column("says it", words=True), Column("contexts"), Column("prob."),
+        Column("instead", words=True),
+    ])  # fmt: skip
     for key, found in emission.items():
-        instead = "" if found["instead"] is None else visible(found["instead"])
+        instead = "" if found["instead"] is None else visible(found["instead"], 24)
         answer = "yes" if found["said"] else "no"
         shown = (_ASKED[key], answer, percent(found["contexts"]), number(found["probability"], 3), instead)
-        table.add_row(*map(Text, shown))
+        table.add(*shown)
     return table
 
 
-def _neighbours(found: Mapping[str, Any]) -> Table:
-    table = plain_table("nearest then", "cosine", "nearest now", "cosine ", text=("nearest then", "nearest now"))
+def _neighbours(found: Mapping[str, Any]) -> Grid:
+    table = Grid([
+        Column("nearest then", words=True), Column("cosine"), Column("nearest now", words=True), Column("cosine "),
+    ])  # fmt: skip
     then, now = found.get("then", []), found.get("now", [])
     for place in range(max(len(then), len(now))):
         cells: list[Text] = []
@@ -83,11 +90,11 @@ def _neighbours(found: Mapping[str, Any]) -> Table:
             one = side[place] if place < len(side) else None
             cells.append(Text("") if one is None else _neighbour(one))
             cells.append(Text("" if one is None else number(one["cosine"], 3)))
-        table.add_row(*cells)
+        table.add(*cells)
     return table
 
 
 def _neighbour(one: Mapping[str, Any]) -> Text:
     if not one["intruder"]:
-        return Text(visible(one["text"], 24))
-    return Text(f"{visible(one['text'], 24)}  ! {one['category']}", "red")
+        return Text(visible(one["text"], 18))
+    return Text(f"{visible(one['text'], 18)}  ! {one['category']}", "red")

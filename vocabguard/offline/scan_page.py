@@ -13,9 +13,10 @@ from torch import Tensor
 
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.offline.scan_summary import load_scan
+from vocabguard.offline.scan_view import listed
 from vocabguard.results import CheckResult, MatrixName, NotApplicable
 from vocabguard.views.html_data import TOP, PageData, Rows, choose_tokens, sizes_of, token_lines
-from vocabguard.views.wording import ReportRow, report_rows
+from vocabguard.views.wording import ReportRow, number, report_rows, visible
 
 _MATRICES: tuple[MatrixName, ...] = ("head", "embedding")
 
@@ -56,7 +57,7 @@ def _scan_data(
         name=path,
         kind="scan",
         step=None,
-        about=_about(found),
+        about=(*_about(found), *_odd_rows(found, matrix)),
         names=names,
         matrix=matrix,
         live=int(found["tokens"]["live"]),
@@ -90,6 +91,7 @@ def _rows(vectors: Mapping[str, Tensor], matrix: MatrixName | None) -> Rows:
         live=vectors["live"].numpy(),
         cosine=vector(f"{matrix}/cosine"),
         residual=vector(f"{matrix}/residual"),
+        l2=vector(f"{matrix}/l2"),
         targets=vector("data_target"),
         classes=None if counts is None else exposure_classes(counts).numpy(),
     )
@@ -125,3 +127,19 @@ def _about(found: Mapping[str, Any]) -> tuple[str, ...]:
     apart = f"{tokens['control']:,} control, {tokens['unreachable']:,} unreachable, {tokens['padded']:,} padded"
     said.append(f"Set apart: {apart}, {tokens['never_trained']:,} never trained at the base.")
     return (*said, "A scan reads weights and asks the model nothing: whether a token can still be said is not known.")
+
+
+def _odd_rows(found: Mapping[str, Any], matrix: MatrixName | None) -> list[str]:
+    """Rows that were never trained, and those whose norm is out of line, by name."""
+    said, untrained = [], found.get("untrained")
+    if untrained and untrained["count"]:
+        named = listed([visible(name, 24) for name in untrained["texts"]], untrained["count"])
+        said.append(f"Never trained at the base: {named}.")
+    outliers = found[matrix].get("norm_outliers") if matrix else None
+    if outliers and outliers["count"]:
+        named = listed([visible(name, 24) for name in outliers["texts"]], outliers["count"])
+        said.append(
+            f"{outliers['count']:,} live rows have a norm out of line (the median row's is "
+            f"{number(outliers['median_ratio'], 3)} times what it was): {named}."
+        )
+    return said

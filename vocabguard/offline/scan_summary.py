@@ -32,6 +32,8 @@ VECTORS = ("cosine", "residual", "l2", "norm_ratio")
 
 _MATRICES: tuple[MatrixName, ...] = ("head", "embedding")
 _BINS = 24
+# Odd rows that are named, of those that are listed by id.
+_NAMED = 8
 # A row's norm is out of line from so many robust standard deviations on, and from so large a factor on.
 _FAR, _FACTOR = 8.0, 1.1
 _TEMPLATE = regex.compile(
@@ -111,7 +113,7 @@ def summary(scan: Scan, *, top: int = 30) -> dict[str, Any]:
             "removed": scan.match.removed,
         },
         "tokens": _sizes(scan),
-        "untrained": _untrained(scan, top),
+        "untrained": _untrained(scan),
         "residual_over": "live rows" if scan.data_target is None else "rows that are never a target of the data",
         "judged": scan.judged,
         **{name: matrix_summary(scan, name) for name in _MATRICES},
@@ -143,7 +145,8 @@ def matrix_summary(scan: Scan, name: MatrixName) -> dict[str, Any]:
         }
     usable = scan.live & ~drift.bad & ~drift.zero
     nested["l2_histogram"] = _histogram(drift.l2[usable])
-    nested["norm_outliers"] = _norm_outliers(drift, usable)
+    outliers = _norm_outliers(drift, usable)
+    nested["norm_outliers"] = outliers | {"texts": [scan.table.text(i) for i in outliers["ids"][:_NAMED]]}
     return nested
 
 
@@ -243,9 +246,9 @@ def _sizes(scan: Scan) -> dict[str, Any]:
     }
 
 
-def _untrained(scan: Scan, top: int) -> dict[str, Any]:
+def _untrained(scan: Scan) -> dict[str, Any]:
     ids = (~scan.table.trained).nonzero().flatten()
-    return {"count": len(ids), "ids": ids.tolist(), "texts": [scan.table.text(i) for i in ids[:top].tolist()]}
+    return {"count": len(ids), "ids": ids.tolist(), "texts": [scan.table.text(i) for i in ids[:_NAMED].tolist()]}
 
 
 def _control_moved(scan: Scan, top: int) -> list[int]:

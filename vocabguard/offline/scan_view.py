@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from vocabguard.offline.tables import Column, Grid
 from vocabguard.views.wording import number, percent, visible
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -21,6 +20,11 @@ def show_scan(console: Console, found: Mapping[str, Any], top: int = 20) -> None
     """Print a `vocabguard.offline.scan_summary.summary`: the verdict, the tables, the worst tokens."""
     for part in _parts(found, top):
         console.print(part, highlight=False, soft_wrap=isinstance(part, Text))
+
+
+def label_of_matrix(found: Mapping[str, Any], name: str) -> str:
+    """What a matrix is called; a tied pair's one matrix is both."""
+    return "head = input embedding (tied)" if _tied(found) else _LABELS[name]
 
 
 def verdict_of(found: Mapping[str, Any]) -> str:
@@ -38,33 +42,29 @@ def verdict_of(found: Mapping[str, Any]) -> str:
     )
 
 
-def plain_table(*columns: str, text: Sequence[str] = ()) -> Table:
-    """A table in the house's style; columns named in ``text`` are words, the others numbers."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", collapse_padding=True, pad_edge=False)
-    for name in columns:
-        words = name in text
-        # Words wrap, so that they are the first to give way.
-        table.add_column(name, justify="left" if words else "right", no_wrap=not words, overflow="fold")
-    return table
+def listed(names: Sequence[str], count: int, shown: int = 8) -> str:
+    """The first few of so many names, and how many there are beside them.
+
+    >>> listed(["a", "b", "c"], 12, 2)
+    'a, b and 10 more'
+    """
+    more = count - min(shown, len(names))
+    return ", ".join(names[:shown]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def with_whole_numbers(table: Table) -> Table:
-    """The same table, whose columns of numbers never give way to words: where there is little room, texts wrap."""
-    for column in table.columns:
-        if column.justify == "right":
-            column.min_width = max(len(str(cell)) for cell in (column.header, *column.cells))
-    return table
+def _tied(found: Mapping[str, Any]) -> bool:
+    return all(found["tied"][side] for side in ("base", "tuned"))
 
 
 def _parts(found: Mapping[str, Any], top: int) -> list[RenderableType]:
     parts: list[RenderableType] = [Text(verdict_of(found), "bold"), *map(Text, _sentences(found))]
-    same = all(found["tied"][side] for side in ("base", "tuned"))
+    same = _tied(found)
     for name in ("head",) if same else ("head", "embedding"):
         parts += _matrix(found, name)
     if found["worst"]:
-        parts += ["", Text("worst live tokens, by cosine", "bold"), _tokens(found["worst"][:top])]
+        parts += ["", Text("worst live tokens, by cosine", "bold"), _tokens(found["worst"][:top], same)]
     if found["control_moved"]:
-        parts += [Text("control tokens that moved most, by L2", "bold"), _tokens(found["control_moved"][:5])]
+        parts += [Text("control tokens that moved most, by L2", "bold"), _tokens(found["control_moved"][:5], same)]
     return parts
 
 
@@ -83,6 +83,9 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
     tied = [side for side in ("base", "tuned") if found["tied"][side]]
     if tied:
         said.append(f"Tied in the {' and the '.join(tied)}: the embedding is the head.")
+    if tokens["never_trained"]:
+        names = [visible(text, 24) for text in found["untrained"]["texts"]]
+        said.append(f"Never trained at the base: {listed(names, found['untrained']['count'])}.")
     if found["judged"]:
         said.append(f"Residual: without the mean displacement of the {found['residual_over']}.")
     return said
@@ -90,20 +93,23 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
 
 def _matrix(found: Mapping[str, Any], name: str) -> list[RenderableType]:
     numbers = found[name]
-    title = Text(f"\n{_LABELS[name]}", "bold")
+    title = Text(f"\n{label_of_matrix(found, name)}", "bold")
     if "not_applicable" in numbers:
         return [] if found["judged"] is None else [title, Text(f"not applicable: {numbers['not_applicable']}")]
     if numbers.get("cosine_min", 0.0) >= _UNMOVED:
         return [title, Text("every live row is where it was (cosine above 0.9999)")]
     counts = found["tokens"]["groups"]
-    table = plain_table("", "tokens", "mean", "min", "residual p01", "< 0.95", "< 0.90", text=("",))
-    table.add_row(*_cells("all", found["tokens"]["live"], numbers), end_section=True)
+    table = Grid([
+        Column("", words=True), Column("tokens", spare=3), Column("mean"), Column("min", spare=1),
+        Column("residual p01", spare=4), Column("< 0.95"), Column("< 0.90", spare=2),
+    ])  # fmt: skip
+    table.add(*_cells("all", found["tokens"]["live"], numbers), end=True)
     groups = sorted(numbers["groups"].items(), key=lambda item: -item[1].get("below_0.95", -1.0))
     for place, (label, part) in enumerate(groups):
-        table.add_row(*_cells(label, counts.get(label), part), end_section=place == len(groups) - 1)
+        table.add(*_cells(label.replace("_", " "), counts.get(label), part), end=place == len(groups) - 1)
     for label, part in numbers.get("classes", {}).items():
-        table.add_row(*_cells(f"targets {label}", None, part))
-    return [title, Group(with_whole_numbers(table), *map(Text, _asides(numbers)))]
+        table.add(*_cells(f"targets {label}", None, part))
+    return [title, Group(table, *map(Text, _asides(numbers)))]
 
 
 def _asides(numbers: Mapping[str, Any]) -> list[str]:
@@ -115,9 +121,11 @@ def _asides(numbers: Mapping[str, Any]) -> list[str]:
         said.append(f"L2 0 |{bars}| {edges[-1]:.3g}")
     outliers = numbers["norm_outliers"]
     if outliers["count"]:
+        names = listed([visible(text, 24) for text in outliers["texts"]], outliers["count"])
+        ratio = number(outliers["median_ratio"], 3)
         said.append(
-            f"{outliers['count']:,} rows with a norm out of line (the median row's is {outliers['median_ratio']:.3f} "
-            f"times what it was): ids {outliers['ids'][:8]}"
+            f"{outliers['count']:,} live rows with a norm out of line (the median row's is {ratio} times what it was): "
+            f"{names}"
         )
     said += [
         f"{int(numbers[key]):,} live rows {what}"
@@ -139,13 +147,20 @@ def _cells(label: str, count: int | None, part: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _tokens(tokens: Sequence[Mapping[str, Any]]) -> Table:
+def _tokens(tokens: Sequence[Mapping[str, Any]], tied: bool) -> Grid:
     counted = any(token["data_target"] is not None for token in tokens)
-    names = ("id", "token", "category", "cosine", "residual", "L2", "norm ratio", "embedding")
-    table = plain_table(*names, *(("targets",) if counted else ()), text=("token", "category"))
+    columns = [
+        Column("id"), Column("token", words=True), Column("category", words=True, spare=1), Column("cosine"),
+        Column("residual", spare=2), Column("L2", spare=4), Column("norm ratio", spare=5),
+    ]  # fmt: skip
+    # In a tied pair it is the same row.
+    columns += [] if tied else [Column("embedding", spare=3)]
+    columns += [Column("targets")] if counted else []
+    keys = ("cosine", "residual", "l2", "norm_ratio", *(() if tied else ("embedding_cosine",)))
+    table = Grid(columns)
     for token in tokens:
         cells = [str(token["id"]), visible(token["text"], 24), token["category"]]
-        cells += [number(token[key]) for key in ("cosine", "residual", "l2", "norm_ratio", "embedding_cosine")]
+        cells += [number(token[key]) for key in keys]
         cells += ["-" if token["data_target"] is None else f"{token['data_target']:,}"] if counted else []
-        table.add_row(*map(Text, cells))
-    return with_whole_numbers(table)
+        table.add(*cells)
+    return table

@@ -23,7 +23,7 @@ import regex
 from markupsafe import Markup
 
 from vocabguard.runlog import RunLog
-from vocabguard.views.html_charts import exposure_figure, histograms
+from vocabguard.views.html_charts import exposure_figure, histograms, length_figure
 from vocabguard.views.html_compare import compare
 from vocabguard.views.html_course import timelines
 from vocabguard.views.html_data import EchoDone, PageData, TextOf, TokenLine
@@ -104,6 +104,7 @@ def render(first: PageData, second: PageData | None = None, *, limits: Limits | 
             both=None if second is None else compare(first, second),
             histograms=histograms(first, second),
             exposure=exposure_figure(first, second),
+            lengths=length_figure(first, second),
             timelines=timelines(first, second),
             version=_version(),
         )

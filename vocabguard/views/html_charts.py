@@ -1,4 +1,4 @@
-"""The report page's figures of the rows: cosines by group, and drift against exposure."""
+"""The report page's figures of the rows: cosines by group, drift against exposure, lengths of the displacements."""
 
 from __future__ import annotations
 
@@ -69,6 +69,47 @@ def exposure_figure(first: PageData, second: PageData | None = None) -> Figure |
     return Figure("Drift against exposure", text, plot.width, plot.height, tuple(marks), tuple(words), legend, note)
 
 
+def length_figure(first: PageData, second: PageData | None = None) -> Figure | None:
+    """Histogram of the lengths of the live rows' displacements, from 0 to the longest.
+
+    Args:
+        first: drawn as bars.
+        second: a second one, drawn as an outline on the same scale.
+
+    Returns:
+        None where the first has no lengths.
+    """
+    shown = [lengths for data in (first, second) if data is not None and (lengths := _lengths(data)).size]
+    if not shown or not _lengths(first).size:
+        return None
+    longest = max(float(lengths.max()) for lengths in shown) or 1.0
+    edges = np.linspace(0.0, longest, 61)
+    counted = [_shares(lengths, edges) for lengths in shown]
+    top = max(float(shares.max()) for shares in counted)
+    plot = Plot(2 * _WIDE, _HIGH, (0.0, longest), (0.0, math.sqrt(top)), left=10.0, right=10.0, bottom=36.0)
+    marks = _bars(plot, counted[0], edges, shown[0].size, degraded=-math.inf)
+    if len(counted) == 2:
+        marks.append(Mark("path", "outline", d=_outline(plot, counted[1], edges)))
+    marks.append(Mark("line", "axis", plot.left, plot.base, plot.width - plot.right, plot.base))
+    words = plot.x_labels(ticks(0.0, longest, 8), lambda value: f"{value:g}")
+    words.append(Word(plot.width / 2, plot.height - 2, "L2 of row now minus base row"))
+    middle, last = (float(value) for value in np.quantile(shown[0], (0.5, 0.99)))
+    note = (
+        f"Half of the rows moved less than {middle:.3g}, 99 % less than {last:.3g}, the farthest {shown[0].max():.3g}."
+    )
+    title = f"L2, {shown[0].size:,} live rows"
+    return Figure(title, f"{title}: {note}", plot.width, plot.height, tuple(marks), tuple(words), note=note)
+
+
+def _lengths(data: PageData) -> NDArray[np.float32]:
+    """Finite lengths of the live rows' displacements."""
+    rows = data.rows
+    if rows is None or rows.l2 is None:
+        return np.empty(0, np.float32)
+    found: NDArray[np.float32] = rows.l2[rows.live & np.isfinite(rows.l2)]
+    return found
+
+
 def _cosines(data: PageData, label: str = "all") -> NDArray[np.float32]:
     """Finite cosines of the live rows, of all or of one group."""
     rows = data.rows
@@ -128,12 +169,14 @@ def _below(cosines: NDArray[np.float32]) -> float | None:
     return float(np.mean(cosines < _DEGRADED)) if cosines.size else None
 
 
-def _bars(plot: Plot, shares: NDArray[np.float64], edges: NDArray[np.float64], rows: int) -> list[Mark]:
+def _bars(
+    plot: Plot, shares: NDArray[np.float64], edges: NDArray[np.float64], rows: int, degraded: float = _DEGRADED
+) -> list[Mark]:
     marks = []
     for share, left, right in zip(shares.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         if share > 0:
             x, high = plot.at_x(left), max(1.0, plot.base - plot.at_y(math.sqrt(share)))
-            style = "bar low" if (left + right) / 2 < _DEGRADED else "bar"
+            style = "bar low" if (left + right) / 2 < degraded else "bar"
             title = f"{left:.3f} to {right:.3f}: {round(share * rows):,} tokens"
             wide = round(plot.at_x(right) - x - 0.5, 1)
             marks.append(Mark("rect", style, x, round(plot.base - high, 1), wide, round(high, 1), title=title))

@@ -39,6 +39,7 @@ class Rows:
         inputs: int64, data inputs so far.
         last_target: int64, step in which it last was a target; -1 if never.
         classes: uint8, index into `EXPOSURE_CLASSES`.
+        l2: float32, length of the displacement.
     """
 
     step: int | None
@@ -50,6 +51,7 @@ class Rows:
     inputs: NDArray[np.int64] | None = None
     last_target: NDArray[np.int64] | None = None
     classes: NDArray[np.uint8] | None = None
+    l2: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vocabguard.cli.app import main
+
+ASSETS = Path(__file__).parents[2] / "examples" / "assets"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs the command line in this process and gives its exit code."""
+
+    def call(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["vocabguard", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return int(left.value.code or 0)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def changed_assets(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[Tensor], None]], Path]:
+    """Makes copies of the embedded base whose output rows are changed in place."""
+
+    def make(change: Callable[[Tensor], None]) -> Path:
+        folder = tmp_path_factory.mktemp("pair") / "tuned"
+        shutil.copytree(ASSETS, folder)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors["lm_head.weight"])
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return make
