@@ -332,5 +332,6 @@ def test_presets_switch_on_what_they_are_named_for() -> None:
     assert switched["hold"] == (False, True)
     assert switched["protect"] == (True, True)
     assert switched["early"] == (False, False)
-    assert load_config("early").alerts["at_risk"].actions == ["log", "echo", "hold"]
+    at_risk = VocabGuard("early").rules[0]
+    assert (at_risk.name, at_risk.actions, at_risk.latch) == ("at_risk", ("log", "echo", "hold"), True)
     assert {switched[name] for name in ("watch", "light", "thorough")} == {(False, False)}

@@ -30,6 +30,7 @@ class RuleConfig:
     min_rows: int = limited(0, at_least=0)
     retell_steps: int = limited(0, at_least=0)
     remind_steps: int = limited(0, at_least=0)
+    latch: bool = False
 
 
 def default_rules() -> dict[str, RuleConfig]:

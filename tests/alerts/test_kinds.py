@@ -90,6 +90,13 @@ def test_reminders(metric):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("metric", [GROUPED, "head/ja/below_0.95"])
+def test_a_latched_rule_stays(metric):
+    machine = AlertMachine([by_group(metric=metric, latch=True)])
+    assert [one[:3] for one in told(machine, {"ja": 0.2}, {"ja": 0.0}, {}, {"ja": 0.3})] == [(10, "firing", False)]
+    assert machine.firing == ("groups",)
+
+
 def test_small_groups_and_exposure_classes_are_left_aside():
     rows = {"ja": 20, "thai": 19}
     machine = AlertMachine([by_group(min_rows=20)])
@@ -353,6 +360,7 @@ def test_parts_of_a_key():
         ({"over_checks": 2}, "over_checks is 2; allowed: 1 where there is no change"),
         ({"floor": 0.1}, "floor is 0.1; allowed: none where there is no change"),
         ({"over_checks": 0, "change": "difference"}, "over_checks is 0; allowed: at least 1"),
+        ({"latch": True, "resolve_at": 0.05}, "resolve_at is 0.05; allowed: none, since the rule is latched"),
         ({"min_rows": -1}, "min_rows is -1; allowed: at least 0"),
         ({"metric": "head/below_0.95", "min_rows": 5}, r"min_rows is 5; allowed: 0, since head/below_0.95 has no '\*'"),
         ({"metric": "head/ja/below_0.95", "retell_steps": 5}, "retell_steps is 5; allowed: 0"),

@@ -46,6 +46,7 @@ class AlertRule:
             counts nor breaks the row, but with ``absent``. Rules about ``confusion/`` count evaluations.
         resolve_at: a firing rule resolves once the value is back at this or beyond it; on the safe side of the
             threshold, so that a value that wavers about the threshold does not flap. None takes the threshold.
+        latch: never resolve: what the rule has switched on stays on, also where that is why the value is back.
         cooldown_steps: optimizer steps after resolving in which it may not fire again, at least 0.
         level: ``info``, ``warning`` or ``critical``.
         actions: what to do at each transition: ``"log"``, or a callable that takes the `Transition`, both in the main
@@ -84,6 +85,7 @@ class AlertRule:
     min_rows: int = 0
     retell_steps: int = 0
     remind_steps: int = 0
+    latch: bool = False
 
     def __post_init__(self) -> None:
         self._require(bool(self.name.strip()), "name", self.name, "any text that is not blank")
@@ -102,6 +104,8 @@ class AlertRule:
             raise ValueError(f"alert rule {self.name!r}: {error}") from None
         self._check_change(low, high)
         self._check_parts()
+        fine = not self.latch or self.resolve_at is None
+        self._require(fine, "resolve_at", self.resolve_at, "none, since the rule is latched")
         if self.op in (ABSENT, UNCHANGED):
             for field, nothing in (("threshold", 0.0), ("resolve_at", None), ("change", None)):
                 value = getattr(self, field)
@@ -169,7 +173,9 @@ class AlertRule:
         return value > 0 if self.op in (ABSENT, UNCHANGED) else _OVER[self.op](value, self.threshold)
 
     def safe(self, value: float) -> bool:
-        """Whether a reading resolves the rule: not over the threshold, and at `resolve_at` or beyond."""
+        """Whether a reading resolves the rule: not over the threshold, at `resolve_at` or beyond, and not latched."""
+        if self.latch:
+            return False
         if self.resolve_at is None:
             return not self.over(value)
         back = value <= self.resolve_at if self.upward else value >= self.resolve_at
