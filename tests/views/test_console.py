@@ -10,14 +10,15 @@ from tqdm import tqdm
 from vocabguard.results import (
     CheckResult,
     Exposure,
+    Finding,
     NotApplicable,
     Preflight,
     RowDrift,
     TokenReport,
-    Transition,
     Watch,
     WatchedMatrix,
 )
+from vocabguard.transitions import AlertStory, Transition
 from vocabguard.views.console import ConsoleView
 from vocabguard.views.wording import preflight_sentences, verdict, watch_sentences
 from vocabguard.vocabulary import VocabTable
@@ -129,6 +130,22 @@ def test_alerts_are_coloured_by_level_and_never_read_as_markup(changes, colour):
     ConsoleView(target).check(check(transitions=(dataclasses.replace(ALERT, **changes),)))
     output = target.export_text(styles=True)
     assert f"\x1b[{colour}mslow: [red]overhead[/red] is 0.2.\x1b[0m" in output
+
+
+def test_stories_are_told_and_what_they_share_only_once():
+    story = AlertStory(what="412 rows [bold]turned[/bold].", tokens=("語",), outlook="All are lost.", advice=("echo.",))
+    other = dataclasses.replace(story, what="80 rows turned.", advice=())
+    alerts = [dataclasses.replace(ALERT, rule=str(number), story=one) for number, one in enumerate((story, other))]
+    lines = printed(ConsoleView, ("check", check(transitions=(*alerts, dataclasses.replace(ALERT, state="resolved")))))
+    told = [line.removeprefix("vocabguard ") for line in lines[1:]]
+    assert [line.strip() for line in told] == [
+        ALERT.message, "412 rows [bold]turned[/bold].", "Worst: 語", "All are lost.", "To do: echo.",
+        ALERT.message, "80 rows turned.",
+        ALERT.message,
+    ]  # fmt: skip
+    assert all(line.startswith("  ") for line in told if line.strip() != ALERT.message)
+    asked = Finding("confusion", 40, (), "Answers.", transitions=(alerts[1],))
+    assert [line.split()[1] for line in printed(ConsoleView, ("finding", asked))][:3] == ["step", "slow:", "80"]
 
 
 def test_closing_table_in_the_reports_form(table):
