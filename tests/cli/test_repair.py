@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Run = Callable[..., int]
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
@@ -66,6 +67,46 @@ def test_echo_trains_all_but_the_input_rows(tuned: Path, tmp_path: Path, run: Ru
     assert torch.equal(one["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
     assert not torch.equal(one["model.norm.weight"], other["model.norm.weight"])
     assert {path.name for path in out.iterdir()} == before.keys()
+
+
+@pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16)])
+def test_echo_of_tied_and_bfloat16_models(
+    tmp_path: Path, run: Run, capsys: Any, tied: bool, dtype: torch.dtype
+) -> None:
+    """What comes out is tied and of the dtype that went in, and its rows are near the base's again."""
+    for name in ("base", "tuned"):
+        model = AutoModelForCausalLM.from_pretrained(ASSETS)
+        if tied:
+            model.model.embed_tokens.weight = model.lm_head.weight
+            model.config.tie_word_embeddings = True
+        with torch.no_grad():
+            if name == "tuned":
+                generator = torch.Generator().manual_seed(0)
+                model.lm_head.weight[2000:2300] += 0.5 * torch.randn(300, 128, generator=generator)
+        model.to(dtype).save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(ASSETS).save_pretrained(tmp_path / name)
+    chat = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "I am fine, thank you."}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 40, encoding="utf-8")
+    out = tmp_path / "out"
+    options = ("--method", "echo", "--data", tmp_path / "chats.jsonl", "--no-ask", "--json")
+    assert run("repair", tmp_path / "base", tmp_path / "tuned", "--out", out, *options) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert 250 <= told["rows"] <= 300
+    assert told["echo"]["input_embedding"].startswith("shared" if tied else "unchanged")
+    one, other = (load_file(folder / "model.safetensors") for folder in (tmp_path / "tuned", out))
+    assert one.keys() == other.keys()
+    assert ("lm_head.weight" in one) != tied
+    assert {tensor.dtype for tensor in other.values()} == {dtype}
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.dtype is dtype
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert torch.equal(one["model.embed_tokens.weight"], other["model.embed_tokens.weight"]) != tied
+    run("scan", tmp_path / "base", out, "--json", "--top", 0)
+    after = json.loads(capsys.readouterr().out)["head"]["cosine_min"]
+    run("scan", tmp_path / "base", tmp_path / "tuned", "--json", "--top", 0)
+    before = json.loads(capsys.readouterr().out)["head"]["cosine_min"]
+    assert before < 0.5
+    assert after > 0.8
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,9 @@ def build(names: tuple[str, ...]) -> typer.Typer:
 
     Args:
         names: of `COMMANDS`.
+
+    Raises:
+        KeyError: for a name that is none.
     """
     app = typer.Typer(
         help="See and prevent the forgetting of sparse tokens.", no_args_is_help=True, add_completion=False
@@ -42,7 +45,11 @@ def build(names: tuple[str, ...]) -> typer.Typer:
 
 
 def main() -> None:
-    """Run the command line in ``sys.argv``; only the module of the command that is called is imported."""
+    """Run the command line in ``sys.argv``; only the module of the command that is called is imported.
+
+    Raises:
+        SystemExit: with the command's exit code; 2 for bad input and wrong options.
+    """
     asked = [argument for argument in sys.argv[1:2] if argument in COMMANDS]
     try:
         build(tuple(asked) or tuple(COMMANDS))()

@@ -43,7 +43,15 @@ def replay(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable result on standard output.")] = False,
 ) -> None:
-    """Choose rows of CORPUS so that, mixed into the training data, every live token is a target --targets times."""
+    """Choose rows of CORPUS so that, mixed into the training data, every live token is a target --targets times.
+
+    Exit code 0: written; 1: a larger share than the threshold allows stays in need; 2: bad input.
+
+    \f
+    Raises:
+        InputError: for input that cannot be used; `main` prints it and ends with 2.
+        typer.Exit: with 1, for findings.
+    """
     if threshold is not None and not 0 <= threshold <= 1:
         raise InputError(f"--threshold is {threshold}; allowed: a share from 0 to 1")
     loaded = load_tokenizer(tokenizer)

@@ -152,7 +152,9 @@ def load_model(path: Path) -> nn.Module:
         ValueError: if there is none, or it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # one for each model, where that is no terminal too
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} has no config.json, so no model can be loaded from it")
     try:
