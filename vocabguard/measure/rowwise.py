@@ -69,10 +69,12 @@ def row_sums(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int, *
         (4, V) float32 on the CPU: w.w, d.d, w.s and d.s, accumulated in float32; (5, V) with w0.w0 last, if asked for.
         NaN where there is no baseline row.
     """
-    first = next((rows for _, rows in matrix.chunks(1)), torch.empty(0))
+    # Of a matrix that is spread over processes, this one's first row.
+    part, first = next(matrix.chunks(1), (slice(0, 0), torch.empty(0)))
     if first.device.type != "cpu":
         return sums_by_torch(matrix, baseline, shift.to(first.device), chunk_rows, base_too=base_too)
-    both = first.dtype is baseline.chunk(slice(0, 1)).dtype is torch.bfloat16
+    before = baseline.chunk(part) if part.start < baseline.rows else first
+    both = first.dtype is before.dtype is torch.bfloat16
     by, block = sums_by_numpy, _BLOCK
     if matrix.rows * matrix.width >= _WORTH_COMPILING and kernel("bfloat16" if both else "float32") is not None:
         by, block = sums_by_numba, _COMPILED_BLOCK
