@@ -173,6 +173,19 @@ def test_any_text_of_a_token_survives(tmp_path, text):
     assert [line["worst"][0]["text"] for line in RunLog.open(tmp_path).checks()] == [text, "嘉祺"]
 
 
+def test_texts_of_all_ids(tmp_path):
+    writer = write(tmp_path, [10])
+    assert RunLog.open(tmp_path).texts() == []
+    writer.texts(["", ""])
+    assert RunLog.open(tmp_path).texts() == []
+    told = ["a", "\udc80", "", "嘉祺"]
+    writer.texts(tuple(told))
+    assert RunLog.open(tmp_path).texts() == told
+    (tmp_path / "texts.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"texts\.json holds no list of texts"):
+        RunLog.open(tmp_path).texts()
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
     writer = write(tmp_path, [10], rows_at=[10])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

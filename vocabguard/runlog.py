@@ -6,6 +6,7 @@
 | ``checks.jsonl`` | one line a check: attempt, step, seconds, probed, firing, scalars, worst and watched tokens, echo |
 | ``alerts.jsonl`` | one line a transition: attempt and the fields of `Transition`, its story too |
 | ``rows-<step>.safetensors`` | the vectors of `row_vectors` at a step |
+| ``texts.json`` | what each id says: V strings, empty where unknown; only where there is a tokenizer |
 | ``confusion.jsonl`` | one line an evaluation, if asked for: shares by language, and from -> into counts |
 | ``neighbors.jsonl`` | one line a token and a step, if asked for: nearest rows then and now |
 | ``head_or_body.jsonl`` | one line at the end: what forgotten tokens come back with |
@@ -21,7 +22,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -34,7 +35,7 @@ from torch import Tensor
 from vocabguard.forecasts import Forecast
 from vocabguard.jsonlines import append_line, mend, plain, read_lines, replace_file
 from vocabguard.results import CheckResult, Exposure, RowDrift, Watch
-from vocabguard.transitions import AlertStory, Transition
+from vocabguard.transitions import Transition, as_transition
 
 SCHEMA = 1
 """Version of the folder's layout; a newer one is refused."""
@@ -42,7 +43,7 @@ SCHEMA = 1
 NOTES = ("confusion", "neighbors", "head_or_body")
 """Kinds of findings beside the checks."""
 
-_META, _CHECKS, _ALERTS = "run.json", "checks.jsonl", "alerts.jsonl"
+_META, _CHECKS, _ALERTS, _TEXTS = "run.json", "checks.jsonl", "alerts.jsonl", "texts.json"
 _ROWS = re.compile(r"rows-(\d+)\.safetensors")
 
 
@@ -111,6 +112,12 @@ class RunWriter:
         meta |= {"config": plain(config), "watch": plain(watch), "groups": list(groups)}
         replace_file(self.folder / _META, (json.dumps(meta, indent=2, allow_nan=False) + "\n").encode())
         self._attempt = len(meta["resumed"])
+
+    def texts(self, texts: Sequence[str]) -> None:
+        """Write what each id says, V strings; nothing where all are empty. To be called after `start`."""
+        self._started()
+        if any(texts):
+            replace_file(self.folder / _TEXTS, json.dumps(list(texts)).encode())
 
     def check(self, result: CheckResult) -> None:
         """Append a check and its transitions.
@@ -226,7 +233,7 @@ class RunLog:
     def alerts(self) -> list[Transition]:
         """All transitions, in order."""
         first = _first_steps(read_lines(self.folder / _CHECKS))
-        return [_as_transition(line) for line in read_lines(self.folder / _ALERTS) if _stands(line, first)]
+        return [as_transition(line) for line in read_lines(self.folder / _ALERTS) if _stands(line, first)]
 
     def notes(self, kind: str) -> list[dict[str, Any]]:
         """All findings of a kind, in order: ``attempt``, ``step`` and what was found; none where none was asked for.
@@ -241,6 +248,20 @@ class RunLog:
             raise ValueError(f"kind is {kind!r}; allowed: {', '.join(NOTES)}")
         first = _first_steps(read_lines(self.folder / _CHECKS))
         return [line for line in read_lines(self.folder / f"{kind}.jsonl") if _stands(line, first)]
+
+    def texts(self) -> list[str]:
+        """What each id says, V strings; empty if the folder does not tell.
+
+        Raises:
+            ValueError: if the file is no list of strings.
+        """
+        path = self.folder / _TEXTS
+        if not path.is_file():
+            return []
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+            raise ValueError(f"{path} holds no list of texts")
+        return found
 
     @property
     def row_steps(self) -> tuple[int, ...]:
@@ -323,16 +344,3 @@ def _first_steps(checks: Sequence[Mapping[str, Any]]) -> dict[int, int]:
 def _stands(line: Mapping[str, Any], first: Mapping[int, int]) -> bool:
     """Whether no later attempt has gone back to before this line."""
     return all(line["step"] < step for attempt, step in first.items() if attempt > line["attempt"])
-
-
-def _as_transition(line: Mapping[str, Any]) -> Transition:
-    """A line as a transition; earlier versions wrote fewer fields, later ones may write more."""
-    values: dict[str, Any] = {spec.name: line[spec.name] for spec in fields(Transition) if spec.name in line}
-    values["value"] = math.nan if line["value"] is None else line["value"]
-    parts = line.get("parts") or {}
-    values["parts"] = {part: math.nan if value is None else value for part, value in parts.items()}
-    if told := line.get("story"):
-        known = {spec.name: told[spec.name] for spec in fields(AlertStory) if spec.name in told}
-        lists: dict[str, Any] = {key: tuple(known.pop(key)) for key in ("tokens", "advice") if key in known}
-        values["story"] = AlertStory(**known, **lists)
-    return Transition(**values)

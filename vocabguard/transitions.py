@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,24 @@ class Transition:
     again: bool = False
     parts: Mapping[str, float] = field(default_factory=dict)
     story: AlertStory | None = None
+
+
+def as_transition(line: Mapping[str, Any]) -> Transition:
+    """A line of a log as a transition; earlier versions wrote fewer fields, later ones may write more.
+
+    Args:
+        line: a JSON object of ``alerts.jsonl``; None stands for NaN.
+
+    Raises:
+        KeyError: without a ``value``.
+        TypeError: without a field that has always been written.
+    """
+    values: dict[str, Any] = {spec.name: line[spec.name] for spec in fields(Transition) if spec.name in line}
+    values["value"] = math.nan if line["value"] is None else line["value"]
+    parts = line.get("parts") or {}
+    values["parts"] = {part: math.nan if value is None else value for part, value in parts.items()}
+    if told := line.get("story"):
+        known = {spec.name: told[spec.name] for spec in fields(AlertStory) if spec.name in told}
+        lists: dict[str, Any] = {key: tuple(known.pop(key)) for key in ("tokens", "advice") if key in known}
+        values["story"] = AlertStory(**known, **lists)
+    return Transition(**values)

@@ -69,7 +69,14 @@ def test_echo_trains_all_but_the_input_rows(tuned: Path, tmp_path: Path, run: Ru
     assert {path.name for path in out.iterdir()} == before.keys()
 
 
-@pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("tied", "dtype"),
+    [
+        (True, torch.bfloat16),
+        pytest.param(True, torch.float32, marks=pytest.mark.slow),
+        pytest.param(False, torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_echo_of_tied_and_bfloat16_models(
     tmp_path: Path, run: Run, capsys: Any, tied: bool, dtype: torch.dtype
 ) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from torch import Tensor
 from typer.testing import CliRunner
 
 from vocabguard.cli.app import InputError, build, main
@@ -22,6 +23,7 @@ from vocabguard.views.html import render
 from vocabguard.views.html_findings import Limits, as_json
 
 ROWS = 40
+ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 GONE = NotApplicable("not here")
 
 
@@ -136,6 +138,35 @@ def test_a_real_scan_is_read(tmp_path, monkeypatch):
     (source,) = json.loads(call(found, "--json").stdout)["sources"]
     assert source["below_0.95"] == pytest.approx(1 / ROWS)
     assert source["cosine_min"] == pytest.approx(-1, abs=1e-6)
+
+
+def test_a_scans_page_shows_lengths_and_names_odd_rows(tmp_path, changed_assets):
+    def change(head: Tensor) -> None:
+        head[1000:1200] += torch.randn(200, 128, generator=torch.Generator().manual_seed(0))
+        head[3497] *= 30  # " A"
+
+    tuned, found, page = changed_assets(change), tmp_path / "scan.safetensors", tmp_path / "page.html"
+    assert CliRunner().invoke(build(("scan",)), ["scan", str(ASSETS), str(tuned), "--out", str(found)]).exit_code == 1
+    assert call(found, "--out", page).exit_code == 1
+    text = page.read_text("utf-8")
+    lengths = text[text.index('id="lengths"') :]
+    assert "L2, 8,014 live rows: Half of the rows moved less than 0," in lengths
+    assert lengths[: lengths.index("</section>")].count("<title>") >= 2, "bars with what they hold"
+    assert "Never trained at the base: ␣парол, ␣geomet, " in text
+    assert "live rows have a norm out of line (the median row&#39;s is 1.000 times what it was): ␣A, " in text
+
+
+def test_a_run_folder_that_holds_texts_names_every_token(tmp_path):
+    run, page = make_run(tmp_path / "run"), tmp_path / "page.html"
+    assert call(run, "--out", page).exit_code == 1
+    assert "&lt;row␣38&gt;" in page.read_text("utf-8")
+    (run / "texts.json").write_text(json.dumps([f"word {i}" for i in range(ROWS)]), encoding="utf-8")
+    assert call(run, "--out", page).exit_code == 1
+    text = page.read_text("utf-8")
+    assert "word␣38" in text
+    assert "&lt;row" not in text
+    (run / "texts.json").write_text("[1]", encoding="utf-8")
+    assert f"{run / 'texts.json'} holds no list of texts" in str(call(run, "--out", page).exception)
 
 
 def test_a_tokenizer_gives_the_texts(tmp_path):

@@ -112,6 +112,7 @@ class Reporter:
         """Say what is watched, before step 1."""
         if self._log is not None:
             self._log.start(without_secrets(self._config), watch, self._table.names)
+            self._log.texts(self._table.texts)
         if self._board is not None:
             self._board.watch(watch)
         self._console.watch(watch, self._table)

@@ -47,7 +47,7 @@ def run_data(log: RunLog, text: TextOf | None = None, top: int = TOP) -> PageDat
 
     Args:
         log: the run folder, finished or still being written.
-        text: of any id; None knows only the tokens that the log names, and calls others ``<row 17>``.
+        text: of any id; None takes the log's own, and calls those that it does not know ``<row 17>``.
         top: tokens to list, those of the watch list not counted.
 
     Raises:
@@ -75,8 +75,8 @@ def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
     rows = _rows(vectors, steps[-1] if steps else None, matrix, len(names))
     probed = _probed(vectors)
     last: Mapping[str, Any] = checks[-1] if checks else {}
-    known = _texts(checks)
-    say = text or (lambda token: known.get(token, f"<row {token}>"))
+    known, written = _texts(checks), log.texts()
+    say = text or (lambda token: "".join(written[token : token + 1]) or known.get(token, f"<row {token}>"))
     result = _result(scalars, last)
     tied = isinstance(watch.head, WatchedMatrix) and watch.head.tied
     both = matrix == "head" and not tied and "embedding/cosine_mean" in scalars
