@@ -154,8 +154,8 @@ def track(pasts: Sequence[Past], now: Past) -> tuple[Past, Past, Past] | None:
 def summarise_forecast(forecast: Forecast, live: Tensor, parts: Mapping[str, Tensor]) -> dict[str, float]:
     """Flat scalars of a forecast, over live rows that have one.
 
-    Keys: ``below_0.95`` (share in [0, 1] of rows at risk), ``rows`` (their count), ``cosine_mean``; the first two
-    also as ``<part>/...`` for each part that has such rows.
+    Keys: ``below_0.95`` (share in [0, 1] of rows that is expected to end below, the mean of their chances), ``rows``
+    (how many that is), ``cosine_mean``; the first two also as ``<part>/...`` for each part that has such rows.
 
     Args:
         forecast: of V rows.
@@ -173,8 +173,8 @@ def summarise_forecast(forecast: Forecast, live: Tensor, parts: Mapping[str, Ten
 
 
 def _risk(forecast: Forecast, chosen: Tensor) -> dict[str, float]:
-    at_risk = int((forecast.at_risk & chosen).sum())
-    return {"below_0.95": at_risk / int(chosen.sum()), "rows": float(at_risk)}
+    expected = float(forecast.chance[chosen].double().sum())
+    return {"below_0.95": expected / int(chosen.sum()), "rows": expected}
 
 
 def as_tensor(values: Floats) -> Tensor:
