@@ -11,8 +11,8 @@ import pytest
 
 TOP = Path(__file__).parents[1]
 FLOORS = {
-    "transitions": 0, "forecasts": 0, "results": 0, "jsonlines": 1, "settings": 0, "settings_protect": 0, "settings_alerts": 0,
-    "config": 0, "collective": 1,
+    "transitions": 0, "forecasts": 0, "results": 0, "jsonlines": 1, "settings": 0, "settings_protect": 0,
+    "settings_alerts": 0, "config": 0, "collective": 1,
     "vocabulary": 1, "reachability": 1, "models": 1, "adapted": 1, "sharded": 1, "matrices": 1, "snapshot": 2,
     "measure": 3, "runlog": 3, "prompts": 4, "alerts": 4, "protect": 4, "views": 5, "offline": 5,
     "guard": 6, "cli": 7, "integrations": 7,

@@ -96,7 +96,7 @@ def fit(runs: Sequence[Recorded], name: Name, seed: int = 0, members: int = MEMB
 
 
 def concerned(runs: Sequence[Recorded], name: Name) -> list[Recorded]:
-    """The runs that networks of a name are for: the size of a step of plain gradient descent is not known beforehand."""
+    """The runs that networks of a name are for: gradient descent has its own, and none before its first step."""
     return [run for run in runs if (run.setup.optimizer == "sgd") == (name == "running-sgd")]
 
 

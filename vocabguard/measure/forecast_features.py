@@ -170,7 +170,7 @@ def _memory(schedule: Schedule, steps: int) -> float:
 
 
 def _efficiency(moved: Floats, rows: Rows, schedule: Schedule) -> npt.ArrayLike:
-    """How much of the way rows went that steps of one direction would have taken them; 0 where their size is unknown."""
+    """How much of the way rows went that steps of one direction would have taken them; 0 where it is unknown."""
     if schedule.optimizer == "sgd":
         return 0.0
     usual = float(np.median(rows.norm.numpy()[rows.live.numpy()]))

@@ -58,7 +58,7 @@ class QuantileNets:
         for start in range(0, len(inputs), _CHUNK):
             part = slice(start, start + _CHUNK)
             # Beyond what was seen in fitting nothing is known: the edge stands for it.
-            x = np.clip((inputs[part] - self.mean) / self.scale, -_WITHIN, _WITHIN)
+            x = np.nan_to_num(np.clip((inputs[part] - self.mean) / self.scale, -_WITHIN, _WITHIN))
             found[part] = sum(self._one(x, member) for member in range(len(self.weights[0]))) / len(self.weights[0])
         below, above = self.widen
         middle = found[:, _MEDIAN : _MEDIAN + 1]
