@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -104,7 +105,8 @@ def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(name)
+        with _quiet("huggingface_hub", "transformers"):  # they tell of each try to reach the hub
+            loaded = AutoTokenizer.from_pretrained(name)
         usable = bool(loaded.get_vocab())
     except Exception as error:  # by kind of damage, of many types
         raise InputError(f"{name}: cannot be loaded as a tokenizer ({_one_line(error)})") from error
@@ -116,6 +118,19 @@ def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{chat_template}: cannot be read as a chat template ({_one_line(error)})") from error
     return loaded
+
+
+@contextmanager
+def _quiet(*loggers: str) -> Iterator[None]:
+    """Let these loggers tell of errors only."""
+    found = [(logging.getLogger(name), logging.getLogger(name).level) for name in loggers]
+    for logger, _ in found:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in found:
+            logger.setLevel(level)
 
 
 def _check_ranges(threshold: float | None, top: int, workers: int) -> None:
