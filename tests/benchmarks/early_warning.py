@@ -1,6 +1,6 @@
 """How early the guard knows which rows a fine-tune will degrade, on fine-tunes that its forecast never saw.
 
-    python tests/benchmarks/early_warning.py FOLDER [--fit] [--markdown FILE] [--frontier]
+    python tests/benchmarks/early_warning.py FOLDER [--fit] [--markdown FILE]
 
 Fine-tunes the embedded base under the configurations of ``early_runs.py`` (about 40 s each; a stopped benchmark goes on
 where it was), then holds the packaged forecast against what happened, on the configurations of a data set (Russian) and
