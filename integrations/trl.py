@@ -17,9 +17,12 @@ from vocabguard.results import NotApplicable
 
 _SAMPLED = (
     "{trainer} trains on completions that the model itself writes, pulled or pushed as their reward says: "
-    "they are no targets of the data"
+    "they are no targets of the data, and none are counted"
 )
-_MIXED = "{trainer} hands desirable and undesirable completions to the model alike: what is asked for cannot be told"
+_MIXED = (
+    "{trainer} hands desirable and undesirable completions to the model alike: what is asked for cannot be told, and "
+    "nothing is counted"
+)
 _UNCOUNTED = {"GRPO": _SAMPLED, "RLOO": _SAMPLED, "KTO": _MIXED}
 _NO_ECHO = (
     "echo: DPOTrainer trains on pairs of a chosen and a rejected completion, and nothing to repeat has a rejected one; "

@@ -9,7 +9,10 @@ import torch
 from adapter_cases import ADAPTERS
 from model_cases import MODELS, ROWS, Case, MissingError, frozen
 from model_contract import COLUMNS, OPTIONS, YES, expected_columns, loss_of, outcomes, text_batches
+from model_protection import all_outcomes, expected_protection
+from support import IN_TWO_PROCESSES, ROOT, mark, published
 from torch.nn.functional import cosine_similarity
+from trainer_cases import TRAINERS
 
 from vocabguard import VocabGuard
 
@@ -29,6 +32,7 @@ def test_contract(case: Case, tokenizer: Any) -> None:
     assert all(outcome == YES or outcome.startswith("not applicable: ") for outcome in found.values())
 
 
+PUBLISHED = published((ROOT / "README.md").read_text(encoding="utf-8"))
 RESIZED = ("llama", "gpt2", "gemma3", "t5", "bart", "llava", "falcon", "mixtral")
 
 
@@ -69,3 +73,39 @@ def test_resized_in_mid_run(case: Case, rows: int) -> None:
 def test_enough_is_tried() -> None:
     assert len({case.family for case in MODELS}) >= 24
     assert len({case.name for case in MODELS}) == len(MODELS)
+
+
+QUICK = ("llama", "gpt2", "t5", "bert", "llava", "llama-classes", "lora-attention", "lora-head", "saved")
+EVERY = [
+    pytest.param(case, id=case.name, marks=[] if case.name in QUICK else [pytest.mark.slow])
+    for case in (*MODELS, *ADAPTERS)
+]
+
+
+@pytest.mark.parametrize("case", EVERY)
+def test_what_protects_it_and_the_published_table(case: Case, tokenizer: Any) -> None:
+    """Echo, hold and resume too; and the README's table says what came out."""
+    try:
+        found = all_outcomes(case, tokenizer)
+    except MissingError as error:
+        pytest.skip(str(error))
+    assert {name for name, outcome in found.items() if outcome == YES} == expected_columns(case) | (
+        expected_protection(case)
+    )
+    said = PUBLISHED["Adapters (PEFT)" if case in ADAPTERS else "Models"][case.family]
+    for name, outcome in found.items():
+        # Of several cases with one name the one that says least is published.
+        assert said[name] == mark(outcome) or (said[name] == "no" and not _single(case)), name
+
+
+def _single(case: Case) -> bool:
+    return [other.family for other in (*MODELS, *ADAPTERS)].count(case.family) == 1
+
+
+def test_every_row_is_published() -> None:
+    names = {"Models": MODELS, "Adapters (PEFT)": ADAPTERS}
+    for section, cases in names.items():
+        assert set(PUBLISHED[section]) == {case.family for case in cases}
+    assert list(PUBLISHED["Trainers"]) == [case.name for case in TRAINERS]
+    assert list(PUBLISHED["Two processes"]) == list(IN_TWO_PROCESSES)
+    assert not [cells for rows in PUBLISHED.values() for cells in rows.values() if "fails" in cells.values()]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from model_cases import MissingError
 from model_contract import YES
+from support import ROOT, mark, published
 from trainer_cases import BATCH, DOCS, PRECISIONS, TRAINERS, Job, TrainerCase, kit, row_docs, scaled
 from trainer_contract import CHECKS, QUIET, Trial, drift, expected_columns, exposure, outcomes, push_pull, untouched
 
@@ -34,6 +35,8 @@ def test_contract(case: TrainerCase, tmp_path: Path) -> None:
         pytest.skip(str(error))
     assert set(found) == set(CHECKS)
     assert {name for name, outcome in found.items() if outcome == YES} == expected_columns(case)
+    published_marks = published((ROOT / "README.md").read_text(encoding="utf-8"))["Trainers"][case.name]
+    assert published_marks == {name: mark(outcome) for name, outcome in found.items()}
 
 
 @pytest.mark.parametrize("case", PRECISIONS, ids=lambda case: case.name)

@@ -541,8 +541,8 @@ TRAINERS = (
         "TRL `RewardTrainer`", reward, **NO_TARGETS, probed=False, head=None,
         refuses=refused("no output rows over the vocabulary"),
     ),
-    TrainerCase("Lightning, automatic", lightning, **TWICE),
-    TrainerCase("Lightning, manual", partial(lightning, module=Manual, gradient_clip_val=None), **TWICE),
+    TrainerCase("Lightning automatic", lightning, **TWICE),
+    TrainerCase("Lightning manual", partial(lightning, module=Manual, gradient_clip_val=None), **TWICE),
     TrainerCase("loop with accelerate", accelerated, **OF_ROWS, batches_a_step=2, per_batch=True),
     TrainerCase("loop of one's own", loop, **OF_ROWS),
 )  # fmt: skip

@@ -79,6 +79,20 @@ def guard_for(kit: Any, tokenizer: Any, **options: Any) -> Any:
     return kit.CALLBACKS["hf"](tokenizer=tokenizer, **(SMALL | kit.QUIET | options))
 
 
+class Spy(TrainerCallback):
+    """Names of what reaches the model when all hooks of the guard have been at it."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        hook = model.register_forward_pre_hook(lambda _, args, kwargs: self.names.update(kwargs), with_kwargs=True)
+        self.remove = hook.remove
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.remove()
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "label smoothing": SMOOTH,
     "accumulation and workers": SMOOTH | {"gradient_accumulation_steps": 2, "dataloader_num_workers": 2},
@@ -100,8 +114,11 @@ def test_counted_and_nothing_changes(kit: Any, tokenizer: Any, tmp_path: Path, w
     if options.get("kind") == "t5":
         rows = data = [{"input_ids": row["input_ids"], "labels": row["input_ids"][::-1]} for row in rows]
     guarded = guard_for(kit, tokenizer, hidden_labels=options.get("loss") is not None)
-    found = run(kit, tokenizer, tmp_path / "guarded", data, guarded, **options)
+    spy = Spy()
+    found = run(kit, tokenizer, tmp_path / "guarded", data, guarded, spy, **options)
     bare = run(kit, tokenizer, tmp_path / "bare", data, **options)
+    assert "input_ids" in spy.names
+    assert spy.names.isdisjoint({"labels", LABELS_KEY})
     assert bare.losses == found.losses
     for name, value in bare.model.state_dict().items():
         assert torch.equal(value, found.model.state_dict()[name]), name

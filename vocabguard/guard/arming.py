@@ -23,7 +23,6 @@ from vocabguard.guard.setup import Watched
 from vocabguard.matrices import VocabMatrix
 from vocabguard.measure.counter import ExposureCounter
 from vocabguard.models import is_encoder_decoder, no_tokens
-from vocabguard.protect.batches import add_rows
 from vocabguard.protect.collator import ECHO_KEY, EchoCollator, EchoError
 from vocabguard.results import NotApplicable, Preflight
 from vocabguard.settings import GuardConfig
@@ -196,9 +195,7 @@ def _try_once(run: Run, source: EchoSource, allowed: Tensor) -> None:
                 batch = EchoCollator(collate, source.feed, source.maker).with_echo(examples, ids, 0)
                 source.maker.joined = batch[ECHO_KEY].ndim == 2
                 return
-            batch = collate(examples)
-            width = batch["input_ids"].shape[1] if "input_ids" in batch else 0
-            add_rows(batch, source.maker(ids, batch=0, rank=0, length=width), source.pad)
+            source.join(collate(examples), ids, number=0, rank=0)
         except EchoError as error:
             raise ConfigError(f"echo: {error}") from error
         except Exception as error:

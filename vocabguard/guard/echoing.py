@@ -61,7 +61,25 @@ class EchoSource:
         self.maker = RowMaker(
             prompts, list_tokens=wanted.list_tokens, fill=wanted.fill, seed=config.seed, seq2seq=seq2seq
         )
-        self.pad = int(tokenizer.pad_token_id or 0)
+        self._pad = int(tokenizer.pad_token_id or 0)
+
+    def join(self, batch: Any, ids: list[int], *, number: int, rank: int) -> Tensor:
+        """Append the echo rows of some ids to a batch of tensors, in place, none longer than the batch's if they fit.
+
+        Args:
+            batch: a mapping of tensors.
+            ids: tokens to echo.
+            number: of the batch.
+            rank: of the process.
+
+        Returns:
+            (B + n,) bool, True at echo rows.
+
+        Raises:
+            EchoError: if the batch cannot take them; it is not changed then.
+        """
+        width = batch["input_ids"].shape[1] if isinstance(batch, Mapping) and "input_ids" in batch else 0
+        return add_rows(batch, self.maker(ids, batch=number, rank=rank, length=width), self._pad)
 
 
 @dataclass(frozen=True)
@@ -206,9 +224,7 @@ class EchoControl:
         ids = self.source.feed.ids(number)
         if not ids:
             return None
-        width = batch["input_ids"].shape[1] if isinstance(batch, Mapping) and "input_ids" in batch else 0
-        rows = self.source.maker(ids, batch=number, rank=collective.rank(), length=width)
-        mask = add_rows(batch, rows, self.source.pad)
+        mask = self.source.join(batch, ids, number=number, rank=collective.rank())
         self.source.feed.spend(time.perf_counter() - began)
         return mask
 
