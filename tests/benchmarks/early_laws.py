@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from early_replay import Recorded
 
+from vocabguard.measure.exposure import exposure_classes
 from vocabguard.measure.forecast import Floats
 
 Law = Callable[[Recorded, int], Floats]
@@ -32,7 +33,7 @@ def own_power(run: Recorded, check: int) -> Floats:
     rows, (now, before, _), asked, *_ = run.running(check)
     span = np.log(now.rate_sum / before.rate_sum)
     growth = (np.log(np.maximum(now.angle, 1e-4)) - np.log(np.maximum(before.angle, 1e-4))) / span
-    classes = np.searchsorted((1, 5, 20), asked.targets.numpy(), side="right")
+    classes = exposure_classes(asked.targets).numpy()
     exponent = np.ones(len(growth))
     for one in range(4):
         inside = (classes == one) & rows.live.numpy()
@@ -45,7 +46,7 @@ def steady_and_wandering(run: Recorded, check: int) -> Floats:
     rows, (now, before, _), asked, schedule, _ = run.running(check)
     _, squares = run._sums
     half_square = float(squares[before.step])
-    classes = np.searchsorted((1, 5, 20), asked.targets.numpy(), side="right")
+    classes = exposure_classes(asked.targets).numpy()
     found = now.angle.copy()
     whole_sum, whole_square = now.rate_sum + schedule.sum_left, schedule.square_past + schedule.square_left
     design = np.array([[before.rate_sum**2, half_square], [now.rate_sum**2, schedule.square_past]])

@@ -12,7 +12,7 @@ import torch
 from early_runs import HELD_OUT_DATA, HELD_OUT_OPTIMIZER, Setup
 
 from vocabguard.forecasts import Schedule
-from vocabguard.measure.forecast import Asked, Floats, Past, Rows, angles, keep, track
+from vocabguard.measure.forecast import Asked, Floats, Past, Rows, keep, past_of, track
 from vocabguard.measure.forecast_features import running_features, starting_features
 from vocabguard.results import RowDrift
 
@@ -71,9 +71,16 @@ class Recorded:
         return Rows(norm, group, live, width, self.setup.tied)
 
     @cached_property
+    def places(self) -> list[Past]:
+        """Where the rows were at each check."""
+        steps, sums = self.found["step"].tolist(), self._sums[0]
+        norm = self.rows.norm
+        return [past_of(step, float(sums[step]), self._drift(check), norm) for check, step in enumerate(steps)]
+
+    @property
     def angle(self) -> list[Floats]:
         """The angle of every row at each check."""
-        return [angles(self._drift(check), self.rows.norm) for check in range(self.last + 1)]
+        return [place.angle for place in self.places]
 
     @cached_property
     def _sums(self) -> tuple[np.ndarray, np.ndarray]:
@@ -117,11 +124,9 @@ class Recorded:
     def pasts(self, check: int) -> tuple[Past, ...]:
         """What the guard would have kept up to a check."""
         pasts: tuple[Past, ...] = ()
-        for one in range(check + 1):
-            rate_sum = float(self._sums[0][self.found["step"][one]])
-            if rate_sum > 0:
-                own = np.arccos(np.clip(self.found["residual"][one], -1, 1))
-                pasts = keep(pasts, Past(int(self.found["step"][one]), rate_sum, self.angle[one], own))
+        for place in self.places[: check + 1]:
+            if place.rate_sum > 0:
+                pasts = keep(pasts, place)
         return pasts
 
     def running(self, check: int, end: int | None = None, prior: Prior = "complete", seed: int = 0) -> Any:

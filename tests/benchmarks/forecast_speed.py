@@ -19,7 +19,7 @@ from torch import nn
 from vocabguard.forecasts import Schedule
 from vocabguard.matrices import VocabMatrix, find_matrices
 from vocabguard.measure.drift import measure_drift
-from vocabguard.measure.forecast import Asked, Past, Rows, angles
+from vocabguard.measure.forecast import Asked, Past, Rows, past_of
 from vocabguard.measure.forecast_model import forecast_running
 from vocabguard.snapshot import copy_baseline
 
@@ -58,7 +58,7 @@ def main() -> None:
         began = time.perf_counter()
         drift = measure_drift(matrix, baseline, targets == 0)
         measured = time.perf_counter()
-        now = Past(20, 0.2, angles(drift, rows.norm), torch.arccos(drift.residual).numpy())
+        now = past_of(20, 0.2, drift, rows.norm)
         before = tuple(Past(20 // k, 0.2 / k, now.angle / np.float32(k), now.own_angle / np.float32(k)) for k in (2, 4))
         forecast_running(rows, (now, *before), asked, schedule, drift.norm_ratio.numpy())
         spent["drift"].append(measured - began)

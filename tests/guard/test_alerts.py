@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from vocabguard import ConfigError, RunLog, VocabGuard
 from vocabguard.guard import confusing
-from vocabguard.guard.telling import lowest
+from vocabguard.guard.summary import lowest
 from vocabguard.transitions import Transition
 from vocabguard.views.wording import visible
 
@@ -221,8 +221,8 @@ def test_forgotten_tokens_of_a_story(kit: Any, tokenizer: Any, tmp_path: Path) -
 
 def test_lowest() -> None:
     values = torch.tensor([0.5, float("nan"), 0.1, -1.0, float("-inf"), 0.2])
-    assert lowest(values, torch.tensor([True, True, True, False, True, True]), 2) == [2, 5]
-    assert lowest(values, torch.zeros(6, dtype=torch.bool)) == []
+    assert lowest(values, torch.tensor([True, True, True, False, True, True]), 2).tolist() == [2, 5]
+    assert lowest(values, torch.zeros(6, dtype=torch.bool), 5).tolist() == []
 
 
 def test_the_logger_gets_the_story(kit: Any, tmp_path: Path, caplog: Any) -> None:

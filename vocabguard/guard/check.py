@@ -57,6 +57,7 @@ class Checker:
         total_steps: planned optimizer steps, if known.
         pending: what rules have asked of the trainer and nobody has taken yet.
         groups: (V,) bool masks by script group.
+        group_rows: live rows of each.
     """
 
     model: nn.Module
@@ -75,9 +76,14 @@ class Checker:
     total_steps: int | None = None
     pending: list[str] = field(default_factory=list)
     groups: dict[str, Tensor] = field(init=False)
+    group_rows: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
+        self._regroup()
+
+    def _regroup(self) -> None:
         self.groups = summary.group_masks(self.watched.table)
+        self.group_rows = {name: int((mask & self.watched.table.live).sum()) for name, mask in self.groups.items()}
 
     def run(self, step: int, *, with_probe: bool, overhead: float) -> CheckResult:
         """Measure now.
@@ -136,8 +142,7 @@ class Checker:
         self, found: CheckResult, scalars: Mapping[str, float], *, evaluation: bool = False
     ) -> tuple[Transition, ...]:
         table = self.watched.table
-        rows = {name: int((mask & table.live).sum()) for name, mask in self.groups.items()}
-        transitions = self.alerts.update(found.step, scalars, evaluation=evaluation, rows=rows)
+        transitions = self.alerts.update(found.step, scalars, evaluation=evaluation, rows=self.group_rows)
         self.pending += self.alerts.requests(transitions)
         teller = Teller(found, table, self.groups, self.prober, self.protection, self.total_steps)
         return teller.tell(transitions)
@@ -208,7 +213,7 @@ class Checker:
         if rows == self.watched.rows:
             return
         self.watched.resize(rows)
-        self.groups = summary.group_masks(self.watched.table)
+        self._regroup()
         if self.counter is not None and self.counter.rows != rows:
             self.counter.resize(rows)
         if self.forecaster is not None:

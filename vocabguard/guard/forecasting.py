@@ -16,7 +16,7 @@ from vocabguard.forecasts import Forecast, Schedule
 from vocabguard.guard.rates import RateMeter, Rates, group_of, planned_rates
 from vocabguard.guard.setup import Watched
 from vocabguard.matrices import VocabMatrix
-from vocabguard.measure.forecast import Asked, Floats, Past, Rows, angles, keep, track
+from vocabguard.measure.forecast import Asked, Floats, Past, Rows, keep, past_of, track
 from vocabguard.measure.forecast_model import forecast_running, forecast_starting
 from vocabguard.results import Exposure, NotApplicable, Preflight, RowDrift
 from vocabguard.sharded import ShardBaseline
@@ -150,8 +150,7 @@ class Forecaster:
         if known.sum_past <= 0:
             first = asked.prior is not None and known.optimizer != "sgd" and known.sum_left > 0
             return forecast_starting(rows, asked, known) if first else _FIRST_MOVES
-        own = torch.arccos(drift.residual.clamp(-1, 1)).numpy()
-        now = Past(step, known.sum_past, angles(drift, rows.norm), own)
+        now = past_of(step, known.sum_past, drift, rows.norm)
         known_from = track(self.pasts, now)
         if not self.pasts or self.pasts[-1].rate_sum < now.rate_sum:
             self.pasts = keep(self.pasts, now)
@@ -207,7 +206,7 @@ class Forecaster:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and a few V-sized vectors; loads with ``weights_only=True``."""
-        pasts = [{name: _saved(value) for name, value in vars(past).items()} for past in self.pasts]
+        pasts = [{name: _storable(value) for name, value in vars(past).items()} for past in self.pasts]
         return {"meter": {} if self.meter is None else self.meter.state_dict(), "pasts": pasts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -219,7 +218,7 @@ class Forecaster:
         )
 
 
-def _saved(value: Any) -> Any:
+def _storable(value: Any) -> Any:
     """Tensors survive ``torch.load(weights_only=True)``, arrays do not."""
     return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 

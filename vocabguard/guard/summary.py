@@ -101,11 +101,20 @@ def echo_scalars(exposure: Exposure, live: Tensor) -> dict[str, float]:
 
 def worst_ids(drift: RowDrift | NotApplicable, live: Tensor, k: int) -> Tensor:
     """(m,) int64, m <= k: the live rows of lowest cosine, lowest first."""
-    if isinstance(drift, NotApplicable) or k == 0:
-        return torch.empty(0, dtype=torch.int64)
-    cosine = torch.where(live & drift.cosine.isfinite(), drift.cosine, torch.inf)
-    values, ids = torch.topk(cosine, min(k, cosine.numel()), largest=False, sorted=True)
-    return ids[values < torch.inf]
+    return torch.empty(0, dtype=torch.int64) if isinstance(drift, NotApplicable) else lowest(drift.cosine, live, k)
+
+
+def lowest(values: Tensor, mask: Tensor, k: int) -> Tensor:
+    """(m,) int64, m <= k: places of the lowest finite values, lowest first.
+
+    Args:
+        values: (n,) float.
+        mask: (n,) bool, places that count.
+        k: how many at most.
+    """
+    ranked = torch.where(mask & values.isfinite(), values, torch.inf)
+    found, places = torch.topk(ranked, min(k, len(ranked)), largest=False)
+    return places[found < torch.inf]
 
 
 def token_reports(

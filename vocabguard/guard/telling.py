@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class Teller:
 
     def _scene(self) -> Scene:
         live, exposure = self.table.live, self.found.exposure
-        masks = {**self.groups, **summary.class_masks(self.found.classes)}
+        masks = self._masks
         counted = isinstance(exposure, Exposure)
         unasked = live & (exposure.data_target == 0) if isinstance(exposure, Exposure) else live
         return Scene(
@@ -71,6 +72,10 @@ class Teller:
             echo=self._switch("echo"),
             hold=self._switch("hold"),
         )
+
+    @cached_property
+    def _masks(self) -> dict[str, Tensor]:
+        return {**self.groups, **summary.class_masks(self.found.classes)}
 
     def _switch(self, kind: str) -> Switch:
         part = None if self.protection is None else getattr(self.protection, "echo" if kind == "echo" else "holder")
@@ -89,7 +94,7 @@ class Teller:
         if about.kind == "broken":
             broken = drift.bad if about.last == "nonfinite_rows" else drift.zero
             return (mask & broken).nonzero().flatten()[:WORST].tolist()
-        return lowest(self._ranking(about, drift), mask)
+        return summary.lowest(self._ranking(about, drift), mask, WORST).tolist()
 
     def _ranking(self, about: About, drift: RowDrift) -> Tensor:
         if about.owner == "forecast" and isinstance(self.found.forecast, Forecast):
@@ -97,7 +102,7 @@ class Teller:
         return drift.residual if about.last == "residual_p01" else drift.cosine
 
     def _concerned(self, about: About) -> Tensor:
-        masks = {**self.groups, **summary.class_masks(self.found.classes)}
+        masks = self._masks
         names = (about.last,) if about.kind == "asked" else about.parts
         chosen = [masks[name] for name in names if name in masks]
         return self.table.live & torch.stack(chosen).any(0) if chosen else self.table.live
@@ -110,17 +115,4 @@ class Teller:
         lost = said(prober.base) & ~said(prober.last)
         ids = prober.last.ids
         lost &= torch.isin(ids, prober.watched) if watched else mask[ids]
-        return ids[lowest(prober.last.probability.mean(1), lost)].tolist()
-
-
-def lowest(values: Tensor, mask: Tensor, k: int = WORST) -> list[int]:
-    """Places of the lowest finite values, lowest first.
-
-    Args:
-        values: (n,) float.
-        mask: (n,) bool, places that count.
-        k: how many at most.
-    """
-    ranked = torch.where(mask & values.isfinite(), values, torch.inf)
-    found, places = torch.topk(ranked, min(k, len(ranked)), largest=False)
-    return places[found < torch.inf].tolist()
+        return ids[summary.lowest(prober.last.probability.mean(1), lost, WORST)].tolist()

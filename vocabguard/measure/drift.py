@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vocabguard.forecasts import DEGRADED
 from vocabguard.measure.rowwise import Floats, Rows, row_sums, take_rows
 from vocabguard.results import RowDrift, RowProducts
 from vocabguard.sharded import Shard
@@ -26,7 +27,7 @@ from vocabguard.snapshot import Baseline
 Flags = npt.NDArray[np.bool_]
 Ids = npt.NDArray[np.int64]
 
-_DEGRADED, _SEVERE = 0.95, 0.90
+_SEVERE = 0.90
 # Norm ratio from which on an inner product is measured directly: the identity's rounding grows with the ratio.
 _FAR = 4.0
 # The same for |s|^2 / |w0|^2, where |w - s|^2 is what is left of far larger numbers.
@@ -236,7 +237,7 @@ def _describe(drift: RowDrift, chosen: Flags) -> dict[str, float]:
         "cosine_min": float(cosine.min()),
         "cosine_p01": float(np.quantile(cosine, 0.01)),
         "residual_p01": float(np.quantile(residual, 0.01)) if residual.size else math.nan,
-        "below_0.95": float(np.mean(cosine < _DEGRADED)),
+        "below_0.95": float(np.mean(cosine < DEGRADED)),
         "below_0.90": float(np.mean(cosine < _SEVERE)),
     }
 

@@ -115,6 +115,18 @@ def angles(drift: RowDrift, norm: Tensor) -> Floats:
     return found
 
 
+def past_of(step: int, rate_sum: float, drift: RowDrift, norm: Tensor) -> Past:
+    """Where the rows are at a check.
+
+    Args:
+        step: the optimizer step.
+        rate_sum: learning rates up to it, summed.
+        drift: the rows' drift.
+        norm: (V,) float32, length of the baseline rows.
+    """
+    return Past(step, rate_sum, angles(drift, norm), torch.arccos(drift.residual.clamp(-1, 1)).numpy())
+
+
 def keep(pasts: Sequence[Past], new: Past) -> tuple[Past, ...]:
     """The pasts with a new one, thinned to a few that lie evenly on a logarithmic scale of summed rates.
 

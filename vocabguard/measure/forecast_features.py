@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from vocabguard.forecasts import Schedule
-from vocabguard.measure.exposure import CLASS_STARTS
+from vocabguard.measure.exposure import exposure_classes
 from vocabguard.measure.forecast import Asked, Floats, Past, Rows
 
-_SMALLEST_ANGLE = 1e-4
+SMALLEST_ANGLE = 1e-4
+"""Angles below count as so large: their logarithm is taken."""
+
 _FEW = 5
 _ENOUGH = 20
-
-Ints = npt.NDArray[np.int64]
 
 
 def running_features(
@@ -40,14 +40,15 @@ def running_features(
     now, half, quarter = track
     angle, live = _log(now.angle), rows.live.numpy()
     size = _relative_size(rows)
-    classes = np.searchsorted(CLASS_STARTS, asked.targets.numpy(), side="right")
+    classes = exposure_classes(asked.targets).numpy()
     never = live & (classes == 0)
     own = _log(now.own_angle, 1e-3)
     # How far a row went, had all rows the same length.
     moved = angle + size
     of_class = _medians(moved, classes, live, _FEW)
     of_group = _medians(moved, rows.group.numpy(), never if never.any() else live, _ENOUGH)
-    growth, before = _growth(half, now), _growth(quarter, half) if quarter is not half else _growth(half, now)
+    growth = _growth(half, now)
+    before = growth if quarter is half else _growth(quarter, half)
     of_growth, of_before = (_medians(one, classes, live, _FEW) for one in (growth, before))
     columns = [
         moved - of_class,
@@ -173,18 +174,22 @@ def _efficiency(moved: Floats, rows: Rows, schedule: Schedule) -> npt.ArrayLike:
     """How much of the way rows went that steps of one direction would have taken them; 0 where it is unknown."""
     if schedule.optimizer == "sgd":
         return 0.0
-    usual = float(np.median(rows.norm.numpy()[rows.live.numpy()]))
-    whole = math.log(max(schedule.sum_past, 1e-30) * math.sqrt(rows.width) / max(usual, 1e-12))
+    whole = math.log(max(schedule.sum_past, 1e-30) * math.sqrt(rows.width)) - _usual_length(rows)
     found: Floats = np.clip(moved - whole, -10, 1)
     return found
 
 
 def _relative_size(rows: Rows) -> Floats:
     """Logarithm of a baseline row's length over the median length."""
-    length = _log(rows.norm.numpy(), 1e-12)
-    live = rows.live.numpy()
-    found: Floats = length - np.median(length[live] if live.any() else length)
+    found: Floats = _log(rows.norm.numpy(), 1e-12) - _usual_length(rows)
     return found
+
+
+def _usual_length(rows: Rows) -> np.float32:
+    """Logarithm of the median length of the live baseline rows, of all where none is live."""
+    length, live = _log(rows.norm.numpy(), 1e-12), rows.live.numpy()
+    usual: np.float32 = np.median(length[live] if live.any() else length)
+    return usual
 
 
 def _medians(values: Floats, parts: npt.NDArray[np.integer], chosen: npt.NDArray[np.bool_], least: int) -> Floats:
@@ -200,7 +205,7 @@ def _medians(values: Floats, parts: npt.NDArray[np.integer], chosen: npt.NDArray
     return found
 
 
-def _log(values: npt.ArrayLike, smallest: float = _SMALLEST_ANGLE) -> Floats:
+def _log(values: npt.ArrayLike, smallest: float = SMALLEST_ANGLE) -> Floats:
     found: Floats = np.log(np.maximum(np.asarray(values, dtype=np.float32), np.float32(smallest)))
     return found
 

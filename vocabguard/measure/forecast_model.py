@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from vocabguard.forecasts import DEGRADED, Forecast, Schedule
 from vocabguard.measure.forecast import Asked, Floats, Past, Rows, as_tensor
-from vocabguard.measure.forecast_features import running_features, starting_features
+from vocabguard.measure.forecast_features import SMALLEST_ANGLE, running_features, starting_features
 
 LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 """Quantiles that a network gives."""
@@ -122,12 +122,14 @@ def forecast_running(
     rows: Rows, track: tuple[Past, Past, Past], asked: Asked, schedule: Schedule, norm_ratio: Floats
 ) -> Forecast:
     """The forecast in mid-run; see `forecast_features.running_features` for what it takes."""
-    inputs, angle = running_features(rows, track, asked, schedule, norm_ratio)
-    quantiles = packaged(f"running-{schedule.optimizer}").quantiles(inputs) + angle[:, None]
+    angle = track[0].angle
     if schedule.sum_left <= 0:
         # Nothing moves any more.
-        quantiles = np.repeat(angle[:, None], len(LEVELS), axis=1)
-    return forecast_of(quantiles, np.isnan(track[0].angle), schedule)
+        stays = np.log(np.maximum(angle, SMALLEST_ANGLE))
+        return forecast_of(np.repeat(stays[:, None], len(LEVELS), axis=1), np.isnan(angle), schedule)
+    inputs, relative_to = running_features(rows, track, asked, schedule, norm_ratio)
+    quantiles = packaged(f"running-{schedule.optimizer}").quantiles(inputs) + relative_to[:, None]
+    return forecast_of(quantiles, np.isnan(angle), schedule)
 
 
 def forecast_starting(rows: Rows, asked: Asked, schedule: Schedule) -> Forecast:

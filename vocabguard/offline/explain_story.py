@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vocabguard.forecasts import DEGRADED
 from vocabguard.measure.probe import PromptContext
 from vocabguard.measure.untrained import unused_distances
 from vocabguard.offline.explain import Emission, RowFacts, emissions, neighbours, row_facts, swapped
@@ -18,7 +19,6 @@ from vocabguard.offline.tensors import slices_of
 from vocabguard.results import MatrixName, NotApplicable
 from vocabguard.snapshot import Baseline
 
-_DEGRADED = 0.95
 _MATRICES: tuple[MatrixName, ...] = ("head", "embedding")
 
 
@@ -112,7 +112,7 @@ def judge(  # noqa: PLR0911 (one for each diagnosis)
     if not bool(scan.table.live[token]):
         return "not_live"
     judged = rows[scan.judged] if scan.judged else None
-    drifted = isinstance(judged, RowFacts) and not judged.cosine >= _DEGRADED
+    drifted = isinstance(judged, RowFacts) and not judged.cosine >= DEGRADED
     if "now" not in emission:
         return "drifted" if drifted else "kept"
     if emission["now"].said:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vocabguard.forecasts import DEGRADED
 from vocabguard.views.html_data import PageData
 from vocabguard.views.html_figures import Figure, Mark, Plot, Word, ticks
 from vocabguard.views.html_findings import label_of
 from vocabguard.views.wording import number, percent
 
-_DEGRADED = 0.95
 # Left edges of the bins of data targets, and their labels.
 _TARGETS = (0, 1, 2, 5, 10, 20, 50, 100, 1000)
 _TARGET_LABELS = ("0", "1", "2-4", "5-9", "10-19", "20-49", "50-99", "100-999", "1000+")
@@ -149,7 +149,7 @@ def _histogram(label: str, shown: Sequence[PageData], edges: NDArray[np.float64]
     if len(counted) == 2:
         marks.append(Mark("path", "outline", d=_outline(plot, counted[1], edges)))
     marks.append(Mark("line", "axis", plot.left, plot.base, plot.width - plot.right, plot.base))
-    marks.append(Mark("line", "bar95", plot.at_x(_DEGRADED), plot.top - 4, plot.at_x(_DEGRADED), plot.base))
+    marks.append(Mark("line", "bar95", plot.at_x(DEGRADED), plot.top - 4, plot.at_x(DEGRADED), plot.base))
     words = [Word(plot.at_x(v), plot.base + 15, f"{v:g}") for v in ticks(float(edges[0]), 1.0, 4) if v != 1.0]
     words.append(Word(plot.width - 4, plot.base + 15, "1", "end"))
     lost = [f"{percent(_below(_cosines(data, label)))} below 0.95" for data in shown]
@@ -166,11 +166,11 @@ def _shares(cosines: NDArray[np.float32], edges: NDArray[np.float64]) -> NDArray
 
 
 def _below(cosines: NDArray[np.float32]) -> float | None:
-    return float(np.mean(cosines < _DEGRADED)) if cosines.size else None
+    return float(np.mean(cosines < DEGRADED)) if cosines.size else None
 
 
 def _bars(
-    plot: Plot, shares: NDArray[np.float64], edges: NDArray[np.float64], rows: int, degraded: float = _DEGRADED
+    plot: Plot, shares: NDArray[np.float64], edges: NDArray[np.float64], rows: int, degraded: float = DEGRADED
 ) -> list[Mark]:
     marks = []
     for share, left, right in zip(shares.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
@@ -228,8 +228,8 @@ def _box(plot: Plot, x: float, half: float, box: _Box, style: str, name: str) ->
 
 
 def _bar_95(plot: Plot) -> Mark:
-    y = plot.at_y(_DEGRADED)
-    return Mark("line", "bar95" if plot.y[0] <= _DEGRADED else "hidden", plot.left, y, plot.width - plot.right, y)
+    y = plot.at_y(DEGRADED)
+    return Mark("line", "bar95" if plot.y[0] <= DEGRADED else "hidden", plot.left, y, plot.width - plot.right, y)
 
 
 def _name(place: int, runs: int) -> str:

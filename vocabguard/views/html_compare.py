@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vocabguard.forecasts import DEGRADED
 from vocabguard.views.html_data import PageData, Probed, Rows
 from vocabguard.views.html_findings import label_of
 from vocabguard.views.wording import ReportRow, percent, visible
 
 LISTED = 100
 """Tokens listed of each kind."""
-
-_DEGRADED = 0.95
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def _cosine(data: PageData) -> NDArray[np.float32]:
 
 def _below(data: PageData) -> NDArray[np.bool_]:
     with np.errstate(invalid="ignore"):
-        return np.asarray(_cosine(data) < _DEGRADED)
+        return np.asarray(_cosine(data) < DEGRADED)
 
 
 def _both_live(first: PageData, second: PageData) -> NDArray[np.bool_]:
