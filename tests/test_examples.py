@@ -181,7 +181,8 @@ def test_table_of_arms_over_seeds(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_probe_is_held_against_free_generation(tmp_path: Path) -> None:
     told, kept = tmp_path / "truth.json", tmp_path / "kept"
-    arguments = ("--steps", "60", "--count", "60", "--lists", "3", "--model", str(kept), "--json", str(told))
+    # Long enough that there are ten times as many forgotten tokens as are drawn: after 60 steps all are borderline.
+    arguments = ("--steps", "180", "--count", "60", "--lists", "3", "--model", str(kept), "--json", str(told))
     said = run_example("probe_truth.py", tmp_path, *arguments)
     found = json.loads(told.read_text(encoding="utf-8"))
     assert found["drawn"] == {"forgotten": 60, "retained": 60}
