@@ -53,7 +53,8 @@ def test_shortest_examples(tmp_path: Path, name: str) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.name != "lightning_logs"] == ["runs"]
 
 
-@pytest.mark.parametrize("trainer", ["hf", pytest.param("lightning", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["hf", "lightning"])
 def test_json_of_the_main_example(tmp_path: Path, trainer: str) -> None:
     # A fifth of the preset's echo: twelve steps would be long ones else.
     short = ("--steps", "12", "--logdir", str(tmp_path / "logs"), "echo.targets_per_live_token=0.3")

@@ -83,7 +83,8 @@ def strategies() -> dict[str, Row]:
     nodes = sorted({node for row in IN_TWO_PROCESSES.values() for node in row.values()})
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *nodes]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command += ["-m", "slow or not slow", *nodes]
         told = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL, env=told)
         ended = {case.get("name"): _ended(case) for case in ET.parse(report).iter("testcase")}

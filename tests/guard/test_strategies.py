@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp"])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, together: Any) -> dict[str, Any]:

@@ -18,7 +18,8 @@ def agree(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(torch.equal(value, other["weights"][name]) for name, value in one["weights"].items())
 
 
-@pytest.mark.parametrize("trainer", ["hf", pytest.param("lightning", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["hf", "lightning"])
 def test_both_stand_down_and_train_on(trainer: str, tmp_path: Path, together: Any) -> None:
     together("faults.py", tmp_path, trainer)
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]

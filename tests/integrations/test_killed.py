@@ -10,7 +10,7 @@ import torch
 
 CASES = [
     pytest.param("hf", 2),
-    pytest.param("lightning", 1),
+    pytest.param("lightning", 1, marks=pytest.mark.slow),
     pytest.param("hf", 1, marks=pytest.mark.slow),
     pytest.param("lightning", 2, marks=pytest.mark.slow),
 ]

@@ -63,7 +63,7 @@ def assert_same_protection(found: Any, expected: Any) -> None:
     assert torch.equal(found.protection.holder.held, expected.protection.holder.held)
 
 
-@pytest.mark.parametrize("mode", ["uniform", "balanced"])
+@pytest.mark.parametrize("mode", ["uniform", pytest.param("balanced", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("accumulation", "workers"), [(1, 0), (2, 2)])
 def test_hugging_face(kit: Any, tokenizer: Any, tmp_path: Path, mode: str, accumulation: int, workers: int) -> None:
     # Seven batches an epoch: the save falls into the middle of one.
@@ -136,7 +136,7 @@ def test_a_stream_collates_once_more_what_is_skipped(kit: Any, tokenizer: Any, t
     assert expected.last.exposure.echo_target.sum() > 0
 
 
-@pytest.mark.parametrize("mode", ["uniform", "balanced"])
+@pytest.mark.parametrize("mode", ["uniform", pytest.param("balanced", marks=pytest.mark.slow)])
 def test_lightning(kit: Any, tokenizer: Any, tmp_path: Path, mode: str) -> None:
     data = rows_of(6 * kit.BATCH)
 
