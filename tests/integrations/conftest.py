@@ -120,7 +120,11 @@ def naive_below(before: Tensor, now: Tensor, live: Tensor, limit: float = 0.95) 
 
 
 def assert_same_findings(found: Any, expected: Any) -> None:
-    """Two checks agree in counts exactly and in numbers to float tolerance."""
+    """Two checks agree in counts exactly and in numbers to what rounding makes of two trainings.
+
+    Each run's own figures are held to 1e-6 of its weights elsewhere; here the weights themselves part by rounding, and
+    AdamW at the tests' learning rates has been seen to take one row in 8,192 over 1e-6.
+    """
     assert found.step == expected.step
     for name in ("data_target", "inputs", "last_target", "echo_target", "push_samples", "steps"):
         one, other = getattr(found.exposure, name), getattr(expected.exposure, name)
@@ -130,7 +134,7 @@ def assert_same_findings(found: Any, expected: Any) -> None:
     for matrix in ("head", "embedding"):
         for name in ("cosine", "residual", "l2"):
             one, other = getattr(getattr(found, matrix), name), getattr(getattr(expected, matrix), name)
-            torch.testing.assert_close(one, other, atol=1e-6, rtol=0, equal_nan=True)
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0, equal_nan=True)
     assert found.firing == expected.firing
 
 

@@ -40,7 +40,7 @@ def test_same_counts_and_cosines(kit: Any, tokenizer: Any, tmp_path: Path, accum
     assert other.last.scalars.keys() == hf.last.scalars.keys()
     for matrix in ("lm_head.weight", "model.embed_tokens.weight"):
         one, two = (run.model.state_dict()[matrix] for run in (hf_run, other_run))
-        torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
         assert not torch.equal(one, hf_run.base[matrix])
     probes = [guard.last.probe for guard in (hf, other)]
     assert torch.equal(probes[0].ids, probes[1].ids)

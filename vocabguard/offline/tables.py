@@ -11,8 +11,8 @@ from rich.console import Console, ConsoleOptions, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-# Beside each column, and together as much at the table's edges.
-_GAP = 2
+# Blank cells that come with each column, and the one that closes the table.
+_GAP, _EDGE = 2, 1
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,14 @@ class Grid:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         """The table for this width."""
         shown = list(range(len(self.columns)))
-        while sum(self._width(i, whole=False) + _GAP for i in shown) > options.max_width:
+        while sum(self._width(i, whole=False) + _GAP for i in shown) + _EDGE > options.max_width:
             spare = max(shown, key=lambda i: self.columns[i].spare)
             if not self.columns[spare].spare:
                 break
             shown.remove(spare)
-        table = Table(box=box.SIMPLE_HEAD, header_style="dim", collapse_padding=True, pad_edge=False)
-        room = options.max_width - sum(self._width(i, whole=False) + _GAP for i in shown)
+        # Padding on one side of every column: rich's versions count the width of collapsed padding differently.
+        table = Table(box=box.SIMPLE_HEAD, header_style="dim", padding=(0, 1, 0, 0))
+        room = options.max_width - _EDGE - sum(self._width(i, whole=False) + _GAP for i in shown)
         for i in shown:
             words, least = self.columns[i].words, self._width(i, whole=False)
             # rich would take room from any column of words, and cut off what is left over.
