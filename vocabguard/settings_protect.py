@@ -66,8 +66,8 @@ class EchoConfig:
         boost: turns of such a token for one of any other, with ``balanced``.
         dose: echo targets per data target.
         targets_per_live_token: echo targets that each live token gets over the planned run, instead of `dose`.
-        dose_limit: echo targets per data target are never more than this: a short run over a large vocabulary would be
-            nothing but echo.
+        dose_limit: echo targets per data target are never more than this, in any batch: a short run over a large
+            vocabulary would be nothing but echo. (A dose of less than a list a batch gives whole lists now and then.)
         auto: a dose that follows the probe.
         list_tokens: tokens in a list.
         fill: share of the batch's length from which an echo row gets no further list; 1 packs as many as fit.

@@ -173,6 +173,30 @@ def test_a_short_run_is_not_drowned_in_echo(
     assert caplog.text.count("echo.dose_limit allows 0.5") == 1
 
 
+@pytest.mark.parametrize(("trainer", "workers"), [("hf", 0), ("hf", 2), ("lightning", 0)])
+def test_batches_of_short_answers_get_no_more_than_the_limit(
+    kit: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, trainer: str, workers: int
+) -> None:
+    """The first batches ask for a fifth of what the others do: the mean says nothing of a run of three steps."""
+    short = [{**row, "labels": [-100] * 25 + row["labels"][25:]} for row in long_rows(3 * kit.BATCH)]
+    data = short + long_rows(20 * kit.BATCH, seed=1)
+    limit = 0.75
+    echo = {"enabled": True, "mode": "balanced", "targets_per_live_token": 1.45, "dose_limit": limit}
+    guarded = guard_for(kit, trainer, tokenizer, echo=echo, preflight={"enabled": True}, drift={"every_n_steps": 1})
+    options = {"dataloader_num_workers": workers} if trainer == "hf" else {}
+    kit.RUNS[trainer](kit.tiny_model(), data, tokenizer, tmp_path, steps=3, callbacks=(guarded,), **options)
+    found = guarded.guard.last
+    asked, echoed = int(found.exposure.data_target.sum()), int(found.exposure.echo_target.sum())
+    assert asked == sum(label != -100 for row in short for label in row["labels"][1:])
+    assert 0.9 * limit * asked < echoed <= limit * asked
+    assert found.scalars["vocabguard/echo/dose"] == pytest.approx(echoed / asked)
+    for check in RunLog.open(guarded.guard.run_dir).checks()[1:]:
+        assert check["scalars"]["vocabguard/echo/dose"] <= limit
+    assert caplog.text.count("echo.dose_limit allows 0.75") == 1
+    notes = guarded.guard.protection.notes()
+    assert "1.45 times each by the end, of which echo.dose_limit leaves" in notes[0]
+
+
 def test_workers_give_the_same_rows(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
     data = long_rows(5 * kit.BATCH)
     found = {}

@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vocabguard.measure.exposure import exposure_classes
-from vocabguard.protect.plan import adjusted_dose, balanced, batch_ids, follow, foreseen, least_exposed, taken
+from vocabguard.protect.plan import (
+    adjusted_dose,
+    balanced,
+    batch_ids,
+    follow,
+    foreseen,
+    least_exposed,
+    most_targets,
+    taken,
+)
 from vocabguard.results import EchoPlan, Exposure
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True)
@@ -258,3 +267,30 @@ def test_the_dose_rises_and_falls(rise: float, wanted: float) -> None:
 
 def test_an_unknown_rise_leaves_the_dose_as_it_is() -> None:
     assert adjusted_dose(0.1, math.nan, tolerated=0.2, least=0.01, most=0.5) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("rate", "data", "limit", "wanted"),
+    [
+        (16.0, 40, 1.0, 40),
+        (16.0, 40, 0.5, 20),
+        (16.0, 3, 0.5, 1),
+        (16.0, 0, 1.0, 0),
+        (2.0, 5, 0.5, 10),  # a list of 8 every fourth batch has the room of four batches
+        (2.0, 0, 0.5, 0),
+        (0.0, 40, 1.0, 0),
+    ],
+)
+def test_a_batch_gets_no_more_than_the_limit(rate: float, data: int, limit: float, wanted: int) -> None:
+    assert most_targets(plan_of(rate=rate), data, limit) == wanted
+
+
+@FEW
+@given(plans(), st.integers(0, 60), st.floats(0.1, 2.0), st.integers(1, 40))
+def test_over_equal_batches_the_limit_holds_whatever_the_rate(
+    plan: EchoPlan, data: int, limit: float, batches: int
+) -> None:
+    numbers = range(plan.first_batch, plan.first_batch + batches)
+    given_ = sum(min(len(batch_ids(plan, number)), most_targets(plan, data, limit)) for number in numbers)
+    # A plan may begin with what the one before still owed.
+    assert given_ <= limit * data * batches + plan.list_tokens

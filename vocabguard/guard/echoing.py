@@ -18,7 +18,7 @@ from vocabguard.measure.counter import ExposureCounter
 from vocabguard.prompts import render_echo
 from vocabguard.protect.allowed import allowed_ids, ids_in
 from vocabguard.protect.batches import add_rows
-from vocabguard.protect.collator import RowMaker
+from vocabguard.protect.collator import RowMaker, data_targets
 from vocabguard.protect.feed import EchoFeed
 from vocabguard.protect.plan import BY_NEED, Mode, adjusted_dose, balanced, follow, foreseen, least_exposed
 from vocabguard.results import CheckResult, EchoPlan, Exposure, ProbeResult, RowDrift
@@ -29,8 +29,8 @@ _NO_LENGTH = (
 )
 
 _LIMITED = (
-    "vocabguard: what echo is asked for takes %.0f echo targets a batch; it gets %.0f, since echo.dose_limit allows %g "
-    "for each data target. Train longer, ask for less, or raise the limit"
+    "vocabguard: what echo is asked for takes %.0f echo targets a batch; it gets %.0f at most, since echo.dose_limit "
+    "allows %g for each data target. Train longer, ask for less, or raise the limit"
 )
 
 logger = logging.getLogger("vocabguard")
@@ -56,15 +56,17 @@ class EchoSource:
             prompts = [render_echo(tokenizer, f"echo.instructions[{place}]", text) for place, text in texts]
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self.feed = EchoFeed(len(tokenizer))
         wanted = config.echo
+        self.feed = EchoFeed(len(tokenizer), wanted.dose_limit)
         self.maker = RowMaker(
             prompts, list_tokens=wanted.list_tokens, fill=wanted.fill, seed=config.seed, seq2seq=seq2seq
         )
         self._pad = int(tokenizer.pad_token_id or 0)
 
-    def join(self, batch: Any, ids: list[int], *, number: int, rank: int) -> Tensor:
+    def join(self, batch: Any, ids: list[int], *, number: int, rank: int) -> Tensor | None:
         """Append the echo rows of some ids to a batch of tensors, in place, none longer than the batch's if they fit.
+
+        Ids that the dose's limit has no room for are left out.
 
         Args:
             batch: a mapping of tensors.
@@ -73,11 +75,16 @@ class EchoSource:
             rank: of the process.
 
         Returns:
-            (B + n,) bool, True at echo rows.
+            (B + n,) bool, True at echo rows; None if there is no room for any.
 
         Raises:
             EchoError: if the batch cannot take them; it is not changed then.
         """
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if isinstance(labels, Tensor) and labels.ndim == 2:
+            ids = ids[: self.feed.room(number, data_targets(labels, seq2seq=self.maker.seq2seq))]
+        if not ids:
+            return None
         width = batch["input_ids"].shape[1] if isinstance(batch, Mapping) and "input_ids" in batch else 0
         return add_rows(batch, self.maker(ids, batch=number, rank=rank, length=width), self._pad)
 
@@ -154,7 +161,15 @@ class EchoControl:
         """Which tokens are echoed and how often, in words."""
         wanted = self.config.targets_per_live_token
         often = f"{wanted:g} times each by the end" if wanted is not None else f"{self.dose:g} for each data target"
+        if (share := self._share()) < 1:
+            often += f", of which echo.dose_limit leaves {100 * share:.2g} % at most"
         return f"{len(self._ids):,} tokens ({self.config.mode.replace('_', ' ')}), {often}"
+
+    def _share(self) -> float:
+        """How much of what is asked for the limit leaves, as far as is known before the run."""
+        data = 1.0 if self.config.targets_per_live_token is None else self.pace.data_per_batch
+        asked = 0.0 if data is None else self._asked(data)
+        return 1.0 if not asked or data is None else self.config.dose_limit * data / asked
 
     # -- switching ---------------------------------------------------------------------------------------------------
 
@@ -253,15 +268,18 @@ class EchoControl:
     def _rate(self, seen: int) -> float:
         """Echo tokens a batch and process; 0 where data targets a batch are not known yet."""
         asked = self._data_per_batch(seen) or 0.0
-        rate, most = self.dose * asked, self.config.dose_limit * asked
-        if self.config.targets_per_live_token is not None:
-            assert self.pace.batches is not None
-            batches = self.pace.batches * collective.world_size()
-            rate = self.config.targets_per_live_token * len(self._ids) / batches
+        rate, most = self._asked(asked), self.config.dose_limit * asked
         if rate > most and asked and not self._limited:
             self._limited = True
             logger.warning(_LIMITED, rate, most, self.config.dose_limit)
         return min(rate, most)
+
+    def _asked(self, data: float) -> float:
+        """Echo tokens that the settings ask for, a batch and process that has so many data targets."""
+        if self.config.targets_per_live_token is None:
+            return self.dose * data
+        assert self.pace.batches is not None
+        return self.config.targets_per_live_token * len(self._ids) / (self.pace.batches * collective.world_size())
 
     def _data_per_batch(self, seen: int) -> float | None:
         if self.pace.data_per_batch is not None:

@@ -92,7 +92,7 @@ class EchoCollator:
             return self.inner(features)
 
     def with_echo(self, features: list[Any], ids: Sequence[int], number: int) -> Any:
-        """A batch with echo rows.
+        """A batch with echo rows, as far as the dose's limit lets it have them.
 
         Args:
             features: the batch's examples; not changed.
@@ -102,6 +102,16 @@ class EchoCollator:
         Raises:
             EchoError: if the examples or the batch cannot take such rows.
         """
+        batch = self._collated(features, ids, number)
+        # What the data asks for is known only now: collate functions make labels of their own.
+        asked = data_targets(batch["labels"], seq2seq=self.maker.seq2seq, echo_mask=batch[ECHO_KEY])
+        room = self.feed.room(number, asked)
+        if len(ids) <= room:
+            return batch
+        return self._collated(features, ids[:room], number) if room else self.inner(features)
+
+    def _collated(self, features: list[Any], ids: Sequence[int], number: int) -> Any:
+        """The examples and the rows of all `ids` in one batch."""
         began = time.perf_counter()
         length = _longest(features)
         rows = self.maker(ids, batch=number, rank=self.feed.rank, length=length)
@@ -115,6 +125,20 @@ class EchoCollator:
         batch[ECHO_KEY] = _mark(batch, len(features), rows, fill, seq2seq=self.maker.seq2seq)
         self.feed.spend(time.perf_counter() - collated + made - began)
         return batch
+
+
+def data_targets(labels: Tensor, *, seq2seq: bool, echo_mask: Tensor | None = None) -> int:
+    """How many targets of a batch are the data's.
+
+    Args:
+        labels: (B, T) int64.
+        seq2seq: whether labels stand apart from inputs; else nothing predicts a row's first label.
+        echo_mask: (B,) bool, or (1, T) where all rows are joined into one; None where there are no echo rows yet.
+    """
+    asked = labels != IGNORE
+    if echo_mask is not None:
+        asked &= ~(echo_mask if echo_mask.ndim == 2 else echo_mask[:, None])
+    return int((asked if seq2seq else asked[:, 1:]).sum())
 
 
 def _longest(features: list[Any]) -> int:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from vocabguard.protect.plan import MODES, batch_ids
+from vocabguard.protect.plan import MODES, batch_ids, most_targets
 from vocabguard.results import EchoPlan
 
 _SLOTS = 2
 _VERSION, _FIRST, _OFFSET, _COUNT, _CYCLE, _SEED, _LIST, _MODE = range(8)
 _EPOCH, _BASE, _RANK, _WORLD, _FAILED, _RUN = range(6)
 _CLOCKS = 257
+_NO_LIMIT = 2**31
 
 
 class EchoFeed:
@@ -23,9 +26,11 @@ class EchoFeed:
 
     Args:
         capacity: most ids in a plan.
+        dose_limit: echo targets per data target, at most, in every batch.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, dose_limit: float = math.inf) -> None:
+        self._limit = dose_limit
         self._numbers = _shared(torch.full((_SLOTS, 8), -1, dtype=torch.int64))
         self._floats = _shared(torch.zeros(_SLOTS, 3, dtype=torch.float64))
         self._ids = _shared(torch.zeros(_SLOTS, capacity, dtype=torch.int64))
@@ -103,6 +108,14 @@ class EchoFeed:
         if plan is None or plan.rate == 0 or self.failed:
             return []
         return batch_ids(plan, batch, self.rank, int(self._control[_WORLD]))
+
+    def room(self, batch: int, data_targets: int) -> int:
+        """Echo targets that a batch with so many data targets may get at most; see `most_targets`."""
+        plan = self.plan_at(batch)
+        # Without a plan nothing is echoed but what is tried out before step 1.
+        if plan is None or math.isinf(self._limit):
+            return _NO_LIMIT
+        return most_targets(plan, data_targets, self._limit)
 
     @property
     def rank(self) -> int:

@@ -50,6 +50,23 @@ def taken(plan: EchoPlan, turns: int) -> int:
     return plan.list_tokens * math.floor((plan.owed + turns * plan.rate) / plan.list_tokens + 1e-9)
 
 
+def most_targets(plan: EchoPlan, data_targets: int, limit: float) -> int:
+    """Echo targets that one batch may get of a plan, given the data targets that it really has.
+
+    A plan's rate comes from the mean of many batches; in a short run, or in a batch of short answers, it would be more
+    than the limit allows. A plan of less than a list a batch gives a list now and then: that one has the room of all
+    the batches that it stands for.
+
+    Args:
+        plan: the plan in force.
+        data_targets: of the batch.
+        limit: echo targets per data target, at most.
+    """
+    if plan.rate <= 0:
+        return 0
+    return math.floor(limit * data_targets * max(1.0, plan.list_tokens / plan.rate) + 1e-9)
+
+
 def follow(plan: EchoPlan, *, first_batch: int, rate: float, world: int = 1, ids: Tensor | None = None) -> EchoPlan:
     """The plan after this one; with the same ids it goes on in the same pass.
 
