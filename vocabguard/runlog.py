@@ -3,7 +3,7 @@
 | file | content |
 |---|---|
 | ``run.json`` | schema, version of vocabguard, times of start and resumes, settings, what is watched, group names |
-| ``checks.jsonl`` | one line a check: attempt, step, seconds, probed, firing, scalars, worst and watched tokens, echo |
+| ``checks.jsonl`` | one line a check: attempt, step, seconds, probed, firing, scalars, tokens, echo, forecast |
 | ``alerts.jsonl`` | one line a transition: attempt and the fields of `Transition`, its story too |
 | ``rows-<step>.safetensors`` | the vectors of `row_vectors` at a step |
 | ``texts.json`` | what each id says: V strings, empty where unknown; only where there is a tokenizer |
@@ -138,6 +138,7 @@ class RunWriter:
             "scalars": result.scalars,
             "worst": result.worst,
             "watched": result.watched,
+            "forecast": {"total": forecast.total} if isinstance(forecast := result.forecast, Forecast) else forecast,
         }
         line |= {} if result.echo is None else {"echo": result.echo}
         # Alerts first: a check that can be read has all its alerts.
@@ -225,7 +226,10 @@ class RunLog:
         return cls(folder, _read_meta(folder))
 
     def checks(self) -> list[dict[str, Any]]:
-        """All checks in order: ``attempt, step, seconds, probed, firing, scalars, worst, watched``; None for a NaN."""
+        """All checks in order: ``attempt, step, seconds, probed, firing, scalars, worst, watched``; None for a NaN.
+
+        Some have ``echo``, and ``forecast``: the run's ``total`` of steps, or why it is ``not_applicable``.
+        """
         lines = read_lines(self.folder / _CHECKS)
         first = _first_steps(lines)
         return [line for line in lines if _stands(line, first)]

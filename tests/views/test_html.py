@@ -301,7 +301,7 @@ def test_what_was_found_beside_the_checks_is_shown(make_run):
         assert sentence in page.text
     assert "ja 4 50.0 % cyrillic 2 75.0 % - -" in page.text
     assert re.search(r"0 <script>alert\(1\)</script> latin 50\.0 % .*\[latin!\] 0\.50", page.text)
-    assert page.texts["h3"] == [
+    assert page.texts["h3"][1:] == [  # the first is the alert's
         "Answers in many languages",
         "Nearest rows, then and now",
         "Where forgotten tokens were lost",

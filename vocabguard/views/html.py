@@ -23,11 +23,13 @@ import regex
 from markupsafe import Markup
 
 from vocabguard.runlog import RunLog
+from vocabguard.views.html_alerts import alert_timeline, told_of
 from vocabguard.views.html_charts import exposure_figure, histograms, length_figure
 from vocabguard.views.html_compare import compare
 from vocabguard.views.html_course import timelines
 from vocabguard.views.html_data import EchoDone, PageData, TextOf, TokenLine
-from vocabguard.views.html_findings import Limits, beside_label, key_numbers, label_of, verdict_of
+from vocabguard.views.html_findings import Limits, at_end, beside_label, key_numbers, label_of, verdict_of
+from vocabguard.views.html_forecast import forecast_figures
 from vocabguard.views.html_run import run_data
 from vocabguard.views.wording import WORST_COLUMNS, number, percent, token_cells, visible
 
@@ -105,6 +107,7 @@ def render(first: PageData, second: PageData | None = None, *, limits: Limits | 
             histograms=histograms(first, second),
             exposure=exposure_figure(first, second),
             lengths=length_figure(first, second),
+            forecasts=forecast_figures(first) if second is None else (),
             timelines=timelines(first, second),
             version=_version(),
         )
@@ -113,12 +116,17 @@ def render(first: PageData, second: PageData | None = None, *, limits: Limits | 
 
 def _source(data: PageData, place: int, count: int, limits: Limits) -> dict[str, Any]:
     """What the template shows of one run alone."""
+    told = told_of(data)
     return {
         "data": data,
         "mark": "AB"[place] if count > 1 else "",
         "key": f"run-{'ab'[place]}",
         "verdict": verdict_of(data, limits),
+        "unfinished": at_end(data) is not None,
         "numbers": key_numbers(data),
+        "told": told,
+        "alert_timeline": alert_timeline(data, told),
+        "quiet": [rule for rule in data.rules if rule not in {change.rule for change in data.alerts}],
         "columns": [(name, name in _NUMERIC) for name in _columns(data)],
         "lines": [_line(line, _columns(data)) for line in data.tokens],
         "groups": sorted({line.report.group for line in data.tokens}, key=label_of),

@@ -9,7 +9,19 @@ from dataclasses import dataclass
 from vocabguard.results import EXPOSURE_CLASSES
 from vocabguard.transitions import Transition
 from vocabguard.views.html_data import PageData
-from vocabguard.views.html_figures import Figure, Label, Mark, Plot, Word, polyline, thinned, ticks
+from vocabguard.views.html_figures import (
+    Figure,
+    Label,
+    Mark,
+    Plot,
+    Series,
+    Word,
+    courses,
+    line_marks,
+    thinned,
+    tick_percent,
+    ticks,
+)
 from vocabguard.views.html_findings import label_of
 from vocabguard.views.wording import percent
 
@@ -47,13 +59,13 @@ def _panels(data: PageData) -> list[_Panel]:
     return [
         _Panel(
             "Rows below cosine 0.95",
-            (*(_key(matrix, name, "below_0.95") for name in degraded), "forecast/below_0.95"),
-            (*(label_of(name) for name in degraded), "forecast for the end"),
+            tuple(key_of(matrix, name, "below_0.95") for name in degraded),
+            tuple(map(label_of, degraded)),
             percent,
         ),
         _Panel(
             "Still said (retained)",
-            (*(_key("probe", name, "retained") for name in ("all", *EXPOSURE_CLASSES)), "probe/watch"),
+            (*(key_of("probe", name, "retained") for name in ("all", *EXPOSURE_CLASSES)), "probe/watch"),
             (*(label_of(name) for name in ("all", *EXPOSURE_CLASSES)), "watched tokens"),
             percent,
         ),
@@ -91,6 +103,7 @@ def _common_panels(data: PageData) -> list[_Panel]:
     matrix = data.matrix or "head"
     keys = (
         ("Rows below cosine 0.95", f"{matrix}/below_0.95", percent),
+        ("Forecast of the end: rows below cosine 0.95", "forecast/below_0.95", percent),
         ("Still said (retained)", "probe/retained", percent),
         ("Mean cosine to the base", f"{matrix}/cosine_mean", _short),
         ("Never a target so far", "exposure/never", percent),
@@ -103,26 +116,19 @@ def _common_panels(data: PageData) -> list[_Panel]:
     return [_Panel(title, (key,), ("",), label) for title, key, label in keys]
 
 
-def _key(prefix: str, name: str, suffix: str) -> str:
+def key_of(prefix: str, name: str, suffix: str) -> str:
+    """A logged key of a group or class, or of ``all``, without ``vocabguard/``."""
     return f"{prefix}/{suffix}" if name == "all" else f"{prefix}/{name}/{suffix}"
 
 
-@dataclass(frozen=True)
-class _Series:
-    name: str
-    style: str
-    steps: list[int]
-    values: list[float]
-
-
-def _series(panel: _Panel, first: PageData, second: PageData | None) -> list[_Series]:
+def _series(panel: _Panel, first: PageData, second: PageData | None) -> list[Series]:
     """One line a key, or one line a run."""
     if second is None:
         lines = [(name, first, key) for key, name in zip(panel.keys, panel.names, strict=True)]
     else:
         lines = [("run A", first, panel.keys[0]), ("run B", second, panel.keys[0])]
     return [
-        _Series(name, f"s{place}", *thinned(*data.curves[key]))
+        Series(name, f"s{place}", *thinned(*data.curves[key]))
         for place, (name, data, key) in enumerate(lines)
         if key in data.curves
     ]
@@ -136,36 +142,20 @@ def _timeline(panel: _Panel, first: PageData, second: PageData | None) -> Figure
     steps = [step for one in series for step in one.steps]
     low, high = (0.0, 1.0) if panel.whole else _span(values, panel.label)
     plot = Plot(_WIDE, _HIGH, (min(steps), max(steps)), (low, high), left=52.0)
-    marks, words = plot.grid(ticks(low, high), _tick_percent if panel.label is percent else panel.label)
+    marks, words = plot.grid(ticks(low, high), tick_percent if panel.label is percent else panel.label)
     words += plot.x_labels(ticks(*plot.x), lambda value: f"{value:,.0f}")
     words.append(Word(plot.left - 14, plot.base + 16, "step", "end"))
     if second is None:
-        marks += _alert_lines(plot, [alert for alert in first.alerts if _ours(alert.metric, panel.keys)])
+        marks += alert_lines(plot, [alert for alert in first.alerts if _ours(alert.metric, panel.keys)])
     for one in series:
-        marks += _line(plot, one, panel.label)
+        marks += line_marks(plot, one, panel.label)
     legend = tuple((one.style, one.name) for one in series) if len(series) > 1 or second is not None else ()
-    text = "; ".join(f"{one.name}: {_course(one, panel.label)}" for one in series)
+    text = courses(series, panel.label)
     return Figure(panel.title, text, plot.width, plot.height, tuple(marks), tuple(words), legend)
 
 
-def _line(plot: Plot, one: _Series, label: Label) -> list[Mark]:
-    marks = [Mark("path", f"line {one.style}", d=polyline(plot, one.steps, one.values))]
-    for step, value in zip(one.steps, one.values, strict=True):
-        if math.isfinite(value):
-            title = f"{one.name}, step {step:,}: {label(value)}"
-            marks.append(Mark("dot", f"point {one.style}", plot.at_x(step), plot.at_y(value), title=title))
-    return marks
-
-
-def _course(one: _Series, label: Label) -> str:
-    known = [(step, value) for step, value in zip(one.steps, one.values, strict=True) if math.isfinite(value)]
-    if not known:
-        return "no value"
-    (began, start), (ended, end) = known[0], known[-1]
-    return f"{label(start)} at step {began:,}, {label(end)} at step {ended:,}"
-
-
-def _alert_lines(plot: Plot, alerts: Sequence[Transition]) -> list[Mark]:
+def alert_lines(plot: Plot, alerts: Sequence[Transition]) -> list[Mark]:
+    """An upright line at each change of an alert."""
     return [
         Mark("line", f"alert {alert.state}", x, plot.top, x, plot.base, title=f"step {alert.step:,}: {alert.message}")
         for alert in alerts
@@ -184,10 +174,6 @@ def _span(values: Sequence[float], label: Label) -> tuple[float, float]:
     if label is percent:
         return max(0.0, low - room), min(1.0, high + room) if high <= 1.0 else high + room
     return (0.0 if low >= 0 and low < 0.2 * high else low - room), high + room
-
-
-def _tick_percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
 
 
 def _short(value: float) -> str:

@@ -137,6 +137,7 @@ class PageData:
         name: the folder or file, for headings.
         kind: ``run`` or ``scan``.
         step: of the last check; None for a scan.
+        end: planned optimizer steps, where a forecast says so; None where that is not known.
         about: sentences on what was measured and what was not.
         names: the groups.
         matrix: whose drift is shown; None where none was measured.
@@ -148,6 +149,7 @@ class PageData:
         curves: the same keys -> steps and values over the run, NaN where a check had none.
         probe_step: step of the last probe; None if there was none.
         alerts: changes of alerts, in order.
+        rules: names of the rules that were switched on.
         firing: names of the rules that fire at the end.
         rows: every row's numbers, if they were kept.
         probed: the last logged probe, if it was kept.
@@ -171,7 +173,9 @@ class PageData:
     scalars: Mapping[str, float] = field(default_factory=dict)
     curves: Mapping[str, tuple[list[int], list[float]]] = field(default_factory=dict)
     probe_step: int | None = None
+    end: int | None = None
     alerts: tuple[Transition, ...] = ()
+    rules: tuple[str, ...] = ()
     firing: tuple[str, ...] = ()
     rows: Rows | None = None
     probed: Probed | None = None

@@ -126,6 +126,23 @@ class Plot:
         return words
 
 
+@dataclass(frozen=True)
+class Series:
+    """One line of a figure.
+
+    Attributes:
+        name: what it shows.
+        style: its CSS class.
+        steps: optimizer steps, ascending.
+        values: as many; what is not finite is not drawn.
+    """
+
+    name: str
+    style: str
+    steps: list[int]
+    values: list[float]
+
+
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers within [low, high], at most `most` of them, evenly spaced.
 
@@ -152,6 +169,38 @@ def polyline(plot: Plot, xs: Sequence[float], ys: Sequence[float]) -> str:
         parts.append(f"{'L' if pen_down else 'M'}{plot.at_x(x)} {plot.at_y(y)}")
         pen_down = True
     return "".join(parts)
+
+
+def line_marks(plot: Plot, one: Series, label: Label) -> list[Mark]:
+    """A line, and a point for each of its values, which says it."""
+    marks = [Mark("path", f"line {one.style}", d=polyline(plot, one.steps, one.values))]
+    for step, value in zip(one.steps, one.values, strict=True):
+        if math.isfinite(value):
+            title = f"{one.name}, step {step:,}: {label(value)}"
+            marks.append(Mark("dot", f"point {one.style}", plot.at_x(step), plot.at_y(value), title=title))
+    return marks
+
+
+def courses(series: Sequence[Series], label: Label) -> str:
+    """Lines in words: where each begins and where it ends."""
+    return "; ".join(f"{one.name}: {_course(one, label)}" for one in series)
+
+
+def _course(one: Series, label: Label) -> str:
+    known = [(step, value) for step, value in zip(one.steps, one.values, strict=True) if math.isfinite(value)]
+    if not known:
+        return "no value"
+    (began, start), (ended, end) = known[0], known[-1]
+    return f"{label(start)} at step {began:,}, {label(end)} at step {ended:,}"
+
+
+def tick_percent(share: float) -> str:
+    """A share in [0, 1] as an axis has it.
+
+    >>> tick_percent(0.025)
+    '2.5 %'
+    """
+    return f"{100 * share:.3g} %"
 
 
 def thinned(xs: Sequence[int], ys: Sequence[float], most: int = 240) -> tuple[list[int], list[float]]:

@@ -106,10 +106,25 @@ def verdict_of(data: PageData, limits: Limits) -> Verdict:
         return Verdict("unknown", _nothing_measured(data), ())
     parts = [_forgotten_part(data, forgotten), _degraded_part(data, degraded)]
     parts += [f"{broken:,} live {'row holds' if broken == 1 else 'rows hold'} NaN or Inf"] if broken else []
-    parts = [part for part in parts if part]
-    unharmed = not forgotten and not degraded and not broken
-    sentence = f"{'Nothing was lost: ' if unharmed else ''}{'; '.join(parts)}."
+    parts = [part for part in (*parts, _end_part(data)) if part]
+    lead = "" if forgotten or degraded or broken else f"Nothing was lost{'' if at_end(data) is None else ' so far'}: "
+    sentence = f"{lead}{'; '.join(parts)}."
     return Verdict(level, sentence[0].upper() + sentence[1:], tuple(findings))
+
+
+def at_end(data: PageData, group: str = "all") -> float | None:
+    """Share in [0, 1] of live head rows that will be below 0.95 at the end, by the last check's forecast.
+
+    Args:
+        data: a run or scan.
+        group: one of its groups, or ``all``.
+
+    Returns:
+        None where there is no forecast, or the run is at its end.
+    """
+    if data.step is None or (data.end is not None and data.step >= data.end):
+        return None
+    return data.scalars.get("forecast/below_0.95" if group == "all" else f"forecast/{group}/below_0.95")
 
 
 def key_numbers(data: PageData) -> tuple[tuple[str, str], ...]:
@@ -119,6 +134,7 @@ def key_numbers(data: PageData) -> tuple[tuple[str, str], ...]:
     if row is not None:
         found += [
             ("below cosine 0.95", _counted(data, row.below_95, 0.95)),
+            ("below 0.95 at the end, by the forecast", _counted(data, at_end(data))),
             ("below cosine 0.90", _counted(data, row.below_90, 0.90)),
             ("mean cosine", _known(row.mean)),
             ("lowest cosine", _known(row.minimum)),
@@ -156,6 +172,7 @@ def as_json(data: PageData, limits: Limits) -> dict[str, Any]:
         "matrix": data.matrix,
         "live": data.live,
         **{key: value for key, value in whole.items() if key != "tokens"},
+        "forecast": None if (end := at_end(data)) is None else {"below_0.95": end, "step": data.end},
         "never": data.scalars.get("exposure/never"),
         "probe": None if data.probed is None else {"step": data.probe_step, "tokens": len(data.probed.ids)},
         "echo": {key: data.scalars.get(f"echo/{key}") for key in ("dose", "targets_per_live_token")},
@@ -259,6 +276,18 @@ def _degraded_part(data: PageData, degraded: float | None) -> str:
         lead = f"{count:,} of {data.live:,} live {rows_of}s ({percent(degraded)}) {verb} drifted below cosine 0.95"
     rows = [(row.below_95, row.label) for row in data.table if row.kind == "group" and row.below_95 is not None]
     return f"{lead}{_hit(data, rows, degraded)}"
+
+
+def _end_part(data: PageData) -> str:
+    """What the forecast says of a run that has not come to its end."""
+    share = at_end(data)
+    if share is None:
+        return ""
+    step = "" if data.end is None else f" (step {data.end:,})"
+    rows = "" if data.live is None else f"{round(share * data.live):,} of {data.live:,} live "
+    lead = f"if nothing changes, {rows}head rows ({percent(share)}) will be below 0.95 at the end{step}"
+    by_group = [(name, at_end(data, name)) for name in data.names]
+    return f"{lead}{_hit(data, [(group, name) for name, group in by_group if group is not None], share)}"
 
 
 def _hit(data: PageData, shares: list[tuple[float, str]], overall: float, most: int = 3) -> str:

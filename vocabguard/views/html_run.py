@@ -21,8 +21,8 @@ from vocabguard.results import (
     WatchedMatrix,
 )
 from vocabguard.runlog import NOTES, RunLog
-from vocabguard.transitions import Transition
 from vocabguard.views.findings import story_of
+from vocabguard.views.html_alerts import plain_alert, rules_of
 from vocabguard.views.html_data import (
     TOP,
     Beside,
@@ -84,7 +84,8 @@ def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
         name=str(log.folder),
         kind="run",
         step=int(last["step"]) if checks else None,
-        about=watch_sentences(watch),
+        end=_end(checks, scalars, matrix),
+        about=(*watch_sentences(watch), *_unforeseen(last)),
         names=names,
         matrix=matrix,
         live=watch.live,
@@ -94,7 +95,8 @@ def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
         scalars=scalars,
         curves=curves,
         probe_step=max((check["step"] for check in checks if check["probed"]), default=None),
-        alerts=tuple(map(_plain_alert, log.alerts())),
+        alerts=tuple(map(plain_alert, log.alerts())),
+        rules=rules_of(log.meta["config"]),
         firing=tuple(map(str, last.get("firing", ()))),
         rows=rows,
         probed=probed,
@@ -168,6 +170,21 @@ def _latest(checks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if check["probed"] or check is checks[-1]:
             found = named if check["probed"] else {key: found[key] for key in found if key.startswith("probe/")} | named
     return {key: value for key, value in found.items() if math.isfinite(value)}
+
+
+def _end(checks: Sequence[Mapping[str, Any]], scalars: Mapping[str, float], matrix: MatrixName | None) -> int | None:
+    """Planned steps of the run. Earlier versions did not write them; what is just as forecast then is at its end."""
+    totals = [int(said["total"]) for check in checks if (said := check.get("forecast")) and "total" in said]
+    if totals or not checks:
+        return totals[-1] if totals else None
+    now, then = (scalars.get(f"{owner}/below_0.95", math.nan) for owner in (matrix, "forecast"))
+    return int(checks[-1]["step"]) if math.isclose(now, then, abs_tol=1e-9) else None
+
+
+def _unforeseen(last: Mapping[str, Any]) -> tuple[str, ...]:
+    """Why the last check made no forecast, where it says so."""
+    reason = (last.get("forecast") or {}).get("not_applicable")
+    return (f"No forecast of the end: {reason}.",) if reason else ()
 
 
 def _measured(scalars: Mapping[str, float]) -> MatrixName | None:
@@ -246,19 +263,6 @@ def _tokens(
     chosen = choose_tokens(rows, probed, top)
     chosen += sorted(set(watched) - set(chosen))
     return token_lines(chosen, rows, probed, names, text, int(last.get("step", 0)), watched)
-
-
-def _plain_alert(alert: Transition) -> Transition:
-    """The same with every field of its type, or an error here rather than on the page."""
-    return Transition(
-        rule=str(alert.rule),
-        state="resolved" if alert.state == "resolved" else "firing",
-        level=str(alert.level),
-        metric=str(alert.metric),
-        value=float(alert.value),
-        step=int(alert.step),
-        message=str(alert.message),
-    )
 
 
 def _as_report(token: Mapping[str, Any]) -> TokenReport:
