@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from vocabguard import ConfigError, GuardConfig, VocabGuard, load_config, presets
 from vocabguard.config import load_questions
@@ -129,11 +130,11 @@ REFUSED: list[tuple[Any, tuple[str, ...]]] = [
     ({"drift": {"every_n_steps": True}}, ("drift.every_n_steps", "True", "Integer")),
     ({"log": {"console": "maybe"}}, ("log.console", "maybe", "bool")),
     ({"drift": 5}, ("drift is 5", "every_n_steps", "chunk_rows")),
-    ({"drift": None}, ("drift", "not Optional")),
+    ({"drift": None}, ("drift is None", "every_n_steps", "chunk_rows")),
     ({"probe": {"watch": "word"}}, ("probe.watch", "list")),
     ({"confusion": {"max_new_tokens": 0}}, ("confusion.max_new_tokens", "0", "1 to 4096")),
     ({"confusion": {"languages": "ja"}}, ("confusion.languages", "list")),
-    ({"confusion": {"allow": {"ja": "latin"}}}, ("confusion.allow.ja", "latin", "List")),
+    ({"confusion": {"allow": {"ja": "latin"}}}, ("confusion.allow.ja is 'latin'", "a list")),
     ({"confusion": {"enabled": True, "languages": ["ja", "xx"]}}, ("confusion.languages has ['xx']", "ja", "ko")),
     ({"confusion": {"enabled": True, "prompts": "none.yaml"}}, ("confusion.prompts is 'none.yaml'", "YAML file")),
     ({"neighbors": {"k": 101}}, ("neighbors.k", "101", "0 to 100")),
@@ -160,6 +161,99 @@ def test_refused_with_key_value_and_what_is_allowed(source: Any, said: tuple[str
         load_config(source)
     for part in said:
         assert part in str(refusal.value)
+
+
+# What came, by its key, and what is allowed there, in one line.
+WRONG_KINDS: list[tuple[str, Any, str]] = [
+    ("probe", [1, 2], "probe is [1, 2]; allowed: a section of ['enabled'"),
+    ("probe", None, "probe is None; allowed: a section of ['enabled'"),
+    ("echo.auto", [1], "echo.auto is [1]; allowed: a section of ['enabled', 'tolerated', 'least', 'most']"),
+    ("sinks.webhook", "http://x", "sinks.webhook is 'http://x'; allowed: a section of ['url'"),
+    ("probe.contexts", [1], "probe.contexts is [1]; allowed: a mapping of names to sections of ['text', 'k']"),
+    ("probe.contexts", [], "probe.contexts is []; allowed: a mapping of names"),
+    ("probe.contexts", 5, "probe.contexts is 5; allowed: a mapping of names"),
+    ("probe.contexts", None, "probe.contexts is None; allowed: a mapping of names"),
+    ("probe.contexts.mine", ["{tokens}"], "probe.contexts.mine is ['{tokens}']; allowed: a section of ['text', 'k']"),
+    ("probe.contexts.mine.k", [1], "probe.contexts.mine.k is [1]; allowed: a whole number"),
+    ("probe.contexts.mine.k", {"a": 1}, "probe.contexts.mine.k is {'a': 1}; allowed: a whole number"),
+    ("probe.budget", {"a": 1}, "probe.budget is {'a': 1}; allowed: a number"),
+    ("log.console", [True], "log.console is [True]; allowed: true or false"),
+    ("run_dir", ["runs"], "run_dir is ['runs']; allowed: a text"),
+    ("drift.every_n_steps", {"a": 5}, "drift.every_n_steps is {'a': 5}; allowed: a whole number"),
+    ("probe.watch", "word", "probe.watch is 'word'; allowed: a list"),
+    ("probe.watch", {"a": 1}, "probe.watch is {'a': 1}; allowed: a list"),
+    ("echo.exclude", 5, "echo.exclude is 5; allowed: a list"),
+    ("echo.instructions", [{"a": "{tokens}"}], "echo.instructions[0] is {'a': '{tokens}'}; allowed: a text"),
+    ("confusion.allow", ["ja"], "confusion.allow is ['ja']; allowed: a mapping of names to lists"),
+    ("confusion.allow.ja", "latin", "confusion.allow.ja is 'latin'; allowed: a list"),
+    ("alerts", 5, "alerts is 5; allowed: a mapping of names to sections of ['metric'"),
+    ("alerts", [1], "alerts: a rule in a list needs a 'name'; got 1"),
+    ("alerts.mine", 5, "alerts.mine is 5; allowed: a section of ['metric'"),
+    ("alerts.mine", {"metric": "head/below_0.95", "actions": "log"}, "alerts.mine.actions is 'log'; allowed: a list"),
+]
+
+
+@pytest.mark.parametrize("way", ["mapping", "keyword", "config", "file", "override"])
+@pytest.mark.parametrize(("key", "value", "said"), WRONG_KINDS, ids=lambda case: str(case)[:40])
+def test_every_way_refuses_the_wrong_kind_in_one_line(
+    tmp_path: Path, key: str, value: Any, said: str, way: str
+) -> None:
+    section: Any = value
+    for name in reversed(key.split(".")):
+        section = {name: section}
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump(section), encoding="utf-8")
+    plain = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n")
+    given: dict[str, dict[str, Any]] = {
+        "mapping": {"config": section},
+        "keyword": section,
+        "config": {"config": OmegaConf.create(section)},
+        "file": {"config": file},
+        "override": {"overrides": [f"{key}={plain}"]},
+    }
+    with pytest.raises(ConfigError) as refusal:
+        VocabGuard(**given[way])
+    assert str(refusal.value).startswith(said)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_config_built_with_the_wrong_kinds_is_refused() -> None:
+    wrong = GuardConfig(drift=5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^drift is 5; allowed: a section of \['every_n_steps'"):
+        load_config(wrong)
+    wrong = GuardConfig()
+    wrong.probe.contexts = ["{tokens}"]  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"^probe.contexts is \['{tokens}'\]; allowed: a mapping of names"):
+        load_config(wrong)
+    with pytest.raises(ConfigError, match=r"^probe is DriftConfig.*; allowed: a section of \['enabled'"):
+        load_config(None, (), {"probe": DriftConfig()})
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"- drift\n- probe\n", r"config is \['drift', 'probe'\]; allowed: settings by name, \['matrices'"),
+        (b"drift\n", "unknown key 'drift'|drift is None"),
+        (b"5\n", "config .*own.yaml cannot be read: .*int; allowed: a YAML file"),
+        (b"drift: [1\n", "config .*own.yaml is no YAML: .*line 1"),
+        (b"drift: 1\ndrift: 2\n", "config .*own.yaml is no YAML: .*duplicate key drift"),
+        (b"\xff\xfe\x00drift", "config .*own.yaml is no YAML"),
+        (b"a: 1\n---\nb: 2\n", "config .*own.yaml is no YAML: .*single document"),
+    ],
+    ids=["list", "text", "number", "broken", "twice", "binary", "two"],
+)
+def test_files_that_hold_no_settings(tmp_path: Path, content: bytes, said: str) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"^({said})") as refusal:
+        load_config(file)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["none.yaml", ".", "", "x" * 5000, "a\0b"], ids=lambda name: repr(name)[:12])
+def test_what_is_no_file(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"^config .*; allowed: a YAML file"):
+        load_config(str(tmp_path / name) if name.endswith("yaml") else name)
 
 
 RULES_REFUSED = [
@@ -194,6 +288,9 @@ def test_an_action_of_ones_own_is_known_by_name() -> None:
         ("drift.every_n_steps", ("drift.every_n_steps", "no value", "=value")),
         ("drift.every_n_steps=-1", ("drift.every_n_steps", "-1", "at least 1")),
         ("drift=often", ("drift", "often", "every_n_steps")),
+        ("drift.every_n_steps=[1", ("drift.every_n_steps=[1", "no YAML")),
+        ("=5", ("=5", "no key")),
+        (5, ("override 5", "'section.key=value'")),
     ],
 )
 def test_overrides_are_refused_too(override: str, said: tuple[str, ...]) -> None:

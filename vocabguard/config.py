@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
@@ -52,12 +53,10 @@ def load_questions(config: ConfusionConfig) -> dict[str, tuple[str, ...]]:
         text = resources.files("vocabguard").joinpath("configs", _QUESTIONS).read_text(encoding="utf-8")
     elif not Path(path).is_file():
         raise ConfigError(f"{key} is {path!r}; allowed: a YAML file of questions by language, or null")
-    else:
-        text = Path(path).read_text(encoding="utf-8")
     try:
-        found = yaml.safe_load(text)
-    except YAMLError as error:
-        raise ConfigError(f"{key} {path} is no YAML: {error}") from error
+        found = yaml.safe_load(text if path is None else Path(path).read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeError) as error:
+        raise ConfigError(f"{key} {path} is no YAML: {_one_line(error)}") from error
     if not isinstance(found, dict) or not found:
         raise ConfigError(f"{key} {path} holds {type(found).__name__}; allowed: lists of questions by language")
     # YAML 1.1 reads the code of Norwegian as a boolean.
@@ -88,11 +87,12 @@ def load_config(
         ConfigError: for an unknown preset or key, a value of the wrong type or outside its range.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(GuardConfig), _named_rules(_layer(source)))
         if isinstance(source, GuardConfig):
+            _check_kinds(source, GuardConfig, "")
             merged = OmegaConf.structured(source)
-        merged = OmegaConf.merge(merged, _named_rules(dict(options or {})))
-        merged = OmegaConf.merge(merged, _sections(OmegaConf.from_dotlist(_assignments(overrides))))
+        else:
+            merged = OmegaConf.merge(OmegaConf.structured(GuardConfig), _checked(_layer(source)))
+        merged = OmegaConf.merge(merged, _checked(options or {}), _checked(_dotted(overrides)))
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
@@ -172,7 +172,7 @@ def _layer(source: Any) -> Any:
     Raises:
         ConfigError: for a name that is neither a file nor a preset, or a file that is no YAML.
     """
-    if source is None or isinstance(source, GuardConfig):
+    if source is None:
         return {}
     if isinstance(source, Mapping):
         return dict(source)
@@ -182,47 +182,103 @@ def _layer(source: Any) -> Any:
     if str(source) in presets():
         text = resources.files("vocabguard").joinpath("configs", f"{source}.yaml").read_text(encoding="utf-8")
         return OmegaConf.create(text)
-    if not Path(source).is_file():
-        raise ConfigError(f"config is {str(source)!r}; allowed: a YAML file, or one of the presets {list(presets())}")
     try:
-        return OmegaConf.load(source)
-    except YAMLError as error:
-        raise ConfigError(f"config {source} is no YAML: {error}") from error
+        if Path(source).is_file():
+            return OmegaConf.load(source)
+    except (YAMLError, UnicodeError) as error:
+        raise ConfigError(f"config {source} is no YAML: {_one_line(error)}") from error
+    except OSError as error:
+        raise ConfigError(f"config {source} cannot be read: {_one_line(error)}; allowed: a YAML file") from error
+    raise ConfigError(f"config is {str(source)!r}; allowed: a YAML file, or one of the presets {list(presets())}")
 
 
-def _assignments(overrides: Iterable[str]) -> list[str]:
-    """The overrides; one without a value would set its key to null."""
-    given = [overrides] if isinstance(overrides, str) else list(overrides)
+def _dotted(overrides: Any) -> DictConfig:
+    """The overrides as one source.
+
+    Raises:
+        ConfigError: for one without a key or a value (which would set its key to null); for a value that is no YAML.
+    """
+    given = [overrides] if isinstance(overrides, str) or not isinstance(overrides, Iterable) else overrides
+    layer = OmegaConf.create()
     for override in given:
-        if "=" not in override:
-            raise ConfigError(f"override {override!r} has no value; allowed: 'section.key=value'")
-    return given
-
-
-def _sections(layer: Any) -> Any:
-    """Refuse a value where a section stands: OmegaConf's message would not name the key."""
-    if not isinstance(layer, Mapping):
-        raise ConfigError(f"config is {layer!r}; allowed: settings by name, {[f.name for f in fields(GuardConfig)]}")
-    for spec in fields(GuardConfig):
-        value, section = layer.get(spec.name), getattr(GuardConfig(), spec.name)
-        if is_dataclass(section) and not (value is None or isinstance(value, Mapping) or is_dataclass(value)):
-            raise ConfigError(f"{spec.name} is {value!r}; allowed: a section of {[f.name for f in fields(section)]}")
+        key, equals, _ = override.partition("=") if isinstance(override, str) else ("", "", "")
+        if not key.strip() or not equals:
+            wrong = "value" if key.strip() else "key"
+            raise ConfigError(f"override {override!r} has no {wrong}; allowed: 'section.key=value'")
+        try:
+            layer.merge_with_dotlist([override])
+        except YAMLError as error:
+            raise ConfigError(f"override {override!r} has a value that is no YAML: {_one_line(error)}") from error
     return layer
 
 
-def _named_rules(layer: Any) -> Any:
-    """Accept ``alerts`` as a list of rules that carry their names."""
-    rules = _sections(layer).get("alerts")
-    if not isinstance(rules, (list, tuple)) and not OmegaConf.is_list(rules):
-        return layer
+def _checked(layer: Any) -> Any:
+    """A source whose mappings, lists and plain values stand where they belong; OmegaConf's words would name no key.
+
+    ``alerts`` may be a list of rules that carry their names.
+
+    Raises:
+        ConfigError: with the key, what came and what is allowed.
+    """
+    if not isinstance(layer, Mapping):
+        raise ConfigError(f"config is {layer!r}; allowed: settings by name, {[f.name for f in fields(GuardConfig)]}")
+    plain = OmegaConf.to_container(layer) if isinstance(layer, DictConfig) else dict(layer)
+    assert isinstance(plain, dict)
+    if isinstance(plain.get("alerts"), (list, tuple, ListConfig)):
+        plain["alerts"] = _named_rules(plain["alerts"])
+    _check_kinds(plain, GuardConfig, "")
+    return plain
+
+
+def _named_rules(rules: Iterable[Any]) -> dict[Any, Any]:
     named = {}
     for rule in rules:
         if not isinstance(rule, Mapping) or "name" not in rule:
             raise ConfigError(f"alerts: a rule in a list needs a 'name'; got {rule}")
         named[rule["name"]] = {key: value for key, value in rule.items() if key != "name"}
-    plain = OmegaConf.to_container(layer) if isinstance(layer, DictConfig) else dict(layer)
-    assert isinstance(plain, dict)
-    return plain | {"alerts": named}
+    return named
+
+
+def _check_kinds(section: Any, kind: Any, prefix: str) -> None:
+    """Refuse what is no mapping, no list or no plain value where one belongs, through all known keys of a section."""
+    values = section if isinstance(section, Mapping) else vars(section)
+    for name, wanted in get_type_hints(kind).items():
+        if name in values:
+            _check_kind(values[name], wanted, prefix + name)
+
+
+def _check_kind(value: Any, wanted: Any, key: str) -> None:
+    owner, inner = get_origin(wanted), get_args(wanted)
+    if owner is UnionType:
+        if value is not None:
+            _check_kind(value, inner[0], key)
+    elif is_dataclass(wanted):
+        if not isinstance(value, (Mapping, wanted)):  # type: ignore[arg-type]
+            raise ConfigError(f"{key} is {value!r}; allowed: a section of {[f.name for f in fields(wanted)]}")
+        _check_kinds(value, wanted, f"{key}.")
+    elif owner is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key} is {value!r}; allowed: a mapping of names to {_named(inner[1])}")
+        for name, item in value.items():
+            _check_kind(item, inner[1], f"{key}.{name}")
+    elif owner is list:
+        if not isinstance(value, (list, tuple, ListConfig)):
+            raise ConfigError(f"{key} is {value!r}; allowed: a list")
+        for place, item in enumerate(value):
+            _check_kind(item, inner[0], f"{key}[{place}]")
+    elif wanted is not Any and isinstance(value, (Mapping, list, tuple, ListConfig)):
+        raise ConfigError(f"{key} is {value!r}; allowed: {_named(wanted)}")
+
+
+def _named(kind: Any) -> str:
+    """A type in a user's words."""
+    if is_dataclass(kind):
+        return f"sections of {[f.name for f in fields(kind)]}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(kind, "lists")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _explain(error: OmegaConfBaseException) -> str:
