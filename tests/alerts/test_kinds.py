@@ -45,6 +45,29 @@ def test_many_groups_are_one_alert_that_names_them_worst_first():
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "whole", "quiet"),
+    [
+        ({}, {}, True),
+        ({"threshold": 0.05}, {"threshold": 0.05}, True),
+        # The rule over all rows would tell less, later, more quietly or without an action.
+        ({}, {"threshold": 0.2}, False),
+        ({}, {"for_checks": 2}, False),
+        ({"level": "critical"}, {}, False),
+        ({"actions": ("log", "stop")}, {}, False),
+        ({}, {"metric": "head/below_0.90"}, False),
+        ({}, {"metric": "embedding/below_0.95"}, False),
+    ],
+)
+def test_one_group_is_the_whole_which_another_rule_tells(options, whole, quiet):
+    over_all = AlertRule(**({"name": "whole", "metric": "head/below_0.95", "op": ">", "threshold": 0.1} | whole))
+    for rows, silent in ({"other": 8000}, quiet), ({"ja": 4000, "ko": 4000}, False), (None, False):
+        machine = AlertMachine([over_all, by_group(**options)])
+        parts = dict.fromkeys(rows or ["ja"], 0.3)
+        found = machine.update(10, shares(**parts) | {"vocabguard/head/below_0.95": 0.3}, rows=rows)
+        assert ("groups" not in [change.rule for change in found]) == silent
+
+
 def test_a_group_that_joins_is_told_one_that_leaves_is_not():
     machine = AlertMachine([by_group()])
     checks = [

@@ -233,3 +233,19 @@ def test_the_logger_gets_the_story(kit: Any, tmp_path: Path, caplog: Any) -> Non
     [record] = [one for one in caplog.records if one.getMessage().startswith("moved")]
     assert record.levelno == logging.CRITICAL
     assert "\nSince " in record.getMessage()
+
+
+def test_without_a_tokenizer_the_only_group_is_not_told_beside_the_whole(kit: Any, tmp_path: Path) -> None:
+    guard = VocabGuard(drift={"every_n_steps": 2}, **SMALL, **kit.QUIET)
+    model = kit.llama()
+    optimizer = kit.sgd(model)
+    guard.attach(model, optimizer, total_steps=4, run_dir=tmp_path / "run")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[:32].neg_()
+    guard.step(1)
+    guard.step(2)
+    assert guard.last is not None
+    assert guard.last.scalars["vocabguard/head/other/below_0.95"] == 0.5
+    assert {"head_degraded", "head_severe"} <= set(guard.last.firing)
+    assert "group_degraded" not in guard.last.firing
+    guard.finish()

@@ -61,7 +61,8 @@ class AlertMachine:
             scalars: logged keys, with or without ``vocabguard/``, and their values. A rule whose key is missing or NaN
                 stays as it is, unless it is about that.
             evaluation: follow the rules about an evaluation's keys, and only those; otherwise all others.
-            rows: live rows of each script group; a group that is not named has enough.
+            rows: live rows of each script group; a group that is not named has enough. Where there is one group only, a
+                rule over groups is quiet if a rule over all rows says the same.
 
         Returns:
             The rules that fire, have news or resolved, in the rules' order, those about ``alerts/firing`` last.
@@ -108,6 +109,8 @@ class AlertMachine:
             # Not these rules themselves: one that fires because it fires would never resolve.
             others = {other.name for other in self.rules if not _about_alerts(other)}
             return {WHOLE: float(len(others.intersection(self.firing)))}
+        if len(rows) == 1 and any(map(rule.repeats, self.rules)):
+            return {}
         if rule.by_part:
             values = values_by_part(rule.key, scalars)
             return {part: float(value) for part, value in values.items() if rows.get(part, math.inf) >= rule.min_rows}

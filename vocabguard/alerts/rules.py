@@ -135,6 +135,24 @@ class AlertRule:
         """Whether it is a rule over all script groups or languages."""
         return part_of(self.metric) == ANY
 
+    def repeats(self, other: AlertRule) -> bool:
+        """Whether, where there is one script group only, it could tell nothing that a rule over all rows does not tell.
+
+        Args:
+            other: another rule.
+        """
+        strict = other.threshold <= self.threshold if self.upward else other.threshold >= self.threshold
+        alike = ("op", "change", "over_checks", "floor")
+        return (
+            self.by_part
+            and other.short == self.short.replace(f"{ANY}/", "")
+            and all(getattr(self, field) == getattr(other, field) for field in alike)
+            and strict
+            and other.for_checks <= self.for_checks
+            and LEVELS.index(other.level) >= LEVELS.index(self.level)
+            and all(action in other.actions for action in self.actions)
+        )
+
     @property
     def at_evaluations(self) -> bool:
         """Whether its metric comes with evaluations, not with checks."""
