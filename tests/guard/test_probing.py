@@ -114,3 +114,16 @@ def test_preflight_tells_the_probe_which_classes_to_draw(kit: Any, tokenizer: An
     asked = torch.arange(1000, 1030)
     found, without = (int(torch.isin(one.last.probe.ids, asked).sum()) for one in (guard, blind))
     assert found > without
+
+
+def test_processes_with_data_of_their_own_probe_the_same_tokens(together: Any, tmp_path: Path) -> None:
+    together("probing.py", tmp_path)
+    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+    for kind in ("ddp", "fsdp"):
+        one, other = (rank[kind] for rank in ranks)
+        assert not torch.equal(one["own"], other["own"]), "each by itself would ask for other tokens"
+        assert torch.equal(one["ids"], one["own"])
+        assert torch.equal(other["ids"], one["own"])
+        assert 42 in one["ids"]
+        torch.testing.assert_close(one["probability"], other["probability"], rtol=1e-5, atol=1e-9)
+        assert one["scalars"] == other["scalars"]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vocabguard import collective
 from vocabguard.config import ConfigError
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.measure.probe import PromptContext, probe, probe_applicable, stratified_sample
@@ -159,7 +160,7 @@ def choose_prober(
 
 
 def build_prober(config: ProbeConfig, tokenizer: Any, table: VocabTable, classes: Tensor | None, seed: int) -> Prober:
-    """The prober that a configuration asks for.
+    """The prober that a configuration asks for; all processes probe the tokens that rank 0 has drawn.
 
     Raises:
         ConfigError: for a watch entry that is no token or a context that cannot be rendered.
@@ -171,5 +172,6 @@ def build_prober(config: ProbeConfig, tokenizer: Any, table: VocabTable, classes
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    ids = probed_ids(config, table, classes, watched, seed)
+    # Each process has looked at its own part of the data, and would draw other tokens.
+    ids = collective.agree(probed_ids(config, table, classes, watched, seed))
     return Prober(contexts, ids, watched, config.batch_tokens, seed)
