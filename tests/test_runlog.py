@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from vocabguard.forecasts import Forecast
 from vocabguard.results import (
     CheckResult,
     Exposure,
@@ -199,6 +200,15 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="disk full"):
         RunWriter(tmp_path).start({}, WATCH, GROUPS)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_check_says_how_long_the_run_will_be_or_why_that_is_not_forecast(tmp_path):
+    writer = RunWriter(tmp_path)
+    writer.start({}, WATCH, GROUPS)
+    writer.check(check(10, forecast=NotApplicable("no schedule is known")))
+    writer.check(check(20, forecast=Forecast(20, 500, *torch.rand(4, V))))
+    said = [line["forecast"] for line in RunLog.open(tmp_path).checks()]
+    assert said == [{"not_applicable": "no schedule is known"}, {"total": 500}]
 
 
 def test_row_vectors_by_name_and_dtype():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from vocabguard.forecasts import Forecast
 from vocabguard.results import (
     CheckResult,
     EchoReport,
@@ -23,7 +25,10 @@ from vocabguard.results import (
     WatchedMatrix,
 )
 from vocabguard.runlog import RunLog, RunWriter, row_vectors
+from vocabguard.transitions import AlertStory
 
+sys.path.append(str(Path(__file__).parent))
+collect_ignore = ["parsed_page.py"]
 NAMES = ("latin", "ja", "thai")
 ROWS = 90
 HOSTILE = (
@@ -63,6 +68,22 @@ def _scalars(cosine: np.ndarray, live: np.ndarray, group: np.ndarray, classes: n
     return found
 
 
+def _forecast(step: int, end: int, now: dict[str, float]) -> tuple[Forecast, dict[str, float]]:
+    """A forecast, and what a check would log of it: more for later groups, less from check to check, true when over."""
+    nothing = torch.zeros(ROWS)
+    shares = {"below_0.95": 0.5 - step / 100}
+    shares |= {f"{name}/below_0.95": (place + 2) / 5 - step / 100 for place, name in enumerate(NAMES)}
+    if step == end:
+        shares = {key: now[f"head/{key}"] for key in shares}
+    return Forecast(step, end, *[nothing] * 4), {f"forecast/{key}": share for key, share in shares.items()}
+
+
+def tell(texts: Sequence[str]) -> AlertStory:
+    """A story that says the texts, whatever they are, in each of its fields."""
+    said = [f"{name} {texts[place % len(texts)]}" for place, name in enumerate(("what", "where", "since", "outlook"))]
+    return AlertStory(said[0], said[1], 12, 0.4, tuple(texts[:5]), said[2], said[3], (texts[0], texts[1]))
+
+
 def note_beside(writer: RunWriter, texts: Sequence[str]) -> None:
     """Answers at steps 10 and 20, neighbours of the first two texts, and where tokens were lost."""
     for step, foreign in ((10, 0.25), (20, 0.5)):
@@ -85,6 +106,7 @@ def make_run(tmp_path: Path) -> Callable[..., RunLog]:
     """Writes a run of 90 rows (30 a group, the last 3 not live) and opens it.
 
     Tokens 0 to 11 are hostile and the worst; the probe asks for the first 40 and misses the first `missed`.
+    `told` gives the alert a story of `texts`; `end` is the last step that is planned, and lets each check forecast.
     """
 
     def make(
@@ -95,6 +117,8 @@ def make_run(tmp_path: Path) -> Callable[..., RunLog]:
         rows: bool = True,
         beside: bool = False,
         texts: Sequence[str] = HOSTILE,
+        told: bool = False,
+        end: int | None = None,
     ) -> RunLog:
         group = np.repeat(np.arange(3, dtype=np.uint8), 30)
         live = np.arange(ROWS) < ROWS - 3
@@ -115,14 +139,20 @@ def make_run(tmp_path: Path) -> Callable[..., RunLog]:
         )  # fmt: skip
         writer = RunWriter(tmp_path / name)
         writer.start({"seed": 3, "run": {"name": f"<b>{name}</b>"}}, watch, NAMES)
-        alert = Transition("bad", "firing", "critical", "vocabguard/head/below_0.95", 0.4, 20, "<u>lost</u>: 語.")
+        alert = Transition(
+            "bad", "firing", "critical", "vocabguard/head/below_0.95", 0.4, 20, "<u>lost</u>: 語.",
+            since=10 if told else None, story=tell(texts) if told else None,
+        )  # fmt: skip
         for step in (0, 10, 20):
             now = 1 - (1 - cosine) * step / 20
             scalars = _scalars(now, live, group, classes)
             scalars |= {"probe/retained": (40 - missed * step // 20) / 40, "probe/latin/retained": 0.5} if step else {}
             scalars |= {"echo/dose": step / 100, "loss/echo": 2.0} if echo else {}
+            forecast, shares = (None, {}) if end is None else _forecast(step, end, scalars)
+            scalars |= shares
             result = CheckResult(
-                step=step, head=_drift(now), embedding=NotApplicable("it is frozen"), exposure=exposure,
+                forecast=forecast or NotApplicable("no <i>schedule</i> is known"), step=step,
+                head=_drift(now), embedding=NotApplicable("it is frozen"), exposure=exposure,
                 classes=torch.from_numpy(classes), probe=probe if step != 10 else None,
                 scalars={f"vocabguard/{key}": value for key, value in scalars.items()},
                 transitions=(alert,) if step == 20 else (), firing=("bad",) if step == 20 else (),

@@ -64,13 +64,21 @@ const ground = (element) => {
 };
 found.contrast = {};
 for (const name of ["h1", ".sentence", ".where", ".badge", ".bad", ".note", "caption", "thead th", "figcaption",
-    "summary", ".tools label", "td.lost", "footer p", ".tick"]) {
+    "summary", ".tools label", "td.lost", "footer p", ".tick", ".name", ".told .level", ".told .status", ".told .what",
+    ".told dt", ".told dd", ".told bdi.token", ".told .note"]) {
   const one = document.querySelector(name), style = getComputedStyle(one);
   const ink = light(one instanceof SVGElement ? style.fill : style.color), paper = light(ground(one));
   found.contrast[name] = (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
 }
 found.ground = light(getComputedStyle(document.body).backgroundColor);
 found.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+found.spilt = [...document.querySelectorAll(".told, .told *")].filter((one) =>
+  one.getBoundingClientRect().right > document.documentElement.clientWidth + 1).length;
+const bars = [...document.querySelectorAll("rect.span")].map((bar) => getComputedStyle(bar).fill);
+found.bars = bars.map((fill) => light(fill)).map((ink) => {
+  const paper = light(ground(document.querySelector("rect.span")));
+  return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
+});
 found.inner = window.innerWidth;
 found.alerted = document.querySelectorAll("img, iframe").length;
 const out = document.createElement("pre");
@@ -118,7 +126,8 @@ def driven(page: str, folder: Path, *flags: str, phone: bool = False) -> dict[st
 
 @pytest.fixture
 def data(make_run):
-    return run_data(make_run(echo=True, beside=True))
+    texts = ["<script>alert(1)</script>", "long" * 100, *(f"<b>{place}</b>" for place in range(10))]
+    return run_data(make_run(echo=True, beside=True, told=True, end=40, texts=texts))
 
 
 def test_the_page_loads_without_a_word_on_the_console(data, make_run, tmp_path):
@@ -168,6 +177,9 @@ def test_readable_in_light_and_dark_and_on_a_phone(data, tmp_path, flags, dark):
     found = driven(render(data), tmp_path, f"--screenshot={picture}", "--virtual-time-budget=5000", *flags, phone=True)
     assert (found["ground"] < 0.1) == dark
     assert {name: ratio for name, ratio in found["contrast"].items() if ratio < 4.5} == {}
+    assert len(found["bars"]) == 2  # pending, then firing
+    assert min(found["bars"]) >= 3
+    assert found["spilt"] == 0
     assert found["inner"] == 390
     assert found["wide"] == 0
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -14,7 +14,7 @@ from vocabguard.views.html_figures import Figure, Mark, Plot, Word, ticks
 EARLIER = 20
 """Earlier news of a rule that its entry holds; the table of all changes has the others."""
 
-_WIDE, _TRACK, _BAR, _NAME = 380.0, 32.0, 9.0, 46
+_WIDE, _TRACK, _BAR, _NAME = 380.0, 36.0, 9.0, 46
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def key_numbers(data: PageData) -> tuple[tuple[str, str], ...]:
     if row is not None:
         found += [
             ("below cosine 0.95", _counted(data, row.below_95, 0.95)),
-            ("below 0.95 at the end, by the forecast", _counted(data, at_end(data))),
+            ("below 0.95, forecast", _counted(data, at_end(data))),
             ("below cosine 0.90", _counted(data, row.below_90, 0.90)),
             ("mean cosine", _known(row.mean)),
             ("lowest cosine", _known(row.minimum)),
