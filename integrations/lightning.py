@@ -108,7 +108,9 @@ class VocabGuardCallback(Callback):
             before = self.guard.last
             result = self.guard.check(at="evaluation")
             _to_loggers(trainer, None if result is before else result)
-            answers = {key: value for key, value in self.guard.latest.items() if "/confusion/" in key}
+            # Of the rules, evaluations move those about the answers.
+            kinds = ("vocabguard/confusion/", "vocabguard/alerts/")
+            answers = {key: value for key, value in self.guard.latest.items() if key.startswith(kinds)}
             _log_beside(trainer, answers, trainer.global_step)
             self._ask(trainer)
 

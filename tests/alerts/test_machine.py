@@ -215,3 +215,32 @@ def test_a_rule_about_alerts_counts_the_others_of_this_check():
     ]
     assert machine.firing == ("many", "one", "two")
     assert [(alert.rule, alert.state) for alert in machine.update(2, {KEY: 0.1})][-1] == ("many", "resolved")
+
+
+def test_where_each_rule_stands_is_logged_as_a_number():
+    machine = AlertMachine(
+        [
+            AlertRule("at_once", "head/below_0.95", ">", 0.1),
+            AlertRule("twice", "head/below_0.95", ">", 0.1, for_checks=2),
+            AlertRule("groups", "head/*/below_0.95", ">", 0.1, for_checks=2),
+            AlertRule("answers", "confusion/foreign", ">", 0.1),
+        ]
+    )
+
+    def standings(evaluation=False):
+        found = machine.scalars(evaluation=evaluation)
+        return {key.removeprefix("vocabguard/alerts/"): value for key, value in found.items()}
+
+    assert standings() == {"at_once": 0.0, "twice": 0.0, "groups": 0.0, "firing": 0.0}
+    checks = [
+        ({"": 0.3, "ja/": 0.3, "ko/": 0.0}, {"at_once": 1.0, "twice": 0.5, "groups": 0.5, "firing": 1.0}),
+        ({"": 0.3, "ja/": 0.3, "ko/": 0.3}, {"at_once": 1.0, "twice": 1.0, "groups": 1.0, "firing": 3.0}),
+        ({"": 0.0, "ja/": 0.0, "ko/": 0.05}, {"at_once": 0.0, "twice": 0.0, "groups": 0.0, "firing": 0.0}),
+    ]
+    for step, (values, expected) in enumerate(checks, start=1):
+        machine.update(step, {f"vocabguard/head/{part}below_0.95": value for part, value in values.items()})
+        assert standings() == expected
+    assert standings(evaluation=True) == {"answers": 0.0, "firing": 0.0}
+    machine.update(4, {"vocabguard/confusion/foreign": 0.5}, evaluation=True)
+    assert standings(evaluation=True) == {"answers": 1.0, "firing": 1.0}
+    assert "answers" not in standings()

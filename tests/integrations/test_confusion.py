@@ -48,11 +48,13 @@ def test_the_trainers_metrics_carry_them(kit: Any, tokenizer: Any, tmp_path: Pat
 
 
 def test_lightnings_loggers_get_them(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
-    guarded = kit.CALLBACKS["lightning"](tokenizer=tokenizer, confusion=FEW, **SMALL, **kit.QUIET)
+    alerts = {"answers": {"metric": "confusion/line_pass", "op": "<", "threshold": 0.5}}
+    guarded = kit.CALLBACKS["lightning"](tokenizer=tokenizer, confusion=FEW, alerts=alerts, **SMALL, **kit.QUIET)
     logger = CSVLogger(str(tmp_path))
     run(kit, "lightning", tokenizer, tmp_path, (guarded,), logger=logger)
     written = (Path(logger.log_dir) / "metrics.csv").read_text(encoding="utf-8")
     assert "vocabguard/confusion/ja" in written.splitlines()[0]
+    assert "vocabguard/alerts/answers" in written.splitlines()[0]
 
 
 @pytest.mark.parametrize("name", ["hf", "lightning"])

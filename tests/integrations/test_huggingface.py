@@ -110,6 +110,7 @@ def test_every_evaluation_carries_every_key(kit: Any, tokenizer: Any, tmp_path: 
         "eval_vocabguard/exposure/never",
         "eval_vocabguard/probe/probability_mean",
         "eval_vocabguard/head/ja/below_0.95",
+        "eval_vocabguard/alerts/head_degraded",
     ):
         assert all(key in metrics for _, metrics in seen), key
     never = [metrics["eval_vocabguard/exposure/never"] for _, metrics in seen]

@@ -113,6 +113,38 @@ def test_csv_logger_gets_the_keys(kit: Any, tokenizer: Any, tmp_path: Path) -> N
     assert logged[6] > 0
 
 
+RULES = {
+    "moves": {"metric": "head/cosine_min", "op": "<", "threshold": 0.99999, "for_checks": 2},
+    "calm": {"metric": "head/cosine_min", "op": "<", "threshold": -0.9},
+}
+STANDS = {"moves": [0.0, 0.5, 1.0, 1.0], "calm": [0.0, 0.0, 0.0, 0.0]}
+
+
+def test_csv_logger_gets_where_each_rule_stands(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
+    guarded = guard_for(kit, tokenizer, alerts=RULES)
+    logger = CSVLogger(tmp_path, name="run", version="one")
+    kit.run_lightning(
+        kit.tiny_model(), kit.random_rows(24), tokenizer, tmp_path, callbacks=(guarded,), logger=logger,
+        log_every_n_steps=1,
+    )  # fmt: skip
+    with (tmp_path / "run" / "one" / "metrics.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    for rule, expected in STANDS.items():
+        key = f"vocabguard/alerts/{rule}"
+        assert [float(line[key]) for line in lines if line[key]] == expected
+
+
+def test_tensorboard_gets_it_once_a_check(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
+    guarded = guard_for(kit, tokenizer, alerts=RULES)
+    logger = TensorBoardLogger(tmp_path)
+    kit.run_lightning(kit.tiny_model(), kit.random_rows(24), tokenizer, tmp_path, callbacks=(guarded,), logger=logger)
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    for rule, expected in STANDS.items():
+        found = [(event.step, event.value) for event in events.Scalars(f"vocabguard/alerts/{rule}")]
+        assert found == list(zip([0, 2, 4, 6], expected, strict=True))
+
+
 def test_no_logger(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
     guarded = guard_for(kit, tokenizer)
     run = kit.run_lightning(kit.tiny_model(), kit.random_rows(24), tokenizer, tmp_path, callbacks=(guarded,))

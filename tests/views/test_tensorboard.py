@@ -224,17 +224,15 @@ def test_a_timeline_of_each_rule_and_the_story_of_its_alerts(tmp_path, table):
     story = AlertStory(what="412 rows <have> turned away.", tokens=("語",), advice=("echo.",))
     change = dataclasses.replace(ALERT, story=story)
     asked = dataclasses.replace(ALERT, rule="asked", state="resolved")
-    view = open_view(tmp_path, table=table, rules=("slow", "asked"))
-    view.check(check(step=20, firing=("asked",)))
-    view.check(check(step=40, firing=("slow", "asked"), transitions=(change,)))
-    view.finding(Finding("confusion", 50, (), "Answers.", transitions=(asked,)))
+    view = open_view(tmp_path, table=table)
+    slow, answers = ("vocabguard/alerts/slow", "vocabguard/alerts/asked")
+    view.check(check(step=20, scalars={slow: 0.5}))
+    view.check(check(step=40, scalars={slow: 1.0}, firing=("slow", "asked"), transitions=(change,)))
+    view.finding(Finding("confusion", 50, (), "Answers.", scalars={answers: 0.0}, transitions=(asked,)))
     view.close()
     events = read(tmp_path)
-    timeline = {
-        rule: [(event.step, event.value) for event in events.Scalars(f"vocabguard/alerts/{rule}")]
-        for rule in ("slow", "asked")
-    }
-    assert timeline == {"slow": [(20, 0.0), (40, 1.0)], "asked": [(20, 1.0), (40, 1.0), (50, 0.0)]}
+    timeline = {rule: [(event.step, event.value) for event in events.Scalars(rule)] for rule in (slow, answers)}
+    assert timeline == {slow: [(20, 0.5), (40, 1.0)], answers: [(50, 0.0)]}
     [(_, first), (step, last)] = texts(events, "vocabguard/alert_log")
     assert first.splitlines()[-3:] == ["- 412 rows &lt;have&gt; turned away.", "- Worst: 語", "- To do: echo."]
     assert step == 50

@@ -11,6 +11,8 @@ from vocabguard.results import EXPOSURE_CLASSES
 
 PREFIX = "vocabguard/"
 FIRING = "alerts/firing"
+STATES = "alerts/"
+"""Before a rule's name: where the rule stands. Such keys are logged; rules are not about them."""
 ANY = "*"
 """In the place of a part: each script group, or each language."""
 

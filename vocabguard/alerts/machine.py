@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vocabguard.alerts.keys import FIRING, short_key, values_by_part
+from vocabguard.alerts.keys import FIRING, PREFIX, STATES, short_key, values_by_part
 from vocabguard.alerts.messages import message_of, worst_first
 from vocabguard.alerts.rules import AlertRule
 from vocabguard.alerts.states import WHOLE, News, Standing, as_dict, follow, from_dict
@@ -79,6 +79,16 @@ class AlertMachine:
             if news is not None:
                 transitions.append(_transition(rule, news, (before, after), step, values, rows or {}))
         return tuple(transitions)
+
+    def scalars(self, *, evaluation: bool = False) -> dict[str, float]:
+        """Logged keys: ``alerts/firing``, how many rules fire, and ``alerts/<rule>``: 0 ok, 0.5 pending, 1 firing.
+
+        Args:
+            evaluation: of the rules that evaluations move, and only those; otherwise of all others.
+        """
+        moved = (rule.name for rule in self.rules if rule.at_evaluations == evaluation)
+        levels = {f"{PREFIX}{STATES}{name}": self._standings[name].level for name in moved}
+        return levels | {PREFIX + FIRING: float(len(self.firing))}
 
     def requests(self, transitions: Iterable[Transition]) -> tuple[str, ...]:
         """What rules that have just begun to fire ask of the trainer: ``checkpoint`` and ``stop``, in this order."""

@@ -12,6 +12,8 @@ from vocabguard.alerts.rules import ABSENT, AlertRule
 State = Literal["ok", "pending", "firing"]
 News = Literal["fires", "again", "resolves"]
 
+_LEVELS: Mapping[State, float] = {"ok": 0.0, "pending": 0.5, "firing": 1.0}
+
 WHOLE = ""
 """The one part of a rule that is not over parts."""
 
@@ -53,6 +55,11 @@ class Standing:
     def firing(self) -> tuple[str, ...]:
         """Parts that fire."""
         return tuple(name for name, part in self.parts.items() if part.state == "firing")
+
+    @property
+    def level(self) -> float:
+        """Where the rule stands as a number: 1 while a part fires, else 0.5 while one is pending, else 0."""
+        return max((_LEVELS[part.state] for part in self.parts.values()), default=0.0)
 
     @property
     def since(self) -> int | None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from vocabguard import collective
-from vocabguard.alerts.keys import FIRING
 from vocabguard.alerts.machine import AlertMachine
 from vocabguard.forecasts import Forecast
 from vocabguard.guard import summary
@@ -32,8 +31,6 @@ from vocabguard.transitions import Transition
 
 Moment = Literal["evaluation", "end"]
 """When more is looked at than a check does."""
-
-_FIRING = summary.PREFIX + FIRING
 
 
 @dataclass
@@ -134,7 +131,7 @@ class Checker:
     def _judged(self, found: CheckResult) -> CheckResult:
         """With what the rules say of it."""
         transitions = self._follow(found, found.scalars)
-        scalars = {**found.scalars, _FIRING: float(len(self.alerts.firing))}
+        scalars = {**found.scalars, **self.alerts.scalars()}
         requests = self.alerts.requests(transitions)
         return replace(found, scalars=scalars, transitions=transitions, firing=self.alerts.firing, requests=requests)
 
@@ -184,7 +181,7 @@ class Checker:
     def _judged_beside(self, found: Finding, last: CheckResult) -> Finding:
         scalars = collective.agree(dict(found.scalars))
         transitions = self._follow(last, scalars, evaluation=True)
-        return replace(found, scalars={**scalars, _FIRING: float(len(self.alerts.firing))}, transitions=transitions)
+        return replace(found, scalars=scalars | self.alerts.scalars(evaluation=True), transitions=transitions)
 
     def take_requests(self) -> tuple[str, ...]:
         """What rules have asked of the trainer, once. For all processes to call."""

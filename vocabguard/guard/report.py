@@ -206,7 +206,6 @@ class Reporter:
         if not (self._main and self._config.log.tensorboard):
             return None
         options: dict[str, Any] = {"table": self._table, "histogram": self._config.log.histogram}
-        options["rules"] = [rule.name for rule in self._rules]
         if self._writer is not None:
             return TensorBoardView(self._writer, **options)
         return None if self._folder is None else open_view(self._folder, **options)

@@ -19,8 +19,6 @@ from vocabguard.views.wording import escape_markdown, large_groups, preflight_se
 if TYPE_CHECKING:
     from vocabguard.vocabulary import VocabTable
 
-_ALERTS = "vocabguard/alerts"
-
 ALERTS_SHOWN = 100
 """Newest alert changes kept in the text of ``vocabguard/alert_log``."""
 
@@ -77,7 +75,6 @@ class TensorBoardView:
     | ``vocabguard/head/cosine``, ``vocabguard/embedding/cosine`` | histogram over live finite rows |
     | ``vocabguard/watch`` | text: what is watched, and preflight |
     | ``vocabguard/worst``, ``vocabguard/watched`` | text: tables of the worst tokens and of the watch list |
-    | ``vocabguard/alerts/<rule>`` | scalars: 1 while the rule fires, 0 while it does not |
     | ``vocabguard/alert_log`` | text: all changes of alerts so far with their stories, newest first |
     | ``vocabguard/{confusion,neighbors,head_or_body}`` | text: what was found beside the checks, if asked for |
 
@@ -86,23 +83,13 @@ class TensorBoardView:
         table: groups and live tokens.
         histogram: whether to write the histograms.
         owned: whether `close` closes the writer, and whether a layout of charts is written, of which a writer has one.
-        rules: names of the alert rules.
     """
 
-    def __init__(
-        self,
-        writer: Writer,
-        *,
-        table: VocabTable,
-        histogram: bool = True,
-        owned: bool = False,
-        rules: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, writer: Writer, *, table: VocabTable, histogram: bool = True, owned: bool = False) -> None:
         self._writer = writer
         self._table = table
         self._histogram = histogram
         self._owned = owned
-        self._rules = tuple(rules)
         self._alerts: list[str] = []
 
     def watch(self, watch: Watch) -> None:
@@ -122,8 +109,6 @@ class TensorBoardView:
         for tag, reports in (("vocabguard/worst", result.worst), ("vocabguard/watched", result.watched)):
             if reports:
                 self._writer.add_text(tag, worst_markdown(reports), global_step=result.step)
-        for rule in self._rules:
-            self._writer.add_scalar(f"{_ALERTS}/{rule}", float(rule in result.firing), global_step=result.step)
         self._alert_log(result.step, result.transitions)
 
     def finding(self, found: Finding) -> None:
@@ -132,9 +117,6 @@ class TensorBoardView:
             self._writer.add_scalar(key, value, global_step=found.step)
         text = "\n\n".join(filter(None, (escape_markdown(found.sentence), found.table)))
         self._writer.add_text(f"vocabguard/{found.kind}", text, global_step=found.step)
-        for change in found.transitions:
-            firing = float(change.state == "firing")
-            self._writer.add_scalar(f"{_ALERTS}/{change.rule}", firing, global_step=found.step)
         self._alert_log(found.step, found.transitions)
 
     def close(self) -> None:
@@ -175,9 +157,7 @@ def _layout(groups: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
     return {**_LAYOUT, "vocabguard, now and at the end": ends}
 
 
-def open_view(
-    folder: str | Path, *, table: VocabTable, histogram: bool = True, rules: Sequence[str] = ()
-) -> TensorBoardView:
+def open_view(folder: str | Path, *, table: VocabTable, histogram: bool = True) -> TensorBoardView:
     """A view with an event file of its own in `folder`, made if it is missing.
 
     Use a folder beside the trainer's event file, not the same one: TensorBoard reads one live file a folder.
@@ -186,14 +166,13 @@ def open_view(
         folder: where the event file goes.
         table: groups and live tokens.
         histogram: whether to write the histograms.
-        rules: names of the alert rules.
     """
     # Imported here: it costs a second that a run without TensorBoard need not spend.
     from torch.utils.tensorboard import SummaryWriter
 
     # Written by the writer's own thread, so a short interval does not hold up a step.
     writer = SummaryWriter(str(folder), flush_secs=10)  # type: ignore[no-untyped-call, unused-ignore]
-    return TensorBoardView(writer, table=table, histogram=histogram, owned=True, rules=rules)
+    return TensorBoardView(writer, table=table, histogram=histogram, owned=True)
 
 
 def _cosine_edges() -> np.ndarray[Any, np.dtype[np.float32]]:
