@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", type=Path)
     parser.add_argument("picture", type=Path, help="a .png to write")
-    parser.add_argument("--size", default="1280,1625", help="width,height in pixels of what is seen of the page")
+    parser.add_argument("--size", default="1280,1680", help="width,height in pixels of what is seen of the page")
     parser.add_argument("--dark", action="store_true")
     arguments = parser.parse_args()
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)

@@ -62,10 +62,8 @@ def test_a_run_at_its_end_says_how_early_it_was_told(make_run):
     assert "forecast for the end" not in points(figure)
     assert not [mark for mark in figure.marks if "ahead" in mark.style]
     # A tenth of 20 steps is step 2; the first check from there on is that of step 10.
-    assert (
-        figure.note
-        == f"{percent(data.scalars['head/below_0.95'])} in the end; at step 10 of 20 the forecast said 40.0 %."
-    )
+    end, early = (percent(data.curves["head/below_0.95"][1][place]) for place in (2, 1))
+    assert figure.note == f"{end} in the end; at step 10 of 20: {early} so far, 40.0 % forecast."
     assert at_end(data) is None
     assert "at the end" not in verdict_of(data, Limits()).sentence
 

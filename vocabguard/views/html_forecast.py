@@ -106,7 +106,12 @@ def _note(data: PageData, name: str) -> str:
     early = _first_forecast(data, name, _EARLY * data.end)
     if early is None:
         return f"{percent(now)} in the end."
-    return f"{percent(now)} in the end; at step {early[0]:,} of {data.end:,} the forecast said {percent(early[1])}."
+    step, forecast = early
+    past = dict(zip(*data.curves[key_of("head", name, "below_0.95")], strict=True))
+    so_far = percent(past.get(step))
+    return (
+        f"{percent(now)} in the end; at step {step:,} of {data.end:,}: {so_far} so far, {percent(forecast)} forecast."
+    )
 
 
 def _first_forecast(data: PageData, name: str, least: float) -> tuple[int, float] | None:
