@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.optim import SGD, AdamW
 from torch.optim import lr_scheduler as schedulers
+from transformers import get_scheduler
 
 from vocabguard.guard.rates import RateMeter, group_of, planned_rates, rates_by_epoch
 
@@ -68,6 +69,71 @@ def test_planned_rates_are_those_of_the_real_scheduler(name: str, before: int) -
         assert found is not None
     real = really(other, STEPS - before, 0)
     np.testing.assert_allclose(planned[0], real, rtol=1e-9)  # type: ignore[arg-type]
+
+
+def made_by_transformers(name: str, steps: int) -> Any:
+    weights = [torch.nn.Parameter(torch.ones(2))]
+    specific = {"num_cycles": 5} if name == "cosine_with_restarts" else {}
+    return get_scheduler(
+        name, AdamW(weights, lr=1e-4), num_warmup_steps=steps // 50, num_training_steps=steps,
+        scheduler_specific_kwargs=specific,
+    )  # fmt: skip
+
+
+USUAL = ["linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt"]
+
+
+@pytest.mark.parametrize("name", USUAL)
+@pytest.mark.parametrize("steps", [300, 150_000])
+def test_rates_of_long_runs_add_up_to_those_of_every_step(name: str, steps: int) -> None:
+    made = made_by_transformers(name, steps)
+    factor, asked = made.lr_lambdas[0], []
+
+    def counted(step: int) -> float:
+        asked.append(step)
+        return float(factor(step))
+
+    made.lr_lambdas = [counted]
+    found = planned_rates(made, steps)
+    assert found is not None
+    assert len(found) == steps
+    exact = 1e-4 * np.array([factor(step) for step in range(steps)])
+    # Fewer places where the run is long, and no step that is asked for twice.
+    assert len(asked) == len(set(asked)) <= min(steps, 45_000)
+    for begin in (0, steps // 2, steps * 9 // 10):
+        assert found[begin:].sum() == pytest.approx(exact[begin:].sum(), rel=1e-6)
+        assert np.square(found[begin:]).sum() == pytest.approx(np.square(exact[begin:]).sum(), rel=1e-6)
+    np.testing.assert_allclose(found, exact, atol=2e-3 * 1e-4)
+
+
+@pytest.mark.parametrize("period", [2, 7, 8, 30])
+def test_no_period_of_a_schedule_is_overlooked(period: int) -> None:
+    made = schedulers.LambdaLR(AdamW([torch.nn.Parameter(torch.ones(2))], lr=1.0), lambda step: 1 + step % period)
+    found = planned_rates(made, 160_000)
+    assert found is not None
+    assert found.sum() == pytest.approx(sum(1 + step % period for step in range(160_000)), rel=0.02)
+
+
+def test_a_lambda_goes_on_from_where_it_is() -> None:
+    made = schedulers.LambdaLR(optimizer(), [lambda step: 1 / (1 + step), lambda step: 2.0**-step])
+    for _ in range(3):
+        made.optimizer.step()
+        made.step()
+    made.optimizer.param_groups[1]["lr"] = 0.5  # by hand: the next step is done with it
+    np.testing.assert_allclose(planned_rates(made, 3, 0), [0.2 / 4, 0.2 / 5, 0.2 / 6])  # type: ignore[arg-type]
+    np.testing.assert_allclose(planned_rates(made, 3, 1), [0.5, 0.3 / 16, 0.3 / 32])  # type: ignore[arg-type]
+    assert planned_rates(made, 0) is not None
+    made.lr_lambdas = [int, lambda step: (_ for _ in ()).throw(ValueError("past the end"))]
+    assert planned_rates(made, 3, 1) is None
+
+
+def test_a_scheduler_of_ones_own_is_stepped() -> None:
+    class Halved(schedulers.LambdaLR):
+        def get_lr(self) -> list[Any]:
+            return [rate / 2 for rate in super().get_lr()]
+
+    made = Halved(optimizer(), lambda step: 1.0)
+    np.testing.assert_allclose(planned_rates(made, 3), [0.1, 0.1, 0.1])  # type: ignore[arg-type]
 
 
 def test_a_plateau_and_a_foreign_scheduler_are_not_known() -> None:

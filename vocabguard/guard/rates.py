@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from vocabguard import collective
 
@@ -23,13 +23,22 @@ _NESTED = "_schedulers"
 # A rate that differs from the planned one by more is another plan. The first steps may be those that a scaler skips.
 _TOLERANCE = 0.02
 _PATIENCE = 3
+# So many steps are looked at one by one; of a longer run, so many places, and all steps where rates move more between
+# two of them than this share of the largest.
+_PLACES = 20_000
+_MOVE = 1e-3
+# What schedulers raise past their end, or where one of a user's own wants more than a stand-in has.
+_REFUSALS = (ValueError, TypeError, AttributeError)
 
 
 def planned_rates(scheduler: Any, steps: int, group: int = 0) -> Rates | None:
     """The learning rates of the next steps, without moving the scheduler or its optimizer.
 
-    A copy of the scheduler is stepped beside a stand-in for the optimizer, which holds the groups' settings and no
-    parameters.
+    The functions of a `LambdaLR`, which all schedulers of transformers are but for plateaus, are asked at each step, or
+    at 20,000 places of a longer run: rates between two of them lie on a line then, but where they differ by more than a
+    thousandth of the largest rate every step is asked for. Sums over the usual schedules are within 1e-6 of those over
+    every step, but for the last thousandth of the run. Of any other scheduler a copy is stepped to the end, beside a
+    stand-in for the optimizer which holds the groups' settings and no parameters: 0.3 s for 100,000 steps.
 
     Args:
         scheduler: of torch, or accelerate's wrapper of one, stepped once an optimizer step.
@@ -44,6 +53,8 @@ def planned_rates(scheduler: Any, steps: int, group: int = 0) -> Rates | None:
     scheduler = getattr(scheduler, "scheduler", scheduler)
     if isinstance(scheduler, ReduceLROnPlateau) or not isinstance(scheduler, LRScheduler):
         return None
+    if isinstance(scheduler, LambdaLR) and _as_torch_made_it(scheduler):
+        return _lambda_rates(scheduler, steps, group, calls)
     groups = scheduler.optimizer.param_groups
     stand = SimpleNamespace(param_groups=[{**one, "params": []} for one in groups], _opt_called=True, step=None)
     stand.defaults = dict(scheduler.optimizer.defaults)
@@ -59,9 +70,45 @@ def planned_rates(scheduler: Any, steps: int, group: int = 0) -> Rates | None:
             try:
                 for _ in range(calls):
                     moved.step()
-            except (ValueError, TypeError, AttributeError):
-                # Past the end of a one-cycle schedule, or a scheduler of a user's own that wants more.
+            except _REFUSALS:
                 return None if step + 1 < steps else found
+    return found
+
+
+def _as_torch_made_it(scheduler: LambdaLR) -> bool:
+    """Whether its rates are a function of the step and nothing else; a subclass may do anything."""
+    kind = type(scheduler)
+    return kind.step is LambdaLR.step and kind.get_lr is LambdaLR.get_lr
+
+
+def _lambda_rates(scheduler: LambdaLR, steps: int, group: int, calls: int) -> Rates | None:
+    base, factor = float(scheduler.base_lrs[group]), scheduler.lr_lambdas[group]
+
+    def rate(step: int) -> float:
+        return base * float(factor(scheduler.last_epoch + calls * step))
+
+    try:
+        found = _filled(rate, steps)
+    except _REFUSALS:
+        return None
+    # What the next step is done with stands already, whoever has set it.
+    found[:1] = float(scheduler.optimizer.param_groups[group]["lr"])
+    return found
+
+
+def _filled(rate: Callable[[int], float], steps: int) -> Rates:
+    """(steps,) the rate of each step; see `planned_rates`."""
+    if steps <= _PLACES:
+        return np.array([rate(step) for step in range(steps)], dtype=np.float64)
+    # Not evenly: a schedule that repeats itself as often as places do would look constant.
+    edges = np.linspace(0, steps, _PLACES + 1).astype(np.int64)
+    places = np.random.default_rng(0).integers(edges[:-1], edges[1:])
+    places = np.unique([0, *places, steps - 1])
+    values = np.array([rate(int(place)) for place in places])
+    found: Rates = np.interp(np.arange(steps), places, values)
+    for index in np.flatnonzero(np.abs(np.diff(values)) > _MOVE * np.abs(values).max()):
+        inner = range(int(places[index]) + 1, int(places[index + 1]))
+        found[inner.start : inner.stop] = [rate(step) for step in inner]
     return found
 
 
