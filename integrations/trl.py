@@ -23,9 +23,13 @@ _MIXED = (
     "{trainer} hands desirable and undesirable completions to the model alike: what is asked for cannot be told, and "
     "nothing is counted"
 )
-_UNCOUNTED = {"GRPO": _SAMPLED, "RLOO": _SAMPLED, "KTO": _MIXED}
+_NOWHERE = (
+    "{trainer} hands chosen and rejected completions to the model and does not say where they begin: what is asked for "
+    "cannot be told, and nothing is counted (`targets=` may tell it; ORPOTrainer and DPOTrainer are counted without)"
+)
+_UNCOUNTED = {"GRPO": _SAMPLED, "RLOO": _SAMPLED, "KTO": _MIXED, "CPO": _NOWHERE}
 _NO_ECHO = (
-    "echo: DPOTrainer trains on pairs of a chosen and a rejected completion, and nothing to repeat has a rejected one; "
+    "echo: {trainer} trains on pairs of a chosen and a rejected completion, and nothing to repeat has a rejected one; "
     "allowed: echo in supervised fine-tuning, or echo.enabled=false"
 )
 
@@ -38,7 +42,8 @@ def targets_of(args: Any, guard: VocabGuard) -> Targets | NotApplicable | None:
         guard: whose settings may ask for echo.
 
     Returns:
-        `chosen_targets` for preferences, a reason where labels are no targets of the data, None where they are.
+        `chosen_targets` or `chosen_rows` for preferences, a reason where labels are no targets of the data, None where
+        they are.
 
     Raises:
         ConfigError: for echo among preferences.
@@ -47,11 +52,12 @@ def targets_of(args: Any, guard: VocabGuard) -> Targets | NotApplicable | None:
     for name, reason in _UNCOUNTED.items():
         if name in names:
             return NotApplicable(reason.format(trainer=f"{name}Trainer"))
-    if "DPO" not in names:
-        return None
-    if needed(guard.config, guard.rules, "echo"):
-        raise ConfigError(_NO_ECHO)
-    return chosen_targets
+    for name, found in {"DPO": chosen_targets, "ORPO": chosen_rows}.items():
+        if name in names:
+            if needed(guard.config, guard.rules, "echo"):
+                raise ConfigError(_NO_ECHO.format(trainer=f"{name}Trainer"))
+            return found
+    return None
 
 
 def chosen_targets(batch: Any) -> tuple[Tensor, Tensor] | None:
@@ -73,3 +79,30 @@ def chosen_targets(batch: Any) -> tuple[Tensor, Tensor] | None:
     if not isinstance(ids, Tensor) or not isinstance(labels, Tensor) or len(labels) % 2:
         return None
     return ids, labels[: len(labels) // 2, 1:]
+
+
+def chosen_rows(batch: Any) -> tuple[Tensor, Tensor] | None:
+    """Targets of a batch of ``ORPOTrainer``: all of the chosen rows, their prompts too.
+
+    Its loss is the cross-entropy of the chosen row as a whole, and an odds ratio that pulls the chosen completion and
+    pushes the rejected one (Hong et al. 2024, "ORPO", and TRL's ``ORPOTrainer.concatenated_forward``).
+
+    Args:
+        batch: what the model is called with, ``input_ids`` and ``attention_mask`` (2 n, T), n chosen rows above n
+            rejected ones; or what the collate function gives, ``chosen_input_ids`` and ``chosen_attention_mask``
+            (n, T).
+
+    Returns:
+        (2 n, T) or (n, T) inputs and (n, T - 1) targets, -100 where there is none; None for another batch, such as an
+        encoder-decoder's.
+    """
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    whole = isinstance(ids, Tensor)
+    if not whole:
+        ids, mask = batch.get("chosen_input_ids"), batch.get("chosen_attention_mask")
+    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or "decoder_input_ids" in batch:
+        return None
+    if whole and len(ids) % 2:
+        return None
+    chosen = len(ids) // 2 if whole else len(ids)
+    return ids, ids[:chosen].masked_fill(mask[:chosen] == 0, -100)[:, 1:]

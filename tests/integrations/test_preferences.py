@@ -13,7 +13,7 @@ import torch
 
 from vocabguard.config import ConfigError
 from vocabguard.guard import VocabGuard
-from vocabguard.integrations.trl import chosen_targets, targets_of
+from vocabguard.integrations.trl import chosen_rows, chosen_targets, targets_of
 from vocabguard.results import NotApplicable
 
 trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
@@ -119,6 +119,86 @@ def test_echo_is_refused(kit: Any, tokenizer: Any, tmp_path: Path, how: Any) -> 
     with pytest.raises(ConfigError, match=r"echo: DPOTrainer trains on pairs .* allowed: echo in supervised"):
         train(kit, tokenizer, tmp_path, model, guarded, ref_model=copy.deepcopy(model))
     assert not model._forward_pre_hooks
+
+
+def experimental(name: str) -> Any:
+    """One of TRL's trainers that may move, and its arguments' class."""
+    room = pytest.importorskip(f"trl.experimental.{name.lower()}")
+    return getattr(room, f"{name}Trainer"), getattr(room, f"{name}Config")
+
+
+def train_experimental(name: str, tokenizer: Any, folder: Path, model: Any, guarded: Any) -> None:
+    trainer, config = experimental(name)
+    trainer(
+        model=model,
+        args=config(
+            output_dir=str(folder), num_train_epochs=1, per_device_train_batch_size=BATCH, report_to="none",
+            save_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False, learning_rate=1e-3, max_length=64,
+        ),
+        train_dataset=datasets.Dataset.from_list(pairs()),
+        processing_class=tokenizer,
+        callbacks=[guarded],
+    ).train()  # fmt: skip
+
+
+def naive_rows(tokenizer: Any, rows: int) -> tuple[list[int], list[int]]:
+    """Targets of the chosen rows as a whole, but for their first tokens, and inputs of all rows."""
+    targets, inputs = [0] * rows, [0] * rows
+    for pair in pairs():
+        for kind in ("chosen", "rejected"):
+            ids = tokenizer(pair["prompt"] + pair[kind], add_special_tokens=False)["input_ids"]
+            ids = [*ids, tokenizer.eos_token_id]
+            if tokenizer.bos_token_id is not None:
+                ids.insert(0, tokenizer.bos_token_id)
+            for token in ids:
+                inputs[token] += 1
+            for token in ids[1:] if kind == "chosen" else ():
+                targets[token] += 1
+    return targets, inputs
+
+
+def test_odds_ratios_ask_for_the_whole_chosen_row(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
+    guarded = kit.CALLBACKS["hf"](tokenizer=tokenizer, **QUIET)
+    train_experimental("ORPO", tokenizer, tmp_path, kit.tiny_model(), guarded)
+    targets, inputs = naive_rows(tokenizer, kit.ROWS)
+    found = guarded.guard.last.exposure
+    assert found.data_target.tolist() == targets
+    assert found.inputs.tolist() == inputs
+    assert guarded.guard.watch.preflight.data_target.tolist() == targets
+    assert (found.pull > 0).tolist() == [count > 0 for count in targets]
+    assert guarded.guard.last.head.cosine.min() < 1
+
+
+def test_echo_among_odds_ratios_is_refused(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
+    guarded = kit.CALLBACKS["hf"](tokenizer=tokenizer, **QUIET | {"echo": {"enabled": True}})
+    with pytest.raises(ConfigError, match="echo: ORPOTrainer trains on pairs"):
+        train_experimental("ORPO", tokenizer, tmp_path, kit.tiny_model(), guarded)
+
+
+def test_where_nothing_says_what_is_chosen_drift_goes_on(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
+    guarded = kit.CALLBACKS["hf"](tokenizer=tokenizer, **QUIET)
+    train_experimental("CPO", tokenizer, tmp_path, kit.tiny_model(), guarded)
+    found = guarded.guard.last
+    assert isinstance(found.exposure, NotApplicable)
+    assert found.exposure.reason.startswith("CPOTrainer hands chosen and rejected completions to the model and does")
+    assert found.head.cosine.min() < 1
+    guarded = kit.CALLBACKS["hf"](tokenizer=tokenizer, **QUIET, hold={"enabled": True})
+    with pytest.raises(ConfigError, match="hold: CPOTrainer hands"):
+        train_experimental("CPO", tokenizer, tmp_path, kit.tiny_model(), guarded)
+
+
+def test_chosen_rows_of_a_batch() -> None:
+    ids, mask = torch.tensor([[1, 2, 3], [1, 4, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    inputs, targets = chosen_rows({"input_ids": ids.repeat(2, 1), "attention_mask": mask.repeat(2, 1)}) or (ids, ids)
+    assert inputs.shape == (4, 3)
+    assert targets.tolist() == [[2, 3], [4, -100]]
+    before = {"chosen_input_ids": ids, "chosen_attention_mask": mask, "rejected_input_ids": ids}
+    _, targets = chosen_rows(before) or (ids, ids)
+    assert targets.tolist() == [[2, 3], [4, -100]]
+    odd = {"input_ids": ids[:1], "attention_mask": mask[:1]}
+    seq2seq = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
+    for other in ({}, {"input_ids": ids}, odd, seq2seq, {"prompt_input_ids": ids, "chosen_labels": ids}):
+        assert chosen_rows(other) is None
 
 
 def test_targets_of_a_batch() -> None:
