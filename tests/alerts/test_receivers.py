@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -192,6 +194,11 @@ def test_wandb_is_alerted_only_while_a_run_is_active(monkeypatch, level, state, 
     assert (text, told) == (full_text(change), expected)
     assert title.startswith("vocabguard: rrr")
     assert len(title) < 64
+
+
+def test_an_extra_brings_wandb():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["optional-dependencies"]["wandb"] == ["wandb>=0.18"]  # the oldest that `test_wandb_itself` ran with
 
 
 def test_wandb_itself(tmp_path, monkeypatch):
