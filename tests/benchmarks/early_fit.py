@@ -85,7 +85,7 @@ def fit(runs: Sequence[Recorded], name: Name, seed: int = 0, members: int = MEMB
         left_out = set(order[member::members]) if members > 1 else set()
         chosen = [data[index] for index in range(len(runs)) if index not in left_out]
         x = np.clip((np.concatenate([x for x, _ in chosen]) - mean) / scale, -4, 4)
-        trained.append(_train(x, np.concatenate([y for _, y in chosen]), seed + member))
+        trained.append(train(x, np.concatenate([y for _, y in chosen]), seed + member))
     tensors = {f"{name}/mean": mean, f"{name}/scale": scale, f"{name}/widen": np.ones(2)}
     for layer in range(3):
         parts = [net.layers[layer] for net in trained]
@@ -100,15 +100,24 @@ def concerned(runs: Sequence[Recorded], name: Name) -> list[Recorded]:
     return [run for run in runs if (run.setup.optimizer == "sgd") == (name == "running-sgd")]
 
 
-def _train(inputs: Floats, growths: Floats, seed: int) -> Member:
+def train(inputs: Floats, growths: Floats, seed: int, epochs: int = EPOCHS, batch: int = BATCH) -> Member:
+    """One network, by the pinball loss.
+
+    Args:
+        inputs: (n, F), standardised.
+        growths: (n,).
+        seed: of the weights and the order.
+        epochs: passes over the rows.
+        batch: rows a step.
+    """
     torch.manual_seed(seed)
     net, levels = Member(inputs.shape[1]), torch.tensor(LEVELS)
     x, y = torch.from_numpy(inputs).float(), torch.from_numpy(growths).float()[:, None]
-    batches = max(1, len(x) // BATCH)
+    batches = max(1, len(x) // batch)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=1e-2)
-    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=batches * EPOCHS)
-    for _ in range(EPOCHS):
-        for part in torch.randperm(len(x))[: batches * BATCH].view(batches, -1):
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=batches * epochs)
+    for _ in range(epochs):
+        for part in torch.randperm(len(x))[: batches * batch].view(batches, -1):
             missed = y[part] - net(x[part])
             loss = torch.maximum(levels * missed, (levels - 1) * missed).mean()
             optimizer.zero_grad()

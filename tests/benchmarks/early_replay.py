@@ -17,7 +17,7 @@ from vocabguard.measure.forecast_features import running_features, starting_feat
 from vocabguard.results import RowDrift
 
 Prior = Literal["complete", "sample", "none"]
-MEMORY = {"adamw": 1000.0, "adamw95": 20.0, "sgd": 0.0}
+MEMORY = {"adamw": 1000.0, "adamw95": 20.0, "adamw0": 1000.0, "rmsprop": 100.0, "sgd": 0.0}
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from vocabguard.results import Exposure, Preflight, RowDrift
 
 LONGEST = 64
 CHECKS = 50
+BETAS = {"adamw": (0.9, 0.999), "adamw95": (0.9, 0.95), "adamw0": (0.0, 0.999)}
 WARMUP = 0.04
 LANGUAGES = {"english": "en", "russian": "ru", "spanish": "es", "chinese": "zh_Hans", "korean": "ko", "hindi": "hi"}
 
@@ -39,7 +40,8 @@ class Setup:
 
     Attributes:
         data: see `texts`.
-        optimizer: ``adamw`` (beta2 0.999), ``adamw95`` (beta2 0.95), ``sgd`` (momentum 0.9) or ``adafactor``.
+        optimizer: ``adamw`` (betas 0.9, 0.999), ``adamw95`` (0.9, 0.95), ``adamw0`` (0, 0.999), ``rmsprop`` (0, 0.99),
+            ``sgd`` (momentum 0.9) or ``adafactor``.
         rate: highest learning rate.
         schedule: of the learning rate, by its name in transformers.
         batch: rows a step.
@@ -110,8 +112,9 @@ def optimizer_of(setup: Setup, model: torch.nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(weights, lr=setup.rate, momentum=0.9)
     if setup.optimizer == "adafactor":
         return Adafactor(weights, lr=setup.rate, relative_step=False, scale_parameter=False)
-    beta2 = 0.95 if setup.optimizer == "adamw95" else 0.999
-    return torch.optim.AdamW(weights, lr=setup.rate, betas=(0.9, beta2), weight_decay=0.0, fused=True)
+    if setup.optimizer == "rmsprop":
+        return torch.optim.RMSprop(weights, lr=setup.rate, alpha=0.99)
+    return torch.optim.AdamW(weights, lr=setup.rate, betas=BETAS[setup.optimizer], weight_decay=0.0, fused=True)
 
 
 class Recorder(TrainerCallback):
@@ -283,6 +286,22 @@ TUNING = (
     Setup("mixed", "adamw", 9e-4, LINEAR, 12, steps=120, seed=22),
     Setup("english", "adamw", 5e-4, LINEAR, 12, steps=480, seed=50),
     Setup("english", "adamw", 7e-4, LINEAR, 12, seed=51),
+    Setup("chinese", "adamw", 7e-4, LINEAR, 12, seed=60),
+    Setup("chinese", "adamw95", 4.5e-4, COSINE, 8, seed=61),
+    Setup("hindi", "adamw", 7e-4, RESTARTS, 12, seed=62),
+    Setup("hindi", "rmsprop", 4e-4, LINEAR, 12, seed=63),
+    Setup("chinese", "rmsprop", 4e-4, COSINE, 16, seed=64),
+    Setup("spanish", "rmsprop", 2.5e-4, CONSTANT, 12, seed=65),
+    Setup("code", "rmsprop", 5e-4, LINEAR, 12, seed=66),
+    Setup("mixed", "rmsprop", 4e-4, RESTARTS, 12, tied=True, seed=67),
+    Setup("english", "rmsprop", 3e-4, LINEAR, 12, steps=480, seed=68),
+    Setup("chinese", "adamw95", 1.9e-4, LINEAR, 12, steps=480, seed=69),
+    Setup("mixed", "adamw95", 2.2e-4, COSINE, 12, steps=480, seed=70),
+    Setup("code", "adamw0", 6e-4, LINEAR, 12, seed=71),
+    Setup("hindi", "adamw0", 5e-4, COSINE, 12, seed=72),
+    Setup("english", "rmsprop", 8e-5, LINEAR, 12, seed=73),
+    Setup("mixed", "adamw0", 3.5e-4, CONSTANT, 12, seed=74),
+    Setup("korean", "adamw0", 6e-4, RESTARTS, 8, seed=75),
 )
 HELD_OUT = (
     Setup("russian", "adamw", 9e-4, LINEAR, 12, seed=30),
@@ -301,6 +320,8 @@ HELD_OUT = (
     Setup("code", "adafactor", 1e-4, COSINE, 12, seed=43),
     Setup("russian", "adamw", 1e-3, LINEAR, 12, seed=52),
     Setup("russian", "adamw95", 3.6e-4, LINEAR, 12, steps=480, seed=45),
+    Setup("russian", "adamw95", 1e-4, COSINE, 12, seed=46),
+    Setup("mixed", "adafactor", 1e-4, LINEAR, 12, seed=47),
 )
 """Rates are such that most runs end with 2 to 50 % of the live rows below 0.95, and a few with none."""
 

@@ -1,11 +1,12 @@
 """How early the guard knows which rows a fine-tune will degrade, on fine-tunes that its forecast never saw.
 
-    python tests/benchmarks/early_warning.py FOLDER [--fit] [--markdown FILE]
+    python tests/benchmarks/early_warning.py FOLDER [--fit] [--frontier] [--markdown FILE]
 
 Fine-tunes the embedded base under the configurations of ``early_runs.py`` (about 40 s each; a stopped benchmark goes on
 where it was), then holds the packaged forecast against what happened, on the configurations of a data set (Russian) and
 an optimizer (Adafactor) that fitting never saw. ``--fit`` first fits it anew, on the others, and writes
-``vocabguard/measure/forecast.safetensors``.
+``vocabguard/measure/forecast.safetensors``. ``--frontier`` also says how much could be known at all, see
+``early_frontier.py``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from early_fit import fit_all
+from early_frontier import frontier_figures
 from early_laws import laws
 from early_replay import Recorded
 from early_runs import HELD_OUT, TUNING, run_all
@@ -94,14 +96,19 @@ def forecast(run: Recorded, check: int) -> Forecast:
     return forecast_running(*run.running(check)) if check else forecast_starting(*run.starting())
 
 
+def ranking(made: Forecast) -> Floats:
+    """(V,) by chance, and by expected cosine where chances are all 0 or 1."""
+    found: Floats = made.chance.numpy() + 1e-3 * (1 - made.cosine.numpy())
+    return found
+
+
 def figures(run: Recorded, moment: float, both: Callable[[Floats, Floats], Floats]) -> Figures:
     """What the forecast and the simple scores are worth at a share of the steps."""
     check = run.at(moment)
     made = forecast(run, check)
     live, degraded = run.live, run.end < DEGRADED
     never = live & (run.found["data_target"][check] == 0)
-    # By expected cosine where chances are all 0 or 1.
-    score = made.chance.numpy() + 1e-3 * (1 - made.cosine.numpy())
+    score = ranking(made)
     simple = simple_scores(run, check, both)
     found = {name: auroc(one, run, live) for name, one in simple.items()}
     best, ours = max(found.values()), auroc(score, run, live)
@@ -170,8 +177,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
-def report(runs: Sequence[Recorded]) -> str:
-    """All tables, of the held-out runs."""
+def report(runs: Sequence[Recorded], frontier: bool = False) -> str:
+    """All tables, of the held-out runs.
+
+    Args:
+        runs: all of them.
+        frontier: whether to tell what could be known at all.
+    """
     tuning, held = [r for r in runs if not r.held_out], [r for r in runs if r.held_out]
     both = fitted_both(tuning)
     shares = np.array([share(run) for run in runs])
@@ -184,6 +196,13 @@ def report(runs: Sequence[Recorded]) -> str:
         rows = {run.setup.name: figures(run, moment, both) for run in degrading}
         parts.append(f"At {moment:.0%} of the steps, {len(degrading)} held-out fine-tunes that degrade:")
         parts.append(figures_table({**rows, "**median**": medians(list(rows.values()))}, degrading))
+        if frontier:
+            limits = {
+                run.setup.name: frontier_figures(run, moment, ranking(forecast(run, run.at(moment))))
+                for run in degrading
+            }
+            parts.append("What could be known then, from networks fitted on the other half of the very run's ends:")
+            parts.append(figures_table({**limits, "**median**": medians(list(limits.values()))}, degrading))
     laws_at = {
         f"{moment:.0%}": medians([law_errors(run, moment, tuning) for run in degrading]) for moment in (0.1, 0.2)
     }
@@ -240,13 +259,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--fit", action="store_true", help="fit anew on the configurations that are not held out")
+    parser.add_argument("--frontier", action="store_true", help="tell what could be known at all, too (a minute)")
     parser.add_argument("--markdown", type=Path, help="write the tables there too")
     arguments = parser.parse_args()
     run_all(arguments.folder)
     runs = recorded(arguments.folder)
     if arguments.fit:
         fit_all([run for run in runs if not run.held_out], MODEL)
-    told = report(runs)
+    told = report(runs, arguments.frontier)
     print(told)
     if arguments.markdown:
         arguments.markdown.write_text(told + "\n", encoding="utf-8")
