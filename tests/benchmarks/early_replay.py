@@ -75,7 +75,11 @@ class Recorded:
         """Where the rows were at each check."""
         steps, sums = self.found["step"].tolist(), self._sums[0]
         norm = self.rows.norm
-        return [past_of(step, float(sums[step]), self._drift(check), norm) for check, step in enumerate(steps)]
+        pushes, samples = self.found["push"], self.found["push_samples"].tolist()
+        return [
+            past_of(step, float(sums[step]), self._drift(at), norm, torch.from_numpy(pushes[at]), samples[at])
+            for at, step in enumerate(steps)
+        ]
 
     @property
     def angle(self) -> list[Floats]:

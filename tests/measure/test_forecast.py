@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -55,7 +56,7 @@ def asked(prior: bool = True, complete: bool = True) -> Asked:
 def past(step: int, rate_sum: float, size: float) -> Past:
     generator = torch.Generator().manual_seed(step)
     angle = (size * (0.5 + torch.rand(V, generator=generator))).numpy()
-    return Past(step, rate_sum, angle, angle / 3)
+    return Past(step, rate_sum, angle, angle / 3, angle, step // 5)
 
 
 TRACK = (past(20, 0.2, 0.1), past(10, 0.1, 0.06), past(5, 0.05, 0.03))
@@ -112,7 +113,7 @@ def test_features_know_no_scale_and_no_order() -> None:
     np.testing.assert_allclose(angle, np.log(TRACK[0].angle), rtol=1e-5)
     # Rows ten times as long, moved ten times as far at ten times the rates: the same to a scale-free eye.
     longer = Schedule(20, 200, 2.0, 0.2, 18.0, 1.8, "adam", 1000.0)
-    grown = tuple(Past(one.step, 10 * one.rate_sum, one.angle, one.own_angle) for one in TRACK)
+    grown = tuple(replace(one, rate_sum=10 * one.rate_sum) for one in TRACK)
     found, _ = running_features(rows(10.0), grown, asked(), longer, ratio)  # type: ignore[arg-type]
     np.testing.assert_allclose(found, wanted, atol=2e-5)
     order = np.random.default_rng(0).permutation(V)
@@ -126,9 +127,29 @@ def test_features_know_no_scale_and_no_order() -> None:
     assert before.prior is not None
     vectors = (before.targets, before.inputs, before.last_target, before.pull, before.push, before.input_only)
     questions = Asked(*map(mixed, vectors), 5, mixed(before.prior), True, before.per_step)
-    moved = tuple(Past(one.step, one.rate_sum, one.angle[order], one.own_angle[order]) for one in TRACK)
+    moved = tuple(
+        replace(one, angle=one.angle[order], own_angle=one.own_angle[order], push=one.push[order]) for one in TRACK
+    )
     found, _ = running_features(turned, moved, questions, schedule(), ratio)  # type: ignore[arg-type]
     np.testing.assert_allclose(found, wanted[order], atol=2e-5)
+
+
+def test_a_push_that_dies_out_is_seen() -> None:
+    ratio, known, half = np.ones(V, dtype=np.float32), asked(), TRACK[1]
+    names = slice(-4, None)  # row beside median, median, and its products
+    found = running_features(rows(), TRACK, known, schedule(), ratio)[0][:, names]
+    late = (known.push.numpy() - half.push) / (known.push_samples - half.push_samples)
+    wanted = np.log(late / (half.push / half.push_samples))
+    never = (known.targets == 0).numpy() & rows().live.numpy()
+    usual = np.median(wanted[never])
+    assert 0 < abs(usual) < 3
+    np.testing.assert_allclose(found[:, 0], np.clip(wanted - usual, -3, 3), atol=1e-5)
+    np.testing.assert_allclose(found[:, 1], usual, rtol=1e-5)
+    np.testing.assert_allclose(found[:, 2], usual * math.log(2.0 / 0.2), rtol=1e-5)
+    # Read once only, or not since: nothing is known.
+    for samples in (half.push_samples, 0):
+        blind = running_features(rows(), TRACK, replace(known, push_samples=samples), schedule(), ratio)[0][:, names]
+        assert not blind.any()
 
 
 def test_features_of_a_run_that_has_no_gradients_are_finite() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -150,7 +150,7 @@ class Forecaster:
         if known.sum_past <= 0:
             first = asked.prior is not None and known.optimizer != "sgd" and known.sum_left > 0
             return forecast_starting(rows, asked, known) if first else _FIRST_MOVES
-        now = past_of(step, known.sum_past, drift, rows.norm)
+        now = past_of(step, known.sum_past, drift, rows.norm, asked.push.float(), asked.push_samples)
         known_from = track(self.pasts, now)
         if not self.pasts or self.pasts[-1].rate_sum < now.rate_sum:
             self.pasts = keep(self.pasts, now)
@@ -200,7 +200,12 @@ class Forecaster:
         """The matrix has other rows now: new ones have no past."""
         rows = self.watched.rows
         self.pasts = tuple(
-            Past(past.step, past.rate_sum, _longer(past.angle, rows), _longer(past.own_angle, rows))
+            replace(
+                past,
+                angle=_longer(past.angle, rows),
+                own_angle=_longer(past.own_angle, rows),
+                push=_longer(past.push, rows),
+            )
             for past in self.pasts
         )
 
@@ -213,7 +218,14 @@ class Forecaster:
         """Go on from `state_dict`; call it before `hook`."""
         self._saved = state["meter"]
         self.pasts = tuple(
-            Past(past["step"], past["rate_sum"], past["angle"].numpy(), past["own_angle"].numpy())
+            Past(
+                past["step"],
+                past["rate_sum"],
+                past["angle"].numpy(),
+                past["own_angle"].numpy(),
+                past["push"].numpy(),
+                past["push_samples"],
+            )
             for past in state["pasts"]
         )
 

@@ -84,12 +84,16 @@ class Past:
         rate_sum: learning rates up to it, summed.
         angle: (V,) float32 in [0, pi], between row and baseline row; NaN for bad rows.
         own_angle: (V,) float32 in [0, pi], the same without the shift that unexposed rows share.
+        push: (V,) float32, summed up to it, see `results.Exposure`.
+        push_samples: steps at which it was read.
     """
 
     step: int
     rate_sum: float
     angle: Floats
     own_angle: Floats
+    push: Floats
+    push_samples: int
 
 
 def angles(drift: RowDrift, norm: Tensor) -> Floats:
@@ -115,7 +119,7 @@ def angles(drift: RowDrift, norm: Tensor) -> Floats:
     return found
 
 
-def past_of(step: int, rate_sum: float, drift: RowDrift, norm: Tensor) -> Past:
+def past_of(step: int, rate_sum: float, drift: RowDrift, norm: Tensor, push: Tensor, push_samples: int) -> Past:
     """Where the rows are at a check.
 
     Args:
@@ -123,8 +127,11 @@ def past_of(step: int, rate_sum: float, drift: RowDrift, norm: Tensor) -> Past:
         rate_sum: learning rates up to it, summed.
         drift: the rows' drift.
         norm: (V,) float32, length of the baseline rows.
+        push: (V,) float32, summed so far.
+        push_samples: steps at which it was read.
     """
-    return Past(step, rate_sum, angles(drift, norm), torch.arccos(drift.residual.clamp(-1, 1)).numpy())
+    own = torch.arccos(drift.residual.clamp(-1, 1)).numpy()
+    return Past(step, rate_sum, angles(drift, norm), own, push.numpy(), push_samples)
 
 
 def keep(pasts: Sequence[Past], new: Past) -> tuple[Past, ...]:

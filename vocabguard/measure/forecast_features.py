@@ -50,6 +50,7 @@ def running_features(
     growth = _growth(half, now)
     before = growth if quarter is half else _growth(quarter, half)
     of_growth, of_before = (_medians(one, classes, live, _FEW) for one in (growth, before))
+    fading, usual_fading = _fading(half, asked, never)
     columns = [
         moved - of_class,
         size,
@@ -61,11 +62,13 @@ def running_features(
         np.clip((norm_ratio - 1) / np.maximum(now.angle, 1e-3), -3, 3),
         *_asked(asked, schedule, never),
         of_class,
-        _efficiency(of_class, rows, schedule),
         of_growth,
         of_before,
         *_rates(schedule),
         float(rows.tied),
+        *_laws(of_class, of_growth, of_before, rows, schedule),
+        fading,
+        *_fades(usual_fading, schedule),
     ]
     return _stacked(columns, len(angle)), angle
 
@@ -128,6 +131,29 @@ def _asked(asked: Asked, schedule: Schedule, never: npt.NDArray[np.bool_]) -> li
     ]
 
 
+def _fading(half: Past, asked: Asked, never: npt.NDArray[np.bool_]) -> tuple[Floats, float]:
+    """Logarithm of a row's push since about half the summed rates over its push before: what pushes it dies out.
+
+    Returns:
+        (V,) float32 beside the median of rows that never were a target, and that median; 0 where it is unknown.
+    """
+    since = asked.push_samples - half.push_samples
+    with np.errstate(all="ignore"):
+        late, early = (asked.push.numpy() - half.push) / since, half.push / half.push_samples
+        ratio = np.log(late / early)
+    ratio = np.where(np.isfinite(ratio), ratio, np.nan)
+    known = ratio[never & np.isfinite(ratio)]
+    usual = float(np.clip(np.median(known), -3, 3)) if len(known) else 0.0
+    found: Floats = np.clip(np.nan_to_num(ratio - usual), -3, 3).astype(np.float32)
+    return found, usual
+
+
+def _fades(usual: float, schedule: Schedule) -> list[float]:
+    """What a dying push does to the rest of the run: less where the second moment soon forgets how strong it was."""
+    span, _, _, memory = _rates(schedule)
+    return [usual, usual * span, usual * memory]
+
+
 def targets_to_come(asked: Asked, schedule: Schedule) -> npt.NDArray[np.float64]:
     """Expected targets of each row in the rest of the run, by its share of the targets counted beforehand.
 
@@ -164,19 +190,29 @@ def _rates(schedule: Schedule) -> list[float]:
     ]
 
 
+def _laws(moved: Floats, growth: Floats, before: Floats, rows: Rows, schedule: Schedule) -> list[npt.ArrayLike]:
+    """What simple laws of growth would add, for the networks to weigh: products that they need not learn.
+
+    The first is one power of the summed rates that goes on; the others say what may bend it. How far rows went for
+    their rates is not among them: it tells one optimizer from another, and misleads on one that was never fitted on.
+    """
+    span, coming, _, memory = _rates(schedule)
+    growth, before = np.clip(growth, -0.5, 2), np.clip(before, -0.5, 2)
+    return [
+        growth * span,
+        before * span,
+        coming * span,
+        memory * span,
+        rows.tied * span,
+        moved * span,
+        growth * coming,
+    ]
+
+
 def _memory(schedule: Schedule, steps: int) -> float:
     if schedule.optimizer == "sgd":
         return 0.0
     return 0.3 * min(max(math.log(schedule.memory / max(steps, 1)), -7.0), 7.0)
-
-
-def _efficiency(moved: Floats, rows: Rows, schedule: Schedule) -> npt.ArrayLike:
-    """How much of the way rows went that steps of one direction would have taken them; 0 where it is unknown."""
-    if schedule.optimizer == "sgd":
-        return 0.0
-    whole = math.log(max(schedule.sum_past, 1e-30) * math.sqrt(rows.width)) - _usual_length(rows)
-    found: Floats = np.clip(moved - whole, -10, 1)
-    return found
 
 
 def _relative_size(rows: Rows) -> Floats:
