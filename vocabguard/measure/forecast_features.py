@@ -51,6 +51,8 @@ def running_features(
     before = growth if quarter is half else _growth(quarter, half)
     of_growth, of_before = (_medians(one, classes, live, _FEW) for one in (growth, before))
     fading, usual_fading = _fading(half, asked, never)
+    rates = _rates(schedule)
+    span, _, _, memory = rates
     columns = [
         moved - of_class,
         size,
@@ -64,11 +66,14 @@ def running_features(
         of_class,
         of_growth,
         of_before,
-        *_rates(schedule),
+        *rates,
         float(rows.tied),
-        *_laws(of_class, of_growth, of_before, rows, schedule),
+        *_laws(of_class, of_growth, of_before, float(rows.tied), rates),
         fading,
-        *_fades(usual_fading, schedule),
+        # Less is left to come where the second moment soon forgets how strong the push was.
+        usual_fading,
+        usual_fading * span,
+        usual_fading * memory,
     ]
     return _stacked(columns, len(angle)), angle
 
@@ -148,12 +153,6 @@ def _fading(half: Past, asked: Asked, never: npt.NDArray[np.bool_]) -> tuple[Flo
     return found, usual
 
 
-def _fades(usual: float, schedule: Schedule) -> list[float]:
-    """What a dying push does to the rest of the run: less where the second moment soon forgets how strong it was."""
-    span, _, _, memory = _rates(schedule)
-    return [usual, usual * span, usual * memory]
-
-
 def targets_to_come(asked: Asked, schedule: Schedule) -> npt.NDArray[np.float64]:
     """Expected targets of each row in the rest of the run, by its share of the targets counted beforehand.
 
@@ -190,20 +189,20 @@ def _rates(schedule: Schedule) -> list[float]:
     ]
 
 
-def _laws(moved: Floats, growth: Floats, before: Floats, rows: Rows, schedule: Schedule) -> list[npt.ArrayLike]:
+def _laws(moved: Floats, growth: Floats, before: Floats, tied: float, rates: list[float]) -> list[npt.ArrayLike]:
     """What simple laws of growth would add, for the networks to weigh: products that they need not learn.
 
     The first is one power of the summed rates that goes on; the others say what may bend it. How far rows went for
     their rates is not among them: it tells one optimizer from another, and misleads on one that was never fitted on.
     """
-    span, coming, _, memory = _rates(schedule)
+    span, coming, _, memory = rates
     growth, before = np.clip(growth, -0.5, 2), np.clip(before, -0.5, 2)
     return [
         growth * span,
         before * span,
         coming * span,
         memory * span,
-        rows.tied * span,
+        tied * span,
         moved * span,
         growth * coming,
     ]
