@@ -15,7 +15,6 @@ from vocabguard.views.html_figures import (
     Mark,
     Plot,
     Series,
-    Word,
     courses,
     line_marks,
     thinned,
@@ -143,8 +142,7 @@ def _timeline(panel: _Panel, first: PageData, second: PageData | None) -> Figure
     low, high = (0.0, 1.0) if panel.whole else _span(values, panel.label)
     plot = Plot(_WIDE, _HIGH, (min(steps), max(steps)), (low, high), left=52.0)
     marks, words = plot.grid(ticks(low, high), tick_percent if panel.label is percent else panel.label)
-    words += plot.x_labels(ticks(*plot.x), lambda value: f"{value:,.0f}")
-    words.append(Word(plot.left - 14, plot.base + 16, "step", "end"))
+    words += plot.step_labels()
     if second is None:
         marks += alert_lines(plot, [alert for alert in first.alerts if _ours(alert.metric, panel.keys)])
     for one in series:

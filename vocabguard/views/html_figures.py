@@ -125,6 +125,11 @@ class Plot:
             )
         return words
 
+    def step_labels(self) -> list[Word]:
+        """Below the axis, optimizer steps."""
+        labels = self.x_labels(ticks(*self.x), lambda value: f"{value:,.0f}")
+        return [*labels, Word(self.left - 14, self.base + 16, "step", "end")]
+
 
 @dataclass(frozen=True)
 class Series:

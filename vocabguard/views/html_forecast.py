@@ -13,7 +13,6 @@ from vocabguard.views.html_figures import (
     Mark,
     Plot,
     Series,
-    Word,
     courses,
     line_marks,
     thinned,
@@ -69,8 +68,7 @@ def _figure(data: PageData, name: str) -> Figure:
     top = max((value for one in series for value in one.values if math.isfinite(value)), default=0.0)
     plot = Plot(_WIDE, _HIGH, (min(steps), max(steps)), (0.0, min(1.0, 1.06 * top) or 0.01), left=52.0)
     marks, words = plot.grid(ticks(*plot.y), tick_percent)
-    words += plot.x_labels(ticks(*plot.x), lambda value: f"{value:,.0f}")
-    words.append(Word(plot.left - 14, plot.base + 16, "step", "end"))
+    words += plot.step_labels()
     ahead = _ahead(plot, data, name)
     marks += alert_lines(plot, _alerts(data.alerts, name, keys)) + ahead
     for one in series:
