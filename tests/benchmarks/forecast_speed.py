@@ -33,6 +33,12 @@ class Pair(nn.Module):
         self.out = nn.Linear(width, rows, bias=False)
 
 
+def earlier(now: Past, times: int) -> Past:
+    """Where rows were that went so many times as far since."""
+    vectors = (vector / np.float32(times) for vector in (now.angle, now.own_angle, now.push))
+    return Past(now.step // times, now.rate_sum / times, *vectors, now.push_samples // times)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,8 +64,8 @@ def main() -> None:
         began = time.perf_counter()
         drift = measure_drift(matrix, baseline, targets == 0)
         measured = time.perf_counter()
-        now = past_of(20, 0.2, drift, rows.norm)
-        before = tuple(Past(20 // k, 0.2 / k, now.angle / np.float32(k), now.own_angle / np.float32(k)) for k in (2, 4))
+        now = past_of(20, 0.2, drift, rows.norm, asked.push, asked.push_samples)
+        before = tuple(earlier(now, k) for k in (2, 4))
         forecast_running(rows, (now, *before), asked, schedule, drift.norm_ratio.numpy())
         spent["drift"].append(measured - began)
         spent["forecast"].append(time.perf_counter() - measured)
