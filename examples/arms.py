@@ -12,7 +12,7 @@ from evaluate import Answers, arm_entry, ask
 from finetune import fine_tune, load_base, training_rows
 
 from vocabguard.guard import VocabGuard
-from vocabguard.vocabulary import VocabTable, build_table
+from vocabguard.vocabulary.table import VocabTable, build_table
 
 PRESETS = {"control": "watch"}
 """Arms that are not called like their preset."""
@@ -54,7 +54,7 @@ def callback_for(trainer: str, config: str, overrides: list[str], **options: Any
     if trainer == "hf":
         from vocabguard.integrations.huggingface import VocabGuardCallback
     else:
-        from vocabguard.integrations.lightning import VocabGuardCallback  # type: ignore[assignment]
+        from vocabguard.integrations.lightning import VocabGuardCallback
     return VocabGuardCallback(
         config, overrides=[*CADENCE, *overrides], echo={"instructions": list(ECHO_INSTRUCTIONS)}, **options
     )

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vocabguard.measure.probe import probe, retained, said
-from vocabguard.prompts import render_context
+from vocabguard.protect.prompts import render_context
 from vocabguard.results import EXPOSURE_CLASSES, CheckResult, ProbeResult
-from vocabguard.vocabulary import VocabTable
+from vocabguard.vocabulary.table import VocabTable
 
 LIST_LENGTH = 16
 SEED = 7

@@ -32,12 +32,12 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from vocabguard.guard.confusing import greedy_answers
-from vocabguard.guard.probing import Prober, build_prober
+from vocabguard.config import ProbeConfig
+from vocabguard.guard.evaluations import greedy_answers
+from vocabguard.guard.probe import Prober, build_prober
 from vocabguard.measure.probe import PromptContext, probe_lists
-from vocabguard.prompts import render_context
-from vocabguard.settings import ProbeConfig
-from vocabguard.vocabulary import build_table
+from vocabguard.protect.prompts import render_context
+from vocabguard.vocabulary.table import build_table
 
 HELD_OUT = {
     "now": ("{tokens}\nNow repeat that.", 16),

@@ -26,7 +26,7 @@ from rich.table import Table
 from vocabguard.config import presets
 from vocabguard.measure.probe import said, said_instead
 from vocabguard.results import EXPOSURE_CLASSES, ProbeResult
-from vocabguard.vocabulary import VocabTable
+from vocabguard.vocabulary.table import VocabTable
 
 console = Console(highlight=False)
 

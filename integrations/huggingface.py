@@ -20,8 +20,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vocabguard.config import ConfigSource
 from vocabguard.guard import VocabGuard
-from vocabguard.guard.observe import LabelCarrier, Targets, drop_labels
-from vocabguard.guard.setup import Action
+from vocabguard.guard.batches import LabelCarrier, Targets, drop_labels
+from vocabguard.guard.watched import Action
 from vocabguard.integrations.trl import targets_of
 
 STATE_FILE = "vocabguard.pt"

@@ -18,9 +18,9 @@ from torch import nn
 
 from vocabguard.config import ConfigSource
 from vocabguard.guard import VocabGuard
-from vocabguard.guard.observe import Targets
-from vocabguard.guard.rates import rates_by_epoch
-from vocabguard.guard.setup import Action
+from vocabguard.guard.batches import Targets
+from vocabguard.guard.watched import Action
+from vocabguard.measure.learning_rates import rates_by_epoch
 from vocabguard.results import CheckResult
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vocabguard.config import ConfigError
 from vocabguard.guard import VocabGuard
-from vocabguard.guard.observe import Targets
+from vocabguard.guard.batches import Targets
 from vocabguard.guard.protection import needed
 from vocabguard.results import NotApplicable
 

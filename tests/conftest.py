@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-collect_ignore = ["processes"]  # scripts, no tests
+sys.path.append(str(HERE / "kits"))
+collect_ignore = ["processes", "kits"]  # scripts and helpers, no tests
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from vocabguard.forecasts import Forecast
 from vocabguard.results import (
     CheckResult,
     Exposure,
+    Forecast,
     NotApplicable,
     Preflight,
     ProbeResult,

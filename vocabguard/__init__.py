@@ -5,11 +5,10 @@ Trainer callbacks live in `vocabguard.integrations`; nothing here imports a trai
 
 from typing import TYPE_CHECKING, Any
 
-from vocabguard.config import ConfigError, load_config, presets
+from vocabguard.config import ConfigError, GuardConfig, load_config, presets
 from vocabguard.guard import VocabGuard
 from vocabguard.results import CheckResult
 from vocabguard.runlog import RunLog
-from vocabguard.settings import GuardConfig
 
 if TYPE_CHECKING:
     from vocabguard.measure.metrics import LanguageConfusion, TokenDrift, TokenExposure

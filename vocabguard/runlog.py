@@ -32,10 +32,8 @@ import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vocabguard.forecasts import Forecast
-from vocabguard.jsonlines import append_line, mend, plain, read_lines, replace_file
-from vocabguard.results import CheckResult, Exposure, RowDrift, Watch
-from vocabguard.transitions import Transition, as_transition
+from vocabguard.files import append_line, mend, plain, read_lines, replace_file
+from vocabguard.results import CheckResult, Exposure, Forecast, RowDrift, Transition, Watch, as_transition
 
 SCHEMA = 1
 """Version of the folder's layout; a newer one is refused."""

@@ -6,9 +6,8 @@ import random
 
 import pytest
 
-from vocabguard.alerts.keys import metric_range, part_of, values_by_part
 from vocabguard.alerts.machine import AlertMachine
-from vocabguard.alerts.rules import AlertRule, require_parts
+from vocabguard.alerts.rules import AlertRule, metric_range, part_of, require_parts, values_by_part
 
 GROUPED = "head/*/below_0.95"
 

@@ -3,8 +3,8 @@ import warnings
 
 import pytest
 
+from vocabguard.alerts.notify import dispatch, log_transition, run_actions, transition_markdown
 from vocabguard.alerts.rules import AlertRule
-from vocabguard.alerts.sinks import dispatch, log_transition, run_actions, transition_markdown
 from vocabguard.results import Transition
 
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from vocabguard.offline.coverage import CHUNK, measure_coverage
-from vocabguard.offline.coverage_examples import Chat, Completion, Example, Text
-from vocabguard.vocabulary import build_table
+from vocabguard.data.coverage import CHUNK, measure_coverage
+from vocabguard.data.readers import Chat, Completion, Example, Text
+from vocabguard.vocabulary.table import build_table
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PLAIN = (

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from vocabguard.measure.drift import measure_drift, summarise
-from vocabguard.snapshot import CopiedBaseline
+from vocabguard.rows.baselines import CopiedBaseline
 
 
 def matrices(rows: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

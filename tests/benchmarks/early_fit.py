@@ -1,4 +1,4 @@
-"""Fitting the networks of `vocabguard.measure.forecast_model` on recorded fine-tunes."""
+"""Fitting the networks of `vocabguard.measure.forecast_networks` on recorded fine-tunes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from early_replay import Prior, Recorded
 from torch import nn
 
 from vocabguard.measure.forecast import Floats
-from vocabguard.measure.forecast_model import KINDS, LEVELS, QuantileNets, nets_of
+from vocabguard.measure.forecast_networks import KINDS, LEVELS, QuantileNets, nets_of
 
 Name = Literal["running-adam", "running-sgd", "starting"]
 

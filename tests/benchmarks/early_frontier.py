@@ -14,9 +14,9 @@ import torch
 from early_fit import Member, train
 from early_replay import Recorded
 
-from vocabguard.forecasts import DEGRADED
 from vocabguard.measure.forecast import Floats
-from vocabguard.measure.forecast_model import LEVELS
+from vocabguard.measure.forecast_networks import LEVELS
+from vocabguard.results import DEGRADED
 
 _EPOCHS = 60
 _MEDIAN = LEVELS.index(0.5)

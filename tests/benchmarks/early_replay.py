@@ -11,10 +11,18 @@ import numpy as np
 import torch
 from early_runs import HELD_OUT_DATA, HELD_OUT_OPTIMIZER, Setup
 
-from vocabguard.forecasts import Schedule
-from vocabguard.measure.forecast import Asked, Floats, Past, Rows, keep, past_of, track
-from vocabguard.measure.forecast_features import running_features, starting_features
-from vocabguard.results import RowDrift
+from vocabguard.measure.forecast import (
+    Asked,
+    Floats,
+    Past,
+    Rows,
+    keep,
+    past_of,
+    running_features,
+    starting_features,
+    track,
+)
+from vocabguard.results import RowDrift, Schedule
 
 Prior = Literal["complete", "sample", "none"]
 MEMORY = {"adamw": 1000.0, "adamw95": 20.0, "adamw0": 1000.0, "rmsprop": 100.0, "sgd": 0.0}

@@ -28,9 +28,9 @@ from torchmetrics.functional.classification import binary_auroc
 from vocabguard.alerts.machine import AlertMachine
 from vocabguard.alerts.rules import AlertRule
 from vocabguard.config import load_config
-from vocabguard.forecasts import AT_RISK, DEGRADED, Forecast
 from vocabguard.measure.forecast import Floats, summarise_forecast
-from vocabguard.measure.forecast_model import forecast_running, forecast_starting
+from vocabguard.measure.forecast_networks import forecast_running, forecast_starting
+from vocabguard.results import AT_RISK, DEGRADED, Forecast
 
 MODEL = Path(__file__).parents[2] / "vocabguard" / "measure" / "forecast.safetensors"
 DEGRADING = 0.02

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from vocabguard.forecasts import Schedule
-from vocabguard.matrices import VocabMatrix, find_matrices
 from vocabguard.measure.drift import measure_drift
 from vocabguard.measure.forecast import Asked, Past, Rows, past_of
-from vocabguard.measure.forecast_model import forecast_running
-from vocabguard.snapshot import copy_baseline
+from vocabguard.measure.forecast_networks import forecast_running
+from vocabguard.results import Schedule
+from vocabguard.rows.baselines import copy_baseline
+from vocabguard.rows.matrices import VocabMatrix, find_matrices
 
 
 class Pair(nn.Module):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from vocabguard.measure.neighbors import compare_neighbors
-from vocabguard.snapshot import CopiedBaseline
+from vocabguard.rows.baselines import CopiedBaseline
 
 _PART = 4096
 

@@ -28,13 +28,13 @@ from corpus import load
 from evaluate import recall, validation_loss
 from finetune import ASSETS, fine_tune, load_base, training_rows
 
-from vocabguard.cli.repair_echo import EchoRun, data_rows, train_echo
+from vocabguard.cli.repair_train import EchoRun, data_rows, train_echo
+from vocabguard.compare.repair import STRENGTH, Plan, lost_rows, plan_repair, write_repaired
+from vocabguard.compare.scan import Scan, scan
+from vocabguard.data.readers import Chat
 from vocabguard.measure.exposure import count_targets
 from vocabguard.measure.probe import retained
-from vocabguard.offline.checkpoint import open_checkpoint
-from vocabguard.offline.coverage_examples import Chat
-from vocabguard.offline.repair import STRENGTH, Plan, lost_rows, plan_repair, write_repaired
-from vocabguard.offline.scan import Scan, scan
+from vocabguard.rows.checkpoints import open_checkpoint
 
 STRENGTHS = {"shift": (1.0, STRENGTH, 0.3), "rows": (0.0,), "echo": (STRENGTH,)}
 

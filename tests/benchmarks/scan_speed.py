@@ -33,9 +33,9 @@ torch.set_num_threads(int(sys.argv[3]))
 if "--numpy" in sys.argv:
     sys.modules["numba"] = None
 from vocabguard.measure import drift, fused
-from vocabguard.offline.checkpoint import open_checkpoint
-from vocabguard.offline.scan import scan
-from vocabguard.offline.scan_summary import summary
+from vocabguard.rows.checkpoints import open_checkpoint
+from vocabguard.compare.scan import scan
+from vocabguard.compare.summary import summary
 passes, reads, seconds, row_sums = [], [], [], drift.row_sums
 def timed(*args, **options):
     began = time.perf_counter()

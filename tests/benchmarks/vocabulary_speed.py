@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from vocabguard.vocabulary import build_table
+from vocabguard.vocabulary.table import build_table
 
 SCRIPTS = {  # first letter, number of letters, share of the pieces
     "latin": ("a", 26, 0.50),

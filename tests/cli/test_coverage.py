@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vocabguard.cli.app import build
-from vocabguard.offline.coverage import load_coverage
+from vocabguard.data.coverage import load_coverage
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 

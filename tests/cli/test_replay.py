@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from vocabguard.cli import app
-from vocabguard.offline.coverage import measure_coverage
-from vocabguard.offline.coverage_examples import Text
-from vocabguard.vocabulary import build_table
+from vocabguard.data.coverage import measure_coverage
+from vocabguard.data.readers import Text
+from vocabguard.vocabulary.table import build_table
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 LINES = ["the data", "the file", "the data and the file", "保存", "the data", "and"]

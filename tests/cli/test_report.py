@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from vocabguard.cli.app import InputError, build, main
 from vocabguard.cli.report import read
+from vocabguard.report.page import render
+from vocabguard.report.sentences import Limits, as_json
 from vocabguard.results import CheckResult, NotApplicable, RowDrift, TokenReport, Transition, Watch, WatchedMatrix
 from vocabguard.runlog import RunWriter, row_vectors
-from vocabguard.views.html import render
-from vocabguard.views.html_findings import Limits, as_json
 
 ROWS = 40
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vocabguard.offline.scan_summary import load_scan
+from vocabguard.compare.summary import load_scan
 
 Run = Callable[..., int]
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"

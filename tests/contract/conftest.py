@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from vocabguard.guard import setup
+from vocabguard.guard import watched as setup
 
 BUILD_TABLE = cache(setup.build_table)
 HERE = Path(__file__).parent

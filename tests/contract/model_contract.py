@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from vocabguard import VocabGuard
-from vocabguard.models import core_of
 from vocabguard.results import CheckResult, Exposure, NotApplicable, RowDrift, Watch, WatchedMatrix
+from vocabguard.rows.models import core_of
 
 COLUMNS = ("drift", "exposure", "push/pull", "probe")
 YES = "yes"

@@ -15,9 +15,9 @@ from transformers import DataCollatorForSeq2Seq
 
 from vocabguard import VocabGuard
 from vocabguard.config import ConfigError
-from vocabguard.models import core_of
 from vocabguard.protect.collator import ECHO_KEY
 from vocabguard.results import NotApplicable, WatchedMatrix
+from vocabguard.rows.models import core_of
 
 QUIET: dict[str, Any] = OPTIONS | {"probe": {"enabled": False}, "alerts": {}}
 

@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vocabguard import ConfigError, RunLog, VocabGuard
-from vocabguard.guard import confusing
+from vocabguard.guard import evaluations as confusing
 from vocabguard.guard.summary import lowest
-from vocabguard.transitions import Transition
-from vocabguard.views.wording import visible
+from vocabguard.results import Transition
+from vocabguard.text import visible
 
 SMALL: dict[str, Any] = {"preflight": {"enabled": False}, "probe": {"enabled": False}}
 MOVED = {"metric": "head/cosine_min", "op": "<", "threshold": 0.999999, "level": "critical"}

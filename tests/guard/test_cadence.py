@@ -11,7 +11,7 @@ import torch
 
 from vocabguard import VocabGuard, load_config
 from vocabguard.guard.cadence import Cadence, StepTimer, affordable, round_up
-from vocabguard.guard.faults import Faults
+from vocabguard.guard.failures import Faults
 
 BUDGETS: dict[str, Any] = {"cadence": {"budget": 0.01, "max_checks": 200}, "probe": {"budget": 0.04}}
 

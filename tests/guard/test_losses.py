@@ -15,8 +15,8 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerFast
 
-from vocabguard.guard.faults import Faults
-from vocabguard.guard.losses import LossMeter, target_losses
+from vocabguard.guard.batches import LossMeter, target_losses
+from vocabguard.guard.failures import Faults
 from vocabguard.protect.collator import ECHO_KEY, EchoCollator, RowMaker
 from vocabguard.protect.feed import EchoFeed
 from vocabguard.protect.rows import IGNORE, EchoPrompt

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from vocabguard import ConfigError, VocabGuard
+from vocabguard.data.coverage import Coverage, CoverageSource, RowTally
 from vocabguard.guard.preflight import preflight
-from vocabguard.offline.coverage import Coverage, CoverageSource, RowTally
 from vocabguard.results import NotApplicable, Preflight
 
 OPTIONS: dict[str, Any] = {

@@ -11,7 +11,7 @@ import torch
 
 from vocabguard.guard.summary import class_masks, group_masks, scalars_of, token_reports, worst_ids
 from vocabguard.results import Exposure, NotApplicable, ProbeResult, RowDrift
-from vocabguard.vocabulary import GROUPS, VocabTable, plain_table
+from vocabguard.vocabulary.table import GROUPS, VocabTable, plain_table
 
 ROWS = 40
 NONE = NotApplicable("none")

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
-from vocabguard.guard.observe import LABELS_KEY, LabelCarrier
+from vocabguard.guard.batches import LABELS_KEY, LabelCarrier
 
 SMALL: dict[str, Any] = {
     "probe": {"enabled": False}, "drift": {"every_n_steps": 2}, "exposure": {"push_every_n_steps": 2}, "alerts": {},

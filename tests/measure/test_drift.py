@@ -15,12 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from vocabguard.matrices import VocabMatrix, find_matrices
-from vocabguard.measure import fused, rowwise
+from vocabguard.measure import kernels as fused
+from vocabguard.measure import kernels as rowwise
 from vocabguard.measure.drift import mean_shift, measure_drift, summarise
-from vocabguard.measure.rowwise import row_sums, sums_by_numba, sums_by_numpy, sums_by_torch
+from vocabguard.measure.kernels import row_sums, sums_by_numba, sums_by_numpy, sums_by_torch
 from vocabguard.results import RowDrift
-from vocabguard.snapshot import CopiedBaseline, copy_baseline
+from vocabguard.rows.baselines import CopiedBaseline, copy_baseline
+from vocabguard.rows.matrices import VocabMatrix, find_matrices
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from vocabguard.measure import exposure as exposure_room
-from vocabguard.measure.counter import ExposureCounter
 from vocabguard.measure.exposure import (
+    ExposureCounter,
     count_targets,
     exposure_classes,
     row_norms,

@@ -6,10 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from vocabguard.forecasts import AT_RISK, Forecast, Schedule
-from vocabguard.measure.forecast import Asked, Past, Rows, angles, halfway, keep, summarise_forecast, track
-from vocabguard.measure.forecast_features import running_features, starting_features, targets_to_come
-from vocabguard.measure.forecast_model import (
+from vocabguard.measure.forecast import (
+    Asked,
+    Past,
+    Rows,
+    angles,
+    halfway,
+    keep,
+    running_features,
+    starting_features,
+    summarise_forecast,
+    targets_to_come,
+    track,
+)
+from vocabguard.measure.forecast_networks import (
     KINDS,
     LEVELS,
     QuantileNets,
@@ -18,7 +28,7 @@ from vocabguard.measure.forecast_model import (
     forecast_starting,
     packaged,
 )
-from vocabguard.results import RowDrift
+from vocabguard.results import AT_RISK, Forecast, RowDrift, Schedule
 
 V, D = 400, 16
 

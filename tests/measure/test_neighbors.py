@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vocabguard.matrices import VocabMatrix, find_matrices
 from vocabguard.measure import neighbors
 from vocabguard.measure.neighbors import NearestRows, Neighborhoods, compare_neighbors, intruders, nearest_rows
-from vocabguard.snapshot import CopiedBaseline, FileBaseline
-from vocabguard.vocabulary import GROUPS, VocabTable, plain_table
+from vocabguard.rows.baselines import CopiedBaseline, FileBaseline
+from vocabguard.rows.matrices import VocabMatrix, find_matrices
+from vocabguard.vocabulary.table import GROUPS, VocabTable, plain_table
 
 
 @pytest.fixture(autouse=True)

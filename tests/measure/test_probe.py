@@ -41,7 +41,7 @@ from vocabguard.measure.probe import (
     stratified_sample,
     summarise_probe,
 )
-from vocabguard.prompts import render_context
+from vocabguard.protect.prompts import render_context
 from vocabguard.results import ProbeResult
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"

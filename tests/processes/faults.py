@@ -26,18 +26,18 @@ RANK = int(os.environ["RANK"])
 STEPS = 6
 # Where it fails, on which rank. Rank 0 alone writes files and runs actions.
 FAULTS: dict[str, tuple[str, int]] = {
-    "finding the matrices": ("vocabguard.guard.setup.find_matrices", 1),
-    "copying the baseline": ("vocabguard.guard.setup.copy_baseline", 0),
+    "finding the matrices": ("vocabguard.guard.watched.find_matrices", 1),
+    "copying the baseline": ("vocabguard.guard.watched.copy_baseline", 0),
     "making the folder": ("vocabguard.runlog.RunWriter.start", 0),
-    "counting a batch": ("vocabguard.measure.counter.ExposureCounter.observe", 1),
-    "reading a gradient": ("vocabguard.measure.counter.ExposureCounter.observe_gradient", 1),
-    "closing a step": ("vocabguard.measure.counter.ExposureCounter.end_step", 0),
-    "measuring": ("vocabguard.guard.check.measure_drift", 1),
+    "counting a batch": ("vocabguard.measure.exposure.ExposureCounter.observe", 1),
+    "reading a gradient": ("vocabguard.measure.exposure.ExposureCounter.observe_gradient", 1),
+    "closing a step": ("vocabguard.measure.exposure.ExposureCounter.end_step", 0),
+    "measuring": ("vocabguard.guard.checks.measure_drift", 1),
     "summing up": ("vocabguard.guard.summary.scalars_of", 0),
     "the alerts": ("vocabguard.alerts.machine.AlertMachine.update", 1),
     "writing a check": ("vocabguard.runlog.RunWriter.check", 0),
-    "holding rows": ("vocabguard.guard.holding.rows_to_hold", 1),
-    "making a plan": ("vocabguard.guard.echoing.follow", 1),
+    "holding rows": ("vocabguard.guard.hold.rows_to_hold", 1),
+    "making a plan": ("vocabguard.guard.echo.follow", 1),
     "the last rows": ("vocabguard.runlog.RunWriter.rows", 0),
 }
 LATER = {"counting a batch": 3, "reading a gradient": 3, "closing a step": 3, "measuring": 3, "summing up": 2,

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
 from vocabguard import VocabGuard
-from vocabguard.guard.probing import probed_ids
+from vocabguard.guard.probe import probed_ids
 from vocabguard.measure.exposure import exposure_classes
 
 STEPS, BATCH, LENGTH = 2, 2, 32

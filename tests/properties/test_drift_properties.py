@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from vocabguard.measure.drift import measure_drift
 from vocabguard.results import RowDrift
-from vocabguard.snapshot import CopiedBaseline
+from vocabguard.rows.baselines import CopiedBaseline
 
 STABLE = settings(max_examples=60, deadline=None, derandomize=True)
 VECTORS = ("cosine", "residual", "l2", "norm_ratio")

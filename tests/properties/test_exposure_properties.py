@@ -12,8 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vocabguard.measure.counter import ExposureCounter
-from vocabguard.measure.exposure import CLASS_STARTS, exposure_classes, steps_since_target, summarise_exposure
+from vocabguard.measure.exposure import (
+    CLASS_STARTS,
+    ExposureCounter,
+    exposure_classes,
+    steps_since_target,
+    summarise_exposure,
+)
 from vocabguard.results import EXPOSURE_CLASSES
 
 STABLE = settings(max_examples=60, deadline=None, derandomize=True)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vocabguard.measure.counter import ExposureCounter
+from vocabguard.measure.exposure import ExposureCounter
 from vocabguard.protect.batches import add_rows
 from vocabguard.protect.plan import batch_ids, follow, taken
 from vocabguard.protect.rows import EchoPrompt, echo_rows

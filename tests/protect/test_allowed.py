@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from vocabguard.protect.allowed import allowed_ids, ids_in
-from vocabguard.vocabulary import VocabTable, build_table
+from vocabguard.vocabulary.table import VocabTable, build_table
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 

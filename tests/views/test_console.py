@@ -8,6 +8,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from vocabguard.results import (
+    AlertStory,
     CheckResult,
     Exposure,
     Finding,
@@ -15,13 +16,13 @@ from vocabguard.results import (
     Preflight,
     RowDrift,
     TokenReport,
+    Transition,
     Watch,
     WatchedMatrix,
 )
-from vocabguard.transitions import AlertStory, Transition
+from vocabguard.text import preflight_sentences, verdict, watch_sentences
 from vocabguard.views.console import ConsoleView
-from vocabguard.views.wording import preflight_sentences, verdict, watch_sentences
-from vocabguard.vocabulary import VocabTable
+from vocabguard.vocabulary.table import VocabTable
 
 NAMES = ("latin", "ja", "thai")
 GONE = NotApplicable("the head is frozen")

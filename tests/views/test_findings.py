@@ -12,16 +12,16 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vocabguard.jsonlines import plain
-from vocabguard.measure.body import HeadOrBody
-from vocabguard.measure.confusion import count_answers
+from vocabguard.files import plain
+from vocabguard.measure.languages import count_answers
+from vocabguard.measure.localize import HeadOrBody
 from vocabguard.measure.neighbors import NearestRows, Neighborhoods
 from vocabguard.results import Finding
+from vocabguard.text import escape_markdown
 from vocabguard.views.console import ConsoleView
 from vocabguard.views.findings import body_finding, confusion_finding, neighbors_finding
 from vocabguard.views.tensorboard import open_view
-from vocabguard.views.wording import escape_markdown
-from vocabguard.vocabulary import GROUPS, VocabTable, plain_table
+from vocabguard.vocabulary.table import GROUPS, VocabTable, plain_table
 
 ANSWERS = [
     ("ja", "今日は хорошо ですね。"),

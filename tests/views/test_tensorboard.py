@@ -9,21 +9,22 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
-from vocabguard.alerts.sinks import transition_markdown
+from vocabguard.alerts.notify import transition_markdown
 from vocabguard.results import (
+    AlertStory,
     CheckResult,
     Finding,
     NotApplicable,
     Preflight,
     RowDrift,
     TokenReport,
+    Transition,
     Watch,
     WatchedMatrix,
 )
-from vocabguard.transitions import AlertStory, Transition
+from vocabguard.text import large_groups, worst_markdown
 from vocabguard.views.tensorboard import ALERTS_SHOWN, TensorBoardView, open_view
-from vocabguard.views.wording import large_groups, worst_markdown
-from vocabguard.vocabulary import VocabTable
+from vocabguard.vocabulary.table import VocabTable
 
 ROWS = 1000
 GONE = NotApplicable("the head is frozen")

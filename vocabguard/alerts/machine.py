@@ -6,15 +6,14 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vocabguard.alerts.keys import FIRING, PREFIX, STATES, short_key, values_by_part
-from vocabguard.alerts.messages import message_of, worst_first
-from vocabguard.alerts.rules import AlertRule
+from vocabguard.alerts.rules import FIRING, PREFIX, STATES, AlertRule, short_key, values_by_part
 from vocabguard.alerts.states import WHOLE, News, Standing, as_dict, follow, from_dict
-from vocabguard.transitions import Transition
+from vocabguard.alerts.text import message_of, worst_first
+from vocabguard.results import Transition
 
 
 class AlertMachine:
-    """Holds the state of every rule from check to check. It decides; acting is `vocabguard.alerts.sinks`.
+    """Holds the state of every rule from check to check. It decides; acting is `vocabguard.alerts.notify`.
 
     Rules about ``alerts/firing`` are followed last and count the other rules that fire after this very check.
 

@@ -17,14 +17,12 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vocabguard.cli.app import InputError
-from vocabguard.offline.coverage import Coverage, measure_coverage
-from vocabguard.offline.coverage_examples import read_examples
-from vocabguard.offline.coverage_report import at_risk, group_rows, summary
-from vocabguard.offline.readers import data_files
-from vocabguard.offline.tables import Column, Grid
+from vocabguard.data.coverage import Coverage, at_risk, group_rows, measure_coverage, summary
+from vocabguard.data.readers import data_files, read_examples
 from vocabguard.results import EXPOSURE_CLASSES
-from vocabguard.views.wording import percent, visible
-from vocabguard.vocabulary import VocabTable, build_table, resolve_token
+from vocabguard.text import percent, visible
+from vocabguard.views.tables import Column, Grid
+from vocabguard.vocabulary.table import VocabTable, build_table, resolve_token
 
 _PARALLEL_FROM = 2**26  # bytes of data from which starting processes, some seconds each, pays
 _MOST_WORKERS = 8

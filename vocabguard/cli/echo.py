@@ -14,12 +14,12 @@ from rich.console import Console
 
 from vocabguard.cli.app import InputError
 from vocabguard.cli.coverage import load_tokenizer
-from vocabguard.offline.echo_data import EchoTally, echo_lists, needy_ids, write_chats, write_ids
-from vocabguard.prompts import render_echo
+from vocabguard.config import EchoConfig
+from vocabguard.data.echo_rows import EchoTally, echo_lists, needy_ids, write_chats, write_ids
 from vocabguard.protect.allowed import allowed_ids
-from vocabguard.settings import EchoConfig
-from vocabguard.views.wording import percent
-from vocabguard.vocabulary import VocabTable, build_table
+from vocabguard.protect.prompts import render_echo
+from vocabguard.text import percent
+from vocabguard.vocabulary.table import VocabTable, build_table
 
 
 def echo(

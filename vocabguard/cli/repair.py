@@ -17,14 +17,22 @@ from torch import Tensor, nn
 
 from vocabguard.cli import scan as scanning
 from vocabguard.cli.app import InputError
-from vocabguard.cli.repair_echo import EchoRun, data_rows, train_echo, write_trained
-from vocabguard.offline.coverage_examples import Example, read_examples
-from vocabguard.offline.explain import load_model
-from vocabguard.offline.readers import data_files
-from vocabguard.offline.repair import METHODS, STRENGTH, Plan, check_out, lost_rows, plan_repair, write_repaired
-from vocabguard.offline.repair_measure import recall_of, text_loss
-from vocabguard.offline.scan import Scan
-from vocabguard.views.wording import number, percent
+from vocabguard.cli.repair_train import EchoRun, data_rows, train_echo, write_trained
+from vocabguard.compare.explain import load_model
+from vocabguard.compare.repair import (
+    METHODS,
+    STRENGTH,
+    Plan,
+    check_out,
+    lost_rows,
+    plan_repair,
+    recall_of,
+    text_loss,
+    write_repaired,
+)
+from vocabguard.compare.scan import Scan
+from vocabguard.data.readers import Example, data_files, read_examples
+from vocabguard.text import number, percent
 
 _ALLOWED = (*METHODS, "echo")
 _RUN = EchoRun()

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from vocabguard.cli.app import InputError
 from vocabguard.cli.coverage import load_tokenizer, row_progress
-from vocabguard.offline.coverage import load_coverage, vocabulary_hash
-from vocabguard.offline.coverage_encode import TargetEncoder
-from vocabguard.offline.coverage_examples import Chat, Completion, Example, Text, read_examples
-from vocabguard.offline.readers import data_files
-from vocabguard.offline.replay import Replay, count_targets_in, find_replay, needed_targets, written_rows
-from vocabguard.offline.tables import Column, Grid
-from vocabguard.views.wording import percent
-from vocabguard.vocabulary import VocabTable, build_table
+from vocabguard.data.coverage import load_coverage, vocabulary_hash
+from vocabguard.data.encode import TargetEncoder
+from vocabguard.data.readers import Chat, Completion, Example, Text, data_files, read_examples
+from vocabguard.data.replay import Replay, count_targets_in, find_replay, needed_targets, written_rows
+from vocabguard.text import percent
+from vocabguard.views.tables import Column, Grid
+from vocabguard.vocabulary.table import VocabTable, build_table
 
 
 def replay(

@@ -10,12 +10,11 @@ import typer
 from rich.console import Console
 
 from vocabguard.cli.app import InputError
+from vocabguard.report.compare import Comparison, compare
+from vocabguard.report.data import PageData, TextOf, run_data
+from vocabguard.report.page import render, write_page
+from vocabguard.report.sentences import Limits, as_json, verdict_of
 from vocabguard.runlog import RunLog
-from vocabguard.views.html import render, write_page
-from vocabguard.views.html_compare import Comparison, compare
-from vocabguard.views.html_data import PageData, TextOf
-from vocabguard.views.html_findings import Limits, as_json, verdict_of
-from vocabguard.views.html_run import run_data
 
 _PAGE = Path("report.html")
 
@@ -83,7 +82,7 @@ def read(path: Path, tokenizer: Path | None = None) -> PageData:
             return run_data(log, None if tokenizer is None else _texts(log, tokenizer))
         if not path.exists():
             raise InputError(f"{path} does not exist; expected a run folder or a scan's .safetensors file")
-        from vocabguard.offline.scan_page import scan_data
+        from vocabguard.report.data import scan_data
 
         return scan_data(path)
     except (OSError, ValueError) as error:
@@ -93,8 +92,8 @@ def read(path: Path, tokenizer: Path | None = None) -> PageData:
 
 
 def _texts(log: RunLog, folder: Path) -> TextOf:
-    from vocabguard.offline.matching import load_tokenizer
-    from vocabguard.vocabulary import build_table
+    from vocabguard.compare.matching import load_tokenizer
+    from vocabguard.vocabulary.table import build_table
 
     found = load_tokenizer(folder)
     if found is None:

@@ -3,25 +3,172 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.text import Text
 from torch import Tensor
 
 from vocabguard.cli.app import InputError
-from vocabguard.offline.checkpoint import Checkpoint, open_checkpoint
-from vocabguard.offline.counts import read_counts
-from vocabguard.offline.matching import load_tokenizer
-from vocabguard.offline.scan import Scan
-from vocabguard.offline.scan import scan as measure
-from vocabguard.offline.scan_summary import save_scan, summary
-from vocabguard.offline.scan_view import show_scan
+from vocabguard.compare.matching import load_tokenizer
+from vocabguard.compare.scan import Scan
+from vocabguard.compare.scan import scan as measure
+from vocabguard.compare.summary import save_scan, summary
+from vocabguard.data.counts import read_counts
+from vocabguard.rows.checkpoints import Checkpoint, open_checkpoint
+from vocabguard.text import listed, number, percent, visible
+from vocabguard.views.tables import Column, Grid
+
+_BARS = " ▁▂▃▄▅▆▇█"
+_UNMOVED = 0.9999
+_LABELS = {"head": "head", "embedding": "input embedding"}
+
+
+def show_scan(console: Console, found: Mapping[str, Any], top: int = 20) -> None:
+    """Print a `vocabguard.compare.summary.summary`: the verdict, the tables, the worst tokens."""
+    for part in _parts(found, top):
+        console.print(part, highlight=False, soft_wrap=isinstance(part, Text))
+
+
+def label_of_matrix(found: Mapping[str, Any], name: str) -> str:
+    """What a matrix is called; a tied pair's one matrix is both."""
+    return "head = input embedding (tied)" if _tied(found) else _LABELS[name]
+
+
+def verdict_of(found: Mapping[str, Any]) -> str:
+    """One sentence: how many live rows of which matrix drifted how far."""
+    judged = found["judged"]
+    if judged is None:
+        return f"Not applicable: {found['head']['not_applicable']}."
+    numbers, live = found[judged], found["tokens"]["live"]
+    if "cosine_mean" not in numbers:
+        return f"No live row of the {_LABELS[judged]} could be measured."
+    return (
+        f"{percent(numbers['below_0.95'])} of {live:,} live rows of the {_LABELS[judged]} are below cosine 0.95, "
+        f"{percent(numbers['below_0.90'])} below 0.90; mean {number(numbers['cosine_mean'])}, "
+        f"min {number(numbers['cosine_min'])}."
+    )
+
+
+def _tied(found: Mapping[str, Any]) -> bool:
+    return all(found["tied"][side] for side in ("base", "tuned"))
+
+
+def _parts(found: Mapping[str, Any], top: int) -> list[RenderableType]:
+    parts: list[RenderableType] = [Text(verdict_of(found), "bold"), *map(Text, _sentences(found))]
+    same = _tied(found)
+    for name in ("head",) if same else ("head", "embedding"):
+        parts += _matrix(found, name)
+    if found["worst"]:
+        parts += ["", Text("worst live tokens, by cosine", "bold"), _tokens(found["worst"][:top], same)]
+    if found["control_moved"]:
+        parts += [Text("control tokens that moved most, by L2", "bold"), _tokens(found["control_moved"][:5], same)]
+    return parts
+
+
+def _sentences(found: Mapping[str, Any]) -> list[str]:
+    tokens, matched = found["tokens"], found["matched"]
+    said = [f"base {found['base']}", f"tuned {found['tuned']}"]
+    line = f"{tokens['rows']:,} rows matched by {matched['by']}"
+    if matched["added"] or matched["removed"]:
+        line += f"; {matched['added']:,} have no base row, {matched['removed']:,} of the base are gone"
+    set_apart = [f"{tokens[key]:,} {key}" for key in ("control", "unreachable", "padded") if tokens[key]]
+    if tokens["never_trained"]:
+        set_apart.append(f"{tokens['never_trained']:,} never trained at the base")
+    if set_apart:
+        line += f"; set apart: {', '.join(set_apart)}"
+    said.append(f"{line}.")
+    tied = [side for side in ("base", "tuned") if found["tied"][side]]
+    if tied:
+        said.append(f"Tied in the {' and the '.join(tied)}: the embedding is the head.")
+    if tokens["never_trained"]:
+        names = [visible(text, 24) for text in found["untrained"]["texts"]]
+        said.append(f"Never trained at the base: {listed(names, found['untrained']['count'])}.")
+    if found["judged"]:
+        said.append(f"Residual: without the mean displacement of the {found['residual_over']}.")
+    return said
+
+
+def _matrix(found: Mapping[str, Any], name: str) -> list[RenderableType]:
+    numbers = found[name]
+    title = Text(f"\n{label_of_matrix(found, name)}", "bold")
+    if "not_applicable" in numbers:
+        return [] if found["judged"] is None else [title, Text(f"not applicable: {numbers['not_applicable']}")]
+    if numbers.get("cosine_min", 0.0) >= _UNMOVED:
+        return [title, Text("every live row is where it was (cosine above 0.9999)")]
+    counts = found["tokens"]["groups"]
+    table = Grid([
+        Column("", words=True), Column("tokens", spare=3), Column("mean"), Column("min", spare=1),
+        Column("residual p01", spare=4), Column("< 0.95"), Column("< 0.90", spare=2),
+    ])  # fmt: skip
+    table.add(*_cells("all", found["tokens"]["live"], numbers), end=True)
+    groups = sorted(numbers["groups"].items(), key=lambda item: -item[1].get("below_0.95", -1.0))
+    for place, (label, part) in enumerate(groups):
+        table.add(*_cells(label.replace("_", " "), counts.get(label), part), end=place == len(groups) - 1)
+    for label, part in numbers.get("classes", {}).items():
+        table.add(*_cells(f"targets {label}", None, part))
+    return [title, Group(table, *map(Text, _asides(numbers)))]
+
+
+def _asides(numbers: Mapping[str, Any]) -> list[str]:
+    said = []
+    counts, edges = numbers["l2_histogram"]["counts"], numbers["l2_histogram"]["edges"]
+    if counts:
+        most = max(counts)
+        bars = "".join(_BARS[0 if not n else 1 + round((len(_BARS) - 2) * n / most)] for n in counts)
+        said.append(f"L2 0 |{bars}| {edges[-1]:.3g}")
+    outliers = numbers["norm_outliers"]
+    if outliers["count"]:
+        names = listed([visible(text, 24) for text in outliers["texts"]], outliers["count"])
+        ratio = number(outliers["median_ratio"], 3)
+        said.append(
+            f"{outliers['count']:,} live rows with a norm out of line (the median row's is {ratio} times what it was): "
+            f"{names}"
+        )
+    said += [
+        f"{int(numbers[key]):,} live rows {what}"
+        for key, what in (("nonfinite_rows", "with NaN or Inf"), ("zero_rows", "of zeros"))
+        if numbers[key]
+    ]
+    return said
+
+
+def _cells(label: str, count: int | None, part: Mapping[str, Any]) -> list[str]:
+    return [
+        label,
+        "" if count is None else f"{count:,}",
+        number(part.get("cosine_mean")),
+        number(part.get("cosine_min")),
+        number(part.get("residual_p01")),
+        percent(part.get("below_0.95")),
+        percent(part.get("below_0.90")),
+    ]
+
+
+def _tokens(tokens: Sequence[Mapping[str, Any]], tied: bool) -> Grid:
+    counted = any(token["data_target"] is not None for token in tokens)
+    columns = [
+        Column("id"), Column("token", words=True), Column("category", words=True, spare=1), Column("cosine"),
+        Column("residual", spare=2), Column("L2", spare=4), Column("norm ratio", spare=5),
+    ]  # fmt: skip
+    # In a tied pair it is the same row.
+    columns += [] if tied else [Column("embedding", spare=3)]
+    columns += [Column("targets")] if counted else []
+    keys = ("cosine", "residual", "l2", "norm_ratio", *(() if tied else ("embedding_cosine",)))
+    table = Grid(columns)
+    for token in tokens:
+        cells = [str(token["id"]), visible(token["text"], 24), token["category"]]
+        cells += [number(token[key]) for key in keys]
+        cells += ["-" if token["data_target"] is None else f"{token['data_target']:,}"] if counted else []
+        table.add(*cells)
+    return table
+
 
 Base = Annotated[str, typer.Argument(help="The model before training: a folder, .safetensors, .bin or .ckpt.")]
 Tuned = Annotated[str, typer.Argument(help="The model after training: the same, or a PEFT adapter's folder.")]

@@ -8,8 +8,8 @@ import time
 from dataclasses import dataclass, field
 
 from vocabguard import collective
-from vocabguard.guard.faults import Faults
-from vocabguard.settings import GuardConfig
+from vocabguard.config import GuardConfig
+from vocabguard.guard.failures import Faults
 
 _NICE = (1, 2, 5)
 _STEPS_UNKNOWN = 50

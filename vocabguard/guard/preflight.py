@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from vocabguard.config import ConfigError
-from vocabguard.guard.observe import Targets, labels_of
+from vocabguard.config import ConfigError, GuardConfig
+from vocabguard.data.coverage import load_coverage, vocabulary_hash
+from vocabguard.guard.batches import Targets, labels_of
 from vocabguard.measure.exposure import count_targets
-from vocabguard.offline.coverage import load_coverage, vocabulary_hash
 from vocabguard.results import NotApplicable, Preflight
-from vocabguard.settings import GuardConfig
 
 _HEAVY = (nn.Module, PreTrainedTokenizerBase)
 # How far generators, models and tokenizers are looked for inside a dataset or collator.

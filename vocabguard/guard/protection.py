@@ -9,15 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from vocabguard.alerts.rules import AlertRule
+from vocabguard.config import GuardConfig
 from vocabguard.guard import summary
-from vocabguard.guard.echoing import EchoControl
-from vocabguard.guard.faults import Faults
-from vocabguard.guard.holding import Holder
-from vocabguard.guard.losses import LossMeter
-from vocabguard.guard.observe import LABELS_KEY
+from vocabguard.guard.batches import LABELS_KEY, LossMeter
+from vocabguard.guard.echo import EchoControl
+from vocabguard.guard.failures import Faults
+from vocabguard.guard.hold import Holder
 from vocabguard.protect.collator import ECHO_KEY, EchoError
 from vocabguard.results import CheckResult, EchoReport, Exposure, NotApplicable, ProbeResult
-from vocabguard.settings import GuardConfig
 
 logger = logging.getLogger("vocabguard")
 

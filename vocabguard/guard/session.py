@@ -11,21 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from vocabguard import collective
-from vocabguard.config import ConfigError, ConfigSource, load_config
-from vocabguard.guard import setup, state
-from vocabguard.guard.arming import Route, Run
-from vocabguard.guard.assembly import Parts, put_together
+from vocabguard.config import ConfigError, ConfigSource, GuardConfig, load_config
+from vocabguard.guard import state
+from vocabguard.guard import watched as setup
+from vocabguard.guard.batches import Observer, Targets
+from vocabguard.guard.build import Parts, Route, Run, put_together
 from vocabguard.guard.cadence import Cadence, StepTimer
-from vocabguard.guard.check import Checker, Moment
-from vocabguard.guard.echoing import EchoSource
-from vocabguard.guard.faults import Faults
-from vocabguard.guard.observe import Observer, Targets
+from vocabguard.guard.checks import Checker, Moment
+from vocabguard.guard.echo import EchoSource
+from vocabguard.guard.failures import Faults
 from vocabguard.guard.protection import Protection
-from vocabguard.guard.report import Reporter, choose_folder
+from vocabguard.guard.reporting import Reporter, choose_folder
 from vocabguard.protect.collator import EchoCollator
 from vocabguard.results import CheckResult, NotApplicable, Watch
 from vocabguard.runlog import RunLog
-from vocabguard.settings import GuardConfig
 
 
 class VocabGuard:

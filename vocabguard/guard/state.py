@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vocabguard import collective
 from vocabguard.config import ConfigError
-from vocabguard.sharded import ShardBaseline
-from vocabguard.snapshot import CopiedBaseline, save_baseline
+from vocabguard.rows.baselines import CopiedBaseline, save_baseline
+from vocabguard.rows.sharding import ShardBaseline
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

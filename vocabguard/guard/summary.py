@@ -7,13 +7,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vocabguard.forecasts import Forecast
 from vocabguard.measure.drift import summarise
 from vocabguard.measure.exposure import steps_since_target, summarise_exposure
 from vocabguard.measure.forecast import summarise_forecast
 from vocabguard.measure.probe import said_instead, summarise_probe
-from vocabguard.results import EXPOSURE_CLASSES, Exposure, MatrixName, NotApplicable, ProbeResult, RowDrift, TokenReport
-from vocabguard.vocabulary import VocabTable
+from vocabguard.results import (
+    EXPOSURE_CLASSES,
+    Exposure,
+    Forecast,
+    MatrixName,
+    NotApplicable,
+    ProbeResult,
+    RowDrift,
+    TokenReport,
+)
+from vocabguard.vocabulary.table import VocabTable
 
 PREFIX = "vocabguard/"
 

@@ -4,7 +4,7 @@ Before it, a sample of the unexposed rows tells their mean displacement s: a shi
 softmax is blind and which the residual cosine leaves out. Nothing of the matrix's size is allocated.
 
 The pass measures |w|^2 and |d|^2, d = w - w0. The inner product follows by 2 w.w0 = |w|^2 + |w0|^2 - |d|^2, which keeps
-1 - cosine exact for rows that hardly moved. The arithmetic is numpy's: see `vocabguard.measure.rowwise`.
+1 - cosine exact for rows that hardly moved. The arithmetic is numpy's: see `vocabguard.measure.kernels`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vocabguard.forecasts import DEGRADED
-from vocabguard.measure.rowwise import Floats, Rows, row_sums, take_rows
-from vocabguard.results import RowDrift, RowProducts
-from vocabguard.sharded import Shard
-from vocabguard.snapshot import Baseline
+from vocabguard.measure.kernels import Floats, Rows, row_sums, take_rows
+from vocabguard.results import DEGRADED, RowDrift, RowProducts
+from vocabguard.rows.baselines import Baseline
+from vocabguard.rows.sharding import Shard
 
 Flags = npt.NDArray[np.bool_]
 Ids = npt.NDArray[np.int64]

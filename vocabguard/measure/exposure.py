@@ -1,15 +1,17 @@
 """What the data asks for, and what the gradient does to each row of the output matrix: functions of tensors.
 
-`vocabguard.measure.counter` adds them up over a run.
+`ExposureCounter` adds them up over a run.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from vocabguard import collective
 from vocabguard.results import EXPOSURE_CLASSES, Exposure
 
 CLASS_STARTS = (1, 5, 20)
@@ -142,3 +144,226 @@ def summarise_exposure(exposure: Exposure, classes: Tensor, live: Tensor) -> dic
     if not math.isnan(exposure.push_share):
         shares["push_share"] = exposure.push_share
     return shares
+
+
+_TARGET, _ECHO_TARGET, _INPUT, _ECHO_INPUT = range(4)
+_COUNTED = ("data_target", "echo_target", "inputs", "echo_inputs")
+_ROW_STATE = ("last_target", "pull", "push", "input_only")
+
+
+class ExposureCounter:
+    """Counts targets and inputs of every micro-batch and adds up row gradients of every optimizer step.
+
+    The calls of a step are: `observe` once per micro-batch, `observe_gradient` once, `end_step` once. All numbers are
+    those of this process.
+
+    Args:
+        rows: V.
+        device: where the counters live.
+        tied: whether one matrix serves as input and as output, so that a row's gradient also comes from the input.
+    """
+
+    def __init__(self, rows: int, device: torch.device | str, tied: bool) -> None:
+        self.rows = rows
+        self.tied = tied
+        self.steps = 0
+        self.push_samples = 0
+        self._counts = torch.zeros(4, rows, dtype=torch.int64, device=device)
+        self._before = torch.zeros_like(self._counts)
+        self.last_target = torch.full((rows,), -1, dtype=torch.int64, device=device)
+        self.last_data_target = self.last_target.clone()
+        self.pull = torch.zeros(rows, dtype=torch.float32, device=device)
+        self.push = torch.zeros_like(self.pull)
+        self.input_only = torch.zeros_like(self.pull)
+        self._batches = torch.zeros((), dtype=torch.int64, device=device)
+        self._push_share = torch.full((), torch.nan, dtype=torch.float32, device=device)
+
+    def observe(
+        self,
+        inputs: Tensor | None,
+        labels: Tensor,
+        *,
+        shift: bool,
+        attention_mask: Tensor | None = None,
+        echo_mask: Tensor | None = None,
+    ) -> None:
+        """Count one micro-batch. Safe inside `torch.compile`: no graph break and no recompile from call to call.
+
+        Args:
+            inputs: (B, T) int ids, or None where the model got embeddings.
+            labels: (B, T) int; -100 and ids outside [0, V) are ignored.
+            shift: see `targets_of`.
+            attention_mask: (B, T), 0 where an input is padding; a mask of another shape is not used.
+            echo_mask: (B,) or, in the shape of the labels and inputs, (B, T) bool: True on rows or positions that echo
+                injection added. Their targets are counted apart and their inputs not at all.
+        """
+        echo = None if echo_mask is None else echo_mask.to(self._counts.device, torch.bool)
+        if echo is not None and echo.ndim == 1:
+            echo = echo[:, None]
+        wide = echo is not None and echo.shape[1] > 1
+        of_targets = targets_of(echo, shift) if echo is not None and wide else echo
+        targets = targets_of(labels, shift)
+        add_counts(self._counts, targets, row=_TARGET if of_targets is None else of_targets.long() * _ECHO_TARGET)
+        if inputs is not None:
+            real = attention_mask != 0 if attention_mask is not None and attention_mask.shape == inputs.shape else None
+            add_counts(self._counts, inputs, row=_INPUT if echo is None else _INPUT + echo.long(), keep=real)
+
+        self._batches += 1
+
+    @property
+    def batches(self) -> int:
+        """Micro-batches observed so far."""
+        return int(self._batches)
+
+    @property
+    def data_targets(self) -> int:
+        """Data targets counted so far, of all tokens."""
+        return int(self._counts[_TARGET].sum())
+
+    def targets_now(self) -> Tensor:
+        """(V,) bool on the counters' device: the token was a target, data or echo, since the last `end_step`."""
+        return (self._counts[:_INPUT] != self._before[:_INPUT]).any(dim=0)
+
+    def data_targets_now(self) -> Tensor:
+        """(V,) bool on the counters' device: the token was a target of the data since the last `end_step`."""
+        return self._counts[_TARGET] != self._before[_TARGET]
+
+    def inputs_now(self) -> Tensor:
+        """(V,) bool on the counters' device: the token was an input, data or echo, since the last `end_step`."""
+        return (self._counts[_INPUT:] != self._before[_INPUT:]).any(dim=0)
+
+    @torch.no_grad()
+    def observe_gradient(
+        self,
+        head_grad: Tensor,
+        sample_push: bool,
+        *,
+        targets: Tensor | None = None,
+        inputs: Tensor | None = None,
+        first_row: int | None = None,
+    ) -> None:
+        """Add the row norms of this step's gradient: clipped and averaged, as the optimizer used it.
+
+        Rows whose gradient is not finite add nothing.
+
+        Args:
+            head_grad: (V, D) gradient of the output matrix, any float dtype; dense, or sparse in its first dimension.
+            sample_push: read all rows, not only this step's targets.
+            targets: (V,) bool, this step's targets on any process; None takes this one's. An averaged gradient holds
+                the pull of all processes' targets.
+            inputs: (V,) bool, the same of the inputs, where a matrix is tied.
+            first_row: where the gradient is one process's rows of a sharded one: which is the first. Then all processes
+                must call this together.
+
+        Raises:
+            ValueError: if the gradient has another number of rows.
+        """
+        expected = "(n, D)" if first_row is not None else f"({self.rows}, D)"
+        if head_grad.ndim != 2 or (head_grad.shape[0] != self.rows and first_row is None):
+            raise ValueError(f"the gradient has shape {tuple(head_grad.shape)}; expected {expected}")
+        is_target = self.targets_now() if targets is None else targets.to(self.pull.device)
+        gradient, first = head_grad.detach(), first_row or 0
+        rows = is_target[first : first + len(gradient)].nonzero().squeeze(1)
+        if not sample_push and not gradient.is_sparse:
+            self.pull.index_add_(0, rows + first, row_norms(gradient, rows))
+            return
+        norms = torch.zeros_like(self.pull)
+        norms[first : first + len(gradient)] = self._all_norms(gradient)
+        self.pull += norms.masked_fill(~is_target, 0.0)
+        if sample_push:
+            was_input = self.inputs_now() if inputs is None else inputs.to(self.pull.device)
+            self._add_push(norms, is_target, was_input, sharded=first_row is not None)
+
+    def end_step(self, step: int) -> None:
+        """Close an optimizer step.
+
+        Args:
+            step: its number; the first step is 1.
+        """
+        self.last_target.masked_fill_(self.targets_now(), step)
+        self.last_data_target.masked_fill_(self.data_targets_now(), step)
+        self.steps += 1
+        self._clear_step()
+
+    def exposure(self) -> Exposure:
+        """The counts so far, as CPU copies."""
+        return Exposure(
+            **{name: row.to("cpu", copy=True) for name, row in zip(_COUNTED[:3], self._counts, strict=False)},
+            **{name: getattr(self, name).to("cpu", copy=True) for name in _ROW_STATE},
+            push_samples=self.push_samples,
+            push_share=float(self._push_share),
+            steps=self.steps,
+        )
+
+    def resize(self, rows: int) -> None:
+        """Follow a resized matrix: new rows start at nothing, cut rows are forgotten. Flags of the step are cleared.
+
+        Args:
+            rows: the new V.
+        """
+        larger = ExposureCounter(rows, self._counts.device, self.tied)
+        kept = min(rows, self.rows)
+        for name in ("_counts", "_before", "last_data_target", *_ROW_STATE):
+            fresh: Tensor = getattr(larger, name)
+            fresh[..., :kept] = getattr(self, name)[..., :kept]
+            setattr(self, name, fresh)
+        self.rows = rows
+        self._clear_step()
+
+    def state_dict(self) -> dict[str, Tensor | int]:
+        """CPU copies of V-sized tensors, one scalar tensor and ints; loads with ``weights_only=True``.
+
+        The numbers are those of all processes, which must call it together. Take it between optimizer steps: what was
+        observed since the last `end_step` is in the counts, the step's flags are not kept.
+        """
+        state: dict[str, Tensor | int] = {
+            name: collective.largest(getattr(self, name)).cpu() for name in (*_ROW_STATE, "last_data_target")
+        }
+        # A copy of each row, because safetensors refuses tensors that share memory.
+        counts = collective.total(self._counts)
+        state |= {name: row.to("cpu", copy=True) for name, row in zip(_COUNTED, counts, strict=True)}
+        state["push_share"] = self._push_share.to("cpu", copy=True)
+        return state | {"push_samples": self.push_samples, "steps": self.steps, "batches": self.batches}
+
+    def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
+        """Continue from what `state_dict` gave; rank 0 takes all counts, so that they are in the sum once.
+
+        Raises:
+            ValueError: if it was taken from another number of rows.
+        """
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        if len(tensors["data_target"]) != self.rows:
+            raise ValueError(f"the saved exposure has {len(tensors['data_target'])} rows; expected {self.rows}")
+        # In place: a compiled graph may hold these very tensors.
+        for row, name in enumerate(_COUNTED):
+            self._counts[row].copy_(tensors[name] if collective.is_main() else torch.zeros_like(tensors[name]))
+        for name in _ROW_STATE:
+            getattr(self, name).copy_(tensors[name])
+        # States of earlier versions have no echo, so any target was one of the data.
+        self.last_data_target.copy_(tensors.get("last_data_target", tensors["last_target"]))
+        self._push_share.copy_(tensors["push_share"])
+        self.push_samples, self.steps = int(state["push_samples"]), int(state["steps"])
+        self._batches.fill_(int(state.get("batches", self.steps)))
+        self._clear_step()
+
+    def _clear_step(self) -> None:
+        self._before.copy_(self._counts)
+
+    def _all_norms(self, gradient: Tensor) -> Tensor:
+        if not gradient.is_sparse:
+            return row_norms(gradient)
+        gradient = gradient.coalesce()
+        norms = torch.zeros_like(self.pull)
+        return norms.index_copy_(0, gradient.indices()[0], row_norms(gradient.values()))
+
+    def _add_push(self, norms: Tensor, is_target: Tensor, was_input: Tensor, *, sharded: bool) -> None:
+        untargeted = norms.masked_fill(is_target, 0.0)
+        sums = torch.stack([untargeted.sum(), norms.sum()])
+        of_rest, of_all = collective.total(sums) if sharded else sums
+        self._push_share.copy_(of_rest / of_all)  # 0 / 0 is NaN: no gradient, no share
+        self.push_samples += 1
+        if not self.tied:
+            self.push += untargeted
+            return
+        self.push += untargeted.masked_fill(was_input, 0.0)
+        self.input_only += untargeted.masked_fill(~was_input, 0.0)

@@ -2,8 +2,9 @@
 
 The angle between a row and its baseline row grows with the learning rates that are summed, slower than in proportion,
 and how much slower differs between runs and rows. So a row's own past, the past of rows like it, what the data has yet
-to ask of it and the rates to come are turned into scale-free numbers (`vocabguard.measure.forecast_features`), and a
-small network fitted on whole fine-tunes (`vocabguard.measure.forecast_model`) gives quantiles of the angle at the end.
+to ask of it and the rates to come are turned into scale-free numbers (`row_features`), and a
+small network fitted on whole fine-tunes (`vocabguard.measure.forecast_networks`) gives quantiles of the angle at the
+end.
 ``tests/benchmarks/early_warning.py`` fits it, and compares it with simpler laws on fine-tunes that it never saw.
 """
 
@@ -18,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vocabguard.forecasts import Forecast
-from vocabguard.results import RowDrift
+from vocabguard.measure.exposure import exposure_classes
+from vocabguard.results import Forecast, RowDrift, Schedule
 
 Floats = npt.NDArray[np.float32]
 
@@ -199,3 +200,240 @@ def _risk(forecast: Forecast, chosen: Tensor) -> dict[str, float]:
 def as_tensor(values: Floats) -> Tensor:
     """A float32 tensor of an array."""
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
+SMALLEST_ANGLE = 1e-4
+"""Angles below count as so large: their logarithm is taken."""
+
+_FEW = 5
+_ENOUGH = 20
+
+
+def running_features(
+    rows: Rows, track: tuple[Past, Past, Past], asked: Asked, schedule: Schedule, norm_ratio: Floats
+) -> tuple[Floats, Floats]:
+    """Numbers of a run that is under way.
+
+    Args:
+        rows: what does not change.
+        track: where the rows are and were, see `forecast.track`.
+        asked: targets, inputs and gradients so far.
+        schedule: rates.
+        norm_ratio: (V,) length of the rows over that of their baseline rows.
+
+    Returns:
+        (V, F) float32, and the (V,) float32 logarithm of the angle now, which quantiles are relative to.
+    """
+    now, half, quarter = track
+    angle, live = _log(now.angle), rows.live.numpy()
+    size = _relative_size(rows)
+    classes = exposure_classes(asked.targets).numpy()
+    never = live & (classes == 0)
+    own = _log(now.own_angle, 1e-3)
+    # How far a row went, had all rows the same length.
+    moved = angle + size
+    of_class = _medians(moved, classes, live, _FEW)
+    of_group = _medians(moved, rows.group.numpy(), never if never.any() else live, _ENOUGH)
+    growth = _growth(half, now)
+    before = growth if quarter is half else _growth(quarter, half)
+    of_growth, of_before = (_medians(one, classes, live, _FEW) for one in (growth, before))
+    fading, usual_fading = _fading(half, asked, never)
+    rates = _rates(schedule)
+    span, _, _, memory = rates
+    columns = [
+        moved - of_class,
+        size,
+        of_group - of_class,
+        growth - of_growth,
+        before - of_before,
+        own - angle,
+        own - _log(half.own_angle, 1e-3) - of_growth,
+        np.clip((norm_ratio - 1) / np.maximum(now.angle, 1e-3), -3, 3),
+        *_asked(asked, schedule, never),
+        of_class,
+        of_growth,
+        of_before,
+        *rates,
+        float(rows.tied),
+        *_laws(of_class, of_growth, of_before, float(rows.tied), rates),
+        fading,
+        # Less is left to come where the second moment soon forgets how strong the push was.
+        usual_fading,
+        usual_fading * span,
+        usual_fading * memory,
+    ]
+    return _stacked(columns, len(angle)), angle
+
+
+def starting_features(rows: Rows, asked: Asked, schedule: Schedule) -> tuple[Floats, Floats]:
+    """Numbers of a run that has not begun: what the data will ask, how long the rows are, the rates to come.
+
+    Args:
+        rows: what does not change.
+        asked: with a count beforehand; only that is looked at.
+        schedule: before step 1, of an optimizer whose steps have a known size (not ``sgd``).
+
+    Returns:
+        (V, F) float32, and the (V,) float32 logarithm of the largest angle that quantiles are relative to: that of a
+        row whose every element moves by the learning rate, one way, in every step.
+    """
+    assert asked.prior is not None
+    largest = _log(schedule.sum_left * math.sqrt(rows.width) / np.maximum(rows.norm.numpy(), 1e-12))
+    counts = asked.prior.numpy()
+    spread = math.log(schedule.square_left * schedule.total / schedule.sum_left**2)
+    columns = [
+        largest,
+        _relative_size(rows),
+        counts == 0,
+        np.log1p(10 * targets_to_come(asked, schedule)),
+        spread,
+        _memory(schedule, schedule.total),
+        float(rows.tied),
+    ]
+    return _stacked(columns, len(largest)), largest
+
+
+def _growth(before: Past, after: Past) -> Floats:
+    """The power of the summed rates that a row's angle went with in between: 1 in proportion, 0.5 a random walk."""
+    span = max(math.log(after.rate_sum / before.rate_sum), 0.1)
+    found: Floats = np.clip((_log(after.angle) - _log(before.angle)) / span, -1, 3)
+    return found
+
+
+def _asked(asked: Asked, schedule: Schedule, never: npt.NDArray[np.bool_]) -> list[npt.ArrayLike]:
+    """Targets so far and to come, and what the gradient did, beside that of rows that never were a target."""
+    targets, step = asked.targets.numpy(), schedule.step
+    samples = max(asked.push_samples, 1)
+    push = _log(asked.push.numpy() / samples, 1e-12)
+    usual = float(np.median(push[never])) if never.any() else 0.0
+    pull = _log(asked.pull.numpy() / np.maximum(targets, 1), 1e-12)
+    drawn = asked.input_only.numpy()
+    last = asked.last_target.numpy()
+    return [
+        targets == 0,
+        np.log1p(targets),
+        np.log1p(10 * targets_to_come(asked, schedule)),
+        0.0 if asked.prior is None else asked.prior.numpy() == 0,
+        asked.prior is not None,
+        np.where(last < 0, 1.0, (step - last) / max(step, 1)),
+        np.clip(np.nan_to_num(push - usual), -8, 8) / 2,
+        np.where(targets > 0, np.clip(np.nan_to_num(pull - usual), -8, 8) / 2, 0.0),
+        np.where(drawn > 0, np.clip(np.nan_to_num(_log(drawn / samples, 1e-12) - usual), -8, 8) / 2, 0.0),
+        0.3 * np.log1p(asked.inputs.numpy()),
+    ]
+
+
+def _fading(half: Past, asked: Asked, never: npt.NDArray[np.bool_]) -> tuple[Floats, float]:
+    """Logarithm of a row's push since about half the summed rates over its push before: what pushes it dies out.
+
+    Returns:
+        (V,) float32 beside the median of rows that never were a target, and that median; 0 where it is unknown.
+    """
+    since = asked.push_samples - half.push_samples
+    with np.errstate(all="ignore"):
+        late, early = (asked.push.numpy() - half.push) / since, half.push / half.push_samples
+        ratio = np.log(late / early)
+    ratio = np.where(np.isfinite(ratio), ratio, np.nan)
+    known = ratio[never & np.isfinite(ratio)]
+    usual = float(np.clip(np.median(known), -3, 3)) if len(known) else 0.0
+    found: Floats = np.clip(np.nan_to_num(ratio - usual), -3, 3).astype(np.float32)
+    return found, usual
+
+
+def targets_to_come(asked: Asked, schedule: Schedule) -> npt.NDArray[np.float64]:
+    """Expected targets of each row in the rest of the run, by its share of the targets counted beforehand.
+
+    Without a count beforehand, by its share of those so far: 0 for a row that never was one.
+
+    Returns:
+        (V,) float64 >= 0.
+    """
+    targets = asked.targets.numpy().astype(np.float64)
+    left = schedule.total - schedule.step
+    if asked.prior is None:
+        return targets * left / max(schedule.step, 1)
+    prior = asked.prior.numpy().astype(np.float64)
+    whole = prior * (asked.per_step * schedule.total / max(prior.sum(), 1))
+    if np.isnan(asked.per_step):
+        # One pass over what was counted.
+        whole = prior
+    # In whole passes over the data, what has been asked will not be asked again.
+    found: npt.NDArray[np.float64]
+    found = np.maximum(whole - targets, 0.0) if asked.complete else whole * left / schedule.total
+    return found
+
+
+def _rates(schedule: Schedule) -> list[float]:
+    """Rates to come against those so far, and how far the second moment reaches."""
+    past, left = schedule.sum_past, schedule.sum_left
+    # Mean rates, weighted by themselves: a step twice as long counts twice.
+    usual, coming = schedule.square_past / past, schedule.square_left / left if left > 0 else 0.0
+    return [
+        math.log((past + left) / past),
+        math.log(max(coming / usual, 1e-3)),
+        math.log(schedule.total / schedule.step),
+        _memory(schedule, schedule.step),
+    ]
+
+
+def _laws(moved: Floats, growth: Floats, before: Floats, tied: float, rates: list[float]) -> list[npt.ArrayLike]:
+    """What simple laws of growth would add, for the networks to weigh: products that they need not learn.
+
+    The first is one power of the summed rates that goes on; the others say what may bend it. How far rows went for
+    their rates is not among them: it tells one optimizer from another, and misleads on one that was never fitted on.
+    """
+    span, coming, _, memory = rates
+    growth, before = np.clip(growth, -0.5, 2), np.clip(before, -0.5, 2)
+    return [
+        growth * span,
+        before * span,
+        coming * span,
+        memory * span,
+        tied * span,
+        moved * span,
+        growth * coming,
+    ]
+
+
+def _memory(schedule: Schedule, steps: int) -> float:
+    if schedule.optimizer == "sgd":
+        return 0.0
+    return 0.3 * min(max(math.log(schedule.memory / max(steps, 1)), -7.0), 7.0)
+
+
+def _relative_size(rows: Rows) -> Floats:
+    """Logarithm of a baseline row's length over the median length."""
+    found: Floats = _log(rows.norm.numpy(), 1e-12) - _usual_length(rows)
+    return found
+
+
+def _usual_length(rows: Rows) -> np.float32:
+    """Logarithm of the median length of the live baseline rows, of all where none is live."""
+    length, live = _log(rows.norm.numpy(), 1e-12), rows.live.numpy()
+    usual: np.float32 = np.median(length[live] if live.any() else length)
+    return usual
+
+
+def _medians(values: Floats, parts: npt.NDArray[np.integer], chosen: npt.NDArray[np.bool_], least: int) -> Floats:
+    """(V,) the median of a row's part, over the chosen rows; of all the chosen where the part has too few."""
+    usable = chosen & np.isfinite(values)
+    everywhere = np.median(values[usable]) if usable.any() else 0.0
+    found = np.full(len(values), everywhere, dtype=np.float32)
+    for part in np.unique(parts):
+        of_part = parts == part
+        inside = values[of_part & usable]
+        if len(inside) >= least:
+            found[of_part] = np.median(inside)
+    return found
+
+
+def _log(values: npt.ArrayLike, smallest: float = SMALLEST_ANGLE) -> Floats:
+    found: Floats = np.log(np.maximum(np.asarray(values, dtype=np.float32), np.float32(smallest)))
+    return found
+
+
+def _stacked(columns: list[npt.ArrayLike], rows: int) -> Floats:
+    table = np.empty((rows, len(columns)), dtype=np.float32)
+    for place, column in enumerate(columns):
+        table[:, place] = column
+    return table

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from vocabguard.measure.confusion import (
+from vocabguard.measure.drift import measure_drift, summarise
+from vocabguard.measure.exposure import add_counts, exposure_classes, targets_of
+from vocabguard.measure.languages import (
     LANGUAGES,
     ConfusionCounts,
     confusion_matrix,
@@ -16,10 +18,8 @@ from vocabguard.measure.confusion import (
     scripts_of,
     summarise_confusion,
 )
-from vocabguard.measure.drift import measure_drift, summarise
-from vocabguard.measure.exposure import add_counts, exposure_classes, targets_of
 from vocabguard.results import EXPOSURE_CLASSES, RowDrift
-from vocabguard.snapshot import CopiedBaseline
+from vocabguard.rows.baselines import CopiedBaseline
 
 _MEASURED, _FLAGS = ("cosine", "residual", "l2", "norm_ratio"), ("bad", "zero")
 
@@ -151,7 +151,7 @@ class TokenDrift(Metric):
 class LanguageConfusion(Metric):
     """Whether answers are in the language that was asked for, by the scripts of their letters.
 
-    What counts, and where the rates depart from the published ones, is said in `vocabguard.measure.confusion`. The
+    What counts, and where the rates depart from the published ones, is said in `vocabguard.measure.languages`. The
     states ``counts`` and ``into`` are those of `ConfusionCounts`; they are added up over processes.
 
     Args:

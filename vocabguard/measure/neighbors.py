@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vocabguard.measure.rowwise import Rows
-from vocabguard.snapshot import Baseline
-from vocabguard.vocabulary import VocabTable
+from vocabguard.measure.kernels import Rows
+from vocabguard.rows.baselines import Baseline
+from vocabguard.vocabulary.table import VocabTable
 
 # Elements of a chunk in float32: 4 MiB, which stay in the cache between conversion, norm and product.
 _CHUNK = 2**20
@@ -137,7 +137,7 @@ def intruders(table: VocabTable, ids: Tensor, near: Tensor) -> Tensor:
         (n, k) bool.
 
     Example:
-        >>> from vocabguard.vocabulary import GROUPS, plain_table
+        >>> from vocabguard.vocabulary.table import GROUPS, plain_table
         >>> from dataclasses import replace
         >>> group = torch.tensor([GROUPS.index(name) for name in ("ja", "ja", "latin", "code", "control")])
         >>> table = replace(plain_table(5), group=group.to(torch.uint8), names=GROUPS)

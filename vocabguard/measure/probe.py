@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vocabguard.models import core_of, has_head, is_encoder_decoder, looks_ahead, parameters_of, text_config_of
 from vocabguard.results import NotApplicable, ProbeResult
+from vocabguard.rows.models import core_of, has_head, is_encoder_decoder, looks_ahead, parameters_of, text_config_of
 
 _LOGITS_AT_ONCE = 2**25
 _LOGITS_IN_FLOAT = 2**22

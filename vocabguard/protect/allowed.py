@@ -9,7 +9,7 @@ import regex
 import torch
 from torch import Tensor
 
-from vocabguard.vocabulary import VocabTable, resolve_token
+from vocabguard.vocabulary.table import VocabTable, resolve_token
 
 PATTERN = "re:"
 """Prefix of an exclusion that is a regular expression."""

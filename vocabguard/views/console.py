@@ -14,9 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from vocabguard.results import EXPOSURE_CLASSES, CheckResult, Finding, NotApplicable, TokenReport, Watch
-from vocabguard.transitions import Transition
-from vocabguard.views.wording import (
+from vocabguard.results import EXPOSURE_CLASSES, CheckResult, Finding, NotApplicable, TokenReport, Transition, Watch
+from vocabguard.text import (
     WORST_COLUMNS,
     ReportRow,
     large_groups,
@@ -31,7 +30,7 @@ from vocabguard.views.wording import (
 )
 
 if TYPE_CHECKING:
-    from vocabguard.vocabulary import VocabTable
+    from vocabguard.vocabulary.table import VocabTable
 
 _LABEL = "vocabguard"
 _GAP = 2

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vocabguard.measure.body import HeadOrBody
-from vocabguard.measure.confusion import ConfusionCounts, confusion_matrix, summarise_confusion
+from vocabguard.measure.languages import ConfusionCounts, confusion_matrix, summarise_confusion
+from vocabguard.measure.localize import HeadOrBody
 from vocabguard.measure.neighbors import NearestRows, Neighborhoods, intruders
 from vocabguard.results import Finding, MatrixName
-from vocabguard.views.wording import escape_markdown, number, percent, visible
-from vocabguard.vocabulary import VocabTable
+from vocabguard.text import escape_markdown, number, percent, visible
+from vocabguard.vocabulary.table import VocabTable
 
 _PREFIX = "vocabguard/confusion/"
 _NAMED = 4

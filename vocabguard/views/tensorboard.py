@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from vocabguard.alerts.sinks import transition_markdown
-from vocabguard.results import CheckResult, Finding, RowDrift, Watch
-from vocabguard.transitions import Transition
-from vocabguard.views.wording import escape_markdown, large_groups, preflight_sentences, watch_sentences, worst_markdown
+from vocabguard.alerts.notify import transition_markdown
+from vocabguard.results import CheckResult, Finding, RowDrift, Transition, Watch
+from vocabguard.text import escape_markdown, large_groups, preflight_sentences, watch_sentences, worst_markdown
 
 if TYPE_CHECKING:
-    from vocabguard.vocabulary import VocabTable
+    from vocabguard.vocabulary.table import VocabTable
 
 ALERTS_SHOWN = 100
 """Newest alert changes kept in the text of ``vocabguard/alert_log``."""

@@ -1,0 +1,183 @@
+"""What alerts tell a person: sentences against numbers counted by hand."""
+
+import dataclasses
+import json
+
+import pytest
+
+from vocabguard.alerts.text import ECHO_TARGETS, Scene, story_of
+from vocabguard.config import load_config
+from vocabguard.files import plain
+from vocabguard.results import Transition
+
+SCALARS = {
+    "head/below_0.95": 0.05,
+    "head/ja/below_0.95": 0.4,
+    "head/ko/below_0.95": 0.125,
+    "head/tiny/below_0.95": 1.0,
+    "head/never/below_0.95": 0.9,
+    "head/ja/cosine_mean": 0.91,
+    "head/latin/cosine_mean": 0.99,
+    "probe/retained": 0.8,
+    "probe/ja/retained": 0.25,
+    "probe/latin/retained": 1.0,
+    "forecast/below_0.95": 0.2,
+    "forecast/ja/below_0.95": 0.9,
+    "forecast/ko/below_0.95": 0.25,
+    "echo/targets_per_live_token": 0.4,
+}
+SCENE = Scene(
+    scalars={f"vocabguard/{key}": value for key, value in SCALARS.items()},
+    live=2000,
+    rows={"ja": 100, "ko": 80, "latin": 1815, "tiny": 5, "never": 600, "1-4": 400, "5-19": 500, "20+": 500},
+    unasked={"ja": 90, "ko": 40, "latin": 470, "tiny": 0, "never": 600, "1-4": 0, "5-19": 0, "20+": 0},
+    targets=10_000,
+    total=1000,
+)
+NO_FORECAST = dataclasses.replace(SCENE, scalars={k: v for k, v in SCENE.scalars.items() if "forecast" not in k})
+
+
+def change(metric, value=0.05, parts=None, step=200, since=120):
+    parts = parts or {}
+    return Transition(
+        "rule", "firing", "warning", f"vocabguard/{metric}", value, step, "It is bad.", since, parts=parts
+    )
+
+
+def test_degraded_rows():
+    story = story_of(change("head/below_0.95"), SCENE, ["語", "␣그"])
+    assert story.what == (
+        "100 of 2,000 live output rows (5.0 %) have turned away from the base model's: cosine below 0.95."
+    )
+    # Too few rows are no group to be named; exposure classes are none.
+    assert story.where == "Most in ja 40 of 100 rows (40.0 %), ko 10 of 80 rows (12.5 %)."
+    assert (story.rows, story.share, story.tokens) == (100, 0.05, ("語", "␣그"))
+    assert story.since == "Since step 120, 80 steps ago."
+    assert story.outlook == (
+        "If nothing is done, 400 of 2,000 live output rows (20.0 %) will be below 0.95 at the end (step 1,000); ja 90 "
+        "of 100 rows (90.0 %), ko 20 of 80 rows (25.0 %)."
+    )
+    # 1.45 x 2,000; the data will have 10,000 / 200 x 1,000 targets.
+    assert story.advice == (
+        'echo and hold: config="protect" adds 2,900 targets over the run, 5.8 % of the data\'s own.',
+        "data with ja, ko: 130 of their 180 tokens have not been a target so far.",
+    )
+    assert story.lines == (
+        story.what, story.where, "Worst: 語  ␣그", story.since, story.outlook,
+        *(f"To do: {one}" for one in story.advice),
+    )  # fmt: skip
+
+
+def test_what_echo_costs_is_that_of_the_preset():
+    assert load_config("protect").echo.targets_per_live_token == ECHO_TARGETS
+
+
+def test_groups():
+    parts = {"ja": 0.4, "ko": 0.125}
+    story = story_of(change("head/*/below_0.95", 0.4, parts), SCENE)
+    assert story.what.startswith("50 of 180 live output rows in ja, ko (27.8 %) have turned away")
+    assert story.where == "In ja 40 of 100 rows (40.0 %), ko 10 of 80 rows (12.5 %)."
+    assert (story.rows, story.share) == (50, 50 / 180)
+    assert story.outlook.endswith("; ja 90 of 100 rows (90.0 %), ko 20 of 80 rows (25.0 %).")
+    one = story_of(change("embedding/ja/below_0.90", 0.4), SCENE)
+    assert one.what == (
+        "40 of 100 live input embedding rows in ja (40.0 %) have turned away from the base model's: cosine below 0.90."
+    )
+    assert one.where == story_of(change("head/*/below_0.95", 0.4, {"ja": 0.4}), SCENE).where == ""
+
+
+def test_a_forecast():
+    story = story_of(change("forecast/below_0.95", 0.2), SCENE)
+    assert story.what == (
+        "400 of 2,000 live output rows (20.0 %) will be below cosine 0.95 to the base model's at the end (step 1,000)."
+    )
+    assert story.where == "Most in ja 90 of 100 rows (90.0 %), ko 20 of 80 rows (25.0 %)."
+    assert story.outlook == ""
+    assert story.advice[-1].startswith("data with ja, ko: 130 of their 180 tokens")
+    assert story_of(change("forecast/cosine_mean", 0.97), SCENE).what == (
+        "The live output rows will end on average at cosine 0.9700 to the base model's."
+    )
+
+
+OTHER = [
+    ("head/cosine_mean", 0.94, {}, "The live output rows are on average at cosine 0.9400 to the base model's.",
+     "Lowest in ja 0.9100, latin 0.9900."),
+    ("head/*/residual_p01", 0.8, {"ja": 0.8}, "The live output rows in ja are beyond the shift that all rows share, in "
+     "their worst hundredth at cosine 0.8000 to the base model's.", "Lowest in ja 0.8000."),
+    ("head/nonfinite_rows", 3.0, {}, "3 live output rows hold NaN or infinity.", ""),
+    ("exposure/never", 0.3, {}, "600 of 2,000 live tokens (30.0 %): never a target so far.", ""),
+    ("exposure/targets", 0.0, {}, "The data's targets counted so far stay at 0 from check to check: the guard sees no "
+     "labels.", ""),
+    ("probe/retained", 0.8, {}, "20.0 % of the probed tokens that the base could repeat are forgotten.",
+     "Forgotten most in ja 75.0 %."),
+    ("probe/*/retained", 0.25, {"ja": 0.25}, "75.0 % of the probed tokens in ja that the base could repeat are "
+     "forgotten.", "Forgotten most in ja 75.0 %."),
+    ("probe/watch", 0.5, {}, "50.0 % of the watched tokens that the base could repeat are forgotten.",
+     "Forgotten most in ja 75.0 %."),
+    ("confusion/*", 0.47, {"ja": 0.47, "ko": 0.1}, "47.0 % of answers have letters of a script that is foreign to "
+     "their language, worst in ja.", "In ja 47.0 %, ko 10.0 %."),
+    ("confusion/foreign", 0.2, {}, "20.0 % of answers have letters of a script that is foreign to their language.", ""),
+    ("confusion/line_pass", 0.6, {}, "60.0 % of answers keep to their language in every line.", ""),
+    ("loss/data", 4.0, {}, "", ""),
+    ("overhead", 0.2, {}, "", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("metric", "value", "parts", "what", "where"), OTHER)
+def test_other_kinds(metric, value, parts, what, where):
+    story = story_of(change(metric, value, parts), SCENE)
+    assert (story.what, story.where) == (what, where)
+    assert (story.rows is None) == (not metric.startswith(("head/nonfinite", "exposure/never")))
+
+
+def test_what_to_do_where_it_is_not_about_drift():
+    [broken] = story_of(change("head/nonfinite_rows", 3.0), SCENE).advice
+    assert "go on from a checkpoint before step 120" in broken
+    [silent] = story_of(change("exposure/targets", 0.0), SCENE).advice
+    assert "targets=" in silent
+    assert "hidden_labels=True" in silent
+    [answers] = story_of(change("confusion/*", 0.47, {"ja": 0.47}), SCENE).advice
+    assert answers == "see in confusion.jsonl which scripts get in, and clean the data in ja of such mixtures."
+    assert story_of(change("loss/data", 3.0), SCENE).advice == ()
+
+
+@pytest.mark.parametrize(
+    ("echo", "hold", "said", "unsaid"),
+    [
+        ("absent", "absent", ["echo and hold: config"], ["stops the drift"]),
+        (
+            "armed",
+            "armed",
+            ['guard.switch("echo", True)', 'guard.switch("hold", True) stops the drift of 600 rows'],
+            [],
+        ),
+        ("on", "absent", ["echo is on, 0.40 targets a live token", 'hold: config="protect" stops'], ["adds"]),
+        ("on", "on", ["echo is on"], ["hold"]),
+        ("absent", "on", ["echo: config"], ["hold"]),
+    ],
+)
+def test_what_to_do_goes_by_what_is_on(echo, hold, said, unsaid):
+    story = story_of(change("head/below_0.95"), dataclasses.replace(SCENE, echo=echo, hold=hold))
+    advice = " ".join(story.advice)
+    assert all(one in advice for one in said)
+    assert not any(one in advice for one in unsaid)
+    assert ("If nothing more is done" in story.outlook) == ("on" in (echo, hold))
+
+
+def test_data_is_named_for_the_groups_that_were_forgotten():
+    assert story_of(change("probe/retained", 0.8), SCENE).advice[-1] == (
+        "data with ja: 90 of their 100 tokens have not been a target so far."
+    )
+
+
+def test_what_is_not_known_is_not_said():
+    assert story_of(change("head/below_0.95"), NO_FORECAST).outlook == ""
+    assert story_of(change("head/below_0.95", step=1000), SCENE).outlook == ""
+    bare = Scene({}, 2000)
+    story = story_of(change("head/below_0.95", step=0, since=0), bare)
+    assert (story.where, story.outlook, story.since) == ("", "", "Since this check, at step 0.")
+    assert story.advice == ('echo and hold: config="protect" adds 2,900 targets over the run.',)
+    costly = story_of(change("head/below_0.95"), dataclasses.replace(SCENE, targets=100))
+    assert costly.advice[0].endswith("more than the data's own: echo.dose_limit adds fewer.")
+    assert story_of(change("head/below_0.95", float("nan")), SCENE).rows == 0
+    json.dumps(plain(story), allow_nan=False)

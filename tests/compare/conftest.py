@@ -1,0 +1,3 @@
+from checkpoint_kit import kit, tokenizer
+
+__all__ = ["kit", "tokenizer"]

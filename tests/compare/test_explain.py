@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import checkpoint_kit
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from vocabguard.compare.explain import (
+    LOST,
+    Emission,
+    Pair,
+    RowFacts,
+    contexts_for,
+    cut_of,
+    emissions,
+    judge,
+    load_model,
+    neighbours,
+    row_facts,
+    story,
+    swapped,
+)
+from vocabguard.compare.scan import Scan, scan
+from vocabguard.measure.probe import probe
+from vocabguard.results import NotApplicable
+from vocabguard.rows.checkpoints import open_checkpoint
+
+TURNED = 3497
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded base whose output row of one token was turned away, and one input row scaled."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        head = tensors["lm_head.weight"]
+        head[TURNED] = 0.3 * head[TURNED] + 0.2 * torch.randn(128, generator=generator)
+        tensors["model.embed_tokens.weight"][20] *= 2
+
+    folder: Path = checkpoint_kit.assets_with(tmp_path_factory.mktemp("explain") / "tuned", change)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(tuned: Path, tokenizer: Any) -> Scan:
+    base = open_checkpoint(Path(__file__).parents[2] / "examples" / "assets")
+    return scan(base, open_checkpoint(tuned), tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def pair(found: Scan) -> Pair:
+    return Pair.of(found, (load_model(found.base.path), load_model(found.tuned.path)))
+
+
+def weight(path: Path, name: str) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(path)
+    found: Tensor = getattr(model, f"get_{'output' if name == 'head' else 'input'}_embeddings")().weight.detach()
+    return found
+
+
+@pytest.mark.parametrize("token", [TURNED, 20, 5000])
+def test_row_in_numbers_against_naive(found: Scan, pair: Pair, kit: Any, token: int) -> None:
+    facts = row_facts(found, "head", pair.base["head"], token)
+    assert isinstance(facts, RowFacts)
+    base, now = (weight(path, "head") for path in (found.base.path, found.tuned.path))
+    cosine, live = checkpoint_kit.naive_cosine(now, base), found.live
+    assert facts.cosine == pytest.approx(float(cosine[token]), abs=1e-6)
+    if token == TURNED:
+        assert facts.cosine_rank == 0
+        assert facts.l2_rank == 0
+    assert facts.norm_ratio == pytest.approx(float(now[token].norm() / base[token].norm()), rel=1e-5)
+    smaller = (base[live].double().norm(dim=1) < base[token].double().norm()).double().mean()
+    assert facts.base_norm_quantile == pytest.approx(float(smaller), abs=2e-4)
+    assert facts.live == 8014
+
+
+def test_neighbours_against_naive(found: Scan, pair: Pair) -> None:
+    rows = pair.base["head"]
+    assert not isinstance(rows, NotApplicable)
+    near = neighbours(rows, found, TURNED, 12)
+    base = weight(found.base.path, "head").double()
+    cosine = torch.nn.functional.cosine_similarity(base, base[TURNED][None])
+    cosine[TURNED], cosine[found.table.padded] = -2, -2
+    assert [one.id for one in near] == cosine.topk(12).indices.tolist()
+    assert [one.cosine for one in near] == pytest.approx(cosine.topk(12).values.tolist(), abs=1e-6)
+    for one in near:
+        other, own = found.table.group_of(one.id), found.table.group_of(TURNED)
+        assert one.intruder is (other != own and other not in ("digits_punctuation", "code"))
+
+
+def test_a_control_token_is_an_intruder(found: Scan) -> None:
+    rows = torch.randn(8192, 4, generator=torch.Generator().manual_seed(0))
+    rows[3] = rows[TURNED]
+    from vocabguard.rows.baselines import CopiedBaseline
+
+    first = neighbours(CopiedBaseline(rows), found, TURNED, 1)[0]
+    assert (first.id, first.category, first.intruder) == (3, "control", True)
+
+
+def test_emission_is_the_probe_s(found: Scan, pair: Pair, tokenizer: Any) -> None:
+    contexts = contexts_for(tokenizer)
+    assert pair.tuned_model is not None
+    told = emissions(pair.tuned_model, found, [TURNED, 5000], contexts)
+    live = found.live.nonzero().flatten()
+    ids = torch.unique(torch.cat([torch.tensor([TURNED, 5000]), live[torch.linspace(0, len(live) - 1, 64).long()]]))
+    naive = probe(pair.tuned_model, ids, contexts, seed=0, batch_tokens=512)
+    for token in (TURNED, 5000):
+        row = ids.tolist().index(token)
+        assert told[token].contexts == pytest.approx(float(naive.emitted[row].float().mean()))
+        assert told[token].probability == pytest.approx(float(naive.probability[row].mean()), abs=1e-5)
+    assert told[TURNED].instead is not None
+
+
+def test_swap_is_undone(pair: Pair) -> None:
+    model = pair.tuned_model
+    assert model is not None
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError), swapped(model, "head", 5, torch.ones(128)):  # noqa: PT012
+        assert torch.equal(model.get_output_embeddings().weight[5], torch.ones(128))  # type: ignore[operator]
+        raise RuntimeError
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_story_of_a_token_lost_in_the_head(pair: Pair, tokenizer: Any) -> None:
+    told = story(pair, tokenizer, TURNED, contexts_for(tokenizer))
+    json.dumps(told)
+    assert told["kind"] == "lost_in_head"
+    assert told["emission"]["then"]["said"]
+    assert not told["emission"]["now"]["said"]
+    assert told["emission"]["head_row_back"]["said"]
+    assert told["cut"]["one_id"]
+    assert told["trained"]["trained"]
+    assert 0 <= told["trained"]["input_norm_quantile"] <= 1
+    assert len(told["neighbours"]["then"]) == len(told["neighbours"]["now"]) == 8
+
+
+def test_story_of_a_token_that_is_fine(pair: Pair, tokenizer: Any) -> None:
+    told = story(pair, tokenizer, 5000, contexts_for(tokenizer))
+    assert told["kind"] == "fine"
+    assert told["emission"].keys() == {"then", "now"}
+
+
+def test_cut_of_a_token_that_text_does_not_give(tokenizer: Any) -> None:
+    assert not cut_of(tokenizer, tokenizer.decode([5000]) * 3, 5000)["round_trip"]
+
+
+def test_every_diagnosis(found: Scan) -> None:
+    facts = {"cosine_rank": 0, "residual": 1.0, "l2": 0.0, "l2_rank": 0, "norm_ratio": 1.0, "base_norm": 1.0}
+    rest = {"base_norm_quantile": 0.5, "live": 9}
+
+    def of(cosine: float, token: int = 5000, **asked: bool) -> str:
+        row = RowFacts(cosine=cosine, **facts, **rest)  # type: ignore[arg-type]
+        emission = {key: Emission(said, 0.0, 0.0, None) for key, said in asked.items()}
+        return judge(found, token, {"head": row, "embedding": row}, emission)
+
+    assert of(0.99) == "kept"
+    assert of(0.5) == "drifted"
+    assert of(0.99, then=True, now=True) == "fine"
+    assert of(0.5, then=True, now=True) == "said_but_drifted"
+    assert of(0.5, then=False, now=False) == "never_said"
+    assert of(0.5, then=True, now=False, head_row_back=True) == "lost_in_head"
+    assert of(0.5, then=True, now=False, head_row_back=False, both_rows_back=True) == "lost_in_rows"
+    assert of(0.5, then=True, now=False, head_row_back=False, both_rows_back=False) == "lost_in_body"
+    assert of(0.5, token=3) == "not_live"
+    assert of(0.5, token=8191) == "not_live"
+    assert of(0.5, token=int((~found.table.trained).nonzero()[0])) == "never_trained"
+    assert {"lost_in_head", "drifted"} <= LOST
+
+
+def test_models_that_cannot_be_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(tmp_path)

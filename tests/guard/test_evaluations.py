@@ -1,0 +1,171 @@
+"""Neighbours and head-or-body in a run: when they are looked at, what they say, and that they stand down alone."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from vocabguard import RunLog, VocabGuard
+from vocabguard.guard import evaluations as extras
+from vocabguard.measure.neighbors import nearest_rows
+from vocabguard.rows.baselines import CopiedBaseline
+
+PROBE: dict[str, Any] = {"sample": 64, "contexts": {"one": {"text": "Repeat exactly: {tokens}", "k": 8}}}
+
+
+def base_model(kit: Any) -> Any:
+    """The example's base, its head untied."""
+    model = AutoModelForCausalLM.from_pretrained(kit.ASSETS).float()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+def guarded(kit: Any, tokenizer: Any, model: Any, folder: Path, **options: Any) -> VocabGuard:
+    settings = {"preflight": {"enabled": False}, "exposure": {"enabled": False}, "drift": {"every_n_steps": 1}}
+    guard = VocabGuard(tokenizer=tokenizer, **(settings | kit.QUIET | options))
+    guard.attach(model, total_steps=4, run_dir=folder)
+    return guard
+
+
+@pytest.mark.parametrize(("every", "steps"), [(0, [4]), (1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3, 4])], ids=str)
+def test_neighbors_when_they_are_due(kit: Any, tokenizer: Any, tmp_path: Path, every: int, steps: list[int]) -> None:
+    model = kit.llama(kit.TOKENIZER_ROWS)
+    settings = {"k": 3, "rows": 2, "every_n_checks": every}
+    guard = guarded(kit, tokenizer, model, tmp_path, neighbors=settings, probe={"enabled": False})
+    for step in range(1, 5):
+        with torch.no_grad():
+            model.lm_head.weight[700 + step] *= -1
+        guard.step(step)
+    guard.finish()
+    notes = RunLog.open(guard.run_dir).notes("neighbors")
+    assert [line["step"] for line in notes] == [step for step in steps for _ in range(2)]
+
+
+def test_neighbors_of_worst_and_watched_tokens(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
+    model = base_model(kit)
+    before = model.lm_head.weight.detach().clone()
+    watch = [3884, 1000]
+    guard = guarded(
+        kit, tokenizer, model, tmp_path, neighbors={"k": 5, "rows": 2}, probe=PROBE | {"watch": watch}
+    )  # fmt: skip
+    control = int(guard.checker.watched.table.control.nonzero()[0])
+    with torch.no_grad():
+        model.lm_head.weight[2000] = model.lm_head.weight[control] + 0.01
+        model.lm_head.weight[2001] *= -1
+    guard.step(1)
+    log = guard.finish()
+    lines = log.notes("neighbors")
+    assert {line["id"] for line in lines[:2]} == {2000, 2001}
+    assert [line["id"] for line in lines[2:]] == watch
+    padded = guard.checker.watched.table.padded
+    for line in lines:
+        for key, rows in (("then", before), ("now", model.lm_head.weight.detach())):
+            expected = nearest_rows(CopiedBaseline(rows), torch.tensor([line["id"]]), 5, padded)
+            assert [one["id"] for one in line[key]] == expected.ids[0].tolist()
+            assert [one["cosine"] for one in line[key]] == pytest.approx(expected.cosine[0].tolist(), abs=1e-5)
+            assert not any(padded[one["id"]] for one in line[key])
+    moved = next(line for line in lines if line["id"] == 2000)
+    assert (moved["now"][0]["id"], moved["now"][0]["group"], moved["now"][0]["intruder"]) == (control, "control", True)
+    assert lines[-1]["overlap"] > 0.5
+
+
+def test_head_or_body_at_the_end(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
+    model = base_model(kit)
+    guard = guarded(kit, tokenizer, model, tmp_path, probe=PROBE | {"every_n_steps": 1})
+    lost = guard.checker.prober.ids[:20]
+    with torch.no_grad():
+        model.lm_head.weight[lost] *= 0.1
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    guard.step(1)
+    [note] = guard.finish().notes("head_or_body")
+    assert note["step"] == 1
+    assert note["forgotten"] == note["head"] + note["input"] + note["body"] == len(note["ids"])
+    assert note["head"] > 0.9 * note["forgotten"] > 15
+    assert set(note["ids"]) <= set(lost.tolist())
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("how", ["off", "nothing lost", "frozen head", "best weights back"])
+def test_no_head_or_body(kit: Any, tokenizer: Any, tmp_path: Path, how: str) -> None:
+    model = base_model(kit)
+    model.lm_head.requires_grad_(how != "frozen head")
+    guard = guarded(
+        kit, tokenizer, model, tmp_path, probe=PROBE | {"every_n_steps": 1, "head_or_body": how != "off"}
+    )  # fmt: skip
+    if how != "nothing lost":
+        with torch.no_grad():
+            model.lm_head.weight[guard.checker.prober.ids[:20]] *= 0.1
+    guard.step(1)
+    assert (guard.last.scalars["vocabguard/probe/retained"] < 1.0) == (how != "nothing lost")
+    assert guard.finish(check=how != "best weights back").notes("head_or_body") == []
+
+
+def test_neighbors_that_cannot_be_had_are_said_once(
+    kit: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = base_model(kit)
+    for module in (model.get_output_embeddings(), model.get_input_embeddings()):
+        module.weight.requires_grad_(False)
+    guard = guarded(kit, tokenizer, model, tmp_path, neighbors={"k": 3, "every_n_checks": 1}, probe={"enabled": False})
+    with caplog.at_level(logging.WARNING, "vocabguard"):
+        for step in (1, 2, 3):
+            guard.step(step)
+        guard.finish()
+    said = [record.message for record in caplog.records if "neighbors" in record.message]
+    assert len(said) == 1
+    assert said[0].startswith("vocabguard: no neighbors: the embedding is frozen")
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing", "ignore:.*[Tt]ied")
+def test_rows_that_an_adapter_makes(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(base_model(kit), peft.LoraConfig(r=8, target_modules=["lm_head", "embed_tokens"]))
+    near = {"k": 4, "rows": 3}
+    guard = guarded(kit, tokenizer, model, tmp_path, probe=PROBE | {"every_n_steps": 1}, neighbors=near)
+    before = model.lm_head.weight.detach().clone()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.lm_head.lora_B["default"].weight.normal_(std=1.0)
+    guard.step(1)
+    log = guard.finish()
+    now = before + model.lm_head.get_delta_weight("default").detach()
+    padded = guard.checker.watched.table.padded
+    lines = log.notes("neighbors")
+    assert [line["id"] for line in lines] == [report.id for report in guard.last.worst[:3]]
+    for line in lines:
+        for key, rows in (("then", before), ("now", now)):
+            expected = nearest_rows(CopiedBaseline(rows), torch.tensor([line["id"]]), 4, padded)
+            assert [one["id"] for one in line[key]] == expected.ids[0].tolist()
+    [note] = log.notes("head_or_body")
+    assert note["forgotten"] == note["head"] + note["input"] + note["body"] > 10
+    assert note["input"] == 0, "the input rows have not moved"
+
+
+def test_a_fault_in_one_part_leaves_the_others(
+    kit: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("too much")
+
+    monkeypatch.setattr(extras, "compare_neighbors", fail)
+    model = base_model(kit)
+    near = {"k": 3, "every_n_checks": 1}
+    guard = guarded(
+        kit, tokenizer, model, tmp_path, probe=PROBE | {"every_n_steps": 1}, neighbors=near, on_error="warn"
+    )  # fmt: skip
+    with torch.no_grad():
+        model.lm_head.weight[guard.checker.prober.ids[:20]] *= 0.1
+    with caplog.at_level(logging.WARNING, "vocabguard"):
+        for step in (1, 2, 3):
+            guard.step(step)
+        log = guard.finish()
+    said = [record.message for record in caplog.records if "stands down" in record.message]
+    assert said == ["vocabguard: neighbors stands down, the guard goes on: MemoryError: too much"]
+    assert log.notes("neighbors") == []
+    assert len(log.notes("head_or_body")) == 1
+    assert [check["step"] for check in log.checks()] == [0, 1, 2, 3]

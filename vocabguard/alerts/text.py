@@ -1,0 +1,525 @@
+"""What an alert means, for someone who has not read the manual: pure functions from a transition to sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vocabguard.alerts.rules import ABSENT, PREFIX, UNCHANGED, AlertRule, part_of, short_key, values_by_part
+from vocabguard.alerts.states import WHOLE, News, RuleState, Standing
+from vocabguard.results import EXPOSURE_CLASSES, AlertStory, Transition
+from vocabguard.text import LARGE_GROUP, number, percent
+
+GROUPS_NAMED = 6
+"""Parts that a sentence names; more are counted."""
+
+_OVER_WORDS = {">": "over", ">=": "at or over", "<": "under", "<=": "at or under"}
+_SAFE_WORDS = {">": "at or under", ">=": "under", "<": "at or over", "<=": "over"}
+
+
+def message_of(
+    rule: AlertRule,
+    news: News,
+    standing: tuple[Standing, Standing],
+    values: Mapping[str, float],
+    rows: Mapping[str, int],
+) -> str:
+    """What has happened, in one sentence.
+
+    Args:
+        rule: the rule.
+        news: what there is to tell.
+        standing: before and after.
+        values: of the parts that were measured.
+        rows: live rows of each script group, where known.
+    """
+    before, after = standing
+    head = f"{rule.name} ({rule.level})"
+    if news == "resolves":
+        trouble = f"after trouble since step {before.since}."
+        if rule.by_part:
+            return f"{head} has resolved: {rule.short} {_limit(rule)} in no {_noun(rule)} any more, {trouble}"
+        return f"{head} has resolved: {_back(rule, before.parts[WHOLE], values.get(WHOLE, math.nan))}, {trouble}"
+    goes_on = " goes on" if news == "again" else ""
+    since = f"since step {after.since}."
+    if not rule.by_part:
+        state = before.parts.get(WHOLE, RuleState())
+        return f"{head}{goes_on}: {_trouble(rule, state, values.get(WHOLE, math.nan))}, {since}"
+    return f"{head}{goes_on}: {_parts(rule, news, (before, after), values, rows)}, {since}"
+
+
+def worst_first(rule: AlertRule, names: tuple[str, ...], values: Mapping[str, float]) -> dict[str, float]:
+    """Values of some parts, the worst first; NaN, for a part that was not measured, last."""
+    found = {name: values.get(name, math.nan) for name in names}
+    sign = -1.0 if rule.upward else 1.0
+    return dict(sorted(found.items(), key=lambda item: (math.isnan(item[1]), sign * item[1], item[0])))
+
+
+def _parts(
+    rule: AlertRule,
+    news: News,
+    standing: tuple[Standing, Standing],
+    values: Mapping[str, float],
+    rows: Mapping[str, int],
+) -> str:
+    before, after = standing
+    firing = worst_first(rule, after.firing, values)
+    joined = set(after.firing) - set(before.told) if news == "again" else set()
+    shown = [_part(rule, name, value, rows) + " (new)" * (name in joined) for name, value in firing.items()]
+    more = f" and {len(shown) - GROUPS_NAMED} more" if len(shown) > GROUPS_NAMED else ""
+    count = f"{len(shown)} {_noun(rule)}{'s' * (len(shown) != 1)}"
+    return f"{rule.short} {_limit(rule)} in {count}: {', '.join(shown[:GROUPS_NAMED])}{more}"
+
+
+def _part(rule: AlertRule, name: str, value: float, rows: Mapping[str, int]) -> str:
+    if math.isnan(value):
+        return name
+    shown = f"{name} {_apart(value, rule.threshold)[0]}"
+    # Only of shares of rows; a probe's or a set of answers' share is of something else.
+    if name in rows and "/below_" in rule.short:
+        count = round(value * rows[name])
+        return f"{shown} ({count:,} row{'s' * (count != 1)})"
+    return shown
+
+
+def _noun(rule: AlertRule) -> str:
+    return "language" if rule.at_evaluations else "group"
+
+
+def _limit(rule: AlertRule) -> str:
+    """What a part that fires does, as a verb and what follows it."""
+    if rule.op in (ABSENT, UNCHANGED):
+        return "is missing" if rule.op == ABSENT else "stays as it is"
+    limit = f"{_OVER_WORDS[rule.op]} {_number(rule.threshold)}"
+    return f"has a {rule.change} {limit} to {_checks(rule.over_checks)} ago" if rule.change else f"is {limit}"
+
+
+def _trouble(rule: AlertRule, before: RuleState, value: float) -> str:
+    """What is wrong, of a rule that is not over parts."""
+    if rule.op == ABSENT:
+        return f"{rule.short} is missing"
+    if rule.op == UNCHANGED:
+        return f"{rule.short} stays at {_short(value)}"
+    if rule.change and before.history and not math.isnan(value):
+        return _change(rule, before, value, f"{_OVER_WORDS[rule.op]} {_number(rule.threshold)}")
+    shown, limit = _apart(value, rule.threshold)
+    return f"{rule.short} is {shown}, {_OVER_WORDS[rule.op]} {limit}"
+
+
+def _back(rule: AlertRule, before: RuleState, value: float) -> str:
+    """What is right again."""
+    if rule.op == ABSENT:
+        return f"{rule.short} is back at {_short(value)}"
+    if rule.op == UNCHANGED:
+        return f"{rule.short} moves again and is {_short(value)}"
+    if rule.resolve_at is None or rule.resolve_at == rule.threshold:
+        bound, words = rule.threshold, _SAFE_WORDS[rule.op]
+    else:
+        bound, words = rule.resolve_at, "at or under" if rule.upward else "at or over"
+    if rule.change and before.history:
+        return _change(rule, before, value, f"{words} {_number(bound)}")
+    shown, limit = _apart(value, bound)
+    return f"{rule.short} is {shown}, {words} {limit}"
+
+
+def _change(rule: AlertRule, before: RuleState, value: float, limit: str) -> str:
+    reading = rule.reading(value, before.history)
+    by = f"{_short(reading)} times" if rule.change == "ratio" else f"by {reading:+.3g}"
+    then = before.history[-min(rule.over_checks, len(before.history))]
+    return f"{rule.short} went from {_short(then)} to {_short(value)} in {_checks(rule.over_checks)}: {by}, {limit}"
+
+
+def _checks(count: int) -> str:
+    return f"{count} check{'s' * (count != 1)}"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value.is_integer() or math.isinf(value) else f"{value:.3g}"
+
+
+def _apart(value: float, limit: float) -> tuple[str, str]:
+    """Both numbers as text, short, but with digits enough that different numbers look different."""
+    if value.is_integer() or math.isinf(value):
+        return f"{value:,.0f}", _number(limit)
+    for digits in range(3, 17):
+        shown = f"{value:.{digits}g}"
+        if (float(shown) < limit) == (value < limit) and (float(shown) > limit) == (value > limit):
+            return shown, _number(limit)
+    return repr(value), _number(limit)
+
+
+def _number(limit: float) -> str:
+    return f"{limit:,.0f}" if float(limit).is_integer() else repr(limit)
+
+
+Switch = Literal["on", "armed", "absent"]
+Kind = Literal["degraded", "at risk", "turned", "broken", "asked", "targets", "forgotten", "confused", "other"]
+
+NAMED = 4
+"""Parts that a sentence names; more are counted."""
+
+COSINES = {
+    "cosine_mean": "on average at cosine {} to the base model's",
+    "cosine_min": "down to cosine {} to the base model's",
+    "cosine_p01": "in their worst hundredth at cosine {} to the base model's or below",
+    "residual_p01": "beyond the shift that all rows share, in their worst hundredth at cosine {} to the base model's",
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is known of the run when an alert has news.
+
+    Attributes:
+        scalars: logged keys and values of the check, or of the last one.
+        live: live rows.
+        rows: live rows of each script group and exposure class.
+        unasked: of those, rows that have not been a target of the data so far; empty where nothing is counted.
+        targets: targets of the data so far; 0 where nothing is counted.
+        total: planned optimizer steps, if known.
+        echo: whether echo is on, could be switched on, or is no part of the run.
+        hold: the same of hold.
+    """
+
+    scalars: Mapping[str, float]
+    live: int
+    rows: Mapping[str, int] = field(default_factory=dict)
+    unasked: Mapping[str, int] = field(default_factory=dict)
+    targets: int = 0
+    total: int | None = None
+    echo: Switch = "absent"
+    hold: Switch = "absent"
+
+    def scalar(self, key: str) -> float:
+        """A logged value by its key without ``vocabguard/``; NaN where it is missing."""
+        return self.scalars.get(PREFIX + key, math.nan)
+
+    def worst(self, key: str, *, lowest: bool = False) -> dict[str, float]:
+        """Values of groups under a key with ``*``, the three worst of those that are large enough to be named."""
+        found = values_by_part(key, {short_key(name): value for name, value in self.scalars.items()})
+        large = [(name, value) for name, value in found.items() if self.rows.get(name, 0) >= LARGE_GROUP]
+        large.sort(key=lambda item: (item[1] if lowest else -item[1], item[0]))
+        return dict(large[:3])
+
+    def listed(self, shares: Mapping[str, float]) -> str:
+        """Parts with their shares of rows, and how many those are."""
+        shown = []
+        for name, share in list(shares.items())[:NAMED]:
+            size = self.rows.get(name)
+            of = f" {count(share, size):,} of {size:,} rows" if size else ""
+            shown.append(f"{name}{of} ({percent(share)})")
+        return joined(shown, len(shares))
+
+    @property
+    def end(self) -> str:
+        """The end of the run, in parentheses, where it is known."""
+        return f" (step {self.total:,})" if self.total else ""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a transition is about.
+
+    Attributes:
+        change: the transition.
+        scene: what is known of the run.
+        kind: what sort of trouble it is.
+        owner: first piece of the key.
+        last: its last piece.
+        values: of the groups, classes or languages concerned, worst first; empty where it is about the whole.
+        lost: rows concerned; None where it is not about rows.
+        of_rows: live rows that the rule looks at.
+    """
+
+    change: Transition
+    scene: Scene
+    kind: Kind
+    owner: str
+    last: str
+    values: Mapping[str, float]
+    lost: int | None
+    of_rows: int
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the parts concerned."""
+        return tuple(self.values)
+
+    @property
+    def inside(self) -> str:
+        """The parts concerned, as what follows a noun."""
+        return f" in {joined(self.parts)}" if self.parts else ""
+
+    @property
+    def share(self) -> float | None:
+        """Rows concerned over the rows that the rule looks at, in [0, 1]."""
+        known = self.lost is not None and self.of_rows and self.kind != "broken"
+        return self.lost / self.of_rows if self.lost is not None and known else None
+
+
+def about_of(change: Transition, scene: Scene) -> About:
+    """A transition, taken apart.
+
+    Args:
+        change: the transition.
+        scene: what is known of the run.
+    """
+    key = short_key(change.metric)
+    owner, last, part = key.split("/")[0], key.split("/")[-1], part_of(key)
+    values = dict(change.parts) or ({} if part is None else {part: change.value})
+    kind = _kind(owner, last)
+    of_rows = sum(scene.rows.get(name, 0) for name in values) if values else scene.live
+    lost = None
+    if kind in ("degraded", "at risk"):
+        lost = sum(count(value, scene.rows.get(name, 0)) for name, value in values.items())
+        lost = lost if values else count(change.value, scene.live)
+    elif kind == "asked":
+        lost = count(change.value, scene.live)
+    elif kind == "broken":
+        lost = count(sum(values.values()) if values else change.value, 1)
+    return About(change, scene, kind, owner, last, values, lost, of_rows)
+
+
+def count(share: float, rows: int) -> int:
+    """So many of the rows; 0 where the share is not known."""
+    return round(share * rows) if math.isfinite(share) else 0
+
+
+def joined(names: Sequence[str], total: int | None = None) -> str:
+    """The first names, and how many more there are."""
+    more = (len(names) if total is None else total) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _kind(owner: str, last: str) -> Kind:
+    kinds: tuple[tuple[Kind, bool], ...] = (
+        ("confused", owner == "confusion"),
+        ("forgotten", owner == "probe" and last in ("retained", "watch")),
+        ("asked", owner == "exposure" and last in EXPOSURE_CLASSES),
+        ("targets", owner == "exposure" and last == "targets"),
+        ("broken", last in ("nonfinite_rows", "zero_rows")),
+        ("turned", last in COSINES),
+        ("at risk", owner == "forecast" and last.startswith("below_")),
+        ("degraded", last.startswith("below_")),
+    )
+    return next((kind for kind, here in kinds if here), "other")
+
+
+ECHO_TARGETS = 1.45
+"""Echo targets a live token of the preset ``protect``."""
+
+
+def advice_of(about: About) -> tuple[str, ...]:
+    """What to do, a sentence each.
+
+    Args:
+        about: what the alert is about.
+    """
+    if about.kind == "broken":
+        start = about.change.since if about.change.since is not None else about.change.step
+        return (
+            f"stop, and go on from a checkpoint before step {start:,} with a lower learning rate; in float16 look at "
+            "the loss scale.",
+        )
+    if about.kind == "targets":
+        return (
+            "where a custom loss takes the labels out of the batch, say targets=, or hidden_labels=True in the Hugging "
+            "Face trainer; otherwise look whether the batches have labels other than -100.",
+        )
+    if about.kind == "confused":
+        inside = f" in {joined(about.parts)}" if about.parts else ""
+        return (f"see in confusion.jsonl which scripts get in, and clean the data{inside} of such mixtures.",)
+    if about.kind == "other":
+        return ()
+    return tuple(filter(None, (_echo(about), _hold(about), _data(about))))
+
+
+def _echo(about: About) -> str:
+    scene, step = about.scene, about.change.step
+    if scene.echo == "on":
+        done = scene.scalar("echo/targets_per_live_token")
+        return f"echo is on, {number(done, 2)} targets a live token so far: raise its dose if this goes on."
+    if scene.echo == "armed":
+        return 'switch echo on: guard.switch("echo", True), or "echo" among the actions of this rule.'
+    cost = round(ECHO_TARGETS * scene.live)
+    expected = scene.targets / step * scene.total if step and scene.total else 0.0
+    share = f", {percent(cost / expected)} of the data's own" if expected else ""
+    if expected and cost > expected:
+        share = ", more than the data's own: echo.dose_limit adds fewer"
+    both = "echo and hold" if scene.hold == "absent" else "echo"
+    return f'{both}: config="protect" adds {cost:,} targets over the run{share}.'
+
+
+def _hold(about: About) -> str:
+    scene, still = about.scene, sum(about.scene.unasked.get(name, 0) for name in EXPOSURE_CLASSES)
+    rows = f"{still:,} rows that the data has not asked for so far" if still else "rows that the data does not ask for"
+    if scene.hold == "armed":
+        return f'switch hold on: guard.switch("hold", True) stops the drift of {rows}.'
+    if scene.hold == "on" or scene.echo == "absent":
+        return ""
+    return f'hold: config="protect" stops the drift of {rows}.'
+
+
+def _data(about: About) -> str:
+    scene = about.scene
+    names = [name for name in about.parts if name in scene.rows and name not in EXPOSURE_CLASSES]
+    if not names and about.kind == "forgotten":
+        names = [name for name, kept in scene.worst("probe/*/retained", lowest=True).items() if kept < 1]
+    elif not names:
+        key = "forecast" if about.kind == "at risk" else "head"
+        names = [name for name, share in scene.worst(f"{key}/*/below_0.95").items() if share > 0]
+    unasked = sum(scene.unasked.get(name, 0) for name in names)
+    rows = sum(scene.rows.get(name, 0) for name in names)
+    if not unasked:
+        return ""
+    return f"data with {joined(names)}: {unasked:,} of their {rows:,} tokens have not been a target so far."
+
+
+_ROWS = {"embedding": "input embedding rows"}
+_ASKED = dict(zip(EXPOSURE_CLASSES, ("never", "1 to 4 times", "5 to 19 times", "20 times or more"), strict=True))
+_ANSWERS = {
+    "latin": "of answers have Latin letters in them",
+    "line_pass": "of answers keep to their language in every line",
+    "word_pass": "of the answers that keep to their language by line do so by word",
+}
+
+
+def story_of(change: Transition, scene: Scene, tokens: Sequence[str] = ()) -> AlertStory:
+    """The story of an alert that fires.
+
+    Args:
+        change: the transition.
+        scene: what is known of the run.
+        tokens: the worst tokens of those concerned by text, worst first.
+    """
+    about = about_of(change, scene)
+    nothing: Callable[[About], str] = lambda about: ""  # noqa: E731, ARG005
+    return AlertStory(
+        what=_WHAT.get(about.kind, nothing)(about),
+        where=_WHERE.get(about.kind, nothing)(about),
+        rows=about.lost,
+        share=about.share,
+        tokens=tuple(tokens),
+        since=_since(change),
+        outlook=_outlook(about),
+        advice=advice_of(about),
+    )
+
+
+def _degraded(about: About) -> str:
+    return f"{_some(about)} have turned away from the base model's: cosine below {about.last.removeprefix('below_')}."
+
+
+def _at_risk(about: About) -> str:
+    return f"{_some(about)} will be below cosine 0.95 to the base model's at the end{about.scene.end}."
+
+
+def _turned(about: About) -> str:
+    will = "will end" if about.owner == "forecast" else "are"
+    value = number(about.change.value)
+    return f"The live {_rows(about)}{about.inside} {will} {COSINES[about.last].format(value)}."
+
+
+def _broken(about: About) -> str:
+    state = "hold NaN or infinity" if about.last == "nonfinite_rows" else "are all zeros"
+    return f"{about.lost:,} live {_rows(about)}{about.inside} {state}."
+
+
+def _asked(about: About) -> str:
+    share = percent(about.share)
+    return f"{about.lost:,} of {about.of_rows:,} live tokens ({share}): {_ASKED[about.last]} a target so far."
+
+
+def _targets(about: About) -> str:
+    total = f"{about.change.value:,.0f}"
+    return f"The data's targets counted so far stay at {total} from check to check: the guard sees no labels."
+
+
+def _forgotten(about: About) -> str:
+    some = "watched" if about.last == "watch" else "probed"
+    share = percent(1.0 - about.change.value)
+    return f"{share} of the {some} tokens{about.inside} that the base could repeat are forgotten."
+
+
+def _confused(about: About) -> str:
+    said = _ANSWERS.get(about.last, "of answers have letters of a script that is foreign to their language")
+    inside = f", worst in {about.parts[0]}" if about.parts else ""
+    return f"{percent(about.change.value)} {said}{inside}."
+
+
+_WHAT: Mapping[Kind, Callable[[About], str]] = {
+    "degraded": _degraded,
+    "at risk": _at_risk,
+    "turned": _turned,
+    "broken": _broken,
+    "asked": _asked,
+    "targets": _targets,
+    "forgotten": _forgotten,
+    "confused": _confused,
+}
+
+
+def _where_rows(about: About) -> str:
+    if len(about.parts) > 1:
+        return f"In {about.scene.listed(about.values)}."
+    worst = about.scene.worst(f"{about.owner}/*/{about.last}")
+    return "" if about.parts or not any(worst.values()) else f"Most in {about.scene.listed(worst)}."
+
+
+def _where_turned(about: About) -> str:
+    worst = about.values if about.change.parts else about.scene.worst(f"{about.owner}/*/{about.last}", lowest=True)
+    named = [f"{name} {number(value)}" for name, value in worst.items()]
+    return f"Lowest in {joined(named)}." if named and (about.change.parts or not about.parts) else ""
+
+
+def _where_forgotten(about: About) -> str:
+    kept = about.values if about.change.parts else about.scene.worst("probe/*/retained", lowest=True)
+    named = [f"{name} {percent(1.0 - value)}" for name, value in kept.items() if value < 1.0]
+    return f"Forgotten most in {joined(named)}." if named and (about.change.parts or not about.parts) else ""
+
+
+def _where_confused(about: About) -> str:
+    named = [f"{name} {percent(value)}" for name, value in about.values.items()]
+    return f"In {joined(named)}." if about.change.parts else ""
+
+
+_WHERE: Mapping[Kind, Callable[[About], str]] = {
+    "degraded": _where_rows,
+    "at risk": _where_rows,
+    "turned": _where_turned,
+    "forgotten": _where_forgotten,
+    "confused": _where_confused,
+}
+
+
+def _since(change: Transition) -> str:
+    if change.since is None or change.since == change.step:
+        return f"Since this check, at step {change.step:,}."
+    return f"Since step {change.since:,}, {change.step - change.since:,} steps ago."
+
+
+def _outlook(about: About) -> str:
+    """What the end of the run will bring, where a forecast says so."""
+    scene, share = about.scene, about.scene.scalar("forecast/below_0.95")
+    if about.kind not in ("degraded", "turned", "asked", "forgotten") or math.isnan(share) or about.owner == "forecast":
+        return ""
+    if scene.total is not None and about.change.step >= scene.total:
+        return ""
+    more = " more" if "on" in (scene.echo, scene.hold) else ""
+    by_part = {name: scene.scalar(f"forecast/{name}/below_0.95") for name in about.parts}
+    chosen = {name: value for name, value in by_part.items() if not math.isnan(value)} or scene.worst(
+        "forecast/*/below_0.95"
+    )
+    named = f"; {scene.listed(chosen)}" if any(chosen.values()) else ""
+    rows = f"{count(share, scene.live):,} of {scene.live:,} live output rows ({percent(share)})"
+    return f"If nothing{more} is done, {rows} will be below 0.95 at the end{scene.end}{named}."
+
+
+def _some(about: About) -> str:
+    return f"{about.lost:,} of {about.of_rows:,} live {_rows(about)}{about.inside} ({percent(about.share)})"
+
+
+def _rows(about: About) -> str:
+    return _ROWS.get(about.owner, "output rows")

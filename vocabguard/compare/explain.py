@@ -1,0 +1,423 @@
+"""One token under the microscope: its cut, its rows before and after, its neighbours, what the models say."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vocabguard.compare.scan import Scan, fitted
+from vocabguard.compare.summary import category_of
+from vocabguard.measure.neighbors import intruders, nearest_rows
+from vocabguard.measure.probe import PromptContext, probe, probe_applicable, said
+from vocabguard.measure.undertrained import unused_distances
+from vocabguard.protect.prompts import render_context
+from vocabguard.results import DEGRADED, MatrixName, NotApplicable, ProbeResult
+from vocabguard.rows.baselines import Baseline
+from vocabguard.rows.checkpoints import one_line, slices_of
+
+CONTEXTS = {
+    "repeat": "Repeat this: {tokens}",
+    "above": "{tokens}\nPlease repeat the above content.",
+    "exactly": "Copy exactly: {tokens}",
+    "say": 'Say "{tokens}" once more.',
+}
+"""Ways of asking, in text."""
+
+_LIST = 8
+_SEED = 0
+_FILLERS = 64
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """One token's row in one matrix; ranks are among live rows, 0 is the most changed.
+
+    Attributes:
+        cosine: with its base row.
+        cosine_rank: by cosine, lowest first.
+        residual: cosine without the shared shift.
+        l2: length of the displacement.
+        l2_rank: by it, longest first.
+        norm_ratio: norm now over norm at the base.
+        base_norm: norm at the base.
+        base_norm_quantile: share in [0, 1] of live rows with a smaller norm at the base.
+        live: live rows.
+    """
+
+    cosine: float
+    cosine_rank: int
+    residual: float
+    l2: float
+    l2_rank: int
+    norm_ratio: float
+    base_norm: float
+    base_norm_quantile: float
+    live: int
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A row near another one.
+
+    Attributes:
+        id: in the tuned vocabulary.
+        text: what it decodes to.
+        category: of the token.
+        cosine: with the token's row.
+        intruder: a control token, a byte or a token of another script than the one looked at.
+    """
+
+    id: int
+    text: str
+    category: str
+    cosine: float
+    intruder: bool
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What a model said when it was asked for one token, in C contexts.
+
+    Attributes:
+        said: whether it was the most likely one in more than half of them.
+        contexts: the share of the contexts in which it was.
+        probability: mean over the contexts.
+        instead: text of what came in its place most often; None where it always came.
+    """
+
+    said: bool
+    contexts: float
+    probability: float
+    instead: str | None
+
+
+def row_facts(scan: Scan, name: MatrixName, base: Baseline | NotApplicable, token: int) -> RowFacts | NotApplicable:
+    """A token's row in numbers.
+
+    Args:
+        scan: of the pair.
+        name: which matrix.
+        base: its base rows, in the order of the tuned vocabulary.
+        token: id in that vocabulary.
+    """
+    drift = scan.drift(name)
+    if isinstance(drift, NotApplicable):
+        return drift
+    if isinstance(base, NotApplicable):
+        return base
+    live = scan.live
+    norms = base.norms
+    others = norms[live & norms.isfinite()]
+    return RowFacts(
+        cosine=float(drift.cosine[token]),
+        cosine_rank=int((drift.cosine[live] < drift.cosine[token]).sum()),
+        residual=float(drift.residual[token]),
+        l2=float(drift.l2[token]),
+        l2_rank=int((drift.l2[live] > drift.l2[token]).sum()),
+        norm_ratio=float(drift.norm_ratio[token]),
+        base_norm=float(norms[token]),
+        base_norm_quantile=float((others < norms[token]).double().mean()) if len(others) else float("nan"),
+        live=int(live.sum()),
+    )
+
+
+def neighbours(rows: Baseline, scan: Scan, token: int, count: int = 8) -> tuple[Neighbour, ...]:
+    """The tokens whose rows point most nearly the same way, chunk by chunk; padded rows are left out.
+
+    Args:
+        rows: before or after, in the order of the tuned vocabulary.
+        scan: for texts and groups.
+        token: whose neighbours.
+        count: how many.
+    """
+    ids = torch.tensor([token])
+    near = nearest_rows(rows, ids, min(count, rows.rows), scan.table.padded)
+    strange = intruders(scan.table, ids, near.ids)[0].tolist()
+    return tuple(
+        Neighbour(i, scan.table.text(i), category_of(scan.table, i), cosine, intruder)
+        for i, cosine, intruder in zip(near.ids[0].tolist(), near.cosine[0].tolist(), strange, strict=True)
+        if i >= 0
+    )
+
+
+def load_model(path: Path) -> nn.Module:
+    """A causal language model of a folder.
+
+    Raises:
+        ValueError: if there is none, or it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # one for each model, where that is no terminal too
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} has no config.json, so no model can be loaded from it")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(path), local_files_only=True, dtype="auto")
+    except Exception as error:  # loading raises what it likes
+        raise ValueError(f"{path}: the model cannot be loaded ({one_line(error)})") from error
+    found: nn.Module = model
+    reason = probe_applicable(found)
+    if reason is not None:
+        raise ValueError(f"{path}: {reason.reason}")
+    return found.eval()
+
+
+def contexts_for(tokenizer: Any, count: int = _LIST) -> list[PromptContext]:
+    """The ways of asking, rendered by the tokenizer.
+
+    Raises:
+        ValueError: if the chat template does not render a user's turn.
+    """
+    return [render_context(tokenizer, name, text, count) for name, text in CONTEXTS.items()]
+
+
+def emissions(
+    model: nn.Module, scan: Scan, tokens: Sequence[int], contexts: Sequence[PromptContext]
+) -> dict[int, Emission]:
+    """Ask a model for tokens of the tuned vocabulary, among other live tokens.
+
+    Raises:
+        ValueError: if a prompt is longer than the model takes.
+    """
+    live = scan.live.nonzero().flatten()
+    spread = live[torch.linspace(0, len(live) - 1, min(_FILLERS, len(live))).long()] if len(live) else live
+    ids = torch.unique(torch.cat([torch.tensor(list(tokens), dtype=torch.int64), spread]))
+    result = probe(model, ids, contexts, seed=_SEED, batch_tokens=8192)
+    return {token: _emission(result, scan, token) for token in tokens}
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, name: MatrixName, token: int, row: Tensor) -> Iterator[None]:
+    """The model with another row in one matrix, and as it was afterwards.
+
+    Args:
+        model: a causal language model.
+        name: ``head`` or ``embedding``; with tied weights either changes both.
+        token: which row.
+        row: (width,) what it is to be.
+    """
+    getter = "get_output_embeddings" if name == "head" else "get_input_embeddings"
+    weight: Tensor = getattr(model, getter)().weight.data
+    before = weight[token].clone()
+    weight[token] = row.to(weight.dtype)
+    try:
+        yield
+    finally:
+        weight[token] = before
+
+
+def _emission(result: ProbeResult, scan: Scan, token: int) -> Emission:
+    row = int((result.ids == token).nonzero()[0])
+    wrong = result.instead[row][~result.emitted[row]]
+    return Emission(
+        said=bool(said(result)[row]),
+        contexts=float(result.emitted[row].float().mean()),
+        probability=float(result.probability[row].mean()),
+        instead=scan.table.text(int(wrong.mode().values)) if len(wrong) else None,
+    )
+
+
+_MATRICES: tuple[MatrixName, ...] = ("head", "embedding")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The rows of both sides in the order of the tuned vocabulary, and the models if they could be loaded.
+
+    Attributes:
+        scan: of the two checkpoints.
+        base: head and embedding of the base.
+        tuned: those of the tuned checkpoint.
+        base_model: None if it could not be loaded, or the ids are not the tuned ones.
+        tuned_model: None if it could not be loaded.
+        no_models: why not; None if both are there.
+    """
+
+    scan: Scan
+    base: Mapping[MatrixName, Baseline | NotApplicable]
+    tuned: Mapping[MatrixName, Baseline | NotApplicable]
+    base_model: nn.Module | None
+    tuned_model: nn.Module | None
+    no_models: str | None
+
+    @classmethod
+    def of(cls, scan: Scan, models: tuple[nn.Module, nn.Module] | str) -> Pair:
+        """From a scan, with both models or why there are none."""
+        own = torch.arange(len(scan.table))
+        base = {name: fitted(scan.base.matrix(name), scan.match.base_ids) for name in _MATRICES}
+        tuned = {name: fitted(scan.tuned.matrix(name), own) for name in _MATRICES}
+        if isinstance(models, str):
+            return cls(scan, base, tuned, None, None, models)
+        return cls(scan, base, tuned, *models, None)
+
+
+def story(pair: Pair, tokenizer: Any, token: int, contexts: Sequence[PromptContext]) -> dict[str, Any]:
+    """Everything about one token, JSON-able; what was not measured says why.
+
+    Args:
+        pair: both sides.
+        tokenizer: of the tuned vocabulary; None leaves the cut out.
+        token: id in that vocabulary.
+        contexts: ways of asking; not used without models.
+
+    Returns:
+        ``id``, ``text``, ``category``, ``live``, ``cut``, ``trained``, ``head`` and ``embedding`` (`RowFacts`),
+        ``neighbours`` (``then``, ``now``), ``emission`` (``then``, ``now``, ``head_row_back``, ``both_rows_back``),
+        ``data_target``, ``kind``, ``diagnosis``, ``advice``.
+    """
+    scan = pair.scan
+    rows = {name: row_facts(scan, name, pair.base[name], token) for name in _MATRICES}
+    emission = _asked(pair, token, contexts)
+    found: dict[str, Any] = {
+        "id": token,
+        "base_id": int(scan.match.base_ids[token]),
+        "text": scan.table.text(token),
+        "category": category_of(scan.table, token),
+        "live": bool(scan.live[token]),
+        "cut": None if tokenizer is None else cut_of(tokenizer, scan.table.text(token), token),
+        "trained": _trained(pair, token),
+        **{name: _plain(facts) for name, facts in rows.items()},
+        "neighbours": _neighbours(pair, token),
+        "emission": {key: _plain(value) for key, value in emission.items()},
+        "not_asked": pair.no_models,
+        "data_target": None if scan.data_target is None else int(scan.data_target[token]),
+    }
+    kind = judge(scan, token, rows, emission)
+    told = {"kind": kind, "diagnosis": _DIAGNOSES[kind], "advice": _ADVICE[kind]}
+    return found | told
+
+
+def cut_of(tokenizer: Any, text: str, token: int) -> dict[str, Any]:
+    """How the tokenizer cuts the token's own text: ids, pieces, whether it is one id, whether that is the token."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return {
+        "ids": ids,
+        "pieces": tokenizer.convert_ids_to_tokens(ids),
+        "one_id": len(ids) == 1,
+        "round_trip": ids == [token],
+        "decoded": tokenizer.decode([token]),
+    }
+
+
+def judge(  # noqa: PLR0911 (one for each diagnosis)
+    scan: Scan, token: int, rows: Mapping[MatrixName, RowFacts | NotApplicable], emission: Mapping[str, Emission]
+) -> str:
+    """Which of the diagnoses fits; a key of the sentences below."""
+    if not bool(scan.match.mask[token]):
+        return "new"
+    if not bool(scan.table.trained[token]):
+        return "never_trained"
+    if not bool(scan.table.live[token]):
+        return "not_live"
+    judged = rows[scan.judged] if scan.judged else None
+    drifted = isinstance(judged, RowFacts) and not judged.cosine >= DEGRADED
+    if "now" not in emission:
+        return "drifted" if drifted else "kept"
+    if emission["now"].said:
+        return "said_but_drifted" if drifted else "fine"
+    if not emission["then"].said:
+        return "never_said"
+    for key, kind in (("head_row_back", "lost_in_head"), ("both_rows_back", "lost_in_rows")):
+        if key in emission and emission[key].said:
+            return kind
+    return "lost_in_body"
+
+
+_DIAGNOSES = {
+    "new": "It has no row in the base, so there is nothing that training could have lost.",
+    "never_trained": "It was never trained at the base, so nothing was lost.",
+    "not_live": "It is a control token, a padded row, or a token that no text gives; its drift is no loss of speech.",
+    "drifted": "Its row has drifted below cosine 0.95; whether it can still be said was not asked.",
+    "kept": "Its row is where it was; whether it can still be said was not asked.",
+    "said_but_drifted": "It is still said, though its row has drifted below cosine 0.95.",
+    "fine": "It is said as before, and its row is near where it was.",
+    "never_said": "The base could not say it on request either, so this training did not lose it.",
+    "lost_in_head": "The base said it, the tuned model does not; the base's output row is enough: lost in the head.",
+    "lost_in_rows": "The base said it, the tuned model does not; the base's output and input row bring it back.",
+    "lost_in_body": "The base said it, the tuned model does not, with the base's rows neither: lost in the body.",
+}  # fmt: skip
+
+_ADVICE = {
+    "new": "Give it targets in the training data: at least 20.",
+    "never_trained": "Do not count on it; if it is needed, give it targets in the training data.",
+    "not_live": "Nothing to do, unless your chat format needs it.",
+    "drifted": "Run this where both models can be loaded, or put the row back with `vocabguard repair`.",
+    "kept": "Run this where both models can be loaded to be sure.",
+    "said_but_drifted": "Echo it in the next training, before it is lost.",
+    "fine": "Nothing to do.",
+    "never_said": "If it is needed, give it targets in the training data: at least 20.",
+    "lost_in_head": "Put it back with `vocabguard repair`; in the next training, echo it.",
+    "lost_in_rows": "Train a little more with echo, or put both rows back by hand.",
+    "lost_in_body": "Rows will not do: train a little more with echo or with replayed text that has it.",
+}
+
+LOST = frozenset({"drifted", "lost_in_head", "lost_in_rows", "lost_in_body"})
+"""Diagnoses that count as findings."""
+
+
+def _asked(pair: Pair, token: int, contexts: Sequence[PromptContext]) -> dict[str, Emission]:
+    """What both models say, and the tuned one with base rows put back if it no longer says the token."""
+    base, tuned, scan = pair.base_model, pair.tuned_model, pair.scan
+    if base is None or tuned is None or not contexts or not bool(scan.match.mask[token]):
+        return {}
+
+    def ask(model: nn.Module) -> Emission:
+        return emissions(model, scan, [token], contexts)[token]
+
+    found = {"then": ask(base), "now": ask(tuned)}
+    if found["now"].said or not found["then"].said:
+        return found
+    head, embedding = (_row(pair.base[name], token) for name in _MATRICES)
+    if head is not None:
+        with swapped(tuned, "head", token, head):
+            found["head_row_back"] = ask(tuned)
+            if embedding is not None and not found["head_row_back"].said and not scan.tuned.tied:
+                with swapped(tuned, "embedding", token, embedding):
+                    found["both_rows_back"] = ask(tuned)
+    return found
+
+
+def _row(rows: Baseline | NotApplicable, token: int) -> Tensor | None:
+    return None if isinstance(rows, NotApplicable) else rows.chunk(slice(token, token + 1))[0].clone()
+
+
+def _trained(pair: Pair, token: int) -> dict[str, Any]:
+    """The indicators of "Fishing for Magikarp": norm of the input row, distance of the output row to unused ones."""
+    scan = pair.scan
+    found: dict[str, Any] = {"trained": bool(scan.table.trained[token])}
+    inputs, outputs = pair.base["embedding"], pair.base["head"]
+    if not isinstance(inputs, NotApplicable):
+        found |= _placed("input_norm", inputs.norms, scan.live, token)
+    unused = (scan.table.padded | ~scan.table.reachable) & ~scan.table.control & scan.match.mask
+    if not isinstance(outputs, NotApplicable) and int(unused.sum()) >= 4:
+        distances = unused_distances(lambda: slices_of(outputs, max(1, 2**20 // outputs.width)), unused)
+        found |= _placed("distance_to_unused", distances, scan.live, token)
+    return found
+
+
+def _placed(name: str, values: Tensor, live: Tensor, token: int) -> dict[str, float]:
+    """A value, and the share of live rows that have a smaller one."""
+    others = values[live & values.isfinite()]
+    below = float((others < values[token]).double().mean()) if len(others) else float("nan")
+    return {name: float(values[token]), f"{name}_quantile": below}
+
+
+def _neighbours(pair: Pair, token: int) -> dict[str, Any]:
+    name = pair.scan.judged or "head"
+    found = {}
+    for key, side in (("then", pair.base), ("now", pair.tuned)):
+        rows = side[name]
+        if not isinstance(rows, NotApplicable):
+            found[key] = [asdict(one) for one in neighbours(rows, pair.scan, token)]
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return {"not_applicable": value.reason} if isinstance(value, NotApplicable) else asdict(value)

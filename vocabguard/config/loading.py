@@ -1,0 +1,325 @@
+"""`load_config`: presets, files, keywords and overrides merged into one checked `GuardConfig`.
+
+Sources are merged in this order, the later one winning: the defaults in `settings`, a preset or file or mapping or
+`GuardConfig`, keyword sections, dotted overrides. The only room that knows YAML.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
+
+from vocabguard.config.schema import ConfusionConfig, GuardConfig, WebhookConfig
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names the key, the value and what is allowed."""
+
+
+ConfigSource = str | Path | Mapping[str, Any] | GuardConfig | None
+
+
+# A file beside the presets that is none.
+_QUESTIONS = "prompts.yaml"
+
+
+def presets() -> tuple[str, ...]:
+    """Names of the packaged presets, sorted."""
+    names = (entry.name for entry in resources.files("vocabguard").joinpath("configs").iterdir())
+    return tuple(sorted(n.removesuffix(".yaml") for n in names if n.endswith(".yaml") and n != _QUESTIONS))
+
+
+def load_questions(config: ConfusionConfig) -> dict[str, tuple[str, ...]]:
+    """The questions that `confusion` asks: language -> at most ``per_language`` texts, in the file's order.
+
+    Raises:
+        ConfigError: for a file that is missing, or is not a mapping of languages to lists of texts; and for a language
+            that it does not have.
+    """
+    key, path = "confusion.prompts", config.prompts
+    if path is None:
+        text = resources.files("vocabguard").joinpath("configs", _QUESTIONS).read_text(encoding="utf-8")
+    elif not Path(path).is_file():
+        raise ConfigError(f"{key} is {path!r}; allowed: a YAML file of questions by language, or null")
+    try:
+        found = yaml.safe_load(text if path is None else Path(path).read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeError) as error:
+        raise ConfigError(f"{key} {path} is no YAML: {_one_line(error)}") from error
+    if not isinstance(found, dict) or not found:
+        raise ConfigError(f"{key} {path} holds {type(found).__name__}; allowed: lists of questions by language")
+    # YAML 1.1 reads the code of Norwegian as a boolean.
+    found = {"no" if language is False else str(language): texts for language, texts in found.items()}
+    for language, texts in found.items():
+        if not isinstance(texts, list) or not texts or not all(isinstance(one, str) and one.strip() for one in texts):
+            raise ConfigError(f"{key}: {language} is {texts!r}; allowed: a list of questions")
+    if missing := [language for language in config.languages if language not in found]:
+        raise ConfigError(f"confusion.languages has {missing}; allowed: {', '.join(found)}")
+    wanted = config.languages or list(found)
+    return {language: tuple(found[language][: config.per_language]) for language in wanted}
+
+
+def load_config(
+    source: ConfigSource = None, overrides: Iterable[str] = (), options: Mapping[str, Any] | None = None
+) -> GuardConfig:
+    """Merge all sources into one checked configuration.
+
+    Args:
+        source: a preset's name, a path to a YAML file, a mapping, a `GuardConfig`, or None.
+        overrides: dotted settings, e.g. ``"drift.every_n_steps=50"``.
+        options: sections or settings by keyword, e.g. ``{"probe": {"watch": [190467]}}``.
+
+    Returns:
+        A new `GuardConfig`.
+
+    Raises:
+        ConfigError: for an unknown preset or key, a value of the wrong type or outside its range.
+    """
+    try:
+        if isinstance(source, GuardConfig):
+            _check_kinds(source, GuardConfig, "")
+            merged = OmegaConf.structured(source)
+        else:
+            merged = OmegaConf.merge(OmegaConf.structured(GuardConfig), _checked(_layer(source)))
+        merged = OmegaConf.merge(merged, _checked(options or {}), _checked(_dotted(overrides)))
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from error
+    assert isinstance(config, GuardConfig)
+    _check_limits(config, "")
+    texts = {f"probe.contexts.{name}.text": context.text for name, context in config.probe.contexts.items()}
+    texts |= {f"echo.instructions[{place}]": text for place, text in enumerate(config.echo.instructions)}
+    for key, text in texts.items():
+        if text.count("{tokens}") != 1:
+            raise ConfigError(f"{key} is {text!r}; it needs exactly one '{{tokens}}'")
+    _check_protection(config)
+    _check_webhook(config.sinks.webhook)
+    if config.confusion.enabled:
+        load_questions(config.confusion)
+    return config
+
+
+def _check_protection(config: GuardConfig) -> None:
+    """Refuse settings of echo and hold that contradict each other.
+
+    Raises:
+        ConfigError: with the keys and values.
+    """
+    actions = {action for rule in config.alerts.values() if rule.enabled for action in rule.actions}
+    settings = {"echo": (config.echo.enabled, config.echo.armed), "hold": (config.hold.enabled, config.hold.armed)}
+    wanted = [kind for kind, given in settings.items() if any(given) or kind in actions]
+    if wanted and not config.exposure.enabled:
+        raise ConfigError(f"exposure.enabled is false, but {' and '.join(wanted)} need its counts; allowed: true")
+    if not config.echo.instructions:
+        raise ConfigError("echo.instructions is []; allowed: at least one text with '{tokens}'")
+    if config.echo.auto.least > config.echo.auto.most:
+        raise ConfigError(f"echo.auto.least is {config.echo.auto.least}; allowed: at most echo.auto.most")
+    auto = config.echo.auto.enabled
+    if auto and config.echo.targets_per_live_token is not None:
+        raise ConfigError("echo.auto adjusts a dose; allowed with it: echo.targets_per_live_token: null")
+    if auto and not config.probe.enabled:
+        raise ConfigError("echo.auto follows the probe; allowed with it: probe.enabled: true")
+    if config.echo.mode == "watch" and "echo" in wanted and not config.probe.watch:
+        raise ConfigError("echo.mode is 'watch' and probe.watch is []; allowed: a watch list of tokens")
+
+
+def _check_webhook(webhook: WebhookConfig) -> None:
+    """Refuse an address that nothing can be sent to. It may be a secret, so it is not shown.
+
+    Raises:
+        ConfigError: with the key and what is allowed.
+    """
+    if webhook.url_env is not None:
+        if webhook.url is not None:
+            raise ConfigError("sinks.webhook has a url and a url_env; allowed: one of them")
+        if not os.environ.get(webhook.url_env):
+            raise ConfigError(f"sinks.webhook.url_env is {webhook.url_env!r}; allowed: a variable that is set")
+    url = webhook_url(webhook)
+    if url is None:
+        return
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        fine = False
+    if not fine:
+        raise ConfigError(f"{_webhook_key(webhook)} is no address; allowed: http://... or https://...")
+
+
+def webhook_url(webhook: WebhookConfig) -> str | None:
+    """Where news of alerts is posted to; None where it is not."""
+    return webhook.url if webhook.url_env is None else os.environ.get(webhook.url_env)
+
+
+def _webhook_key(webhook: WebhookConfig) -> str:
+    return "sinks.webhook.url" if webhook.url_env is None else f"${webhook.url_env} (sinks.webhook.url_env)"
+
+
+def _layer(source: Any) -> Any:
+    """One source as something OmegaConf merges.
+
+    Raises:
+        ConfigError: for a name that is neither a file nor a preset, or a file that is no YAML.
+    """
+    if source is None:
+        return {}
+    if isinstance(source, Mapping):
+        return dict(source)
+    if not isinstance(source, (str, Path)):
+        kind = type(source).__name__
+        raise ConfigError(f"config is of type {kind}; allowed: a preset's name, a YAML file, a mapping, a GuardConfig")
+    if str(source) in presets():
+        text = resources.files("vocabguard").joinpath("configs", f"{source}.yaml").read_text(encoding="utf-8")
+        return OmegaConf.create(text)
+    try:
+        if Path(source).is_file():
+            return OmegaConf.load(source)
+    except (YAMLError, UnicodeError) as error:
+        raise ConfigError(f"config {source} is no YAML: {_one_line(error)}") from error
+    except OSError as error:
+        raise ConfigError(f"config {source} cannot be read: {_one_line(error)}; allowed: a YAML file") from error
+    raise ConfigError(f"config is {str(source)!r}; allowed: a YAML file, or one of the presets {list(presets())}")
+
+
+def _dotted(overrides: Any) -> DictConfig:
+    """The overrides as one source.
+
+    Raises:
+        ConfigError: for one without a key or a value (which would set its key to null); for a value that is no YAML.
+    """
+    given = [overrides] if isinstance(overrides, str) or not isinstance(overrides, Iterable) else overrides
+    layer = OmegaConf.create()
+    for override in given:
+        key, equals, _ = override.partition("=") if isinstance(override, str) else ("", "", "")
+        if not key.strip() or not equals:
+            wrong = "value" if key.strip() else "key"
+            raise ConfigError(f"override {override!r} has no {wrong}; allowed: 'section.key=value'")
+        try:
+            layer.merge_with_dotlist([override])
+        except YAMLError as error:
+            raise ConfigError(f"override {override!r} has a value that is no YAML: {_one_line(error)}") from error
+    return layer
+
+
+def _checked(layer: Any) -> Any:
+    """A source whose mappings, lists and plain values stand where they belong; OmegaConf's words would name no key.
+
+    ``alerts`` may be a list of rules that carry their names.
+
+    Raises:
+        ConfigError: with the key, what came and what is allowed.
+    """
+    if not isinstance(layer, Mapping):
+        raise ConfigError(f"config is {layer!r}; allowed: settings by name, {[f.name for f in fields(GuardConfig)]}")
+    plain = OmegaConf.to_container(layer) if isinstance(layer, DictConfig) else dict(layer)
+    assert isinstance(plain, dict)
+    if isinstance(plain.get("alerts"), (list, tuple, ListConfig)):
+        plain["alerts"] = _named_rules(plain["alerts"])
+    _check_kinds(plain, GuardConfig, "")
+    return plain
+
+
+def _named_rules(rules: Iterable[Any]) -> dict[Any, Any]:
+    named = {}
+    for rule in rules:
+        if not isinstance(rule, Mapping) or "name" not in rule:
+            raise ConfigError(f"alerts: a rule in a list needs a 'name'; got {rule}")
+        named[rule["name"]] = {key: value for key, value in rule.items() if key != "name"}
+    return named
+
+
+def _check_kinds(section: Any, kind: Any, prefix: str) -> None:
+    """Refuse what is no mapping, no list or no plain value where one belongs, through all known keys of a section."""
+    values = section if isinstance(section, Mapping) else vars(section)
+    for name, wanted in get_type_hints(kind).items():
+        if name in values:
+            _check_kind(values[name], wanted, prefix + name)
+
+
+def _check_kind(value: Any, wanted: Any, key: str) -> None:
+    owner, inner = get_origin(wanted), get_args(wanted)
+    if owner is UnionType:
+        if value is not None:
+            _check_kind(value, inner[0], key)
+    elif is_dataclass(wanted):
+        if not isinstance(value, (Mapping, wanted)):  # type: ignore[arg-type]
+            raise ConfigError(f"{key} is {value!r}; allowed: a section of {[f.name for f in fields(wanted)]}")
+        _check_kinds(value, wanted, f"{key}.")
+    elif owner is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key} is {value!r}; allowed: a mapping of names to {_named(inner[1])}")
+        for name, item in value.items():
+            _check_kind(item, inner[1], f"{key}.{name}")
+    elif owner is list:
+        if not isinstance(value, (list, tuple, ListConfig)):
+            raise ConfigError(f"{key} is {value!r}; allowed: a list")
+        for place, item in enumerate(value):
+            _check_kind(item, inner[0], f"{key}[{place}]")
+    elif wanted is not Any and isinstance(value, (Mapping, list, tuple, ListConfig)):
+        raise ConfigError(f"{key} is {value!r}; allowed: {_named(wanted)}")
+
+
+def _named(kind: Any) -> str:
+    """A type in a user's words."""
+    if is_dataclass(kind):
+        return f"sections of {[f.name for f in fields(kind)]}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(kind, "lists")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    """Key, value and what is allowed, from OmegaConf's error."""
+    key = getattr(error, "full_key", None) or getattr(error, "key", None) or "config"
+    first_line = str(getattr(error, "msg", None) or error).splitlines()[0]
+    if isinstance(error, ConfigKeyError) or "not in" in first_line:
+        owner = getattr(error, "object_type", None)
+        allowed = [f.name for f in fields(owner)] if is_dataclass(owner) else []
+        close = difflib.get_close_matches(str(key).rpartition(".")[2], allowed, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"unknown key {key!r}; allowed: {allowed}{hint}"
+    return f"{key}: {first_line}"
+
+
+def _check_limits(section: Any, prefix: str) -> None:
+    """Refuse values outside the limits that the fields carry, through all sections."""
+    for spec in fields(section):
+        value, key = getattr(section, spec.name), prefix + spec.name
+        if is_dataclass(value):
+            _check_limits(value, f"{key}.")
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                if is_dataclass(item):
+                    _check_limits(item, f"{key}.{name}.")
+        elif value is not None and not _within(value, spec.metadata):
+            raise ConfigError(f"{key} is {value!r}; allowed: {_allowed(spec.metadata)}")
+
+
+def _within(value: Any, limits: Mapping[str, Any]) -> bool:
+    if "choices" in limits:
+        return value in limits["choices"]
+    # Written so that NaN, which compares false, is refused.
+    return ("at_least" not in limits or value >= limits["at_least"]) and (
+        "at_most" not in limits or value <= limits["at_most"]
+    )
+
+
+def _allowed(limits: Mapping[str, Any]) -> str:
+    if "choices" in limits:
+        return f"one of {list(limits['choices'])}"
+    if "at_most" in limits:
+        return f"{limits['at_least']} to {limits['at_most']}"
+    return f"at least {limits['at_least']}"

@@ -1,0 +1,450 @@
+"""Every setting of the guard, with its default and its range. `config` merges sources into these and checks them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def limited(default: Any, **limits: Any) -> Any:
+    """A field with its limits: ``at_least``, ``at_most``, ``choices``."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=limits)
+    return field(default=default, metadata=limits)
+
+
+@dataclass
+class AutoDoseConfig:
+    """A dose that follows the probe: up by half while recall suffers, down by a fifth while it does not.
+
+    Attributes:
+        enabled: whether to adjust the dose at each probe, starting from `echo.dose`.
+        tolerated: rise of the probe's loss over the base's, in nats, up to which the dose is not raised.
+        least: smallest dose.
+        most: largest dose.
+    """
+
+    enabled: bool = False
+    tolerated: float = limited(0.05, at_least=0.0)
+    least: float = limited(0.01, at_least=0.0)
+    most: float = limited(0.5, at_least=0.0)
+
+
+def _default_instructions() -> list[str]:
+    return [
+        "Repeat this: {tokens}",
+        "Please repeat the following text exactly as it is:\n{tokens}",
+        "{tokens}\nPlease repeat the above.",
+        "{tokens}\n\nCopy the text above, word for word.",
+        "Copy exactly: {tokens}",
+        "Say this once more: {tokens}",
+        "Write {tokens} again, without changing anything.",
+        "Echo the following back to me: {tokens}",
+        "I wrote {tokens}. What did I write?",
+        "Here is a list: {tokens}\nWrite the same list again.",
+        "Wiederhole den folgenden Text genau: {tokens}",
+        "Répète exactement ce texte : {tokens}",
+        "Repite esto: {tokens}",
+        "Повтори: {tokens}",
+        "请重复：{tokens}",
+        "繰り返してください: {tokens}",
+        "다음 텍스트를 그대로 반복하세요: {tokens}",
+        "كرر النص التالي كما هو: {tokens}",
+    ]
+
+
+@dataclass
+class EchoConfig:
+    """Echo rows: lists of live tokens that the model is asked to repeat, added to training batches.
+
+    Attributes:
+        enabled: from the first batch on; false waits for a rule with the action ``echo``.
+        armed: though no rule names it, `VocabGuard.switch` may switch it on.
+        mode: ``uniform`` takes every live token in turn; ``balanced`` too, but those that the data asks for 1 to 19
+            times `boost` times as often: hold does not cover them, and the data alone does not keep them;
+            ``least_exposed`` takes those first that the data asks for least; ``watch`` the tokens of `probe.watch`.
+        boost: turns of such a token for one of any other, with ``balanced``.
+        dose: echo targets per data target.
+        targets_per_live_token: echo targets that each live token gets over the planned run, instead of `dose`.
+        dose_limit: echo targets per data target are never more than this, in any batch: a short run over a large
+            vocabulary would be nothing but echo. (A dose of less than a list a batch gives whole lists now and then.)
+        auto: a dose that follows the probe.
+        list_tokens: tokens in a list.
+        fill: share of the batch's length from which an echo row gets no further list; 1 packs as many as fit.
+        exclude: never echoed: ids, texts that are one token, and ``re:`` patterns that a token's text is searched for.
+        instructions: ways of asking, each with one ``{tokens}``.
+        prefetch: batches that a dataloader may have made beyond the one in training; null asks the dataloader.
+    """
+
+    enabled: bool = False
+    armed: bool = False
+    mode: str = limited("uniform", choices=("uniform", "balanced", "least_exposed", "watch"))
+    boost: float = limited(3.0, at_least=0.0)
+    dose: float = limited(0.1, at_least=0.0, at_most=100.0)
+    targets_per_live_token: float | None = limited(None, at_least=0.0, at_most=1e6)
+    dose_limit: float = limited(1.0, at_least=0.0)
+    auto: AutoDoseConfig = field(default_factory=AutoDoseConfig)
+    list_tokens: int = limited(16, at_least=1)
+    fill: float = limited(0.4, at_least=0.0, at_most=1.0)
+    exclude: list[Any] = limited([])
+    instructions: list[str] = field(default_factory=_default_instructions)
+    prefetch: int | None = limited(None, at_least=0)
+
+
+@dataclass
+class HoldConfig:
+    """Output rows that the data has not asked for keep still. Needs no data of its own.
+
+    Attributes:
+        enabled: from the first step on; false waits for a rule with the action ``hold``.
+        armed: though no rule names it, `VocabGuard.switch` may switch it on.
+        mode: ``freeze`` puts such rows back after each step, ``shared`` moves them by their common mean only.
+        window_steps: hold rows without a data target in so many steps; null holds those that never were one.
+    """
+
+    enabled: bool = False
+    armed: bool = False
+    mode: str = limited("shared", choices=("freeze", "shared"))
+    window_steps: int | None = limited(None, at_least=1)
+
+
+@dataclass
+class RuleConfig:
+    """One alert rule; its name is its key. See `vocabguard.alerts.AlertRule` for every field.
+
+    Among the `actions`, ``log`` tells the logger, ``echo`` and ``hold`` switch these on while the rule fires,
+    ``checkpoint`` and ``stop`` are asked of the trainer once, when it begins to fire; other names stand for callables.
+    """
+
+    metric: str = "???"
+    op: str = limited(">", choices=(">", ">=", "<", "<=", "absent", "unchanged"))
+    threshold: float = 0.0
+    for_checks: int = limited(1, at_least=1)
+    resolve_at: float | None = None
+    cooldown_steps: int = limited(0, at_least=0)
+    level: str = limited("warning", choices=("info", "warning", "critical"))
+    actions: list[str] = limited(["log"])
+    enabled: bool = True
+    change: str | None = limited(None, choices=("ratio", "difference"))
+    over_checks: int = limited(1, at_least=1)
+    floor: float | None = None
+    min_rows: int = limited(0, at_least=0)
+    retell_steps: int = limited(0, at_least=0)
+    remind_steps: int = limited(0, at_least=0)
+    latch: bool = False
+
+
+def default_rules() -> dict[str, RuleConfig]:
+    """The rules of every run; each can be changed or switched off by its name."""
+    return {
+        "at_risk": RuleConfig("forecast/below_0.95", ">", 0.02, resolve_at=0.016),
+        "head_degraded": RuleConfig("head/below_0.95", ">", 0.01, resolve_at=0.008),
+        "head_severe": RuleConfig("head/below_0.90", ">", 0.02, resolve_at=0.016, level="critical"),
+        "group_degraded": RuleConfig("head/*/below_0.95", ">", 0.1, resolve_at=0.08, min_rows=20, retell_steps=100),
+        "tokens_forgotten": RuleConfig("probe/retained", "<", 0.95, resolve_at=0.97, level="critical"),
+        "watched_forgotten": RuleConfig("probe/watch", "<", 1.0, level="critical"),
+        "broken_rows": RuleConfig("head/nonfinite_rows", ">", 0.0, level="critical"),
+        "no_targets": RuleConfig("exposure/targets", "unchanged"),
+    }
+
+
+@dataclass
+class WebhookConfig:
+    """News of alerts as JSON, by HTTP POST.
+
+    Attributes:
+        url: where to; null sends none. Only its host is written to the run folder.
+        url_env: name of the environment variable that holds it, instead.
+        timeout: seconds that connecting, and each answer, may take.
+        retries: times that one is sent again where nobody answers, or with 408, 425, 429 or 5xx.
+        backoff: seconds before it is sent again, doubled each time.
+    """
+
+    url: str | None = None
+    url_env: str | None = None
+    timeout: float = limited(5.0, at_least=0.01)
+    retries: int = limited(4, at_least=0, at_most=20)
+    backoff: float = limited(1.0, at_least=0.0)
+
+
+@dataclass
+class SinksConfig:
+    """Where news of alerts goes besides the log, the console, TensorBoard and the run folder.
+
+    A thread of its own sends it, from the main process only: a receiver that is slow or gone slows no step.
+
+    Attributes:
+        least_level: news of rules below this level is not sent.
+        webhook: a receiver of JSON.
+        wandb: `wandb.alert`, where the script has a Weights & Biases run going.
+        waiting: news that may wait to be sent; what comes beyond is dropped, and said to be.
+        finish_seconds: how long the end of a run waits for what is not sent yet.
+    """
+
+    least_level: str = limited("warning", choices=("info", "warning", "critical"))
+    webhook: WebhookConfig = field(default_factory=WebhookConfig)
+    wandb: bool = True
+    waiting: int = limited(100, at_least=1)
+    finish_seconds: float = limited(10.0, at_least=0.0)
+
+
+@dataclass
+class MatricesConfig:
+    """Where the matrices are, for models without ``get_output_embeddings`` / ``get_input_embeddings``.
+
+    Attributes:
+        head: dotted name of the module whose ``weight`` holds the output rows; null asks the model.
+        embedding: the same for the input rows.
+    """
+
+    head: str | None = None
+    embedding: str | None = None
+
+
+@dataclass
+class DriftConfig:
+    """Row drift.
+
+    Attributes:
+        every_n_steps: optimizer steps between checks; null chooses it after `cadence.settle_steps` from the budget.
+        chunk_rows: rows read at a time.
+    """
+
+    every_n_steps: int | None = limited(None, at_least=1)
+    chunk_rows: int = limited(1024, at_least=1)
+
+
+@dataclass
+class SnapshotConfig:
+    """The baseline rows.
+
+    Attributes:
+        source: a safetensors file, or a folder of them, that holds the base; null copies the model's rows at the start.
+    """
+
+    source: str | None = None
+
+
+@dataclass
+class ExposureConfig:
+    """Target and input counts, and row gradients.
+
+    Attributes:
+        enabled: whether to count at all.
+        prior: a file of ``vocabguard coverage --out`` about the training data, in the place of preflight's sample.
+        push_every_n_steps: optimizer steps between reads of the whole gradient; 0 never.
+        shift_labels: whether the model predicts ``labels[:, 1:]`` from ``inputs[:, :-1]``; null asks the model's type.
+    """
+
+    enabled: bool = True
+    prior: str | None = None
+    push_every_n_steps: int = limited(10, at_least=0)
+    shift_labels: bool | None = None
+
+
+@dataclass
+class PreflightConfig:
+    """Counting targets before step 1.
+
+    Attributes:
+        enabled: whether to count.
+        max_batches: at most so many batches of the training data.
+        max_seconds: at most so long.
+    """
+
+    enabled: bool = True
+    max_batches: int = limited(4000, at_least=1)
+    max_seconds: float = limited(20.0, at_least=0.0)
+
+
+@dataclass
+class UntrainedConfig:
+    """Rows that were never trained at the base.
+
+    Attributes:
+        enabled: whether to tell them apart, so that they raise no alarm.
+    """
+
+    enabled: bool = True
+
+
+@dataclass
+class ContextConfig:
+    """One way of asking for tokens back.
+
+    Attributes:
+        text: the instruction, with one ``{tokens}``.
+        k: shuffled tokens a prompt.
+    """
+
+    text: str = "{tokens}"
+    k: int = limited(16, at_least=1, at_most=4096)
+
+
+def _default_contexts() -> dict[str, ContextConfig]:
+    return {
+        "list": ContextConfig("Repeat exactly: {tokens}", 16),
+        "three": ContextConfig("{tokens}\nRepeat these three.", 3),
+        "quoted": ContextConfig('Say "{tokens}" once more.', 1),
+        "sentence": ContextConfig("I wrote {tokens} here. What did I write?", 1),
+    }
+
+
+@dataclass
+class ProbeConfig:
+    """Asking the model to repeat tokens.
+
+    Attributes:
+        enabled: whether to ask.
+        every_n_steps: optimizer steps between probes; null chooses it from the budget. A probe falls on a check.
+        sample: live tokens probed, stratified by group (and by preflight's class).
+        whole_vocabulary: probe every live token instead.
+        watch: tokens probed besides, and reported by name: ids, or texts that are one token.
+        contexts: name -> text and k.
+        batch_tokens: tokens in one forward pass of the probe.
+        budget: largest share of the run's time that probes may take when the cadence is chosen.
+        head_or_body: whether tokens that are forgotten at the end are asked for once more with the base's rows.
+    """
+
+    enabled: bool = True
+    every_n_steps: int | None = limited(None, at_least=1)
+    sample: int = limited(512, at_least=0)
+    whole_vocabulary: bool = False
+    watch: list[Any] = limited([])
+    contexts: dict[str, ContextConfig] = field(default_factory=_default_contexts)
+    batch_tokens: int = limited(4096, at_least=1)
+    budget: float = limited(0.005, at_least=0.0, at_most=1.0)
+    head_or_body: bool = True
+
+
+@dataclass
+class ConfusionConfig:
+    """Answers to everyday questions in many languages, generated greedily at evaluations.
+
+    Attributes:
+        enabled: whether to ask.
+        prompts: a YAML file of questions by language (ISO 639 codes); null takes the packaged ``prompts.yaml``.
+        languages: those asked in; none named, all of the file.
+        per_language: at most so many questions in each.
+        allow: language -> scripts that belong in its answers beside its own, e.g. ``{ja: [], ko: [latin, zh]}``; where
+            a language is not named, Latin letters do (names and loanwords).
+        max_new_tokens: longest answer.
+        batch_prompts: questions in one forward pass.
+    """
+
+    enabled: bool = False
+    prompts: str | None = None
+    languages: list[str] = limited([])
+    per_language: int = limited(4, at_least=1)
+    allow: dict[str, list[str]] = field(default_factory=dict)
+    max_new_tokens: int = limited(32, at_least=1, at_most=4096)
+    batch_prompts: int = limited(16, at_least=1)
+
+
+@dataclass
+class NeighborsConfig:
+    """Nearest rows of the worst and the watched tokens, then and now.
+
+    Attributes:
+        k: how many rows; 0 looks at none.
+        rows: worst tokens looked at, beside the watch list.
+        every_n_checks: look at every n-th check; 0 only at the end.
+    """
+
+    k: int = limited(0, at_least=0, at_most=100)
+    rows: int = limited(10, at_least=0, at_most=1000)
+    every_n_checks: int = limited(0, at_least=0)
+
+
+@dataclass
+class ForecastConfig:
+    """Where rows will end if nothing is done, from step 0 on.
+
+    Attributes:
+        enabled: whether it is asked at checks.
+    """
+
+    enabled: bool = True
+
+
+@dataclass
+class CadenceConfig:
+    """How the cadence is chosen where it is null.
+
+    Attributes:
+        budget: largest share of the run's time that checks may take.
+        settle_steps: optimizer steps timed before choosing.
+        max_checks: a run is never checked more often than this many times in its planned steps.
+    """
+
+    budget: float = limited(0.005, at_least=0.0, at_most=1.0)
+    settle_steps: int = limited(20, at_least=1)
+    max_checks: int = limited(200, at_least=1)
+
+
+@dataclass
+class LogConfig:
+    """Where results go.
+
+    Attributes:
+        console: one line a check, tables at the start and the end (main process only).
+        tensorboard: scalars, histogram, tables and alerts as text.
+        histogram: the cosine histogram at checks.
+        top_k: worst tokens in tables.
+        rows_every_n_checks: write every row's numbers at every n-th check; 0 only at the end.
+        report: write ``report.html`` into the run folder at the end.
+    """
+
+    console: bool = True
+    tensorboard: bool = True
+    histogram: bool = True
+    top_k: int = limited(20, at_least=0, at_most=1000)
+    rows_every_n_checks: int = limited(0, at_least=0)
+    report: bool = True
+
+
+@dataclass
+class GuardConfig:
+    """All settings.
+
+    Attributes:
+        matrices: where the matrices are.
+        drift: row drift.
+        snapshot: the baseline rows.
+        exposure: counts and gradients.
+        preflight: counts before step 1.
+        untrained: never-trained rows.
+        probe: asking for tokens back.
+        confusion: answers in many languages at evaluations.
+        neighbors: nearest rows.
+        forecast: where rows will end.
+        cadence: how often, where not given.
+        echo: echo rows in training batches.
+        hold: rows that keep still.
+        alerts: rules by name.
+        sinks: where news of alerts is sent.
+        log: where results go.
+        on_error: ``warn`` reports a fault of the guard once and stands down; ``raise`` raises it.
+        run_dir: folder of the run log; null puts it beside the trainer's logs.
+        seed: of the probe's and the preflight's own generators.
+    """
+
+    matrices: MatricesConfig = field(default_factory=MatricesConfig)
+    drift: DriftConfig = field(default_factory=DriftConfig)
+    snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
+    exposure: ExposureConfig = field(default_factory=ExposureConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
+    untrained: UntrainedConfig = field(default_factory=UntrainedConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    confusion: ConfusionConfig = field(default_factory=ConfusionConfig)
+    neighbors: NeighborsConfig = field(default_factory=NeighborsConfig)
+    forecast: ForecastConfig = field(default_factory=ForecastConfig)
+    cadence: CadenceConfig = field(default_factory=CadenceConfig)
+    echo: EchoConfig = field(default_factory=EchoConfig)
+    hold: HoldConfig = field(default_factory=HoldConfig)
+    alerts: dict[str, RuleConfig] = field(default_factory=default_rules)
+    sinks: SinksConfig = field(default_factory=SinksConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    on_error: str = limited("warn", choices=("warn", "raise"))
+    run_dir: str | None = None
+    seed: int = 0

@@ -1,0 +1,406 @@
+"""What is read while training runs: batches on their way into the model, gradients as the optimizer used them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from vocabguard import collective
+from vocabguard.config import ConfigError
+from vocabguard.guard.failures import Faults
+from vocabguard.measure.exposure import ExposureCounter, targets_of
+from vocabguard.measure.learning_rates import RateMeter
+from vocabguard.protect.rows import IGNORE
+from vocabguard.rows.matrices import VocabMatrix
+from vocabguard.rows.models import parameters_of
+from vocabguard.rows.sharding import local_rows
+
+if TYPE_CHECKING:
+    from vocabguard.guard.protection import Protection
+
+_KINDS = ("data", "echo")
+_UNTOLD = (
+    "vocabguard: loss/data and loss/echo leave batches with echo rows out: the model's output holds neither logits nor "
+    "log_probs of every position, as fused losses do"
+)
+
+logger = logging.getLogger("vocabguard")
+
+
+@torch.no_grad()
+def target_losses(logits: Tensor, labels: Tensor, chosen: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
+    """Sum of the cross entropies of some targets.
+
+    Args:
+        logits: (B, T, V), any float dtype.
+        labels: (B, T) int; `IGNORE` where there is no target.
+        chosen: (B,) or (B, T) bool, rows or positions (of labels) whose targets count.
+        shift: whether position t predicts label t + 1.
+
+    Returns:
+        The sum in nats, float32, and the number of targets, int64; both scalars on the logits' device.
+    """
+    wide = chosen[:, None].expand(labels.shape) if chosen.ndim == 1 else chosen
+    targets, counted = targets_of(labels, shift), targets_of(wide, shift)
+    keep = (targets != IGNORE) & counted.to(targets.device)
+    # Few targets are chosen, so only their logits are brought to float32.
+    picked = (logits[:, :-1] if shift else logits)[keep.to(logits.device)]
+    total = cross_entropy(picked.float(), targets[keep].to(picked.device), reduction="sum")
+    return total, keep.sum().to(picked.device)
+
+
+def summed_losses(output: Any, labels: Tensor, chosen: Tensor, shift: bool) -> tuple[Tensor, Tensor] | None:
+    """The same from what a model returned: its ``logits``, or the ``log_probs`` of the targets that TRL's head gives.
+
+    Args:
+        output: of a model.
+        labels: (B, T) int.
+        chosen: see `target_losses`.
+        shift: see `target_losses`.
+
+    Returns:
+        None where the output has neither for every position.
+    """
+    logits, told = _field(output, "logits"), _field(output, "log_probs")
+    if logits is not None and logits.shape[:2] == labels.shape:
+        return target_losses(logits, labels, chosen, shift)
+    targets = targets_of(labels, shift)
+    if told is None or told.shape != targets.shape:
+        return None
+    wide = chosen[:, None].expand(labels.shape) if chosen.ndim == 1 else chosen
+    keep = ((targets != IGNORE) & targets_of(wide, shift).to(targets.device)).to(told.device)
+    return -told.detach().float().masked_fill(~keep, 0.0).sum(), keep.sum()
+
+
+class LossMeter:
+    """Adds up both losses from check to check, from the outputs of the model's training forward passes.
+
+    Args:
+        shift: whether the model shifts its labels.
+    """
+
+    def __init__(self, shift: bool) -> None:
+        self._shift = shift
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+        self._told = False
+
+    def add(self, output: Any, kwargs: Mapping[str, Any], labels: Tensor | None, echo: Tensor | None) -> None:
+        """Take in one forward pass.
+
+        Args:
+            output: of the model; its ``loss`` is used where there is one, `summed_losses` for the echo targets.
+            kwargs: the forward pass's; ``num_items_in_batch`` says what the loss was divided by.
+            labels: (B, T) of the batch; without them nothing is counted.
+            echo: (B,) or (B, T) bool, True at echo rows; None without any.
+        """
+        if labels is None:
+            return
+        loss = _field(output, "loss")
+        targets = (targets_of(labels, self._shift) != IGNORE).sum()
+        if echo is None:
+            of_echo, echoed = torch.zeros((), device=labels.device), torch.zeros_like(targets)
+        elif (found := summed_losses(output, labels, echo, self._shift)) is not None:
+            of_echo, echoed = found
+        else:
+            if not self._told:
+                self._told = True
+                logger.warning(_UNTOLD)
+            return
+        if loss is not None:
+            divided_by = kwargs.get("num_items_in_batch")
+            whole = loss.detach().float().mean() * (targets if divided_by is None else divided_by)
+        elif (found := summed_losses(output, labels, torch.ones_like(labels).bool(), self._shift)) is not None:
+            whole, _ = found
+        else:
+            return
+        self._book("echo", of_echo, echoed)
+        self._book("data", whole.to(of_echo.device) - of_echo, targets.to(echoed.device) - echoed)
+
+    def take(self) -> dict[str, float]:
+        """``loss/data`` and ``loss/echo`` over all processes: means in nats a target since the last call.
+
+        There is none without targets.
+        """
+        own = [[float(booked.get(name, 0)) for name in _KINDS] for booked in (self._sums, self._counts)]
+        self._sums, self._counts = {}, {}
+        sums, counts = collective.total(torch.tensor(own, dtype=torch.float64)).tolist()
+        return {f"loss/{name}": sums[at] / counts[at] for at, name in enumerate(_KINDS) if counts[at] > 0}
+
+    def _book(self, name: str, total: Tensor, count: Tensor) -> None:
+        # On the device: a number on the CPU would wait for it at every batch.
+        if name in self._sums:
+            self._sums[name] += total.double() if total.device.type != "mps" else total
+            self._counts[name] += count
+        else:
+            self._sums[name] = total.double() if total.device.type != "mps" else total.clone()
+            self._counts[name] = count.clone()
+
+    def hook(self, model: nn.Module, current: Any, faults: Faults) -> Any:
+        """Follow the training forward passes of a model.
+
+        Args:
+            model: its forward hook is used.
+            current: gives (labels or None, echo mask or None) of the batch in the model, where labels do not reach it.
+            faults: contains exceptions.
+        """
+
+        def after(module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            if not module.training or not torch.is_grad_enabled() or torch.compiler.is_compiling() or faults.down:
+                return
+            with faults.contain("telling losses apart"):
+                known, echo = current()
+                labels = kwargs.get("labels")
+                self.add(output, kwargs, labels if isinstance(labels, Tensor) else known, echo)
+
+        return model.register_forward_hook(after, with_kwargs=True)
+
+
+def _field(output: Any, name: str) -> Tensor | None:
+    value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    return value if isinstance(value, Tensor) else None
+
+
+logger = logging.getLogger("vocabguard")
+
+Targets = Callable[[Any], tuple[Tensor | None, Tensor] | None]
+"""Takes a batch, gives (inputs or None, targets), or None where there are none: targets are not shifted again."""
+
+LABELS_KEY = "vocabguard_labels"
+"""Key of a batch's labels where the trainer takes ``labels`` out of it before the model's forward pass."""
+
+
+def labels_of(batch: Any, targets: Targets | None) -> tuple[Tensor | None, Tensor, bool] | None:
+    """Inputs, labels and whether the extractor has aligned them already; None where a batch carries no labels.
+
+    Args:
+        batch: a mapping with ``labels`` (and ``input_ids``), or whatever `targets` takes.
+        targets: the user's extractor, if any.
+    """
+    if targets is not None:
+        found = targets(batch)
+        return None if found is None else (*found, True)
+    labels = batch.get(LABELS_KEY, batch.get("labels")) if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor):
+        inputs = batch.get("input_ids")
+        return (inputs if isinstance(inputs, Tensor) else None), labels, False
+    return None
+
+
+class LabelCarrier:
+    """Wraps a collate function: a batch's labels go to the model under `LABELS_KEY` too.
+
+    Label smoothing and losses of one's own take ``labels`` out of a batch; what stays in it reaches the model's forward
+    pass, where an `Observer` sees it and `drop_labels` takes it away.
+
+    Args:
+        inner: the user's collate function.
+    """
+
+    def __init__(self, inner: Callable[[list[Any]], Any]) -> None:
+        self.inner = inner
+
+    def __call__(self, features: list[Any]) -> Any:
+        """Collate one batch."""
+        batch = self.inner(features)
+        if isinstance(batch, MutableMapping) and isinstance(batch.get("labels"), Tensor):
+            batch[LABELS_KEY] = batch["labels"]
+        return batch
+
+
+def drop_labels(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Take the labels of a `LabelCarrier` away, as the last forward pre-hook of a model that does not know them."""
+    kwargs.pop(LABELS_KEY, None)
+    return args, kwargs
+
+
+_NO_LABELS = (
+    "vocabguard: a training pass got no labels, so its targets are not counted. Where a trainer takes them out of the "
+    "batch before (a loss of one's own), say `hidden_labels=True` to the Hugging Face callback; else `targets=`"
+)
+_NOT_ITS_OWN = "no optimizer has the output matrix (DeepSpeed, for one, steps copies of its own)"
+
+
+class Observer:
+    """Feeds an `ExposureCounter` from forward passes or batches, and from the optimizer's step.
+
+    Args:
+        counter: where counts go.
+        matrix: the matrix whose gradient is read; None if it gets none: pull and push are NaN then.
+        shift: whether the model shifts its labels.
+        push_every: optimizer steps between reads of the whole gradient; 0 never.
+        faults: contains exceptions.
+        targets: the user's extractor, if any.
+    """
+
+    def __init__(
+        self,
+        counter: ExposureCounter,
+        matrix: VocabMatrix | None,
+        *,
+        shift: bool,
+        push_every: int,
+        faults: Faults,
+        targets: Targets | None = None,
+    ) -> None:
+        self.counter = counter
+        self._matrix = matrix
+        self._shift = shift
+        self._push_every = push_every
+        self._faults = faults
+        self._targets = targets
+        self._handles: list[Any] = []
+        self._names: tuple[str, ...] = ()
+        self._unread, self._told = True, False
+        self.hooked = False
+        self.protection: Protection | None = None
+        self.meter: RateMeter | None = None
+        if matrix is None:
+            self._read_no_gradient()
+
+    def hook_model(self, model: nn.Module) -> None:
+        """See every training forward pass of `model` that has a gradient; batches need not be told any more."""
+        # Now, since a compiled pass cannot look into a signature.
+        self._names = parameters_of(model)
+        self._handles.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        self.hooked = True
+
+    def hook_optimizers(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Read the gradient after each step of the optimizer that holds the matrix.
+
+        The step's post hook sees the same clipped, averaged gradient under every trainer.
+
+        Raises:
+            ConfigError: if rows are to be held, and no optimizer has the matrix itself.
+        """
+        if self._matrix is None:
+            return
+        weight = self._matrix.weight
+        # Wrappers keep the real optimizer inside, and only that one's hooks fire at real steps.
+        inners = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+        having = [
+            inner
+            for inner in inners
+            if any(weight is parameter for group in inner.param_groups for parameter in group["params"])
+        ]
+        for inner in having:
+            self._handles.append(inner.register_step_pre_hook(self._before_step))
+            self._handles.append(inner.register_step_post_hook(self._after_step))
+        if not having:
+            if self.protection is not None and self.protection.holder is not None:
+                raise ConfigError(f"hold: {_NOT_ITS_OWN}; allowed: an optimizer over the model's own parameters")
+            logger.warning("vocabguard: pull and push are not applicable: %s", _NOT_ITS_OWN)
+            self._read_no_gradient()
+
+    def _read_no_gradient(self) -> None:
+        """Pull and push have no meaning here: NaN, not 0."""
+        for unread in (self.counter.pull, self.counter.push, self.counter.input_only):
+            unread.fill_(torch.nan)
+
+    def batch(self, batch: Any) -> bool:
+        """Count a batch; False where it carries no labels."""
+        found = labels_of(batch, self._targets)
+        if found is None:
+            return False
+        inputs, labels, aligned = found
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        echo = self.protection.mask if self.protection is not None else None
+        self.observe(inputs, labels, attention_mask=mask, echo_mask=echo, shift=self._shift and not aligned)
+        return True
+
+    def observe(
+        self,
+        inputs: Tensor | None,
+        labels: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        echo_mask: Tensor | None = None,
+        shift: bool | None = None,
+    ) -> None:
+        """Count one micro-batch."""
+        if not torch.compiler.is_compiling():
+            self._follow_resize()
+        self.counter.observe(
+            inputs,
+            labels,
+            shift=self._shift if shift is None else shift,
+            attention_mask=attention_mask,
+            echo_mask=echo_mask,
+        )
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _follow_resize(self) -> None:
+        """Before a step's first batch is counted, so that its targets are not forgotten."""
+        if self._matrix is not None and self._matrix.rows != self.counter.rows:
+            self.counter.resize(self._matrix.rows)
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Without a gradient nothing is learned: a reference's or a sampler's pass through the same model.
+        if not module.training or not torch.is_grad_enabled() or self._faults.down:
+            return
+        batch = self._named(args) | kwargs
+        if torch.compiler.is_compiling():
+            # A clock or a try block would break the graph here.
+            self.batch(batch)
+            return
+        with self._faults.contain("counting a batch"):
+            if not self.batch(batch) and not self._told:
+                self._told = True
+                if self.counter.batches == 0:
+                    logger.warning(_NO_LABELS)
+
+    def _named(self, args: tuple[Any, ...]) -> dict[str, Any]:
+        """What a forward pass got by position, by name; a single mapping is a batch, another first one the inputs."""
+        if not args:
+            return {}
+        first = args[0]
+        if isinstance(first, Mapping):
+            return dict(first)
+        return {"input_ids": first, **dict(zip(self._names, args, strict=False))}
+
+    def _before_step(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        self._unread = True
+        holder = self.protection.holder if self.protection is not None else None
+        if holder is not None and holder.on and not self._faults.down:
+            with self._faults.contain("keeping rows"):
+                holder.before_step()
+
+    def _after_step(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        # The hooks of an optimizer whose `step` calls its parent's may fire twice in a step: the inner one reads.
+        if self._faults.down or self._matrix is None or not self._unread:
+            return
+        self._unread = False
+        with self._faults.contain("reading the gradient"):
+            self._follow_resize()
+            gradient, counter = self._matrix.weight.grad, self.counter
+            if self.meter is not None:
+                self.meter.add(optimizer)
+            # By the steps that a resumed run remembers, so that it samples where an uninterrupted one does.
+            sample = self._push_every > 0 and (counter.steps + 1) % self._push_every == 0
+            holder = self.protection.holder if self.protection is not None else None
+            holds = holder is not None and holder.on
+            asked = collective.any_of(counter.targets_now())
+            # Which of them are the data's only hold asks.
+            data = collective.any_of(counter.data_targets_now()) if holds else asked
+            inputs = collective.any_of(counter.inputs_now()) if counter.tied and (sample or holds) else None
+            if gradient is not None:
+                shard = self._matrix.shard
+                counter.observe_gradient(
+                    local_rows(gradient),
+                    sample,
+                    targets=asked,
+                    inputs=inputs,
+                    first_row=None if shard is None else shard.part.start,
+                )
+            if holder is not None:
+                holder.after_step(optimizer, data, asked, inputs)

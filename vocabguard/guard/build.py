@@ -1,0 +1,351 @@
+"""Before step 1: build what may protect the run, and refuse echo where it would be wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vocabguard import collective
+from vocabguard.alerts.machine import AlertMachine
+from vocabguard.alerts.rules import AlertRule
+from vocabguard.config import ConfigError, GuardConfig
+from vocabguard.guard.batches import Observer, Targets
+from vocabguard.guard.checks import Checker
+from vocabguard.guard.echo import EchoControl, EchoSource, Pace
+from vocabguard.guard.evaluations import Extras
+from vocabguard.guard.failures import Faults
+from vocabguard.guard.forecast import Forecaster
+from vocabguard.guard.hold import Holder
+from vocabguard.guard.preflight import examples_of, own_copy, untouched_rng, wanted_preflight
+from vocabguard.guard.probe import Prober, choose_prober, watched_ids
+from vocabguard.guard.protection import Protection, needed
+from vocabguard.guard.watched import Watched, describe, watch_model
+from vocabguard.measure.exposure import ExposureCounter
+from vocabguard.protect.collator import ECHO_KEY, EchoCollator, EchoError
+from vocabguard.results import NotApplicable, Preflight, Watch
+from vocabguard.rows.matrices import VocabMatrix
+from vocabguard.rows.models import is_encoder_decoder, no_tokens, predicts_next
+
+logger = logging.getLogger("vocabguard")
+
+Route = Literal["collate", "batch"]
+"""How echo rows get in: through the dataloader's collate function, or appended to a batch of tensors."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is known of the run that is about to begin.
+
+    Attributes:
+        model: the model that is trained.
+        dataloader: of the training data, or None.
+        route: how echo rows get in; None where only a collate function of the guard's can bring them.
+        total_steps: planned optimizer steps, if known.
+        batches_per_step: micro-batches of a process in an optimizer step.
+        schedule: a torch scheduler, or the learning rates of the steps to come; None if they are unknown.
+        shift: whether the model shifts its labels; None where they are no tokens.
+        flight: what preflight counted.
+    """
+
+    model: nn.Module
+    dataloader: Any
+    route: Route | None
+    total_steps: int | None
+    batches_per_step: int
+    schedule: Any = None
+    shift: bool | None = None
+    flight: Preflight | NotApplicable = NotApplicable("nothing was counted yet")
+
+    @property
+    def loader(self) -> Any:
+        """The dataloader inside accelerate's wrapper."""
+        return getattr(self.dataloader, "base_dataloader", self.dataloader)
+
+
+def arm(
+    config: GuardConfig,
+    rules: Iterable[AlertRule],
+    run: Run,
+    watched: Watched,
+    counter: ExposureCounter | None,
+    source: EchoSource | None,
+    uncounted: NotApplicable | None = None,
+) -> Protection | None:
+    """What may protect this run; nothing is switched on yet.
+
+    Args:
+        config: all settings.
+        rules: whose actions may switch echo and hold.
+        run: the run.
+        watched: matrices and table.
+        counter: of the run's targets.
+        source: made by `VocabGuard.collator`, if it was called.
+        uncounted: why labels are no targets of the data here, where they are not.
+
+    Returns:
+        None where neither echo nor hold is configured.
+
+    Raises:
+        ConfigError: where echo or hold would be wrong; the dataloader is as it was then.
+    """
+    rules = tuple(rules)
+    wants_echo, wants_hold = needed(config, rules, "echo") or source is not None, needed(config, rules, "hold")
+    uncounted = uncounted or no_tokens(run.model)
+    if counter is None and (wants_echo or wants_hold) and uncounted is not None:
+        raise ConfigError(f"{'echo' if wants_echo else 'hold'}: {uncounted.reason}")
+    if counter is None or not (wants_echo or wants_hold):
+        return None
+    holder = _holder(config, watched, counter) if wants_hold else None
+    if not wants_echo:
+        return Protection(config, rules, None, holder, shift=bool(run.shift))
+    if not run.shift and not is_encoder_decoder(run.model):
+        name = type(run.model).__name__
+        raise ConfigError(f"echo: {name} neither predicts next tokens nor decodes; allowed: models that generate text")
+    source = source or EchoSource(config, watched.tokenizer, seq2seq=is_encoder_decoder(run.model))
+    _require_route(run)
+    watch = watched_ids(watched.tokenizer, config.probe.watch, watched.rows)
+    echo = EchoControl(config, source, watched, watch, _pace(config, run), counter)
+    protection = Protection(config, rules, echo, holder, shift=bool(run.shift))
+    if run.route is not None and not isinstance(run.loader.collate_fn, EchoCollator):
+        _try_once(run, source, echo.allowed)
+        if run.route == "collate":
+            protection.on_finish(_wrap(run.loader, source))
+    return protection
+
+
+def _holder(config: GuardConfig, watched: Watched, counter: ExposureCounter) -> Holder | None:
+    matrix = watched.matrices["head"]
+    if isinstance(matrix, VocabMatrix):
+        return Holder(config.hold, matrix, counter)
+    logger.warning("vocabguard: hold has nothing to do: %s", matrix.reason)
+    return None
+
+
+def _pace(config: GuardConfig, run: Run) -> Pace:
+    flight = run.flight
+    per_batch = None
+    if isinstance(flight, Preflight) and flight.batches > 0:
+        per_batch = float(flight.data_target.sum()) / flight.batches
+    batches = None if run.total_steps is None else run.total_steps * run.batches_per_step
+    lag = config.echo.prefetch
+    collates = run.route == "collate" or isinstance(getattr(run.loader, "collate_fn", None), EchoCollator)
+    if lag is None:
+        lag = _prefetched(run) if collates else 0
+    pace = Pace(
+        data_per_batch=per_batch,
+        batches=batches,
+        lag=lag,
+        running=collates and run.route != "collate",
+    )
+    # Each process has looked at its own part of the data.
+    return collective.agree(pace)
+
+
+def _prefetched(run: Run) -> int:
+    """Batches made ahead: workers' queues, those that a trainer gathers for a step, one that accelerate looks ahead."""
+    workers = getattr(run.loader, "num_workers", 0)
+    return int(workers * (getattr(run.loader, "prefetch_factor", None) or 2) + run.batches_per_step + 2)
+
+
+def _require_route(run: Run) -> None:
+    """Refuse dataloaders through which echo rows would not come, or would drop data.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    loader = run.loader
+    if isinstance(getattr(loader, "collate_fn", None), EchoCollator):
+        return
+    if run.route is None:
+        raise ConfigError(
+            "echo is configured, but nothing adds its rows to the batches; allowed: "
+            "DataLoader(..., collate_fn=guard.collator(collate)), and attach(..., dataloader=...) with that dataloader"
+        )
+    if not isinstance(loader, DataLoader):
+        raise ConfigError(f"echo: the training dataloader is a {type(loader).__name__}; allowed: a torch DataLoader")
+    if (
+        run.route == "collate"
+        and type(run.dataloader).__name__ == "DataLoaderDispatcher"
+        and collective.world_size() > 1
+    ):
+        raise ConfigError(
+            "echo: the main process dispatches batches to the others, and rows added there would drop data; allowed: "
+            "accelerator_config={'dispatch_batches': False}"
+        )
+    if run.route == "collate" and loader.batch_sampler is None and loader.batch_size is None:
+        raise ConfigError("echo: the dataset makes batches by itself; allowed: a dataloader that collates examples")
+
+
+def _try_once(run: Run, source: EchoSource, allowed: Tensor) -> None:
+    """Add echo rows to one batch of the run's data, through copies.
+
+    Raises:
+        ConfigError: if that fails, with the reason.
+    """
+    loader = run.loader
+    if not hasattr(loader.dataset, "__getitem__") or not hasattr(loader.dataset, "__len__"):
+        return
+    ids = allowed[: source.maker.list_tokens].tolist()
+    with untouched_rng(loader.dataset, loader.collate_fn):
+        try:
+            _, examples = next(iter(examples_of(loader, order=torch.arange(min(2, len(loader.dataset))).tolist())))
+            collate = own_copy(loader.collate_fn)
+            if run.route == "collate":
+                batch = EchoCollator(collate, source.feed, source.maker).with_echo(examples, ids, 0)
+                source.maker.joined = batch[ECHO_KEY].ndim == 2
+                return
+            source.join(collate(examples), ids, number=0, rank=0)
+        except EchoError as error:
+            raise ConfigError(f"echo: {error}") from error
+        except Exception as error:
+            # The user's collate function may fail on rows of ours in any way; better now than in mid-run.
+            raise ConfigError(f"echo: a batch with echo rows fails with {type(error).__name__}: {error}") from error
+
+
+def _wrap(loader: Any, source: EchoSource) -> Callable[[], None]:
+    inner = loader.collate_fn
+    loader.collate_fn = EchoCollator(inner, source.feed, source.maker)
+
+    def undo() -> None:
+        loader.collate_fn = inner
+
+    return undo
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What works while training runs.
+
+    Attributes:
+        observer: counts; None where exposure is off.
+        checker: measures.
+        protection: echo and hold; None where neither is configured.
+        flight: what preflight found.
+        prober: what probes, or why nothing does.
+    """
+
+    observer: Observer | None
+    checker: Checker
+    protection: Protection | None
+    flight: Preflight | NotApplicable
+    prober: Prober | NotApplicable
+
+    def describe(self, run_dir: Path | None) -> Watch:
+        """What a user is told before step 1."""
+        return describe(self.checker.watched, self.flight, self.prober, run_dir, self.notes())
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the parts before step 1."""
+        told = self.protection.notes() if self.protection is not None else ()
+        return told + (self.checker.extras.notes() if self.checker.extras is not None else ())
+
+    def hook(self, optimizer: Any, faults: Faults, *, hook_model: bool, steps_done: int) -> None:
+        """Set all hooks.
+
+        Args:
+            optimizer: one, several, or None.
+            faults: contains exceptions.
+            hook_model: whether batches are counted in the model's forward pass.
+            steps_done: optimizer steps that the trainer has behind it.
+        """
+        if self.observer is None:
+            return
+        if optimizer is not None:
+            optimizers = [optimizer] if hasattr(optimizer, "param_groups") else list(optimizer)
+            self.observer.hook_optimizers(optimizers)
+            if self.checker.forecaster is not None:
+                self.observer.meter = self.checker.forecaster.hook(optimizers, steps_done)
+        if self.protection is not None:
+            # First, so that the echo mask is out of the batch before anything else sees it.
+            self.protection.hook_model(self.checker.model, faults)
+        if hook_model:
+            self.observer.hook_model(self.checker.model)
+
+
+def put_together(
+    config: GuardConfig,
+    rules: Iterable[AlertRule],
+    run: Run,
+    tokenizer: Any,
+    resumed: Mapping[str, Any],
+    *,
+    hook_model: bool,
+    faults: Faults,
+    targets: Targets | NotApplicable | None,
+    source: EchoSource | None,
+) -> Parts:
+    """Find what is watched, count targets of the data to come, choose what probes, and build the parts.
+
+    Args:
+        config: all settings.
+        rules: of alerts.
+        run: what is known of the run, without its ``shift`` and ``flight``.
+        tokenizer: the model's, or None.
+        resumed: the state of an earlier run that goes on, or empty.
+        hook_model: whether batches are counted in the model's forward pass.
+        faults: contains exceptions.
+        targets: the user's extractor, if any, or why labels are no targets of the data here.
+        source: of echo rows, where `VocabGuard.collator` was called.
+
+    Raises:
+        ConfigError: for settings that do not fit the model, the tokenizer or the data; where echo or hold would be
+            wrong, or questions cannot be asked.
+    """
+    rules = tuple(rules)
+    watched = watch_model(run.model, tokenizer, config, resumed)
+    shift = config.exposure.shift_labels
+    shift = predicts_next(run.model) if shift is None else shift
+    flight = wanted_preflight(config, run.dataloader, watched.rows, shift, targets, hook_model, tokenizer)
+    prober = choose_prober(run.model, config, tokenizer, watched.table, flight)
+    run = replace(run, shift=shift, flight=flight)
+    uncounted = targets if isinstance(targets, NotApplicable) else None
+    observer = _observer(config, run, watched, faults, targets)
+    counter = observer.counter if observer else None
+    protection = arm(config, rules, run, watched, counter, source, uncounted)
+    if observer is not None:
+        observer.protection = protection
+    checker = Checker(
+        run.model,
+        watched,
+        counter,
+        prober if isinstance(prober, Prober) else None,
+        AlertMachine(rules),
+        config.drift.chunk_rows,
+        config.log.top_k,
+        protection=protection,
+        uncounted=uncounted,
+        extras=Extras(config, run.model, watched.tokenizer),
+        total_steps=run.total_steps,
+        forecaster=_forecaster(config, run, watched),
+    )
+    return Parts(observer, checker, protection, flight, prober)
+
+
+def _forecaster(config: GuardConfig, run: Run, watched: Watched) -> Forecaster | None:
+    if not config.forecast.enabled:
+        return None
+    batches = run.batches_per_step * collective.world_size()
+    return Forecaster(watched, run.flight, run.total_steps, batches, run.schedule)
+
+
+def _observer(
+    config: GuardConfig, run: Run, watched: Watched, faults: Faults, targets: Targets | NotApplicable | None
+) -> Observer | None:
+    """What counts; None where exposure is off, or labels are no targets."""
+    if not config.exposure.enabled or isinstance(targets, NotApplicable) or (run.shift is None and targets is None):
+        return None
+    return Observer(
+        ExposureCounter(watched.rows, next(run.model.parameters()).device, watched.tied),
+        watched.gradient_matrix,
+        shift=bool(run.shift),
+        push_every=config.exposure.push_every_n_steps,
+        faults=faults,
+        targets=targets,
+    )

@@ -1,0 +1,345 @@
+"""One check: measure everything that is due, once, and put it into one `CheckResult`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vocabguard import collective
+from vocabguard.alerts.machine import AlertMachine
+from vocabguard.alerts.text import About, Scene, Switch, about_of, story_of
+from vocabguard.guard import summary
+from vocabguard.guard.evaluations import Extras
+from vocabguard.guard.forecast import Forecaster
+from vocabguard.guard.probe import Prober
+from vocabguard.guard.protection import Protection
+from vocabguard.guard.watched import Watched, vocabulary_rows
+from vocabguard.measure.drift import measure_drift
+from vocabguard.measure.exposure import ExposureCounter, exposure_classes
+from vocabguard.measure.probe import said
+from vocabguard.results import (
+    CheckResult,
+    Exposure,
+    Finding,
+    Forecast,
+    MatrixName,
+    NotApplicable,
+    ProbeResult,
+    RowDrift,
+    Transition,
+)
+from vocabguard.rows.matrices import VocabMatrix
+from vocabguard.rows.models import no_tokens
+from vocabguard.rows.sharding import reshard
+from vocabguard.text import visible
+from vocabguard.vocabulary.table import VocabTable
+
+WORST = 5
+"""Tokens that a story names."""
+
+
+@dataclass(frozen=True)
+class Teller:
+    """Tells the stories of one check's alerts.
+
+    Attributes:
+        found: the check, or the last one.
+        table: groups and texts.
+        groups: (V,) bool masks by script group.
+        prober: of the run, if it is probed.
+        protection: echo and hold, where they are part of the run.
+        total: planned optimizer steps, if known.
+    """
+
+    found: CheckResult
+    table: VocabTable
+    groups: Mapping[str, Tensor]
+    prober: Prober | None
+    protection: Protection | None
+    total: int | None
+
+    def tell(self, changes: Iterable[Transition]) -> tuple[Transition, ...]:
+        """The transitions, those that fire with their stories."""
+        changes = tuple(changes)
+        if not any(change.state == "firing" for change in changes):
+            return changes
+        scene = self._scene()
+        return tuple(self._told(change, scene) if change.state == "firing" else change for change in changes)
+
+    def _told(self, change: Transition, scene: Scene) -> Transition:
+        ids = self._worst(about_of(change, scene))
+        return replace(change, story=story_of(change, scene, [visible(self.table.text(token)) for token in ids]))
+
+    def _scene(self) -> Scene:
+        live, exposure = self.table.live, self.found.exposure
+        masks = self._masks
+        counted = isinstance(exposure, Exposure)
+        unasked = live & (exposure.data_target == 0) if isinstance(exposure, Exposure) else live
+        return Scene(
+            scalars=self.found.scalars,
+            live=int(live.sum()),
+            rows={name: int((mask & live).sum()) for name, mask in masks.items()},
+            unasked={name: int((mask & unasked).sum()) for name, mask in masks.items()} if counted else {},
+            targets=int(exposure.data_target.sum()) if isinstance(exposure, Exposure) else 0,
+            total=self.total,
+            echo=self._switch("echo"),
+            hold=self._switch("hold"),
+        )
+
+    @cached_property
+    def _masks(self) -> dict[str, Tensor]:
+        return {**self.groups, **summary.class_masks(self.found.classes)}
+
+    def _switch(self, kind: str) -> Switch:
+        part = None if self.protection is None else getattr(self.protection, "echo" if kind == "echo" else "holder")
+        return "absent" if part is None else "on" if part.on else "armed"
+
+    def _worst(self, about: About) -> list[int]:
+        """Ids of the worst live tokens concerned, worst first."""
+        found = self.found
+        mask = self._concerned(about)
+        if about.kind == "forgotten":
+            return self._forgotten(mask, watched=about.last == "watch")
+        drift = found.embedding if about.owner == "embedding" else found.head
+        drift = found.embedding if isinstance(drift, NotApplicable) else drift
+        if isinstance(drift, NotApplicable) or about.kind in ("targets", "confused", "other"):
+            return []
+        if about.kind == "broken":
+            broken = drift.bad if about.last == "nonfinite_rows" else drift.zero
+            return (mask & broken).nonzero().flatten()[:WORST].tolist()
+        return summary.lowest(self._ranking(about, drift), mask, WORST).tolist()
+
+    def _ranking(self, about: About, drift: RowDrift) -> Tensor:
+        if about.owner == "forecast" and isinstance(self.found.forecast, Forecast):
+            return self.found.forecast.cosine
+        return drift.residual if about.last == "residual_p01" else drift.cosine
+
+    def _concerned(self, about: About) -> Tensor:
+        masks = self._masks
+        names = (about.last,) if about.kind == "asked" else about.parts
+        chosen = [masks[name] for name in names if name in masks]
+        return self.table.live & torch.stack(chosen).any(0) if chosen else self.table.live
+
+    def _forgotten(self, mask: Tensor, *, watched: bool) -> list[int]:
+        """Of the tokens that the last probe no longer found, those of lowest probability."""
+        prober = self.prober
+        if prober is None or prober.base is None or prober.last is None:
+            return []
+        lost = said(prober.base) & ~said(prober.last)
+        ids = prober.last.ids
+        lost &= torch.isin(ids, prober.watched) if watched else mask[ids]
+        return ids[summary.lowest(prober.last.probability.mean(1), lost, WORST)].tolist()
+
+
+Moment = Literal["evaluation", "end"]
+"""When more is looked at than a check does."""
+
+
+@dataclass
+class Checker:
+    """Everything that a check measures.
+
+    Attributes:
+        model: the model that is trained.
+        watched: matrices, baselines and the table.
+        counter: counts and gradients; None where exposure is off.
+        prober: None where the probe does not apply.
+        alerts: the rules' states.
+        chunk_rows: matrix rows read at a time.
+        top_k: worst tokens in a result.
+        check_seconds: cost of the last check without its probe.
+        probe_seconds: cost of the last probe.
+        protection: echo and hold; None where neither is configured.
+        uncounted: why labels are no targets of the data here; None where they are.
+        extras: what is looked at beside.
+        forecaster: says where the rows will end; None where that is off.
+        total_steps: planned optimizer steps, if known.
+        pending: what rules have asked of the trainer and nobody has taken yet.
+        groups: (V,) bool masks by script group.
+        group_rows: live rows of each.
+    """
+
+    model: nn.Module
+    watched: Watched
+    counter: ExposureCounter | None
+    prober: Prober | None
+    alerts: AlertMachine
+    chunk_rows: int
+    top_k: int
+    check_seconds: float = 0.0
+    probe_seconds: float = 0.0
+    protection: Protection | None = None
+    uncounted: NotApplicable | None = None
+    extras: Extras | None = None
+    forecaster: Forecaster | None = None
+    total_steps: int | None = None
+    pending: list[str] = field(default_factory=list)
+    groups: dict[str, Tensor] = field(init=False)
+    group_rows: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._regroup()
+
+    def _regroup(self) -> None:
+        self.groups = summary.group_masks(self.watched.table)
+        self.group_rows = {name: int((mask & self.watched.table.live).sum()) for name, mask in self.groups.items()}
+
+    def run(self, step: int, *, with_probe: bool, overhead: float) -> CheckResult:
+        """Measure now.
+
+        Args:
+            step: the optimizer step that has just been done.
+            with_probe: whether the probe is due.
+            overhead: the guard's share of the time so far, in [0, 1].
+        """
+        began = time.perf_counter()
+        # The model of a sharded run talks in its forward pass: no rank may be missing there.
+        collective.heed_faults()
+        self._follow_resize()
+        probes = self._probe() if with_probe else None
+        self.probe_seconds = time.perf_counter() - began if probes else self.probe_seconds
+        exposure = self.exposure()
+        classes = self.classes(exposure)
+        drifts = self._drifts(self.watched.table.live & (classes == 0))
+        scalars = summary.scalars_of(
+            drifts, exposure, classes, probes,
+            live=self.watched.table.live, groups=self.groups, watched=self._watch_list,
+        )  # fmt: skip
+        scalars[summary.PREFIX + "overhead"] = overhead
+        if self.protection is not None:
+            scalars |= self.protection.scalars(exposure, self.watched.table.live)
+        forecast = self._forecast(step, drifts["head"], exposure)
+        if isinstance(forecast, Forecast):
+            scalars |= summary.forecast_scalars(forecast, classes, self.watched.table.live, self.groups)
+        base, now = probes or (None, None)
+        result = CheckResult(
+            step, drifts["head"], drifts["embedding"], exposure, classes, now,
+            # Times differ between processes, and all must judge alike.
+            collective.agree(scalars), base_probe=base, forecast=forecast,
+        )  # fmt: skip
+        result = self._told(self._judged(result))
+        findings = self.extras.at_check(self, step, drifts) if self.extras is not None else ()
+        seconds = time.perf_counter() - began
+        self.check_seconds = seconds - (self.probe_seconds if probes else 0.0)
+        return replace(result, findings=findings, seconds=seconds)
+
+    def _forecast(
+        self, step: int, drift: RowDrift | NotApplicable, exposure: Exposure | NotApplicable
+    ) -> Forecast | NotApplicable:
+        if self.forecaster is None:
+            return NotApplicable("the forecast is off")
+        return self.forecaster.at(step, drift, exposure)
+
+    def _judged(self, found: CheckResult) -> CheckResult:
+        """With what the rules say of it."""
+        transitions = self._follow(found, found.scalars)
+        scalars = {**found.scalars, **self.alerts.scalars()}
+        requests = self.alerts.requests(transitions)
+        return replace(found, scalars=scalars, transitions=transitions, firing=self.alerts.firing, requests=requests)
+
+    def _follow(
+        self, found: CheckResult, scalars: Mapping[str, float], *, evaluation: bool = False
+    ) -> tuple[Transition, ...]:
+        table = self.watched.table
+        transitions = self.alerts.update(found.step, scalars, evaluation=evaluation, rows=self.group_rows)
+        self.pending += self.alerts.requests(transitions)
+        teller = Teller(found, table, self.groups, self.prober, self.protection, self.total_steps)
+        return teller.tell(transitions)
+
+    def _told(self, found: CheckResult) -> CheckResult:
+        """With the tables of tokens, and what echo has done."""
+        ranked = found.head if isinstance(found.head, RowDrift) else found.embedding
+        worst = summary.worst_ids(ranked, self.watched.table.live, self.top_k)
+        last_probe = self.prober.last if self.prober else None
+        about = (ranked, found.exposure, found.classes, last_probe, self.watched.table, found.step)
+        protection = self.protection
+        return replace(
+            found,
+            worst=summary.token_reports(worst, *about),
+            watched=summary.token_reports(self._watch_list, *about),
+            echo=protection.report(found.exposure, found.classes, self.groups) if protection else None,
+        )
+
+    @property
+    def _watch_list(self) -> Tensor:
+        return self.prober.watched if self.prober else torch.empty(0, dtype=torch.int64)
+
+    def beside(self, at: Moment | None, last: CheckResult) -> tuple[Finding, ...]:
+        """What is looked at beside a check at some moment, with what the rules say of it.
+
+        Args:
+            at: an evaluation or the end; None looks at nothing.
+            last: the check of this step.
+        """
+        if at is None or self.extras is None:
+            return ()
+        if at == "end":
+            return self.extras.at_end(self, last)
+        found = tuple(self._judged_beside(one, last) for one in self.extras.at_evaluation(self, last.step))
+        if self.protection is not None:
+            self.protection.decide(self.alerts.firing)
+        return found
+
+    def _judged_beside(self, found: Finding, last: CheckResult) -> Finding:
+        scalars = collective.agree(dict(found.scalars))
+        transitions = self._follow(last, scalars, evaluation=True)
+        return replace(found, scalars=scalars | self.alerts.scalars(evaluation=True), transitions=transitions)
+
+    def take_requests(self) -> tuple[str, ...]:
+        """What rules have asked of the trainer, once. For all processes to call."""
+        if not self.pending:
+            return ()
+        # Where a guard has failed meanwhile nobody asks: no process may stop without the others.
+        collective.heed_faults()
+        asked, self.pending = tuple(dict.fromkeys(self.pending)), []
+        return asked
+
+    def exposure(self) -> Exposure | NotApplicable:
+        """Counts so far, over all processes."""
+        if self.counter is None:
+            return self.uncounted or no_tokens(self.model) or NotApplicable("exposure is off")
+        return collective.total_exposure(self.counter.exposure())
+
+    def classes(self, exposure: Exposure | NotApplicable) -> Tensor:
+        """(V,) uint8 exposure classes; all never where nothing is counted."""
+        if isinstance(exposure, NotApplicable):
+            return torch.zeros(self.watched.rows, dtype=torch.uint8)
+        return exposure_classes(exposure.data_target)
+
+    def _follow_resize(self) -> None:
+        """A matrix resized in mid-run: rows in common go on, new ones start at nothing."""
+        rows = vocabulary_rows(self.model, self.watched.matrices)
+        if rows == self.watched.rows:
+            return
+        self.watched.resize(rows)
+        self._regroup()
+        if self.counter is not None and self.counter.rows != rows:
+            self.counter.resize(rows)
+        if self.forecaster is not None:
+            self.forecaster.resize()
+
+    def _drifts(self, unexposed: Tensor) -> dict[MatrixName, RowDrift | NotApplicable]:
+        found: dict[MatrixName, RowDrift | NotApplicable] = {}
+        reshard(self.model)
+        for name, matrix in self.watched.matrices.items():
+            if isinstance(matrix, VocabMatrix):
+                # A tied pair is one matrix, measured once.
+                known = found.get("head") if matrix.tied else None
+                baseline = self.watched.baseline_of(name)
+                found[name] = known or measure_drift(matrix, baseline, unexposed, self.chunk_rows, shard=matrix.shard)
+            else:
+                found[name] = matrix
+        return found
+
+    def _probe(self) -> tuple[ProbeResult, ProbeResult] | None:
+        if self.prober is None:
+            return None
+        now = self.prober.run(self.model)
+        assert self.prober.base is not None
+        return self.prober.base, now

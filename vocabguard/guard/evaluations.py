@@ -1,0 +1,351 @@
+"""What is looked at beside the checks: answers at evaluations, neighbours, and where forgotten tokens were lost.
+
+Each part stands down by itself where it fails, on all processes together; the guard and the training go on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from vocabguard import collective
+from vocabguard.config import ConfigError, ConfusionConfig, GuardConfig, load_questions
+from vocabguard.guard import summary
+from vocabguard.measure.languages import ConfusionCounts, count_answers, scripts_of
+from vocabguard.measure.localize import End, head_or_body
+from vocabguard.measure.neighbors import compare_neighbors
+from vocabguard.measure.probe import probe_applicable, said, undisturbed
+from vocabguard.protect.prompts import PLACE, render_context, render_echo
+from vocabguard.results import CheckResult, Finding, MatrixName, NotApplicable, RowDrift
+from vocabguard.rows.matrices import VocabMatrix
+from vocabguard.rows.models import core_of, text_config_of, unwrapped
+from vocabguard.views.findings import body_finding, confusion_finding, neighbors_finding
+
+if TYPE_CHECKING:
+    from vocabguard.guard.checks import Checker
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Attributes:
+        language: ISO 639 code.
+        ids: the prompt: a user's turn up to where the answer begins.
+    """
+
+    language: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Confuser:
+    """Asks a model questions in many languages.
+
+    Attributes:
+        tokenizer: reads the answers.
+        questions: in the order in which they are asked.
+        stops: ids that end an answer.
+        max_new_tokens: longest answer.
+        batch: questions in one forward pass.
+        allow: language -> scripts that belong beside its own, where it is not Latin letters.
+    """
+
+    tokenizer: Any
+    questions: tuple[Question, ...]
+    stops: tuple[int, ...]
+    max_new_tokens: int
+    batch: int
+    allow: Mapping[str, Sequence[str]]
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Languages asked in."""
+        return tuple(dict.fromkeys(question.language for question in self.questions))
+
+    def ask(self, model: nn.Module) -> ConfusionCounts:
+        """Let the model answer every question, and count the answers by script.
+
+        The model is asked as the probe asks it: in evaluation mode, without gradients, outside of compiled code, with
+        generators and modes left as they were.
+        """
+        # By length, so that little of a batch is padding.
+        order = sorted(range(len(self.questions)), key=lambda place: len(self.questions[place].ids))
+        asked = [self.questions[place] for place in order]
+        answers: list[tuple[str, str]] = []
+        generator = unwrapped(model)
+        with undisturbed(generator), torch.no_grad():
+            for start in range(0, len(asked), self.batch):
+                part = asked[start : start + self.batch]
+                said = greedy_answers(generator, [one.ids for one in part], self.stops, self.max_new_tokens)
+                texts = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in said)
+                answers += [(one.language, text) for one, text in zip(part, texts, strict=True)]
+        return count_answers(answers, self.languages, allow=self.allow)
+
+
+def greedy_answers(
+    model: nn.Module, prompts: Sequence[Sequence[int]], stops: Sequence[int], max_new_tokens: int
+) -> Iterator[list[int]]:
+    """What a model answers to each prompt, greedily, up to the first stop.
+
+    Args:
+        model: has Hugging Face's ``generate``.
+        prompts: ids; shorter ones are padded on the left and masked.
+        stops: ids that end an answer; at least one.
+        max_new_tokens: longest answer.
+    """
+    from transformers import GenerationConfig
+
+    longest = max(len(prompt) for prompt in prompts)
+    device = next(model.parameters()).device
+    padded = [[stops[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    # Neutral values, so that the model's own settings of sampling say nothing.
+    plain = GenerationConfig(  # type: ignore[no-untyped-call, unused-ignore]
+        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=1.0, top_k=50,
+        top_p=1.0, eos_token_id=list(stops), pad_token_id=stops[0], return_dict_in_generate=False,
+    )  # fmt: skip
+    generate: Any = model.generate
+    said: Tensor = generate(
+        input_ids=torch.tensor(padded, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        generation_config=plain,
+    )
+    for ids in said[:, longest:].tolist():
+        end = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+        yield ids[:end]
+
+
+def choose_confuser(model: nn.Module, config: ConfusionConfig, tokenizer: Any) -> Confuser | NotApplicable:
+    """What asks the questions of a configuration, or why nothing does.
+
+    Args:
+        model: the model to be asked.
+        config: what to ask.
+        tokenizer: its tokenizer, or None.
+
+    Raises:
+        ConfigError: for questions in a language that is not known, that the chat template does not render, or that
+            leave no room for an answer; and for a language or script in ``allow`` that is not known.
+    """
+    if not config.enabled:
+        return NotApplicable("confusion is off")
+    if tokenizer is None:
+        return NotApplicable("answers in many languages need a tokenizer")
+    if (reason := probe_applicable(model)) is not None:
+        return reason
+    if not callable(getattr(core_of(model), "generate", None)):
+        return NotApplicable(f"{type(core_of(model)).__name__} has no generate(), so it gives no answers")
+    stops = _stops(core_of(model), tokenizer)
+    if not stops:
+        return NotApplicable("neither tokenizer nor model names a token that ends an answer")
+    questions = tuple(_questions(config, tokenizer))
+    _require_room(core_of(model), questions, config.max_new_tokens)
+    confuser = Confuser(tokenizer, questions, stops, config.max_new_tokens, config.batch_prompts, config.allow)
+    try:
+        count_answers((), confuser.languages, allow=config.allow)
+    except ValueError as error:
+        raise ConfigError(f"confusion.allow: {error}") from error
+    return confuser
+
+
+def _questions(config: ConfusionConfig, tokenizer: Any) -> Iterator[Question]:
+    try:
+        context = render_context(tokenizer, "confusion", PLACE, 1)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    for language, texts in load_questions(config).items():
+        try:
+            scripts_of(language)
+        except ValueError as error:
+            raise ConfigError(f"confusion.prompts: {error}") from error
+        for text in texts:
+            inner = tokenizer.encode(text, add_special_tokens=False)
+            yield Question(language, (*context.before, *inner, *context.after))
+
+
+def _stops(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end an answer: the tokenizer's and the model's, and the marker that closes an assistant's turn."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = [tokenizer.eos_token_id, *(named if isinstance(named, (list, tuple)) else [named])]
+    if getattr(tokenizer, "chat_template", None):
+        try:
+            close = render_echo(tokenizer, "confusion", PLACE).close[:1]
+        except ValueError:
+            close = ()
+        found += [token for token in close if token in tokenizer.all_special_ids]
+    return tuple(dict.fromkeys(int(token) for token in found if token is not None))
+
+
+def _require_room(model: nn.Module, questions: Sequence[Question], max_new_tokens: int) -> None:
+    most = getattr(text_config_of(model), "max_position_embeddings", None)
+    longest = max(len(question.ids) for question in questions)
+    if isinstance(most, int) and 0 < most < longest + max_new_tokens:
+        raise ConfigError(
+            f"confusion.max_new_tokens is {max_new_tokens}; allowed: {max(0, most - longest)}, since the model takes "
+            f"{most} tokens and a question has {longest}"
+        )
+
+
+logger = logging.getLogger("vocabguard")
+
+Drifts = Mapping[MatrixName, RowDrift | NotApplicable]
+
+_SHARDED = NotApplicable("the rows are spread over processes")
+
+
+class Extras:
+    """The parts that a configuration asks for.
+
+    Args:
+        config: all settings.
+        model: the model that is trained.
+        tokenizer: its tokenizer, or None.
+
+    Raises:
+        ConfigError: for questions that cannot be asked.
+    """
+
+    def __init__(self, config: GuardConfig, model: nn.Module, tokenizer: object) -> None:
+        self._config = config
+        self._confuser = choose_confuser(model, config.confusion, tokenizer)
+        self._raise = config.on_error == "raise"
+        self._down: set[str] = set()
+        self._checks = 0
+        self._last_look: int | None = None
+
+    def notes(self) -> tuple[str, ...]:
+        """What was asked for and cannot be done, in words."""
+        if self._config.confusion.enabled and isinstance(self._confuser, NotApplicable):
+            return (f"no answers in many languages: {self._confuser.reason}",)
+        return ()
+
+    def at_evaluation(self, checker: Checker, step: int) -> tuple[Finding, ...]:
+        """Answers in many languages, if asked for. For all processes to call.
+
+        Args:
+            checker: of the run.
+            step: the optimizer step.
+        """
+        confuser = self._confuser
+        if not isinstance(confuser, Confuser):
+            return ()
+        return self._part("confusion", lambda: confusion_finding(step, confuser.ask(checker.model)))
+
+    def at_check(self, checker: Checker, step: int, drifts: Drifts) -> tuple[Finding, ...]:
+        """Neighbours, at checks at which they are due. For all processes to call.
+
+        Args:
+            checker: of the run.
+            step: the optimizer step; at the first check nothing has moved yet.
+            drifts: of this check.
+        """
+        every, number = self._config.neighbors.every_n_checks, self._checks
+        self._checks += 1
+        return self._neighbors(checker, step, drifts) if every and number and number % every == 0 else ()
+
+    def at_end(self, checker: Checker, last: CheckResult) -> tuple[Finding, ...]:
+        """Neighbours, and where forgotten tokens were lost. For all processes to call.
+
+        Args:
+            checker: of the run.
+            last: its last check; the weights are still those.
+        """
+        found: tuple[Finding, ...] = ()
+        if self._last_look != last.step:
+            found = self._neighbors(checker, last.step, {"head": last.head, "embedding": last.embedding})
+        if self._config.probe.head_or_body and _forgotten(checker):
+            found += self._part("head_or_body", lambda: _body(checker, last.step))
+        return found
+
+    def _neighbors(self, checker: Checker, step: int, drifts: Drifts) -> tuple[Finding, ...]:
+        if not self._config.neighbors.k:
+            return ()
+        self._last_look = step
+        return self._part("neighbors", lambda: _beside(checker, step, drifts, self._config))
+
+    def _part(self, name: str, look: Callable[[], Finding | NotApplicable | None]) -> tuple[Finding, ...]:
+        """One part's finding; none where it is not applicable, or stands down."""
+        found: Finding | NotApplicable | None = None
+        failed = name in self._down
+        if not failed:
+            try:
+                found = look()
+            except Exception as error:
+                if self._raise:
+                    raise
+                failed = True
+                logger.warning(
+                    "vocabguard: %s stands down, the guard goes on: %s: %s", name, type(error).__name__, error
+                )
+        if bool(collective.any_of(torch.tensor(failed))):
+            self._down.add(name)
+            return ()
+        if isinstance(found, NotApplicable):
+            # Neighbours were asked for; head or body is looked at by itself.
+            level = logging.WARNING if name == "neighbors" else logging.INFO
+            logger.log(level, "vocabguard: no %s: %s", name, found.reason)
+            self._down.add(name)
+        return (found,) if isinstance(found, Finding) else ()
+
+
+def _beside(checker: Checker, step: int, drifts: Drifts, config: GuardConfig) -> Finding | NotApplicable | None:
+    """Neighbours of the worst and the watched tokens."""
+    name: MatrixName = "head" if isinstance(drifts["head"], RowDrift) else "embedding"
+    matrix, table = checker.watched.matrices[name], checker.watched.table
+    if isinstance(matrix, NotApplicable):
+        return matrix
+    if matrix.shard is not None:
+        return _SHARDED
+    worst = summary.worst_ids(drifts[name], table.live, config.neighbors.rows)
+    watched = checker.prober.watched if checker.prober else worst[:0]
+    ids = torch.tensor(list(dict.fromkeys([*worst.tolist(), *watched.tolist()])), dtype=torch.int64)
+    if not len(ids):
+        return None
+    baseline = checker.watched.baseline_of(name)
+    found = compare_neighbors(matrix, baseline, ids, config.neighbors.k, _nowhere(table.padded, matrix.rows))
+    return neighbors_finding(step, name, found, table)
+
+
+def _nowhere(padded: Tensor, rows: int) -> Tensor:
+    """(rows,) bool: rows that stand for no token; a matrix may have other rows than the table."""
+    mask = torch.ones(rows, dtype=torch.bool)
+    mask[: len(padded)] = padded[:rows]
+    return mask
+
+
+def _forgotten(checker: Checker) -> bool:
+    """Whether the last probe found tokens that are forgotten."""
+    prober = checker.prober
+    if prober is None or prober.base is None or prober.last is None or prober.last is prober.base:
+        return False
+    return bool((said(prober.base) & ~said(prober.last)).any())
+
+
+def _body(checker: Checker, step: int) -> Finding | NotApplicable | None:
+    """Where the tokens were lost that the last probe no longer found."""
+    prober, watched = checker.prober, checker.watched
+    assert prober is not None
+    assert prober.base is not None
+    assert prober.last is not None
+    ends: dict[str, End] = {}
+    for name, matrix in watched.matrices.items():
+        if isinstance(matrix, VocabMatrix) and matrix.shard is not None:
+            return _SHARDED
+        if isinstance(matrix, VocabMatrix):
+            ends[name] = End(matrix.wrapped, watched.baseline_of(name), matrix)
+    if "head" not in ends:
+        return NotApplicable("the head does not move by itself, so there is no row to put back")
+    with prober.timed():
+        found = head_or_body(
+            checker.model, prober.base, prober.last, prober.contexts, ends["head"], ends.get("embedding"),
+            seed=prober.seed, batch_tokens=prober.batch_tokens,
+        )  # fmt: skip
+    if isinstance(found, NotApplicable):
+        return found
+    return body_finding(step, found) if len(found.ids) else None

@@ -1,0 +1,219 @@
+"""Where results go: run folder, TensorBoard, console, the rules' actions. Main process only."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from vocabguard import collective
+from vocabguard.alerts.notify import Courier, Receiver, WandbAlerts, Webhook, dispatch
+from vocabguard.alerts.rules import AlertRule
+from vocabguard.config import GuardConfig, SinksConfig, webhook_url
+from vocabguard.results import CheckResult, Finding, Transition, Watch
+from vocabguard.runlog import RunLog, RunWriter, row_vectors
+from vocabguard.views.console import ConsoleView
+from vocabguard.views.tensorboard import TensorBoardView, open_view
+from vocabguard.vocabulary.table import VocabTable
+
+logger = logging.getLogger("vocabguard")
+
+_NO_PRINT = logging.NullHandler()
+
+
+def free_folder(folder: Path) -> Path:
+    """`folder`, or the first of ``folder-2``, ``folder-3``, ... that holds no run yet."""
+    candidate, number = folder, 2
+    while (candidate / "run.json").exists():
+        candidate = folder.with_name(f"{folder.name}-{number}")
+        number += 1
+    return candidate
+
+
+def choose_folder(resumed: str | None, suggested: str | Path | None) -> Path | None:
+    """The folder of a run: that of the run that goes on, else a free one by the suggested name; the same on all ranks.
+
+    Args:
+        resumed: folder of the run that is resumed, if any.
+        suggested: where a new run may lie; None writes none.
+    """
+    if resumed:
+        return Path(resumed)
+    return None if suggested is None else collective.agree(free_folder(Path(suggested)))
+
+
+def choose_courier(sinks: SinksConfig, folder: Path | None) -> Courier:
+    """What carries news of alerts beyond this machine; without a receiver it does nothing.
+
+    Args:
+        sinks: where to.
+        folder: of the run log: what a webhook is told the run is called.
+    """
+    hook, url = sinks.webhook, webhook_url(sinks.webhook)
+    receivers: list[Receiver] = [WandbAlerts()] if sinks.wandb else []
+    if url is not None:
+        run = "" if folder is None else str(folder)
+        receivers.append(Webhook(url, run, timeout=hook.timeout, retries=hook.retries, backoff=hook.backoff))
+    return Courier(receivers, least_level=sinks.least_level, waiting=sinks.waiting, finish_seconds=sinks.finish_seconds)
+
+
+def without_secrets(config: GuardConfig) -> dict[str, Any]:
+    """The settings as a mapping that may be written down: of a webhook's address, only its host."""
+    plain = asdict(config)
+    if config.sinks.webhook.url is not None:
+        plain["sinks"]["webhook"]["url"] = f"{urlsplit(config.sinks.webhook.url).hostname}/..."
+    return plain
+
+
+class Reporter:
+    """Hands each result to every view.
+
+    Args:
+        config: what is wanted.
+        table: groups and texts.
+        rules: whose actions are run.
+        folder: of the run log; None writes none.
+        writer: a TensorBoard ``SummaryWriter`` of the trainer's; None opens one in the folder.
+    """
+
+    def __init__(
+        self,
+        config: GuardConfig,
+        table: VocabTable,
+        rules: Iterable[AlertRule],
+        folder: Path | None,
+        writer: Any = None,
+    ) -> None:
+        main = collective.is_main()
+        self._config = config
+        self._writer = writer
+        self._table = table
+        self._rules = tuple(rules)
+        self._main = main
+        self._courier = choose_courier(config.sinks, folder) if main else None
+        self._console = ConsoleView(enabled=main and config.log.console)
+        if main and config.log.console:
+            # Without handlers of the user's, logging would print to the terminal what the console view shows there.
+            logging.getLogger("vocabguard.alerts").addHandler(_NO_PRINT)
+        self._log = RunWriter(folder) if main and folder is not None else None
+        self._folder = folder
+        self._board = self._open_board()
+        self._checks = 0
+        self._rows_written: int | None = None
+
+    def watch(self, watch: Watch) -> None:
+        """Say what is watched, before step 1."""
+        if self._log is not None:
+            self._log.start(without_secrets(self._config), watch, self._table.names)
+            self._log.texts(self._table.texts)
+        if self._board is not None:
+            self._board.watch(watch)
+        self._console.watch(watch, self._table)
+
+    def check(self, result: CheckResult, table: VocabTable) -> None:
+        """Pass one check on, and run the actions of alerts that changed state.
+
+        Args:
+            result: the check.
+            table: of as many rows as the result has; another one than before where the matrix was resized.
+        """
+        if not self._main:
+            return
+        if table is not self._table:
+            self._take(table)
+        every = self._config.log.rows_every_n_checks
+        if self._log is not None:
+            self._log.check(result)
+            if every and self._checks % every == 0:
+                self._rows(result)
+        if self._board is not None:
+            self._board.check(result)
+        self._console.check(result)
+        self.findings(result.findings)
+        self._checks += 1
+        self._act(result.transitions)
+
+    def _act(self, transitions: Sequence[Transition]) -> None:
+        """Send news of alerts on their way, and run actions; one of a user's that fails is told, the guard goes on."""
+        if self._courier is not None:
+            for change in transitions:
+                self._courier.send(change)
+        try:
+            dispatch(self._rules, transitions)
+        except ExceptionGroup as group:
+            if self._config.on_error == "raise":
+                raise
+            for error in group.exceptions:
+                note = " ".join(getattr(error, "__notes__", ()))
+                logger.warning("vocabguard: %s: %s, %s; the guard goes on", type(error).__name__, error, note)
+
+    def findings(self, found: Iterable[Finding]) -> dict[str, float]:
+        """Pass on what was found beside the checks; gives the logged keys of all of it."""
+        scalars: dict[str, float] = {}
+        for one in found:
+            scalars |= one.scalars
+            if not self._main:
+                continue
+            if self._log is not None:
+                for line in one.lines:
+                    self._log.note(one.kind, one.step, line)
+                self._log.alerts(one.transitions)
+            if self._board is not None:
+                self._board.finding(one)
+            self._console.finding(one)
+            self._act(one.transitions)
+        return scalars
+
+    def finish(self, last: CheckResult | None) -> RunLog | None:
+        """Write the last rows, show the closing tables, close what is ours.
+
+        Returns:
+            The run log, opened for reading; None where none was written.
+        """
+        if last is not None and self._main:
+            if self._log is not None and self._rows_written != last.step:
+                self._rows(last)
+            self._console.finish(last, self._table)
+        if self._courier is not None:
+            self._courier.close()
+        if self._board is not None:
+            self._board.close()
+        if self._log is None:
+            return None
+        log = RunLog.open(self._log.folder)
+        if last is not None and self._config.log.report:
+            self._page(log)
+        return log
+
+    def _page(self, log: RunLog) -> None:
+        """The report page; a run is not blamed for it."""
+        # Imported here: a run without the page need not wait for the templates.
+        from vocabguard.report.page import write_report
+
+        try:
+            write_report(log, log.folder / "report.html", text=self._table.text)
+        except Exception as error:
+            logger.warning("vocabguard: no report.html could be written: %s: %s", type(error).__name__, error)
+
+    def _open_board(self) -> TensorBoardView | None:
+        if not (self._main and self._config.log.tensorboard):
+            return None
+        options: dict[str, Any] = {"table": self._table, "histogram": self._config.log.histogram}
+        if self._writer is not None:
+            return TensorBoardView(self._writer, **options)
+        return None if self._folder is None else open_view(self._folder, **options)
+
+    def _take(self, table: VocabTable) -> None:
+        """Go on with a table of other rows; TensorBoard's view holds the one it was made with."""
+        self._table = table
+        if self._board is not None:
+            self._board.close()
+            self._board = self._open_board()
+
+    def _rows(self, result: CheckResult) -> None:
+        assert self._log is not None
+        self._log.rows(result.step, row_vectors(result, self._table.group, self._table.live))
+        self._rows_written = result.step

@@ -1,0 +1,248 @@
+"""What `VocabGuard.attach` puts together: matrices, vocabulary table, baselines, rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from vocabguard.alerts.rules import BUILT_IN, AlertRule, require_parts
+from vocabguard.config import ConfigError, GuardConfig, load_questions
+from vocabguard.measure.undertrained import never_trained
+from vocabguard.results import MatrixName, NotApplicable, Preflight, Transition, Watch, WatchedMatrix
+from vocabguard.rows.baselines import Baseline, CopiedBaseline, copy_baseline, open_baseline, reopen_baseline
+from vocabguard.rows.matrices import VocabMatrix, find_matrices
+from vocabguard.rows.sharding import reshard
+from vocabguard.vocabulary.table import GROUPS, VocabTable, build_table, plain_table
+
+Action = Callable[[Transition], None]
+
+
+@dataclass
+class Watched:
+    """The matrices under guard and what belongs to them.
+
+    Attributes:
+        matrices: ``head`` and ``embedding``, or why not.
+        baselines: of the matrices that can move; a tied pair has one.
+        table: groups, live rows, texts.
+        rows: V.
+        tokenizer: behind the table; None where there is none.
+    """
+
+    matrices: dict[MatrixName, VocabMatrix | NotApplicable]
+    baselines: dict[MatrixName, Baseline]
+    table: VocabTable
+    rows: int
+    tokenizer: Any
+
+    @property
+    def tied(self) -> bool:
+        """Whether head and embedding are one parameter."""
+        head = self.matrices["head"]
+        return isinstance(head, VocabMatrix) and head.tied
+
+    @property
+    def gradient_matrix(self) -> VocabMatrix | None:
+        """The matrix whose gradient pulls and pushes: the head's, unless an adapter makes its rows."""
+        head = self.matrices["head"]
+        return head if isinstance(head, VocabMatrix) and head.adapter is None else None
+
+    def baseline_of(self, name: MatrixName) -> Baseline:
+        """The rows before; those of a pair that was tied at the start are kept once, as the head's."""
+        return self.baselines[name] if name in self.baselines else self.baselines["head"]
+
+    def resize(self, rows: int) -> None:
+        """Follow a matrix that was resized in mid-run.
+
+        New rows have no baseline: they count as never trained at the base, and so raise no alarm.
+        """
+        trained = torch.zeros(rows, dtype=torch.bool)
+        kept = min(rows, self.rows)
+        trained[:kept] = self.table.trained[:kept]
+        self.table = _table(self.tokenizer, rows).with_trained(trained)
+        self.rows = rows
+
+    def describe(self, name: MatrixName) -> WatchedMatrix | NotApplicable:
+        """What a user is told of one matrix."""
+        matrix = self.matrices[name]
+        if isinstance(matrix, NotApplicable):
+            return matrix
+        return WatchedMatrix(
+            name=name,
+            rows=matrix.rows,
+            width=matrix.width,
+            dtype=str(matrix.dtype).removeprefix("torch."),
+            tied=matrix.tied,
+            bias=matrix.has_bias,
+            baseline=self.baseline_of(name).describe(),
+        )
+
+
+def watch_model(model: nn.Module, tokenizer: Any, config: GuardConfig, resumed: Mapping[str, Any]) -> Watched:
+    """Find the matrices, take their baselines, build the table.
+
+    Args:
+        model: the model that is trained.
+        tokenizer: its tokenizer, or None: then all tokens are one group.
+        config: all settings.
+        resumed: the state of an earlier run that goes on, or empty.
+
+    Raises:
+        ConfigError: for a module name or a source that does not exist, or a tokenizer larger than the model.
+    """
+    reshard(model)
+    try:
+        matrices = find_matrices(model, config.matrices.head, config.matrices.embedding)
+        rows = vocabulary_rows(model, matrices)
+        table = _table(tokenizer, rows)
+        baselines = _baselines(matrices, config, resumed.get("baselines", {}))
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+    watched = Watched(matrices, baselines, table, rows, tokenizer)
+    if "trained" in resumed:
+        watched.table = table.with_trained(resumed["trained"])
+    elif config.untrained.enabled:
+        watched.table = table.with_trained(~untrained_mask(watched, config.drift.chunk_rows))
+    return watched
+
+
+def describe(
+    watched: Watched,
+    flight: Preflight | NotApplicable,
+    prober: object,
+    run_dir: Path | None,
+    notes: tuple[str, ...] = (),
+) -> Watch:
+    """What a user is told before step 1.
+
+    Args:
+        watched: the matrices.
+        flight: what preflight found.
+        prober: what probes, or the `NotApplicable` that says why nothing does.
+        run_dir: folder of the run log.
+        notes: what else is to be said.
+    """
+    blind = () if watched.tokenizer is not None else ("no tokenizer: tokens have no groups and no texts",)
+    return Watch(
+        head=watched.describe("head"),
+        embedding=watched.describe("embedding"),
+        probe=prober if isinstance(prober, NotApplicable) else None,
+        preflight=flight,
+        live=int(watched.table.live.sum()),
+        never_trained=int((~watched.table.trained).sum()),
+        run_dir=None if run_dir is None else str(run_dir),
+        notes=(*blind, *_adapter_notes(watched), *notes),
+    )
+
+
+def _adapter_notes(watched: Watched) -> tuple[str, ...]:
+    """What adapters make of the matrices, as far as a user should know."""
+    found = [matrix for matrix in watched.matrices.values() if isinstance(matrix, VocabMatrix)]
+    said = [
+        f"{adapter.kind} makes the {matrix.name} rows: base and adapter are added up, chunk by chunk"
+        + (", and such rows have no gradient of their own: pull and push are not applicable." if head else ".")
+        for matrix in found
+        if (adapter := matrix.adapter) is not None
+        for head in [matrix.name == "head"]
+    ]
+    if any(matrix.untied for matrix in found):
+        said.append("The base ties head and input embedding, and the adapter unties them: each is followed by itself.")
+    return tuple(said)
+
+
+def _table(tokenizer: Any, rows: int) -> VocabTable:
+    return plain_table(rows) if tokenizer is None else build_table(tokenizer, rows)
+
+
+def vocabulary_rows(model: nn.Module, matrices: Mapping[MatrixName, VocabMatrix | NotApplicable]) -> int:
+    """V: of the matrices, or of the model's input embedding where none of them can move.
+
+    Raises:
+        ValueError: if the model has neither, or no process has its rows outside of a forward pass (DeepSpeed ZeRO-3).
+    """
+    found = [matrix.rows for matrix in matrices.values() if isinstance(matrix, VocabMatrix)]
+    if found:
+        return max(found)
+    # DistributedDataParallel keeps the model inside.
+    inputs = getattr(getattr(model, "module", model), "get_input_embeddings", lambda: None)()
+    if inputs is None:
+        reasons = {name: matrix.reason for name, matrix in matrices.items() if isinstance(matrix, NotApplicable)}
+        raise ValueError(f"matrices: nothing to watch in {type(model).__name__}: {reasons}")
+    if hasattr(inputs.weight, "ds_shape") and inputs.weight.numel() == 0:
+        raise ValueError(
+            "matrices: DeepSpeed ZeRO stage 3 leaves no rows in the parameters; allowed: ZeRO stages 0 to 2, or FSDP2"
+        )
+    return int(inputs.weight.shape[0])
+
+
+def _baselines(
+    matrices: Mapping[MatrixName, VocabMatrix | NotApplicable],
+    config: GuardConfig,
+    saved: Mapping[str, Mapping[str, str] | Tensor],
+) -> dict[MatrixName, Baseline]:
+    baselines: dict[MatrixName, Baseline] = {}
+    for name, matrix in matrices.items():
+        if isinstance(matrix, NotApplicable) or (matrix.tied and name == "embedding" and "head" in baselines):
+            continue
+        if name in saved:
+            rows = saved[name]
+            baselines[name] = CopiedBaseline(rows) if isinstance(rows, Tensor) else reopen_baseline(rows)
+        elif config.snapshot.source is not None:
+            baselines[name] = open_baseline(config.snapshot.source, matrix)
+        else:
+            baselines[name] = copy_baseline(matrix)
+    return baselines
+
+
+def untrained_mask(watched: Watched, chunk_rows: int) -> Tensor:
+    """(V,) bool: rows that were never trained at the base, by their baselines.
+
+    The table's own candidates are the rows that a text can reach; padded and unreachable rows serve as known unused.
+    """
+    table = watched.table
+    head, embedding = (
+        partial(watched.baselines[name].chunks, chunk_rows) if name in watched.baselines else None
+        for name in ("head", "embedding")
+    )
+    if head is None and embedding is None:
+        return torch.zeros(watched.rows, dtype=torch.bool)
+    return never_trained(
+        embedding,
+        head,
+        tied=watched.tied,
+        candidates=table.live,
+        known_unused=(table.padded | ~table.reachable) & ~table.control,
+    )
+
+
+def build_rules(config: GuardConfig, actions: Mapping[str, Action]) -> list[AlertRule]:
+    """The enabled rules, with action names replaced by the callables they stand for.
+
+    Raises:
+        ConfigError: for a rule that is refused, or an action that has no callable.
+    """
+    rules = []
+    for name, rule in config.alerts.items():
+        if not rule.enabled:
+            continue
+        unknown = [action for action in rule.actions if action not in (*BUILT_IN, *actions)]
+        if unknown:
+            allowed = [*BUILT_IN, *actions]
+            raise ConfigError(f"alerts.{name}.actions has {unknown}; allowed: {allowed} (more by `actions=`)")
+        try:
+            given = {spec.name: getattr(rule, spec.name) for spec in fields(rule) if spec.name != "enabled"}
+            given["actions"] = tuple(cast(Any, actions.get(action, action)) for action in rule.actions)
+            rules.append(AlertRule(name, **given))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    try:
+        require_parts(rules, GROUPS, load_questions(config.confusion) if config.confusion.enabled else ())
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return rules

@@ -1,0 +1,181 @@
+"""The fitted part of the forecast: a few small networks from a row's numbers to quantiles of its angle at the end.
+
+They are fitted by ``tests/benchmarks/early_warning.py --fit`` on whole fine-tunes, by the pinball loss, each on other
+fine-tunes; their mean is taken. Intervals are widened by what left-out fine-tunes called for. Plain gradient descent,
+whose rows move with the size of their gradients, has networks of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+
+import numpy as np
+import safetensors.numpy
+
+from vocabguard.measure.forecast import (
+    SMALLEST_ANGLE,
+    Asked,
+    Floats,
+    Past,
+    Rows,
+    as_tensor,
+    running_features,
+    starting_features,
+)
+from vocabguard.results import DEGRADED, Forecast, Schedule
+
+LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
+"""Quantiles that a network gives."""
+
+KINDS = ("running-adam", "running-sgd", "starting")
+"""Names of the networks."""
+
+_MEDIAN = LEVELS.index(0.5)
+_CHUNK = 16384
+_WITHIN = 4.0
+
+
+@dataclass(frozen=True)
+class QuantileNets:
+    """K networks of two hidden layers over the same inputs.
+
+    Attributes:
+        mean: (F,) of the inputs.
+        scale: (F,) of the inputs.
+        weights: four arrays, (K, F, H), (K, H, H), (K, H, Q), and past the hidden layers (K, F, 1) to the median.
+        biases: three arrays, (K, 1, H), (K, 1, H), (K, 1, Q).
+        widen: what distances from the median are multiplied by, below and above.
+    """
+
+    mean: Floats
+    scale: Floats
+    weights: tuple[Floats, Floats, Floats, Floats]
+    biases: tuple[Floats, Floats, Floats]
+    widen: tuple[float, float]
+
+    def quantiles(self, inputs: Floats) -> Floats:
+        """(V, Q) ascending in Q.
+
+        Args:
+            inputs: (V, F).
+        """
+        found = np.empty((len(inputs), len(LEVELS)), dtype=np.float32)
+        for start in range(0, len(inputs), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            # Beyond what was seen in fitting nothing is known: the edge stands for it.
+            x = np.nan_to_num(np.clip((inputs[part] - self.mean) / self.scale, -_WITHIN, _WITHIN))
+            found[part] = sum(self._one(x, member) for member in range(len(self.weights[0]))) / len(self.weights[0])
+        below, above = self.widen
+        middle = found[:, _MEDIAN : _MEDIAN + 1]
+        found[:, :_MEDIAN] = middle + below * (found[:, :_MEDIAN] - middle)
+        found[:, _MEDIAN + 1 :] = middle + above * (found[:, _MEDIAN + 1 :] - middle)
+        return found
+
+    def _one(self, x: Floats, member: int) -> Floats:
+        past = x @ self.weights[3][member]
+        for layer in (0, 1):
+            x = x @ self.weights[layer][member] + self.biases[layer][member]
+            x = x / (1 + np.exp(-x))
+        found: Floats = spread(x @ self.weights[2][member] + self.biases[2][member]) + past
+        return found
+
+
+def spread(out: Floats) -> Floats:
+    """Quantiles from a network's output: its median, and positive steps away from it on either side.
+
+    Args:
+        out: (V, Q).
+    """
+    steps = np.logaddexp(0, out - 2).astype(np.float32)
+    middle = out[:, _MEDIAN : _MEDIAN + 1]
+    below = np.cumsum(steps[:, :_MEDIAN][:, ::-1], axis=1)[:, ::-1]
+    above = np.cumsum(steps[:, _MEDIAN + 1 :], axis=1)
+    return np.concatenate([middle - below, middle, middle + above], axis=1)
+
+
+@functools.cache
+def packaged(name: str) -> QuantileNets:
+    """The networks that come with the package.
+
+    Args:
+        name: one of `KINDS`.
+    """
+    data = (resources.files("vocabguard.measure") / "forecast.safetensors").read_bytes()
+    return nets_of(safetensors.numpy.load(data), name)
+
+
+def nets_of(tensors: Mapping[str, Floats], name: str) -> QuantileNets:
+    """The networks of a name, out of what a file holds.
+
+    Args:
+        tensors: ``<name>/mean``, ``scale``, ``widen``, ``weight0`` ... ``weight3``, ``bias0`` ... ``bias2``.
+        name: one of `KINDS`.
+    """
+    weights = tuple(tensors[f"{name}/weight{layer}"] for layer in range(4))
+    biases = tuple(tensors[f"{name}/bias{layer}"] for layer in range(3))
+    below, above = tensors[f"{name}/widen"].tolist()
+    return QuantileNets(
+        tensors[f"{name}/mean"],
+        tensors[f"{name}/scale"],
+        weights,  # type: ignore[arg-type]
+        biases,  # type: ignore[arg-type]
+        (below, above),
+    )
+
+
+def forecast_running(
+    rows: Rows, track: tuple[Past, Past, Past], asked: Asked, schedule: Schedule, norm_ratio: Floats
+) -> Forecast:
+    """The forecast in mid-run; see `forecast_features.running_features` for what it takes."""
+    angle = track[0].angle
+    if schedule.sum_left <= 0:
+        # Nothing moves any more.
+        stays = np.log(np.maximum(angle, SMALLEST_ANGLE))
+        return forecast_of(np.repeat(stays[:, None], len(LEVELS), axis=1), np.isnan(angle), schedule)
+    inputs, relative_to = running_features(rows, track, asked, schedule, norm_ratio)
+    quantiles = packaged(f"running-{schedule.optimizer}").quantiles(inputs) + relative_to[:, None]
+    return forecast_of(quantiles, np.isnan(angle), schedule)
+
+
+def forecast_starting(rows: Rows, asked: Asked, schedule: Schedule) -> Forecast:
+    """The forecast before step 1; see `forecast_features.starting_features` for what it takes."""
+    inputs, largest = starting_features(rows, asked, schedule)
+    bad = ~np.isfinite(rows.norm.numpy()) | (rows.norm.numpy() == 0)
+    return forecast_of(packaged("starting").quantiles(inputs) + largest[:, None], bad, schedule)
+
+
+def forecast_of(quantiles: Floats, bad: np.ndarray, schedule: Schedule) -> Forecast:
+    """From quantiles of the angle to cosines and a chance.
+
+    Args:
+        quantiles: (V, Q) of the logarithm of the angle, ascending.
+        bad: (V,) bool, rows without a forecast.
+        schedule: of the run.
+    """
+    cosines = np.cos(np.minimum(np.exp(quantiles), np.pi))
+    chance = 1 - _reached(quantiles, float(np.log(np.arccos(DEGRADED))))
+    for values in (cosines, chance):
+        values[bad] = np.nan
+    middle, low, high = (as_tensor(cosines[:, place]) for place in (_MEDIAN, -1, 0))
+    return Forecast(schedule.step, schedule.total, middle, low, high, as_tensor(chance))
+
+
+def _reached(quantiles: Floats, limit: float) -> Floats:
+    """(V,) the level at which a row's quantiles reach a limit, linear between them, and levelling off outside.
+
+    Outside the outermost quantiles the tail falls by half with each distance between the two outermost.
+    """
+    levels = np.array(LEVELS, dtype=np.float32)
+    place = (quantiles < limit).sum(axis=1)
+    left = np.clip(place - 1, 0, len(LEVELS) - 2)
+    every = np.arange(len(quantiles))
+    low, high = quantiles[every, left], quantiles[every, left + 1]
+    step = np.maximum(high - low, 1e-6)
+    inside = levels[left] + (limit - low) / step * (levels[left + 1] - levels[left])
+    under = levels[0] * np.exp2(np.minimum((limit - quantiles[:, 0]) / step, 0))
+    over = 1 - (1 - levels[-1]) * np.exp2(np.minimum((quantiles[:, -1] - limit) / step, 0))
+    found: Floats = np.where(place == 0, under, np.where(place == len(LEVELS), over, inside)).astype(np.float32)
+    return found

@@ -1,1 +1,0 @@
-"""Before and after training: the same numbers from files, without a trainer."""

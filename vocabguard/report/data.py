@@ -1,0 +1,723 @@
+"""How a run folder becomes what the report page shows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch import Tensor
+
+from vocabguard.compare.summary import load_scan
+from vocabguard.measure.exposure import exposure_classes
+from vocabguard.measure.probe import said, said_instead
+from vocabguard.results import (
+    EXPOSURE_CLASSES,
+    AlertStory,
+    CheckResult,
+    MatrixName,
+    NotApplicable,
+    ProbeResult,
+    TokenReport,
+    Transition,
+    Watch,
+    WatchedMatrix,
+)
+from vocabguard.runlog import NOTES, RunLog
+from vocabguard.text import ReportRow, listed, number, report_rows, visible, watch_sentences
+from vocabguard.views.findings import Story, story_of
+
+TOP = 500
+"""Tokens listed on a page."""
+
+TextOf = Callable[[int], str]
+"""The text of an id."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Every row's numbers; (V,) arrays, None where not measured.
+
+    Attributes:
+        step: optimizer step at which they were taken; None for a scan.
+        group: uint8, index into the group names.
+        live: bool.
+        cosine: float32 in [-1, 1] of the measured matrix; NaN where the row is bad or of zero norm.
+        residual: float32 in [-1, 1], NaN as above.
+        targets: int64, data targets so far.
+        inputs: int64, data inputs so far.
+        last_target: int64, step in which it last was a target; -1 if never.
+        classes: uint8, index into `EXPOSURE_CLASSES`.
+        l2: float32, length of the displacement.
+    """
+
+    step: int | None
+    group: NDArray[np.uint8]
+    live: NDArray[np.bool_]
+    cosine: NDArray[np.float32] | None = None
+    residual: NDArray[np.float32] | None = None
+    targets: NDArray[np.int64] | None = None
+    inputs: NDArray[np.int64] | None = None
+    last_target: NDArray[np.int64] | None = None
+    classes: NDArray[np.uint8] | None = None
+    l2: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What the last logged probe found of n tokens.
+
+    Attributes:
+        ids: (n,) int64.
+        said: (n,) bool, emitted in most contexts now.
+        at_base: (n,) bool, the same at the base; None where it was not logged.
+        probability: (n,) float32 in [0, 1], of the right token, mean over contexts.
+        instead: (n,) int64, the wrong token said in most contexts; -1 if always right.
+    """
+
+    ids: NDArray[np.int64]
+    said: NDArray[np.bool_]
+    at_base: NDArray[np.bool_] | None
+    probability: NDArray[np.float32]
+    instead: NDArray[np.int64]
+
+    @property
+    def lost(self) -> NDArray[np.bool_]:
+        """(n,) bool: not said now, and said at the base where that is known."""
+        return ~self.said if self.at_base is None else self.at_base & ~self.said
+
+
+@dataclass(frozen=True)
+class TokenLine:
+    """One line of the table of tokens.
+
+    Attributes:
+        report: what is known about the token.
+        said: whether most contexts of the last probe got it; None if not probed.
+        watched: whether it is on the watch list.
+    """
+
+    report: TokenReport
+    said: bool | None
+    watched: bool = False
+
+
+@dataclass(frozen=True)
+class EchoDone:
+    """What echo has done by the last check.
+
+    Attributes:
+        on: whether it was switched on then.
+        mode: of the newest plan; empty before the first.
+        targets: echo targets so far, all processes.
+        seconds: time that making rows has taken.
+        by_group: echo targets by script group.
+        by_class: echo targets by exposure class.
+    """
+
+    on: bool
+    mode: str
+    targets: int
+    seconds: float
+    by_group: Mapping[str, int]
+    by_class: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What was found beside the checks, of one kind.
+
+    Attributes:
+        kind: one of `vocabguard.runlog.NOTES`.
+        step: at which it was last looked at.
+        story: in words, and as a table.
+    """
+
+    kind: str
+    step: int
+    story: Story
+
+
+@dataclass(frozen=True)
+class PageData:
+    """One run or scan, ready to be shown.
+
+    Attributes:
+        name: the folder or file, for headings.
+        kind: ``run`` or ``scan``.
+        step: of the last check; None for a scan.
+        end: planned optimizer steps, where a forecast says so; None where that is not known.
+        about: sentences on what was measured and what was not.
+        names: the groups.
+        matrix: whose drift is shown; None where none was measured.
+        live: live tokens; None if not known.
+        table: the closing table's rows.
+        embedding: the same for the input embedding, where it is a second matrix; else empty.
+        sizes: live tokens by row label of the table; labels that are not known are missing.
+        scalars: logged keys without ``vocabguard/`` and their latest values; what is not finite is left out.
+        curves: the same keys -> steps and values over the run, NaN where a check had none.
+        probe_step: step of the last probe; None if there was none.
+        alerts: changes of alerts, in order.
+        rules: names of the rules that were switched on.
+        firing: names of the rules that fire at the end.
+        rows: every row's numbers, if they were kept.
+        probed: the last logged probe, if it was kept.
+        tokens: lost tokens, worst tokens and watched tokens; lost ones first, then by cosine.
+        echo: what echo has done by the last check; None without echo.
+        beside: what was found beside the checks, the latest of each kind.
+        settings: dotted keys and values.
+        text: the text of any id.
+    """
+
+    name: str
+    kind: Literal["run", "scan"]
+    step: int | None
+    about: tuple[str, ...]
+    names: tuple[str, ...]
+    matrix: MatrixName | None
+    live: int | None
+    table: tuple[ReportRow, ...]
+    embedding: tuple[ReportRow, ...] = ()
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    curves: Mapping[str, tuple[list[int], list[float]]] = field(default_factory=dict)
+    probe_step: int | None = None
+    end: int | None = None
+    alerts: tuple[Transition, ...] = ()
+    rules: tuple[str, ...] = ()
+    firing: tuple[str, ...] = ()
+    rows: Rows | None = None
+    probed: Probed | None = None
+    tokens: tuple[TokenLine, ...] = ()
+    echo: EchoDone | None = None
+    beside: tuple[Beside, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+    text: TextOf = field(default=lambda token: f"<row {token}>", repr=False)
+
+
+def sizes_of(rows: Rows | None, names: Sequence[str]) -> dict[str, int]:
+    """Live tokens of all, of each group and of each exposure class, as far as they are known.
+
+    Args:
+        rows: of V rows; None gives nothing.
+        names: the groups.
+    """
+    if rows is None:
+        return {}
+    groups = np.bincount(rows.group[rows.live], minlength=len(names)).tolist()
+    sizes = {"all": int(rows.live.sum()), **dict(zip(names, groups, strict=False))}
+    if rows.classes is None:
+        return sizes
+    classes = np.bincount(rows.classes[rows.live], minlength=len(EXPOSURE_CLASSES)).tolist()
+    return sizes | dict(zip(EXPOSURE_CLASSES, classes, strict=False))
+
+
+def choose_tokens(rows: Rows, probed: Probed | None, top: int = TOP) -> list[int]:
+    """Ids to list: lost tokens, least likely first, in at most half of the lines; then those of lowest cosine.
+
+    Args:
+        rows: of V rows.
+        probed: the last probe, if it was kept.
+        top: the most ids wanted.
+    """
+    chosen: list[int] = []
+    if probed is not None:
+        lost = np.flatnonzero(probed.lost)
+        lost = lost[np.argsort(probed.probability[lost], kind="stable")]
+        chosen = probed.ids[lost][: top // 2].tolist()
+    if rows.cosine is None:
+        return chosen
+    cosine = np.where(rows.live & np.isfinite(rows.cosine), rows.cosine, np.inf)
+    cosine[chosen] = np.inf
+    lowest = np.argsort(cosine, kind="stable")[: top - len(chosen)]
+    return [*chosen, *lowest[cosine[lowest] < np.inf].tolist()]
+
+
+def token_lines(
+    ids: Iterable[int],
+    rows: Rows,
+    probed: Probed | None,
+    names: Sequence[str],
+    text: TextOf,
+    step: int,
+    watched: Iterable[int] = (),
+) -> tuple[TokenLine, ...]:
+    """What is known about the given tokens, in their order.
+
+    Args:
+        ids: of tokens, each in [0, V).
+        rows: of V rows.
+        probed: the last probe, if it was kept.
+        names: the groups.
+        text: of any id.
+        step: the last optimizer step.
+        watched: ids of the watch list.
+    """
+    place = {} if probed is None else {token: row for row, token in enumerate(probed.ids.tolist())}
+    on_list = set(watched)
+
+    def at(vector: NDArray[Any] | None, token: int, missing: Any) -> Any:
+        return missing if vector is None else vector[token].item()
+
+    lines = []
+    for token in ids:
+        row = place.get(token)
+        other = -1 if probed is None or row is None else int(probed.instead[row])
+        since = at(rows.last_target, token, -1)
+        report = TokenReport(
+            id=token,
+            text=text(token),
+            group=names[int(rows.group[token])],
+            exposure_class="unknown" if rows.classes is None else EXPOSURE_CLASSES[int(rows.classes[token])],
+            cosine=at(rows.cosine, token, math.nan),
+            residual=at(rows.residual, token, math.nan),
+            data_target=at(rows.targets, token, 0),
+            inputs=at(rows.inputs, token, 0),
+            steps_since_target=max(0, step - since) if since >= 0 else None,
+            probability=None if probed is None or row is None else float(probed.probability[row]),
+            said_instead=text(other) if other >= 0 else None,
+        )
+        lines.append(
+            TokenLine(report, None if probed is None or row is None else bool(probed.said[row]), token in on_list)
+        )
+    return tuple(lines)
+
+
+_PREFIX = "vocabguard/"
+_CONFUSION = "confusion/"
+
+
+def run_data(log: RunLog, text: TextOf | None = None, top: int = TOP) -> PageData:
+    """What a run folder says, as the page needs it.
+
+    Args:
+        log: the run folder, finished or still being written.
+        text: of any id; None takes the log's own, and calls those that it does not know ``<row 17>``.
+        top: tokens to list, those of the watch list not counted.
+
+    Raises:
+        ValueError: if a file of the folder is torn or does not hold what a run folder holds.
+    """
+    try:
+        return _run_data(log, text, top)
+    except OSError:
+        raise
+    except Exception as error:
+        # Whatever is wrong in a file written by something else: safetensors and JSON raise errors of many kinds.
+        detail = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{log.folder} cannot be read as a run folder: {detail}") from error
+
+
+def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
+    checks, names = log.checks(), tuple(str(name) for name in log.meta["groups"])
+    watch = _watch(log.meta["watch"], str(log.folder))
+    notes = {kind: found for kind in NOTES if (found := log.notes(kind))}
+    curves = _curves(checks) | _confusion_curves(notes.get("confusion", ()))
+    scalars = _latest(checks) | {key: values[-1] for key, (_, values) in curves.items() if key.startswith(_CONFUSION)}
+    matrix = _measured(scalars)
+    steps = log.row_steps
+    vectors = log.rows(steps[-1]) if steps else {}
+    rows = _rows(vectors, steps[-1] if steps else None, matrix, len(names))
+    probed = _probed(vectors)
+    last: Mapping[str, Any] = checks[-1] if checks else {}
+    known, written = _texts(checks), log.texts()
+    say = text or (lambda token: "".join(written[token : token + 1]) or known.get(token, f"<row {token}>"))
+    result = _result(scalars, last)
+    tied = isinstance(watch.head, WatchedMatrix) and watch.head.tied
+    both = matrix == "head" and not tied and "embedding/cosine_mean" in scalars
+    return PageData(
+        name=str(log.folder),
+        kind="run",
+        step=int(last["step"]) if checks else None,
+        end=_end(checks, scalars, matrix),
+        about=(*watch_sentences(watch), *_unforeseen(last)),
+        names=names,
+        matrix=matrix,
+        live=watch.live,
+        table=report_rows(result, names, matrix) if checks else (),
+        embedding=report_rows(result, names, "embedding") if both else (),
+        sizes=sizes_of(rows, names),
+        scalars=scalars,
+        curves=curves,
+        probe_step=max((check["step"] for check in checks if check["probed"]), default=None),
+        alerts=tuple(map(plain_alert, log.alerts())),
+        rules=rules_of(log.meta["config"]),
+        firing=tuple(map(str, last.get("firing", ()))),
+        rows=rows,
+        probed=probed,
+        tokens=_tokens(rows, probed, names, say, top, last),
+        echo=_echo(last.get("echo")),
+        beside=tuple(_beside(kind, lines) for kind, lines in notes.items()),
+        settings=_flat(log.meta["config"]),
+        text=say,
+    )
+
+
+def _watch(meta: Mapping[str, Any], folder: str) -> Watch:
+    """The `Watch` that a log keeps, without its vectors."""
+
+    def matrix(entry: Mapping[str, Any]) -> WatchedMatrix | NotApplicable:
+        return _absent(entry) or WatchedMatrix(**{spec.name: entry[spec.name] for spec in fields(WatchedMatrix)})
+
+    return Watch(
+        head=matrix(meta["head"]),
+        embedding=matrix(meta["embedding"]),
+        probe=_absent(meta["probe"] or {}),
+        preflight=NotApplicable("its counts are not logged"),
+        live=int(meta["live"]),
+        never_trained=int(meta["never_trained"]),
+        run_dir=folder,
+        notes=tuple(map(str, meta["notes"])),
+    )
+
+
+def _absent(entry: Mapping[str, Any]) -> NotApplicable | None:
+    return NotApplicable(str(entry["not_applicable"])) if "not_applicable" in entry else None
+
+
+def _value(number: float | None) -> float:
+    return math.nan if number is None else float(number)
+
+
+def _curves(checks: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for check in checks:
+        for key, value in check["scalars"].items():
+            steps, values = found.setdefault(key.removeprefix(_PREFIX), ([], []))
+            steps.append(int(check["step"]))
+            values.append(_value(value))
+    return found
+
+
+def _confusion_curves(notes: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    """Shares of answers with foreign letters, by language and their mean, over the evaluations."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for line in notes:
+        for key, share in line["shares"].items():
+            if key == "foreign" or key in line["answers"]:
+                steps, values = found.setdefault(_CONFUSION + key, ([], []))
+                steps.append(int(line["step"]))
+                values.append(_value(share))
+    return found
+
+
+def _beside(kind: str, lines: Sequence[Mapping[str, Any]]) -> Beside:
+    """What the lines of the latest step say."""
+    step = int(lines[-1]["step"])
+    return Beside(kind, step, story_of(kind, [line for line in lines if line["step"] == step]))
+
+
+def _latest(checks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The last check's scalars; those of the probe from the last check that had one."""
+    found: dict[str, float] = {}
+    for check in checks:
+        named = {key.removeprefix(_PREFIX): _value(value) for key, value in check["scalars"].items()}
+        if check["probed"] or check is checks[-1]:
+            found = named if check["probed"] else {key: found[key] for key in found if key.startswith("probe/")} | named
+    return {key: value for key, value in found.items() if math.isfinite(value)}
+
+
+def _end(checks: Sequence[Mapping[str, Any]], scalars: Mapping[str, float], matrix: MatrixName | None) -> int | None:
+    """Planned steps of the run. Earlier versions did not write them; what is just as forecast then is at its end."""
+    totals = [int(said["total"]) for check in checks if (said := check.get("forecast")) and "total" in said]
+    if totals or not checks:
+        return totals[-1] if totals else None
+    now, then = (scalars.get(f"{owner}/below_0.95", math.nan) for owner in (matrix, "forecast"))
+    return int(checks[-1]["step"]) if math.isclose(now, then, abs_tol=1e-9) else None
+
+
+def _unforeseen(last: Mapping[str, Any]) -> tuple[str, ...]:
+    """Why the last check made no forecast, where it says so."""
+    reason = (last.get("forecast") or {}).get("not_applicable")
+    return (f"No forecast of the end: {reason}.",) if reason else ()
+
+
+def _measured(scalars: Mapping[str, float]) -> MatrixName | None:
+    names: tuple[MatrixName, ...] = ("head", "embedding")
+    return next(
+        (name for name in names if f"{name}/nonfinite_rows" in scalars or f"{name}/cosine_mean" in scalars), None
+    )
+
+
+def _result(scalars: Mapping[str, float], last: Mapping[str, Any]) -> CheckResult:
+    """The check as `report_rows` reads it, which looks at the scalars alone."""
+    gone = NotApplicable("rows are read apart")
+    named = {_PREFIX + key: value for key, value in scalars.items()}
+    return CheckResult(int(last.get("step", 0)), gone, gone, gone, torch.empty(0, dtype=torch.uint8), None, named)
+
+
+def _rows(vectors: Mapping[str, Tensor], step: int | None, matrix: MatrixName | None, groups: int) -> Rows | None:
+    if not vectors:
+        return None
+    group, live = vectors["group"].numpy(), vectors["live"].numpy()
+    if group.shape != live.shape or group.ndim != 1 or (group.size and group.max() >= groups):
+        raise ValueError(f"rows: group is {group.shape}, live {live.shape}, for {groups} groups")
+
+    def vector(name: str) -> Any:
+        found = vectors.get(name)
+        if found is not None and found.shape != group.shape:
+            raise ValueError(f"rows: {name} is {tuple(found.shape)}; expected {group.shape}")
+        return None if found is None else found.numpy()
+
+    # Without counts every class is logged as "never", which says nothing.
+    counted = "exposure/data_target" in vectors
+    return Rows(
+        step=step,
+        group=group,
+        live=live.astype(bool),
+        cosine=vector(f"{matrix}/cosine"),
+        residual=vector(f"{matrix}/residual"),
+        targets=vector("exposure/data_target"),
+        inputs=vector("exposure/inputs"),
+        last_target=vector("exposure/last_target"),
+        classes=vector("classes") if counted else None,
+    )
+
+
+def _probed(vectors: Mapping[str, Tensor]) -> Probed | None:
+    if "probe/ids" not in vectors:
+        return None
+    ids, emitted = vectors["probe/ids"], vectors["probe/said"]
+    probability, instead = vectors["probe/probability"], vectors["probe/instead"]
+    # A log keeps no ranks, and neither function below reads them.
+    now = ProbeResult((), ids, emitted, probability, torch.zeros_like(instead), instead)
+    base = vectors.get("probe/base_said")
+    return Probed(
+        ids=ids.numpy(),
+        said=said(now).numpy(),
+        at_base=None if base is None else (base.sum(1) * 2 > base.shape[1]).numpy(),
+        probability=probability.mean(1).numpy(),
+        instead=said_instead(now).numpy(),
+    )
+
+
+def _texts(checks: Iterable[Mapping[str, Any]]) -> dict[int, str]:
+    """Texts of all tokens that the checks name."""
+    return {int(token["id"]): str(token["text"]) for check in checks for token in (*check["worst"], *check["watched"])}
+
+
+def _tokens(
+    rows: Rows | None, probed: Probed | None, names: Sequence[str], text: TextOf, top: int, last: Mapping[str, Any]
+) -> tuple[TokenLine, ...]:
+    """The tokens to list; where no rows were kept, those that the last check names."""
+    watched = [int(token["id"]) for token in last.get("watched", ())]
+    if rows is None:
+        logged = [_as_report(token) for token in (*last.get("worst", ()), *last.get("watched", ()))]
+        once = {report.id: TokenLine(report, None, report.id in watched) for report in logged}
+        return tuple(once.values())
+    chosen = choose_tokens(rows, probed, top)
+    chosen += sorted(set(watched) - set(chosen))
+    return token_lines(chosen, rows, probed, names, text, int(last.get("step", 0)), watched)
+
+
+def _as_report(token: Mapping[str, Any]) -> TokenReport:
+    since, probability, instead = (token[name] for name in ("steps_since_target", "probability", "said_instead"))
+    return TokenReport(
+        id=int(token["id"]),
+        text=str(token["text"]),
+        group=str(token["group"]),
+        exposure_class=str(token["exposure_class"]),
+        cosine=_value(token["cosine"]),
+        residual=_value(token["residual"]),
+        data_target=int(token["data_target"]),
+        inputs=int(token["inputs"]),
+        steps_since_target=None if since is None else int(since),
+        probability=None if probability is None else float(probability),
+        said_instead=None if instead is None else str(instead),
+    )
+
+
+def _echo(report: Mapping[str, Any] | None) -> EchoDone | None:
+    if report is None:
+        return None
+    counts = [{str(name): int(count) for name, count in report[by].items()} for by in ("by_group", "by_class")]
+    return EchoDone(
+        on=bool(report["on"]),
+        mode="" if report["plan"] is None else str(report["plan"]["mode"]),
+        targets=int(report["targets"]),
+        seconds=float(report["seconds"] or 0.0),
+        by_group=counts[0],
+        by_class=counts[1],
+    )
+
+
+def _flat(settings: Any, before: str = "") -> dict[str, str]:
+    """Dotted keys and values as text."""
+    if not isinstance(settings, Mapping) or not settings:
+        return {before.rstrip("."): str(settings)}
+    return {key: value for name, inner in settings.items() for key, value in _flat(inner, f"{before}{name}.").items()}
+
+
+_MATRICES: tuple[MatrixName, ...] = ("head", "embedding")
+
+
+def scan_data(path: str | Path, top: int = TOP) -> PageData:
+    """What a file of `vocabguard.compare.summary.save_scan` says, as the page needs it.
+
+    Args:
+        path: of the file.
+        top: tokens to list.
+
+    Raises:
+        ValueError: if it is no scan's file, or of another schema.
+    """
+    vectors, found, texts = load_scan(path)
+    try:
+        return _scan_data(str(path), vectors, found, texts, top)
+    except OSError:
+        raise
+    except Exception as error:
+        # A header that something else wrote can be wrong in any way.
+        raise ValueError(f"{path}: is not a scan's file ({type(error).__name__}: {error})") from error
+
+
+def _scan_data(
+    path: str, vectors: Mapping[str, Tensor], found: Mapping[str, Any], texts: list[str], top: int
+) -> PageData:
+    names, matrix = _group_names(path), found["judged"]
+    rows = _scan_rows(vectors, matrix)
+    scalars = {key: value for name in _MATRICES for key, value in _scan_flat(name, found[name])}
+    tied = found["tied"]["base"] and found["tied"]["tuned"]
+    both = matrix == "head" and not tied and "embedding/cosine_mean" in scalars
+
+    def text(token: int) -> str:
+        return texts[token] or f"<row {token}>"
+
+    return PageData(
+        name=path,
+        kind="scan",
+        step=None,
+        about=(*_about(found), *_odd_rows(found, matrix)),
+        names=names,
+        matrix=matrix,
+        live=int(found["tokens"]["live"]),
+        table=_table(scalars, names, matrix),
+        embedding=_table(scalars, names, "embedding") if both else (),
+        sizes=sizes_of(rows, names),
+        scalars=scalars,
+        rows=rows,
+        tokens=token_lines(choose_tokens(rows, None, top), rows, None, names, text, 0),
+        text=text,
+    )
+
+
+def _group_names(path: str) -> tuple[str, ...]:
+    with safe_open(path, framework="pt") as file:
+        return tuple(str(name) for name in json.loads(file.metadata()["groups"]))
+
+
+def _scan_rows(vectors: Mapping[str, Tensor], matrix: MatrixName | None) -> Rows:
+    counts = vectors.get("data_target")
+    shapes = {name: tuple(vector.shape) for name, vector in vectors.items() if vector.shape != vectors["live"].shape}
+    if shapes:
+        raise ValueError(f"vectors of other lengths than live's {tuple(vectors['live'].shape)}: {shapes}")
+
+    def vector(name: str) -> Any:
+        return vectors[name].numpy() if name in vectors else None
+
+    return Rows(
+        step=None,
+        group=vectors["group"].numpy(),
+        live=vectors["live"].numpy(),
+        cosine=vector(f"{matrix}/cosine"),
+        residual=vector(f"{matrix}/residual"),
+        l2=vector(f"{matrix}/l2"),
+        targets=vector("data_target"),
+        classes=None if counts is None else exposure_classes(counts).numpy(),
+    )
+
+
+def _scan_flat(name: str, numbers: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """One matrix's numbers by the keys that a run logs."""
+    parts = {"": numbers, **numbers.get("groups", {}), **numbers.get("classes", {})}
+    for part, values in parts.items():
+        for key, value in values.items():
+            if isinstance(value, (int, float)):
+                yield f"{name}/{part}/{key}" if part else f"{name}/{key}", float(value)
+
+
+def _table(scalars: Mapping[str, float], names: tuple[str, ...], matrix: MatrixName | None) -> tuple[ReportRow, ...]:
+    gone = NotApplicable("only the numbers are read")
+    named = {f"vocabguard/{key}": value for key, value in scalars.items()}
+    result = CheckResult(0, gone, gone, gone, torch.empty(0, dtype=torch.uint8), None, named)
+    return report_rows(result, names, matrix)
+
+
+def _about(found: Mapping[str, Any]) -> tuple[str, ...]:
+    tokens, matched = found["tokens"], found["matched"]
+    said = [f"Base: {found['base']}", f"Tuned: {found['tuned']}"]
+    said += [
+        f"{name.capitalize()} not applicable: {found[name]['not_applicable']}."
+        for name in _MATRICES
+        if "not_applicable" in found[name]
+    ]
+    added = f"; {matched['added']:,} have no base row, {matched['removed']:,} of the base are gone"
+    said.append(f"{tokens['rows']:,} rows matched by {matched['by']}{added if matched['added'] else ''}.")
+    said.append(f"Residual: without the mean displacement of the {found['residual_over']}.")
+    apart = f"{tokens['control']:,} control, {tokens['unreachable']:,} unreachable, {tokens['padded']:,} padded"
+    said.append(f"Set apart: {apart}, {tokens['never_trained']:,} never trained at the base.")
+    return (*said, "A scan reads weights and asks the model nothing: whether a token can still be said is not known.")
+
+
+def _odd_rows(found: Mapping[str, Any], matrix: MatrixName | None) -> list[str]:
+    """Rows that were never trained, and those whose norm is out of line, by name."""
+    said, untrained = [], found.get("untrained")
+    if untrained and untrained["count"]:
+        named = listed([visible(name, 24) for name in untrained["texts"]], untrained["count"])
+        said.append(f"Never trained at the base: {named}.")
+    outliers = found[matrix].get("norm_outliers") if matrix else None
+    if outliers and outliers["count"]:
+        named = listed([visible(name, 24) for name in outliers["texts"]], outliers["count"])
+        said.append(
+            f"{outliers['count']:,} live rows have a norm out of line (the median row's is "
+            f"{number(outliers['median_ratio'], 3)} times what it was): {named}."
+        )
+    return said
+
+
+def plain_alert(alert: Transition) -> Transition:
+    """The same with every field of its type, or an error here rather than on the page."""
+    return Transition(
+        rule=str(alert.rule),
+        state="resolved" if alert.state == "resolved" else "firing",
+        level=str(alert.level),
+        metric=str(alert.metric),
+        value=float(alert.value),
+        step=int(alert.step),
+        message=str(alert.message),
+        since=None if alert.since is None else int(alert.since),
+        again=bool(alert.again),
+        parts={str(part): float(value) for part, value in alert.parts.items()},
+        story=None if alert.story is None else _plain_story(alert.story),
+    )
+
+
+def _plain_story(story: AlertStory) -> AlertStory:
+    return AlertStory(
+        what=str(story.what),
+        where=str(story.where),
+        rows=None if story.rows is None else int(story.rows),
+        share=None if story.share is None else float(story.share),
+        tokens=tuple(map(str, story.tokens)),
+        since=str(story.since),
+        outlook=str(story.outlook),
+        advice=tuple(map(str, story.advice)),
+    )
+
+
+def rules_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the rules that the settings of a run switch on; none where they do not tell.
+
+    Args:
+        settings: of the run, as ``run.json`` has them.
+    """
+    alerts = settings.get("alerts")
+    found = alerts.items() if isinstance(alerts, Mapping) else ()
+    return tuple(str(name) for name, rule in found if isinstance(rule, Mapping) and rule.get("enabled", True))

@@ -1,0 +1,298 @@
+"""What the report page says in words: the verdict, the key numbers, and the same as plain JSON values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from vocabguard.report.data import PageData
+from vocabguard.text import LARGE_GROUP, ReportRow, number, percent
+
+Level = Literal["fine", "drifted", "lost", "unknown"]
+
+_GROUP_LABELS = {
+    "ja": "Japanese",
+    "ko": "Korean",
+    "zh": "Chinese",
+    "digits_punctuation": "digits and punctuation",
+    "code": "code and markup",
+    "bytes": "byte pieces",
+}
+_CLASS_LABELS = {"never": "never a target", "1-4": "1-4 times", "5-19": "5-19 times", "20+": "20+ times"}
+_BESIDE_LABELS = {
+    "confusion": "Answers in many languages",
+    "neighbors": "Nearest rows, then and now",
+    "head_or_body": "Where forgotten tokens were lost",
+}
+_UPRIGHT = {"other", "control", "padded"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """From where on a finding counts.
+
+    Attributes:
+        degraded: share in [0, 1] of live rows below cosine 0.95 that is still fine.
+        forgotten: share in [0, 1] of the tokens said at the base and no longer said that is still fine.
+    """
+
+    degraded: float = 0.01
+    forgotten: float = 0.05
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The page's first sentence.
+
+    Attributes:
+        level: ``lost`` where too many tokens are no longer said, ``drifted`` where only too many rows drifted,
+            ``unknown`` where nothing was measured.
+        sentence: what was lost, how many tokens, which groups; or that nothing was.
+        findings: what is over its limit, a sentence each.
+    """
+
+    level: Level
+    sentence: str
+    findings: tuple[str, ...]
+
+
+def label_of(name: str) -> str:
+    """A row's label for people.
+
+    >>> label_of("ja"), label_of("thai"), label_of("never"), label_of("all")
+    ('Japanese', 'Thai', 'never a target', 'all live tokens')
+    """
+    if name == "all":
+        return "all live tokens"
+    plain = _GROUP_LABELS.get(name) or _CLASS_LABELS.get(name)
+    return plain or (name.replace("_", " ") if name in _UPRIGHT else name.replace("_", " ").capitalize())
+
+
+def beside_label(kind: str) -> str:
+    """The heading of what was found beside the checks.
+
+    >>> beside_label("confusion")
+    'Answers in many languages'
+    """
+    return _BESIDE_LABELS.get(kind, kind)
+
+
+def verdict_of(data: PageData, limits: Limits) -> Verdict:
+    """What was lost, in one sentence, and whether it is more than allowed.
+
+    Args:
+        data: a run or scan.
+        limits: from where on a finding counts.
+    """
+    row = next((row for row in data.table if row.kind == "all"), None)
+    forgotten = None if row is None or row.retained is None else 1.0 - row.retained
+    degraded = None if row is None else row.below_95
+    findings = []
+    level: Level = "fine"
+    if degraded is not None and degraded > limits.degraded:
+        findings.append(f"{percent(degraded)} of live rows are below cosine 0.95; allowed: {percent(limits.degraded)}")
+        level = "drifted"
+    if forgotten is not None and forgotten > limits.forgotten:
+        said = f"{percent(forgotten)} of the tokens said at the base are no longer said"
+        findings.append(f"{said}; allowed: {percent(limits.forgotten)}")
+        level = "lost"
+    broken = int(data.scalars.get(f"{data.matrix}/nonfinite_rows", 0))
+    if broken:
+        findings.append(f"{broken:,} live rows hold NaN or Inf; allowed: none")
+        level = "lost"
+    if forgotten is None and degraded is None and not broken:
+        return Verdict("unknown", _nothing_measured(data), ())
+    parts = [_forgotten_part(data, forgotten), _degraded_part(data, degraded)]
+    parts += [f"{broken:,} live {'row holds' if broken == 1 else 'rows hold'} NaN or Inf"] if broken else []
+    parts = [part for part in (*parts, _end_part(data)) if part]
+    lead = "" if forgotten or degraded or broken else f"Nothing was lost{'' if at_end(data) is None else ' so far'}: "
+    sentence = f"{lead}{'; '.join(parts)}."
+    return Verdict(level, sentence[0].upper() + sentence[1:], tuple(findings))
+
+
+def at_end(data: PageData, group: str = "all") -> float | None:
+    """Share in [0, 1] of live head rows that will be below 0.95 at the end, by the last check's forecast.
+
+    Args:
+        data: a run or scan.
+        group: one of its groups, or ``all``.
+
+    Returns:
+        None where there is no forecast, or the run is at its end.
+    """
+    if data.step is None or (data.end is not None and data.step >= data.end):
+        return None
+    return data.scalars.get("forecast/below_0.95" if group == "all" else f"forecast/{group}/below_0.95")
+
+
+def key_numbers(data: PageData) -> tuple[tuple[str, str], ...]:
+    """Names and values of the numbers under the verdict; what was not measured is left out."""
+    row = next((row for row in data.table if row.kind == "all"), None)
+    found: list[tuple[str, str | None]] = [("live tokens", None if data.live is None else f"{data.live:,}")]
+    if row is not None:
+        found += [
+            ("below cosine 0.95", _counted(data, row.below_95, 0.95)),
+            ("below 0.95, forecast", _counted(data, at_end(data))),
+            ("below cosine 0.90", _counted(data, row.below_90, 0.90)),
+            ("mean cosine", _known(row.mean)),
+            ("lowest cosine", _known(row.minimum)),
+            ("still said (retained)", None if row.retained is None else percent(row.retained)),
+        ]
+    if (never := data.scalars.get("exposure/never")) is not None:
+        found.append(("never a target", _counted(data, never)))
+    if (watched := data.scalars.get("probe/watch")) is not None:
+        found.append(("watched tokens still said", percent(watched)))
+    if (foreign := data.scalars.get("confusion/foreign")) is not None:
+        found.append(("answers with foreign script", percent(foreign)))
+    if data.kind == "run":
+        found.append(("alerts firing", str(len(data.firing))))
+        found.append(("optimizer steps", None if data.step is None else f"{data.step:,}"))
+    return tuple((name, value) for name, value in found if value is not None)
+
+
+def as_json(data: PageData, limits: Limits) -> dict[str, Any]:
+    """The verdict and the key numbers as values that JSON can hold; null for what was not measured.
+
+    Args:
+        data: a run or scan.
+        limits: from where on a finding counts.
+    """
+    verdict = verdict_of(data, limits)
+    rows = {kind: {row.label: _row(data, row) for row in data.table if row.kind == kind} for kind in ("group", "class")}
+    whole = next((_row(data, row) for row in data.table if row.kind == "all"), {})
+    return {
+        "source": data.name,
+        "kind": data.kind,
+        "step": data.step,
+        "level": verdict.level,
+        "verdict": verdict.sentence,
+        "findings": list(verdict.findings),
+        "matrix": data.matrix,
+        "live": data.live,
+        **{key: value for key, value in whole.items() if key != "tokens"},
+        "forecast": None if (end := at_end(data)) is None else {"below_0.95": end, "step": data.end},
+        "never": data.scalars.get("exposure/never"),
+        "probe": None if data.probed is None else {"step": data.probe_step, "tokens": len(data.probed.ids)},
+        "echo": {key: data.scalars.get(f"echo/{key}") for key in ("dose", "targets_per_live_token")},
+        "firing": list(data.firing),
+        "beside": {one.kind: one.story.sentence for one in data.beside},
+        "groups": rows["group"],
+        "classes": rows["class"],
+    }
+
+
+def _row(data: PageData, row: ReportRow) -> dict[str, float | int | None]:
+    return {
+        "tokens": data.sizes.get(row.label),
+        "cosine_mean": row.mean,
+        "cosine_min": row.minimum,
+        "below_0.95": row.below_95,
+        "below_0.90": row.below_90,
+        "retained": row.retained,
+    }
+
+
+def _known(value: float | None) -> str | None:
+    return None if value is None else number(value)
+
+
+def _counted(data: PageData, share: float | None, bar: float | None = None) -> str | None:
+    """A share of the live tokens, and how many these are.
+
+    Args:
+        data: a run or scan.
+        share: in [0, 1]; None gives None.
+        bar: where the share is of rows with a cosine below it.
+    """
+    if share is None:
+        return None
+    count = _count_of(data, share, bar)
+    return percent(share) if not count else f"{percent(share)} ({count:,})"
+
+
+def _count_of(data: PageData, share: float, bar: float | None) -> int | None:
+    """How many live tokens a share is: counted where rows of the last step were kept, else worked out."""
+    rows = data.rows
+    if bar is not None and rows is not None and rows.cosine is not None and rows.step == data.step:
+        with np.errstate(invalid="ignore"):
+            return int(np.count_nonzero(rows.live & (rows.cosine < bar)))
+    return None if data.live is None else round(share * data.live)
+
+
+def _nothing_measured(data: PageData) -> str:
+    if not data.table:
+        return "No check was logged, so nothing can be said about this run."
+    return "Neither the rows' drift nor what the model can say was measured; see below why."
+
+
+def _forgotten_part(data: PageData, forgotten: float | None) -> str:
+    if forgotten is None:
+        return ""
+    asked = _asked(data)
+    if forgotten == 0:
+        return f"every token that the base could say is still said{asked}"
+    if data.probed is not None and data.probed.at_base is not None:
+        lost, could = int(np.count_nonzero(data.probed.lost)), int(np.count_nonzero(data.probed.at_base))
+        lead = f"{lost:,} of {could:,} tokens that the base could say ({percent(forgotten)}) can no longer be said"
+    else:
+        lead = f"{percent(forgotten)} of the tokens that the base could say can no longer be said"
+    few = _barely_probed(data)
+    rows = [
+        (1.0 - row.retained, row.label)
+        for row in data.table
+        if row.kind == "group" and row.retained is not None and row.label not in few
+    ]
+    return f"{lead}{asked}{_hit(data, rows, forgotten)}"
+
+
+def _barely_probed(data: PageData, least: int = 10) -> set[str]:
+    """Groups of which so few tokens were asked for that their share says little."""
+    if data.probed is None or data.rows is None:
+        return set()
+    asked = np.bincount(data.rows.group[data.probed.ids], minlength=len(data.names)).tolist()
+    return {name for name, count in zip(data.names, asked, strict=True) if count < least}
+
+
+def _asked(data: PageData) -> str:
+    """Where the probe did not ask for every live token, how many it asked for."""
+    if data.probed is None or len(data.probed.ids) == data.live:
+        return ""
+    return f" (by a probe of {len(data.probed.ids):,} tokens)"
+
+
+def _degraded_part(data: PageData, degraded: float | None) -> str:
+    if degraded is None:
+        return "row drift does not apply" if data.matrix is None else ""
+    rows_of = "head row" if data.matrix == "head" else "input embedding row"
+    if degraded == 0:
+        return f"no live {rows_of} lies below cosine 0.95"
+    count = _count_of(data, degraded, 0.95)
+    if data.live is None or count is None:
+        lead = f"{percent(degraded)} of the live {rows_of}s have drifted below cosine 0.95"
+    else:
+        verb = "has" if count == 1 else "have"
+        lead = f"{count:,} of {data.live:,} live {rows_of}s ({percent(degraded)}) {verb} drifted below cosine 0.95"
+    rows = [(row.below_95, row.label) for row in data.table if row.kind == "group" and row.below_95 is not None]
+    return f"{lead}{_hit(data, rows, degraded)}"
+
+
+def _end_part(data: PageData) -> str:
+    """What the forecast says of a run that has not come to its end."""
+    share = at_end(data)
+    if share is None:
+        return ""
+    step = "" if data.end is None else f" (step {data.end:,})"
+    rows = "" if data.live is None else f"{round(share * data.live):,} of {data.live:,} live "
+    lead = f"if nothing changes, {rows}head rows ({percent(share)}) will be below 0.95 at the end{step}"
+    by_group = [(name, at_end(data, name)) for name in data.names]
+    return f"{lead}{_hit(data, [(group, name) for name, group in by_group if group is not None], share)}"
+
+
+def _hit(data: PageData, shares: list[tuple[float, str]], overall: float, most: int = 3) -> str:
+    """Large groups that are clearly worse than all tokens together, worst first."""
+    large = [(share, name) for share, name in shares if data.sizes.get(name, LARGE_GROUP) >= LARGE_GROUP]
+    worse = sorted((pair for pair in large if pair[0] > 1.1 * overall), reverse=True)[:most]
+    named = ", ".join(f"{label_of(name)} {percent(share)}" for share, name in worse)
+    return f", hit hardest {named}" if named else ""
