@@ -102,19 +102,18 @@ def run_arm(
     )  # fmt: skip
     seconds = {"wall_seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
     guard: VocabGuard = callback.guard
-    if guard.last is None or guard.checker is None:
-        raise SystemExit(f"the guard stood down: {guard.faults.reason}")
+    if guard.last is None or guard.table is None:
+        raise SystemExit(f"the guard stood down: {guard.failure}")
     seconds |= costs(guard)
-    table, tuned = guard.checker.watched.table, ask(model, tokenizer, whole_table(model, tokenizer))
+    table, tuned = guard.table, ask(model, tokenizer, whole_table(model, tokenizer))
     return Arm(arm_entry(guard.last, base, tuned, table, sum(positions), seconds), tuned, guard, table)
 
 
 def costs(guard: VocabGuard) -> dict[str, float]:
     """What the guard took of the training's time, by its own clock; the probes alone by the process's clock too."""
-    prober = None if guard.checker is None else guard.checker.prober
     return {
-        "guard_seconds": guard.faults.seconds,
-        "probes": 0 if prober is None else prober.runs,
-        "probe_seconds": 0.0 if prober is None else prober.seconds,
-        "probe_cpu_seconds": 0.0 if prober is None else prober.cpu_seconds,
+        "guard_seconds": guard.timings.total,
+        "probes": guard.timings.probes,
+        "probe_seconds": guard.timings.probing,
+        "probe_cpu_seconds": guard.timings.probing_cpu,
     }

@@ -104,7 +104,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     trainer.train()
     guard = callback.guard
     if guard.last is None:
-        raise SystemExit(f"the guard stood down: {guard.faults.reason}")
+        raise SystemExit(f"the guard stood down: {guard.failure}")
     return {**guard.last.scalars, "seconds a step": (time.perf_counter() - began) / steps}
 
 

@@ -11,18 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from vocabguard.config import ConfigSource
+from vocabguard.config import ConfigSource, Options
 from vocabguard.guard import VocabGuard
 from vocabguard.guard.batches import LabelCarrier, Targets, drop_labels
 from vocabguard.guard.watched import Action
-from vocabguard.integrations.trl import targets_of
+from vocabguard.integrations.trl import trainers_targets
 
 STATE_FILE = "vocabguard.pt"
 STATE_KEY = "vocabguard"
@@ -58,7 +58,7 @@ class VocabGuardCallback(TrainerCallback):
         targets: Targets | None = None,
         actions: Mapping[str, Action] | None = None,
         hidden_labels: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         self.guard = VocabGuard(
             config, tokenizer=tokenizer, overrides=overrides, targets=targets, actions=actions, **options
@@ -76,10 +76,7 @@ class VocabGuardCallback(TrainerCallback):
     ) -> None:
         """Attach: weights are still those of the base, unless the run is resumed."""
         self._undo.close()
-        self.guard.targets = self._targets or targets_of(args, self.guard)
-        if self.guard.tokenizer is None:
-            processing = kwargs.get("processing_class")
-            self.guard.tokenizer = getattr(processing, "tokenizer", processing)
+        processing = kwargs.get("processing_class")
         self.guard.attach(
             kwargs["model"],
             kwargs.get("optimizer"),
@@ -91,6 +88,8 @@ class VocabGuardCallback(TrainerCallback):
             steps_done=state.global_step,
             inject="collate",
             batches_per_step=args.gradient_accumulation_steps,
+            tokenizer=getattr(processing, "tokenizer", processing),
+            targets=None if self._targets else trainers_targets(args, echo=self.guard.wants("echo")),
         )
         self._resumes = state.global_step > 0 and not args.ignore_data_skip
         if self._hidden or args.label_smoothing_factor > 0:
@@ -99,7 +98,7 @@ class VocabGuardCallback(TrainerCallback):
     def _carry_labels(self, model: nn.Module, dataloader: Any) -> None:
         """Bring the labels to the model until training ends, also when the guard stands down in between."""
         loader = getattr(dataloader, "base_dataloader", dataloader)
-        if self.guard.watch is None or self.guard.observer is None or not hasattr(loader, "collate_fn"):
+        if self.guard.watch is None or not self.guard.counting or not hasattr(loader, "collate_fn"):
             return
         inner = loader.collate_fn
         loader.collate_fn = LabelCarrier(inner)

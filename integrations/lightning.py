@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
-from vocabguard.config import ConfigSource
+from vocabguard.config import ConfigSource, Options
 from vocabguard.guard import VocabGuard
 from vocabguard.guard.batches import Targets
 from vocabguard.guard.watched import Action
@@ -51,7 +51,7 @@ class VocabGuardCallback(Callback):
         overrides: Iterable[str] = (),
         targets: Targets | None = None,
         actions: Mapping[str, Action] | None = None,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> None:
         self.guard = VocabGuard(
             config, tokenizer=tokenizer, overrides=overrides, targets=targets, actions=actions, **options
@@ -61,8 +61,6 @@ class VocabGuardCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: weights are still those of the base, unless `load_state_dict` brought a run to go on from."""
-        if self.guard.tokenizer is None:
-            self.guard.tokenizer = getattr(pl_module, "tokenizer", None)
         named = self.guard.config.matrices
         steps = trainer.estimated_stepping_batches
         self._global_step = trainer.global_step
@@ -78,6 +76,7 @@ class VocabGuardCallback(Callback):
             steps_done=trainer.global_step,
             inject="batch",
             batches_per_step=trainer.accumulate_grad_batches,
+            tokenizer=getattr(pl_module, "tokenizer", None),
         )
         self._monitored = False
         _to_loggers(trainer, self.guard.last)

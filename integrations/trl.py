@@ -10,9 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vocabguard.config import ConfigError
-from vocabguard.guard import VocabGuard
 from vocabguard.guard.batches import Targets
-from vocabguard.guard.protection import needed
 from vocabguard.results import NotApplicable
 
 _SAMPLED = (
@@ -34,12 +32,12 @@ _NO_ECHO = (
 )
 
 
-def targets_of(args: Any, guard: VocabGuard) -> Targets | NotApplicable | None:
+def trainers_targets(args: Any, *, echo: bool) -> Targets | NotApplicable | None:
     """How a trainer's targets are to be counted.
 
     Args:
         args: the trainer's arguments.
-        guard: whose settings may ask for echo.
+        echo: whether echo may be switched on.
 
     Returns:
         `chosen_targets` or `chosen_rows` for preferences, a reason where labels are no targets of the data, None where
@@ -54,7 +52,7 @@ def targets_of(args: Any, guard: VocabGuard) -> Targets | NotApplicable | None:
             return NotApplicable(reason.format(trainer=f"{name}Trainer"))
     for name, found in {"DPO": chosen_targets, "ORPO": chosen_rows}.items():
         if name in names:
-            if needed(guard.config, guard.rules, "echo"):
+            if echo:
                 raise ConfigError(_NO_ECHO.format(trainer=f"{name}Trainer"))
             return found
     return None

@@ -405,6 +405,7 @@ class CheckResult:
         worst: the worst live tokens, worst first.
         watched: the tokens of the watch list.
         seconds: what the check took.
+        probe_seconds: the part of them that the probe took.
         echo: what echo has done so far; None where it is not configured.
         findings: what was found beside, where that is due at checks.
         forecast: where the head's rows will end, or why nothing is said.
@@ -427,6 +428,30 @@ class CheckResult:
     findings: tuple[Finding, ...] = ()
     requests: tuple[str, ...] = ()
     forecast: Forecast | NotApplicable = NotApplicable("nothing was forecast")
+    probe_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What the guard's own work has taken so far, in this process, in seconds.
+
+    Attributes:
+        total: all of it.
+        check: the last check, without its probe; 0 before the first.
+        probe: the last probe; 0 before the first.
+        step: median training step without the guard's work; NaN before the first.
+        probes: how often the model was asked.
+        probing: time that asking took.
+        probing_cpu: the same by the process's own clock, in which other programs do not count.
+    """
+
+    total: float
+    check: float
+    probe: float
+    step: float
+    probes: int
+    probing: float
+    probing_cpu: float
 
 
 @dataclass(frozen=True)

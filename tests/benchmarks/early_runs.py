@@ -223,7 +223,7 @@ def _arguments(setup: Setup, out: str) -> TrainingArguments:
 
 
 def _save(path: Path, setup: Setup, guard: Any, recorder: Recorder, norms: Any, loss: float) -> None:
-    table, flight = guard.checker.watched.table, guard.watch.preflight
+    table, flight = guard.table, guard.watch.preflight
     steps = [check.pop("step") for check in recorder.checks]
     samples = [check.pop("push_samples") for check in recorder.checks]
     stacked = {name: np.stack([check[name] for check in recorder.checks]) for name in recorder.checks[0]}

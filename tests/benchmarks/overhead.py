@@ -143,21 +143,21 @@ def bare_step(bench: Bench, ids: Tensor) -> float:
 
 def guarded_step(bench: Bench, guard: VocabGuard, ids: Tensor, step: int) -> tuple[float, ...]:
     """A step under guard: its seconds, and the further fields of `Pairs`."""
-    assert guard.observer is not None and guard.checker is not None  # noqa: PT018
-    guard.observer.hook_model(bench.model)
-    guard.observer.hook_optimizers([bench.optimizer])
-    own, samples = guard.faults.seconds, guard.observer.counter.push_samples
+    assert guard._observer is not None and guard._checker is not None  # noqa: PT018
+    guard._observer.hook_model(bench.model)
+    guard._observer.hook_optimizers([bench.optimizer])
+    own, samples = guard.timings.total, guard._observer.counter.push_samples
     began = time.perf_counter()
     bench.train(ids)
     trained = time.perf_counter()
     result = guard.step(step)
     ended = time.perf_counter()
-    guard.observer.remove()
+    guard._observer.remove()
     probed = result is not None and result.probe is not None
-    sampled = guard.observer.counter.push_samples > samples
+    sampled = guard._observer.counter.push_samples > samples
     kind = 3 if probed else 2 if result is not None else int(sampled)
-    probe = guard.checker.probe_seconds if probed else 0.0
-    return ended - began, ended - trained, probe, guard.faults.seconds - own, float(kind)
+    probe = guard.timings.probe if probed else 0.0
+    return ended - began, ended - trained, probe, guard.timings.total - own, float(kind)
 
 
 def run_pairs(bench: Bench, guard: VocabGuard | None, pairs: int, first: int) -> Pairs:
@@ -188,8 +188,8 @@ def attached(bench: Bench, arguments: argparse.Namespace, folder: Path) -> Vocab
     for step in range(1, settle + 1):
         bench.train(bench.batch())
         guard.step(step)
-    assert guard.observer is not None
-    guard.observer.remove()
+    assert guard._observer is not None
+    guard._observer.remove()
     return guard
 
 
@@ -231,12 +231,12 @@ def summarise(pairs: Pairs, rng: np.random.Generator) -> dict[str, Any]:
 
 def extrapolate(pairs: Pairs, guard: VocabGuard) -> dict[str, Any]:
     """Computed: shares of steps of 0.5 s, at this run's cadence and at the one chosen for such steps."""
-    assert guard.checker is not None
+    assert guard._checker is not None
     check = float(pairs.parts()["checks"][pairs.kind >= 2].mean())
     probe = float(pairs.probe[pairs.kind == 3].mean())
-    slow = Cadence.of(guard.config)
-    slow.total = guard.cadence.total
-    slow.choose(LONG_STEP, guard.checker.check_seconds, guard.checker.probe_seconds)
+    slow = Cadence.of(guard.config, guard._cadence.total)
+    slow.record(check=guard.timings.check, probe=guard.timings.probe)
+    slow.choose(LONG_STEP)
     assert slow.every is not None and slow.probe_every is not None  # noqa: PT018
     hooks = float((pairs.own - pairs.extra).mean())
     return {
@@ -247,7 +247,7 @@ def extrapolate(pairs: Pairs, guard: VocabGuard) -> dict[str, Any]:
         "probe_every": slow.probe_every,
         "check_seconds": check,
         "probe_seconds": probe,
-        "check_seconds_known_to_the_guard": guard.checker.check_seconds,
+        "check_seconds_known_to_the_guard": guard.timings.check,
     }
 
 
@@ -275,7 +275,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         report |= summarise(pairs, np.random.default_rng(arguments.seed))
         if guard is not None:
             report["attach_and_settle_seconds"] = started
-            report["cadence"] = {"every": guard.cadence.every, "probe_every": guard.cadence.probe_every}
+            report["cadence"] = {"every": guard._cadence.every, "probe_every": guard._cadence.probe_every}
             report["extrapolated"] = extrapolate(pairs, guard)
             guard.finish(check=False)
     return report

@@ -64,11 +64,11 @@ def test_bare_steps_do_not_reach_the_guard(overhead: ModuleType, tmp_path: Path)
     with overhead.quiet_terminal():
         guard = overhead.attached(bench, arguments, tmp_path)
         settled = guard.steps
-        assert guard.observer.counter.steps == settled == guard.config.cadence.settle_steps
+        assert guard._observer.counter.steps == settled == guard.config.cadence.settle_steps
         found = overhead.run_pairs(bench, guard, 5, settled + 1)
         guard.finish(check=False)
-    assert guard.observer.counter.steps == settled + 5
-    assert int(guard.observer.counter.exposure().data_target.sum()) == (settled + 5) * 2 * 7
+    assert guard._observer.counter.steps == settled + 5
+    assert int(guard._observer.counter.exposure().data_target.sum()) == (settled + 5) * 2 * 7
     optimizer_steps = {int(state["step"]) for state in bench.optimizer.state.values()}
     assert optimizer_steps == {settled + 10}
     assert found.kind.tolist()[-1] == 3

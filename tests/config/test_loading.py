@@ -100,7 +100,7 @@ def test_rules_merge_by_name() -> None:
 
 def test_a_rule_can_be_switched_off() -> None:
     guard = VocabGuard(overrides=["alerts.head_severe.enabled=false"])
-    assert {rule.name for rule in guard.rules} == set(GuardConfig().alerts) - {"head_severe"}
+    assert {rule.name for rule in guard._rules} == set(GuardConfig().alerts) - {"head_severe"}
 
 
 NAN = math.nan
@@ -277,7 +277,7 @@ def test_rules_are_refused_before_training(rule: dict[str, Any], said: tuple[str
 def test_an_action_of_ones_own_is_known_by_name() -> None:
     rule = {"metric": "head/below_0.95", "threshold": 0.1, "actions": ["log", "mail"]}
     guard = VocabGuard(alerts={"mine": rule}, actions={"mail": print})
-    assert next(known for known in guard.rules if known.name == "mine").actions == ("log", print)
+    assert next(known for known in guard._rules if known.name == "mine").actions == ("log", print)
 
 
 @pytest.mark.parametrize(
@@ -428,6 +428,6 @@ def test_presets_switch_on_what_they_are_named_for() -> None:
     assert switched["hold"] == (False, True)
     assert switched["protect"] == (True, True)
     assert switched["early"] == (False, False)
-    at_risk = VocabGuard("early").rules[0]
+    at_risk = VocabGuard("early")._rules[0]
     assert (at_risk.name, at_risk.actions, at_risk.latch) == ("at_risk", ("log", "echo", "hold"), True)
     assert {switched[name] for name in ("watch", "light", "thorough")} == {(False, False)}

@@ -214,7 +214,7 @@ def probe(found: Found) -> str:
         assert found.watch.probe is not None
         return f"not applicable: {found.watch.probe.reason}"
     assert found.watch.probe is None, found.watch.probe
-    checker, result = found.guard.checker, found.last.probe
+    checker, result = found.guard._checker, found.last.probe
     assert checker is not None
     assert checker.prober is not None
     assert result is not None

@@ -137,15 +137,15 @@ def test_rules_over_answers_are_followed_at_evaluations(
     )  # fmt: skip
     guard.attach(model, optimizer, total_steps=10, run_dir=tmp_path)
     kit.loop(guard, model, optimizer, kit.batches(3))
-    assert not guard.protection.holder.on
+    assert not guard._protection.holder.on
     guard.check(at="evaluation")
     [change] = seen
     assert [guard.latest[f"vocabguard/confusion/{part}"] for part in ("ja", "ru")] == [1.0, 0.0]
     assert change.parts == {"ja": 1.0}
     assert change.step == 3
     assert change.story.advice[0].startswith("see in confusion.jsonl")
-    assert guard.latest["vocabguard/alerts/firing"] == len(guard.checker.alerts.firing) > 0
-    assert guard.protection.holder.on
+    assert guard.latest["vocabguard/alerts/firing"] == len(guard._checker.alerts.firing) > 0
+    assert guard._protection.holder.on
     assert guard.take_requests() == ("stop",)
     assert guard.take_requests() == ()
     assert change.message in capsys.readouterr().out.replace("\n", " ").replace("vocabguard ", "")
@@ -185,7 +185,7 @@ def test_the_worst_tokens_of_a_story_are_those_concerned(kit: Any, tokenizer: An
         alerts={"groups": {"metric": "head/*/below_0.95", "threshold": 0.3}}, **SMALL, **kit.QUIET,
     )  # fmt: skip
     guard.attach(model, run_dir=tmp_path)
-    table = guard.checker.watched.table
+    table = guard.table
     ja, ko = (table.live & table.mask(name) for name in ("ja", "ko"))
     with torch.no_grad():
         # All of ja turns, more and more; one row of ko turns further than any of them.

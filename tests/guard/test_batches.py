@@ -58,11 +58,11 @@ def test_only_training_passes_are_counted(kit: Any) -> None:
     model, batch = kit.llama(), kit.batches(1)[0]
     guard = attached(kit, model)
     model.eval()(**batch)
-    assert not guard.observer.counter.targets_now().any()
+    assert not guard._observer.counter.targets_now().any()
     model.train()(input_ids=batch["input_ids"])
-    assert not guard.observer.counter.targets_now().any(), "a pass without labels asks for nothing"
+    assert not guard._observer.counter.targets_now().any(), "a pass without labels asks for nothing"
     model(**batch)
-    assert guard.observer.counter.targets_now().any()
+    assert guard._observer.counter.targets_now().any()
 
 
 def test_accumulation_counts_every_batch_and_one_gradient(kit: Any) -> None:
@@ -160,9 +160,9 @@ def test_several_optimizers_one_holds_the_head(kit: Any) -> None:
     guard = attached(kit, model, [body, head])
     model(**batch).loss.backward()
     body.step()
-    assert guard.observer.counter.pull.sum() == 0
+    assert guard._observer.counter.pull.sum() == 0
     head.step()
-    assert guard.observer.counter.pull.sum() > 0
+    assert guard._observer.counter.pull.sum() > 0
     assert (len(body._optimizer_step_post_hooks), len(head._optimizer_step_post_hooks)) == (0, 1)
     guard.finish()
     assert len(head._optimizer_step_post_hooks) == 0

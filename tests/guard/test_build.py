@@ -101,9 +101,9 @@ def test_plans_look_beyond_what_is_made_already(
     kit: Any, tokenizer: Any, options: dict[str, Any], per_step: int, lag: int
 ) -> None:
     guard = attach(kit, tokenizer, loader(**options), batches_per_step=per_step)
-    assert guard.protection is not None
-    assert guard.protection.echo is not None
-    assert guard.protection.echo.pace.lag == lag
+    assert guard._protection is not None
+    assert guard._protection.echo is not None
+    assert guard._protection.echo.pace.lag == lag
     guard.finish(check=False)
 
 
@@ -124,13 +124,13 @@ def test_a_kind_that_is_not_armed_cannot_be_switched_on(kit: Any, tokenizer: Any
     with pytest.raises(ConfigError, match=r"hold\.armed: true"):
         guard.switch("hold", True)
     guard.switch("echo", False)
-    assert guard.protection is not None
-    assert guard.protection.echo is not None
-    assert not guard.protection.echo.on
+    assert guard._protection is not None
+    assert guard._protection.echo is not None
+    assert not guard._protection.echo.on
     guard.finish(check=False)
 
 
 def test_cadence_does_not_follow_the_clock(kit: Any, tokenizer: Any) -> None:
     guard = attach(kit, tokenizer, loader(), total_steps=300)
-    assert (guard.cadence.every, guard.cadence.probe_every) == (20, 100)
+    assert (guard._cadence.every, guard._cadence.probe_every) == (20, 100)
     guard.finish(check=False)

@@ -67,8 +67,8 @@ def test_probe_cadence_alone_is_explicit(kit: Any, tokenizer: Any) -> None:
     guard = attached(kit, tokenizer, 100, **options)
     assert fake(guard, 2) == ([], [])
     guard.step(3)
-    assert guard.cadence.probe_every == 2
-    assert guard.cadence.every is not None
+    assert guard._cadence.probe_every == 2
+    assert guard._cadence.every is not None
 
 
 @pytest.mark.parametrize("total", [4, 30])
@@ -77,7 +77,7 @@ def test_the_last_planned_step_is_checked_and_probed(kit: Any, tokenizer: Any, t
     guard = attached(kit, tokenizer, total, cadence={"budget": 0.0}, probe={"sample": 4, "budget": 0.0})
     checks, probes = fake(guard, total)
     assert checks == probes == [total]
-    assert guard.cadence.chosen == (total >= 20)
+    assert guard._cadence.chosen == (total >= 20)
     assert guard.finish() is None
     assert guard.last.step == total
     assert guard.last.probe is not None
@@ -120,16 +120,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_chosen_after_settling_within_the_budget(kit: Any, clock: Clock) -> None:
     guard = VocabGuard(cadence={"settle_steps": 5, "budget": 0.5}, **kit.QUIET)
     guard.attach(kit.llama(), total_steps=1000)
-    guard.checker.check_seconds = 9.0
+    guard._cadence.record(check=9.0)
     for step in range(1, 5):
         clock.now += 50.0 if step == 1 else 2.0
         guard.step(step)
-        assert guard.cadence.every is None
+        assert guard._cadence.every is None
     clock.now += 2.0
     assert guard.step(5) is None
     # The median step takes 2 s, so 9 s in 9 steps are half of the time.
-    assert guard.cadence.every == 10
-    assert guard.cadence.probe_every == 10, "a probe that costs nothing comes with every check"
+    assert guard._cadence.every == 10
+    assert guard._cadence.probe_every == 10, "a probe that costs nothing comes with every check"
 
 
 @pytest.mark.parametrize(
@@ -142,16 +142,17 @@ def test_chosen_after_settling_within_the_budget(kit: Any, clock: Clock) -> None
     ],
 )
 def test_choose(seconds: tuple[float, float, float], total: int | None, expected: tuple[int, int]) -> None:
-    cadence = Cadence.of(load_config(BUDGETS))
-    cadence.total = total
-    cadence.choose(*seconds)
+    cadence, (step, check, probe) = Cadence.of(load_config(BUDGETS), total), seconds
+    cadence.record(check=check, probe=probe)
+    cadence.choose(step)
     assert (cadence.every, cadence.probe_every) == expected
     assert cadence.probe_every % cadence.every == 0
 
 
 def test_choose_leaves_what_is_given() -> None:
     cadence = Cadence.of(load_config(BUDGETS | {"drift": {"every_n_steps": 7}}))
-    cadence.choose(1.0, 100.0, 0.4)
+    cadence.record(check=100.0, probe=0.4)
+    cadence.choose(1.0)
     assert (cadence.every, cadence.probe_every) == (7, 14)
 
 
@@ -185,4 +186,4 @@ def test_attaching_is_not_booked_on_the_first_steps(kit: Any, clock: Clock) -> N
         clock.now += 2.0
         guard.step(step)
     assert guard._timer.durations == [2.0, 2.0, 2.0]
-    assert guard._timer.overhead(guard.faults) == 0.0
+    assert guard._timer.overhead(guard._faults) == 0.0

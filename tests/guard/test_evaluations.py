@@ -53,7 +53,7 @@ def test_neighbors_of_worst_and_watched_tokens(kit: Any, tokenizer: Any, tmp_pat
     guard = guarded(
         kit, tokenizer, model, tmp_path, neighbors={"k": 5, "rows": 2}, probe=PROBE | {"watch": watch}
     )  # fmt: skip
-    control = int(guard.checker.watched.table.control.nonzero()[0])
+    control = int(guard.table.control.nonzero()[0])
     with torch.no_grad():
         model.lm_head.weight[2000] = model.lm_head.weight[control] + 0.01
         model.lm_head.weight[2001] *= -1
@@ -62,7 +62,7 @@ def test_neighbors_of_worst_and_watched_tokens(kit: Any, tokenizer: Any, tmp_pat
     lines = log.notes("neighbors")
     assert {line["id"] for line in lines[:2]} == {2000, 2001}
     assert [line["id"] for line in lines[2:]] == watch
-    padded = guard.checker.watched.table.padded
+    padded = guard.table.padded
     for line in lines:
         for key, rows in (("then", before), ("now", model.lm_head.weight.detach())):
             expected = nearest_rows(CopiedBaseline(rows), torch.tensor([line["id"]]), 5, padded)
@@ -77,7 +77,7 @@ def test_neighbors_of_worst_and_watched_tokens(kit: Any, tokenizer: Any, tmp_pat
 def test_head_or_body_at_the_end(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
     model = base_model(kit)
     guard = guarded(kit, tokenizer, model, tmp_path, probe=PROBE | {"every_n_steps": 1})
-    lost = guard.checker.prober.ids[:20]
+    lost = guard._checker.prober.ids[:20]
     with torch.no_grad():
         model.lm_head.weight[lost] *= 0.1
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -99,7 +99,7 @@ def test_no_head_or_body(kit: Any, tokenizer: Any, tmp_path: Path, how: str) -> 
     )  # fmt: skip
     if how != "nothing lost":
         with torch.no_grad():
-            model.lm_head.weight[guard.checker.prober.ids[:20]] *= 0.1
+            model.lm_head.weight[guard._checker.prober.ids[:20]] *= 0.1
     guard.step(1)
     assert (guard.last.scalars["vocabguard/probe/retained"] < 1.0) == (how != "nothing lost")
     assert guard.finish(check=how != "best weights back").notes("head_or_body") == []
@@ -134,7 +134,7 @@ def test_rows_that_an_adapter_makes(kit: Any, tokenizer: Any, tmp_path: Path) ->
     guard.step(1)
     log = guard.finish()
     now = before + model.lm_head.get_delta_weight("default").detach()
-    padded = guard.checker.watched.table.padded
+    padded = guard.table.padded
     lines = log.notes("neighbors")
     assert [line["id"] for line in lines] == [report.id for report in guard.last.worst[:3]]
     for line in lines:
@@ -159,7 +159,7 @@ def test_a_fault_in_one_part_leaves_the_others(
         kit, tokenizer, model, tmp_path, probe=PROBE | {"every_n_steps": 1}, neighbors=near, on_error="warn"
     )  # fmt: skip
     with torch.no_grad():
-        model.lm_head.weight[guard.checker.prober.ids[:20]] *= 0.1
+        model.lm_head.weight[guard._checker.prober.ids[:20]] *= 0.1
     with caplog.at_level(logging.WARNING, "vocabguard"):
         for step in (1, 2, 3):
             guard.step(step)

@@ -136,7 +136,7 @@ def run(kit: Any, guard: VocabGuard, attach: dict[str, Any], between: dict[int, 
     model, losses = kit.llama(), []
     optimizer = kit.sgd(model)
     watch = guard.attach(model, optimizer, total_steps=STEPS, **attach)
-    assert (watch is None) == guard.faults.down
+    assert (watch is None) == (guard.failure is not None)
     assert watch is not None or kit.hooks_on(model, optimizer) == 0
     for step, batch in enumerate(kit.batches(STEPS), start=1):
         losses += kit.loop(guard, model, optimizer, [batch], first=step)
@@ -150,7 +150,7 @@ def test_a_fault_is_told_once_and_training_goes_on(kit: Any, tmp_path: Path, cap
     guard, attach, between = case(kit, "warn", tmp_path)
     with caplog.at_level(logging.WARNING, logger="vocabguard"):
         model, optimizer, losses, watch = run(kit, guard, attach, between)
-        assert guard.faults.down
+        assert guard.failure is not None
         assert kit.hooks_on(model, optimizer) == 0
         assert guard.step(STEPS + 1) is None
         guard.observe(None, torch.zeros(()))
@@ -172,7 +172,7 @@ def test_a_fault_is_raised_if_asked(kit: Any, tmp_path: Path, case: Any) -> None
     guard, attach, between = case(kit, "raise", tmp_path)
     with pytest.raises((OwnFaultError, ExceptionGroup, OSError, IndexError, SafetensorError)):
         run(kit, guard, attach, between)
-    assert not guard.faults.down
+    assert guard.failure is None
 
 
 def test_a_broken_action_is_told_and_the_guard_goes_on(kit: Any, caplog: Any) -> None:
@@ -182,7 +182,7 @@ def test_a_broken_action_is_told_and_the_guard_goes_on(kit: Any, caplog: Any) ->
     losses = run(kit, guard, {}, {})[2]
     [said] = [record.getMessage() for record in caplog.records if record.name == "vocabguard"]
     assert "OwnFaultError: broken on purpose, raised by an action of alert rule 'moved' at step 2" in said
-    assert not guard.faults.down
+    assert guard.failure is None
     assert [change.rule for change in seen] == ["moved"]
     assert guard.last.step == STEPS
     assert losses == run_bare(kit)[0]
@@ -204,7 +204,7 @@ def test_a_folder_that_may_not_be_written(kit: Any, tmp_path: Path, caplog: Any)
     tmp_path.chmod(0o500)
     guard = guard_of(kit, "warn")
     run(kit, guard, {"run_dir": tmp_path / "run"}, {})
-    assert "Permission" in guard.faults.reason
+    assert "Permission" in guard.failure
     tmp_path.chmod(0o700)
 
 
@@ -226,10 +226,10 @@ def test_config_errors_always_pass_and_leave_nothing_behind(
 def test_a_guard_that_stood_down_may_be_attached_again(kit: Any) -> None:
     guard, attach, _ = in_step(kit, "warn", Path())
     run(kit, guard, attach, {})
-    assert guard.faults.down
+    assert guard.failure is not None
     guard.finish()
     run(kit, guard, {}, {})
-    assert not guard.faults.down
+    assert guard.failure is None
     assert guard.last.step == STEPS
 
 

@@ -66,7 +66,7 @@ def test_rates_and_pasts_are_those_of_the_run(kit: Any, tokenizer: Any) -> None:
         optimizer.param_groups[0]["lr"] = rates[step - 1]
         kit.loop(guard, model, optimizer, [batch], first=step)
         seen[step] = torch.nn.functional.cosine_similarity(base, model.lm_head.weight.detach().double()).arccos()
-    forecaster = guard.checker.forecaster  # type: ignore[union-attr]
+    forecaster = guard._checker.forecaster  # type: ignore[union-attr]
     assert forecaster is not None
     assert forecaster.meter is not None
     assert forecaster.meter.sum == pytest.approx(rates[:8].sum())
@@ -85,7 +85,7 @@ def test_what_is_not_known_is_said(kit: Any, tokenizer: Any, attach: dict[str, A
     guard, model, optimizer = guarded(kit, tokenizer, **attach)
     kit.loop(guard, model, optimizer, kit.batches(4, kit.TOKENIZER_ROWS))
     assert words in reason(guard)
-    assert not guard.faults.down
+    assert guard.failure is None
 
 
 def test_rates_set_by_hand_end_the_forecast(kit: Any, tokenizer: Any) -> None:
@@ -143,7 +143,7 @@ def test_a_resized_matrix_goes_on_with_the_rows_it_had(kit: Any, tokenizer: Any)
     guard, model, optimizer = guarded(kit, tokenizer)
     data = kit.batches(STEPS, kit.TOKENIZER_ROWS)
     kit.loop(guard, model, optimizer, data[:4])
-    forecaster = guard.checker.forecaster  # type: ignore[union-attr]
+    forecaster = guard._checker.forecaster  # type: ignore[union-attr]
     assert forecaster is not None
     before = forecaster.pasts[-1].angle
     forecaster.watched.resize(kit.TOKENIZER_ROWS + 8)

@@ -173,7 +173,7 @@ def test_evaluations_are_logged(kit: Any, tokenizer: Any, tmp_path: Path) -> Non
     assert {line["step"] for line in near} == {10}
     assert len(near) == 10
     assert {len(line["now"]) for line in near} == {4}
-    assert guard.faults.seconds > 0
+    assert guard.timings.total > 0
 
 
 def test_a_model_taught_to_mix_scripts_is_seen(base: Any, tokenizer: Any) -> None:
@@ -278,7 +278,7 @@ def test_a_fault_stops_only_the_answers_and_is_said_once(
     said = [record.message for record in caplog.records if "stands down" in record.message]
     assert said == ["vocabguard: confusion stands down, the guard goes on: RuntimeError: out of memory"]
     assert len(failing) == 1
-    assert not guard.faults.down
+    assert guard.failure is None
     assert guard.last.step == 3
     assert guard.finish() is not None
 

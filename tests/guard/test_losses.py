@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerFast
 
-from vocabguard.guard.batches import LossMeter, target_losses
+from vocabguard.guard.batches import BatchContext, LossMeter, target_losses
 from vocabguard.guard.failures import Faults
 from vocabguard.protect.collator import ECHO_KEY, EchoCollator, RowMaker
 from vocabguard.protect.feed import EchoFeed
@@ -129,8 +129,9 @@ def test_the_hook_follows_training_only() -> None:
 
     batches = some_batches()
     logits, labels, echo = batches[0]
-    meter, model = LossMeter(True), Model()
-    handle = meter.hook(model, lambda: (labels, echo), Faults("raise"))
+    meter, model, context = LossMeter(True), Model(), BatchContext()
+    context.arrive({"labels": labels}, echo)
+    handle = meter.hook(model, context, Faults("raise"))
     model.eval()
     model(logits, labels=labels)
     assert meter.take() == {}

@@ -33,15 +33,15 @@ def test_a_run_goes_on_after_a_resize(kit: Any, tmp_path: Path, rows: int, tied:
     data[2]["input_ids"][0, 5] = data[2]["labels"][0, 5] = min(rows - 1, 66)
     model.train()(**data[2]).loss.backward()
     optimizer = kit.sgd(model, lr=0.05)
-    guard.observer.hook_optimizers([optimizer])
+    guard._observer.hook_optimizers([optimizer])
     optimizer.step()
-    asked = guard.observer.counter.targets_now()
+    asked = guard._observer.counter.targets_now()
     assert asked[min(rows - 1, 66)]
     guard.step(3)
     kit.loop(guard, model, kit.sgd(model, lr=0.05), data[3:], first=4)
     log = guard.finish()
 
-    assert not guard.faults.down
+    assert guard.failure is None
     found = guard.last
     kept = min(rows, 64)
     now = model.lm_head.weight.detach()
@@ -58,7 +58,7 @@ def test_a_run_goes_on_after_a_resize(kit: Any, tmp_path: Path, rows: int, tied:
     assert len(found.worst) == kept
     assert log.row_steps == (0, 1, 2, 3, 4)
     assert [len(log.rows(step)["live"]) for step in (2, 3)] == [64, rows]
-    assert guard.checker.watched.table.live.sum() == kept
+    assert guard.table.live.sum() == kept
 
 
 def test_a_resumed_run_after_a_resize(kit: Any) -> None:
@@ -76,7 +76,7 @@ def test_a_resumed_run_after_a_resize(kit: Any) -> None:
     found = other.check()
     cosine = cosine_similarity(base, model.lm_head.weight.detach()[:64], dim=1)
     torch.testing.assert_close(found.head.cosine[:64], cosine, atol=1e-6, rtol=0)
-    assert other.checker.watched.table.live.sum() == 64
+    assert other.table.live.sum() == 64
 
 
 def test_new_tokens_of_the_tokenizer_are_named(kit: Any, tmp_path: Path) -> None:
@@ -91,13 +91,13 @@ def test_new_tokens_of_the_tokenizer_are_named(kit: Any, tmp_path: Path) -> None
     resize(model, len(tokenizer))
     assert len(tokenizer) == 8200
     guard.step(1)
-    table = guard.checker.watched.table
+    table = guard.table
     assert table.text(8190) == added[30]
     assert not table.live[8192:].any()
     assert table.live[:8160].sum() == watch.live
     guard.step(2)
     guard.finish()
-    assert not guard.faults.down
+    assert guard.failure is None
     assert guard.last.probe is not None
 
 

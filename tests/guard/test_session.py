@@ -122,7 +122,7 @@ def test_the_console_tells_preflight_and_a_verdict_each_check(kit: Any, tokenize
         model, optimizer, total_steps=4, dataloader=torch.utils.data.DataLoader(examples, batch_size=3)
     )
     start = capsys.readouterr().out
-    live = guard.checker.watched.table.live
+    live = guard.table.live
     targets = torch.tensor(kit.naive_counts(data, kit.TOKENIZER_ROWS)["data_target"])
     never = int((live & (targets == 0)).sum())
     assert 0 < never < watch.live
@@ -267,7 +267,7 @@ def test_padded_rows_are_not_live_and_raise_no_alarm(kit: Any, tokenizer: Any) -
         model.lm_head.weight[8170] = torch.nan
     guard.step(1)
     found = guard.check()
-    assert not guard.checker.watched.table.live[8160:].any()
+    assert not guard.table.live[8160:].any()
     torch.testing.assert_close(found.head.cosine[8160:8170], -torch.ones(10))
     assert found.scalars["vocabguard/head/below_0.95"] == 0
     assert found.scalars["vocabguard/head/nonfinite_rows"] == 0

@@ -50,7 +50,7 @@ class Run:
     def begin(self, state: dict[str, Any] | None, **attach: Any) -> None:
         """A new process: a new optimizer, a new guard; the one before is gone without a word."""
         if self.guard is not None:
-            self.guard.observer.remove()
+            self.guard._observer.remove()
         self.optimizer = self.kit.sgd(self.model)
         self.guard = guard_of(self.kit, self.tokenizer, **self.options)
         self.guard.attach(self.model, self.optimizer, total_steps=STEPS, resumed=state, **attach)
@@ -100,9 +100,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kit: Any, tokenizer: Any, tmp
     assert one.firing == other.firing
     assert torch.equal(one.probe.probability, other.probe.probability)
     for field in ("ids", "emitted", "probability"):
-        known = [getattr(run.guard.checker.prober.base, field) for run in (whole, parts)]
+        known = [getattr(run.guard._checker.prober.base, field) for run in (whole, parts)]
         assert torch.equal(*known), field
-    assert whole.guard.cadence == parts.guard.cadence
+    assert whole.guard._cadence == parts.guard._cadence
     assert [report.steps_since_target for report in one.worst] == [report.steps_since_target for report in other.worst]
 
 
@@ -165,19 +165,19 @@ def test_before_the_cadence_is_chosen(kit: Any, tokenizer: Any) -> None:
     """Costs are measured at step 0, which a resumed run does not repeat."""
     run = Run(kit, tokenizer, drift={"every_n_steps": None}, probe={"sample": 4})
     run.steps(1, 3)
-    costs = run.guard.checker.check_seconds, run.guard.checker.probe_seconds
+    costs = run.guard.timings.check, run.guard.timings.probe
     assert min(costs) > 0
     run.begin(through_a_file(run.guard.state_dict()))
-    assert (run.guard.checker.check_seconds, run.guard.checker.probe_seconds) == costs
-    assert run.guard.cadence.every is None
+    assert (run.guard.timings.check, run.guard.timings.probe) == costs
+    assert run.guard._cadence.every is None
 
 
 def test_a_chosen_cadence_is_kept(kit: Any, tokenizer: Any) -> None:
     run = Run(kit, tokenizer, drift={"every_n_steps": None}, probe={"sample": 4}, cadence={"settle_steps": 2})
     run.steps(1, 3)
-    run.guard.cadence.every, run.guard.cadence.probe_every = 37, 74
+    run.guard._cadence.every, run.guard._cadence.probe_every = 37, 74
     run.begin(through_a_file(run.guard.state_dict()))
-    assert (run.guard.cadence.every, run.guard.cadence.probe_every) == (37, 74)
+    assert (run.guard._cadence.every, run.guard._cadence.probe_every) == (37, 74)
 
 
 @pytest.mark.parametrize("on_error", ["warn", "raise"])

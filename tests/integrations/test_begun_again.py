@@ -37,7 +37,7 @@ def test_a_batch_size_that_is_found(kit: Any, tokenizer: Any, tmp_path: Path) ->
     assert size < 4
     found = guarded.guard.last
     assert found.step == 6
-    assert guarded.guard.faults.reason is None
+    assert guarded.guard.failure is None
     # Only the training that went through counts, not the step before it.
     kit.assert_counts(found.exposure, kit.naive_counts(rows[: 6 * size], size))
     assert len(model._forward_pre_hooks) == 0

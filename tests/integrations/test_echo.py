@@ -132,7 +132,7 @@ def test_gradient_is_the_sum_of_cross_entropies_over_the_number_of_targets(
     exposure = guarded.guard.last.exposure
     assert exposure.echo_target.tolist() == echoed.tolist()
     assert exposure.data_target.sum() == sum(label != -100 for row in data for label in row["labels"][1:])
-    live = guarded.guard.checker.watched.table.live
+    live = guarded.guard.table.live
     assert not echoed[~live].any()
     assert echoed.sum() > 0
 
@@ -144,7 +144,7 @@ def test_dose_is_met_and_every_live_token_gets_its_turn(kit: Any, tokenizer: Any
     guarded = guard_for(kit, trainer, tokenizer, echo=echo, drift={"every_n_steps": 5})
     kit.RUNS[trainer](kit.tiny_model(), data, tokenizer, tmp_path, steps=10, callbacks=(guarded,))
     found = guarded.guard.last
-    live = guarded.guard.checker.watched.table.live
+    live = guarded.guard.table.live
     counts = found.exposure.echo_target[live]
     # A whole pass but for a last list that was not full.
     assert counts.max() == 1
@@ -193,7 +193,7 @@ def test_batches_of_short_answers_get_no_more_than_the_limit(
     for check in RunLog.open(guarded.guard.run_dir).checks()[1:]:
         assert check["scalars"]["vocabguard/echo/dose"] <= limit
     assert caplog.text.count("echo.dose_limit allows 0.75") == 1
-    notes = guarded.guard.protection.notes()
+    notes = guarded.guard._protection.notes()
     assert "1.45 times each by the end, of which echo.dose_limit leaves" in notes[0]
 
 
@@ -262,8 +262,8 @@ def test_configured_but_never_triggered_changes_nothing(kit: Any, tokenizer: Any
     rule = {"metric": "head/below_0.90", "threshold": 0.99, "actions": ["log", "echo", "hold"]}
     guarded = guard_for(kit, trainer, tokenizer, echo={}, alerts={"far": rule})
     bare, watched = run("bare"), run("armed", guarded)
-    assert guarded.guard.protection.has("echo")
-    assert guarded.guard.protection.has("hold")
+    assert guarded.guard._protection.has("echo")
+    assert guarded.guard._protection.has("hold")
     assert bare.losses == watched.losses
     for name, value in bare.model.state_dict().items():
         assert torch.equal(value, watched.model.state_dict()[name]), name
@@ -294,7 +294,7 @@ def test_off_after_having_been_on_is_as_if_it_never_was(kit: Any, tokenizer: Any
     switch, tape = Switch(guarded, {2: True, 6: False}), TapeLast()
     run = kit.run_hf(kit.tiny_model(), data, tokenizer, tmp_path, steps=14, callbacks=(guarded, switch, tape))
     sizes = [len(batch["input_ids"]) for batch in tape.tape.batches]
-    lag = guarded.guard.protection.echo.pace.lag
+    lag = guarded.guard._protection.echo.pace.lag
     with_echo = [number for number, size in enumerate(sizes) if size > kit.BATCH]
     assert with_echo[0] >= 2 + lag
     assert with_echo[-1] < 6 + lag
@@ -333,7 +333,7 @@ def test_an_alert_switches_echo_and_hold_on_and_off(kit: Any, tokenizer: Any, tm
 
     def step(number: int) -> Any:
         result = decide(number)
-        seen.append((guarded.guard.protection.echo.on, guarded.guard.protection.holder.on))
+        seen.append((guarded.guard._protection.echo.on, guarded.guard._protection.holder.on))
         return result
 
     guarded.guard.step = step
@@ -494,14 +494,14 @@ def test_which_tokens(kit: Any, tokenizer: Any, tmp_path: Path, mode: str) -> No
     echo = {"enabled": True, "dose": 0.5, "list_tokens": 4, "mode": mode, "exclude": [2001, "re:^a"]}
     guarded = guard_for(kit, "hf", tokenizer, echo=echo, probe={"enabled": False, "watch": watch})
     kit.run_hf(kit.tiny_model(), long_rows(24), tokenizer, tmp_path, callbacks=(guarded,))
-    exposure, table = guarded.guard.last.exposure, guarded.guard.checker.watched.table
+    exposure, table = guarded.guard.last.exposure, guarded.guard.table
     echoed = exposure.echo_target.nonzero().flatten().tolist()
     assert not any(table.text(token).startswith("a") for token in echoed)
     if mode == "watch":
         assert set(echoed) == {2000, 2002}
     else:
         # Plans after the first check take tokens that the data never asked for, each at most once while some are left.
-        assert guarded.guard.protection.echo.plan.version > 0
+        assert guarded.guard._protection.echo.plan.version > 0
         assert (exposure.data_target[echoed] == 0).float().mean() > 0.9
         assert exposure.echo_target.max() <= 2
 
@@ -583,6 +583,6 @@ def test_a_batch_that_cannot_take_rows_ends_echo_and_not_the_run(
     )
     assert len(run.losses) == 12
     assert "too many for me" in caplog.text
-    assert guarded.guard.faults.reason is None
+    assert guarded.guard.failure is None
     assert int(guarded.guard.last.exposure.echo_target.sum()) > 0
     assert guarded.guard.last.step == 12

@@ -204,10 +204,10 @@ def test_a_guard_that_stands_down_leaves_the_run_alone(
     class Breaks(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step == 2:
-                monkeypatch.setattr(guarded.guard.observer, "batch", lambda batch: 1 / 0)
+                monkeypatch.setattr(guarded.guard._observer, "batch", lambda batch: 1 / 0)
 
     found = run(kit, tokenizer, tmp_path / "guarded", rows, guarded, Breaks(), **SMOOTH)
-    assert guarded.guard.faults.down
+    assert guarded.guard.failure is not None
     bare = run(kit, tokenizer, tmp_path / "bare", rows, **SMOOTH)
     assert bare.losses == found.losses
     assert not found.model._forward_pre_hooks

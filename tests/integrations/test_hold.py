@@ -64,7 +64,7 @@ def test_frozen_rows_are_the_base_bit_by_bit(
         moment = run.optimizer.state[run.model.lm_head.weight][name]
         assert not moment[~asked].any()
         assert bool(moment[asked].any(dim=1).all())
-    live = guarded.guard.checker.watched.table.live
+    live = guarded.guard.table.live
     held = guarded.guard.last.scalars["vocabguard/hold/share"]
     assert held == pytest.approx(float((~asked)[live].float().mean()), abs=1e-6)
 
@@ -104,7 +104,7 @@ def test_a_window_holds_rows_that_were_asked_for_long_ago(kit: Any, tokenizer: A
     step = guarded.guard.step
 
     def keep(number: int) -> Any:
-        kept[number] = guarded.guard.checker.model.lm_head.weight.detach().clone()
+        kept[number] = guarded.guard._checker.model.lm_head.weight.detach().clone()
         return step(number)
 
     guarded.guard.step = keep
@@ -138,7 +138,7 @@ def test_switched_by_the_user_and_off_again(kit: Any, tokenizer: Any, tmp_path: 
     step = guarded.guard.step
 
     def at(number: int) -> Any:
-        kept[number] = guarded.guard.checker.model.lm_head.weight.detach().clone()[never]
+        kept[number] = guarded.guard._checker.model.lm_head.weight.detach().clone()[never]
         if number in (3, 6):
             guarded.guard.switch("hold", number == 3)
         return step(number)

@@ -64,7 +64,7 @@ def test_best_model_is_the_one_that_drifted_least(kit: Any, tokenizer: Any, tmp_
         kit.tiny_model(), kit.random_rows(48), tokenizer, tmp_path, steps=12, callbacks=(HeadPutBack(9), guarded),
         **best_model_arguments(3),
     )  # fmt: skip
-    live = guarded.guard.checker.watched.table.live
+    live = guarded.guard.table.live
     naive = {}
     for step in (3, 6, 9, 12):
         weights = load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")
@@ -204,14 +204,14 @@ def test_resume_equals_an_uninterrupted_run(kit: Any, tokenizer: Any, tmp_path: 
     whole, expected = run("whole")
     first, stopped = run("parts", StopAt(4))
     assert stopped.last.step == 4
-    assert stopped.checker.alerts.state_dict()["moved"]["checks"] == 2
+    assert stopped._checker.alerts.state_dict()["moved"]["checks"] == 2
     second, resumed = run("parts", resume=True)
     assert second.losses[-4:] == whole.losses[-4:]
     kit.assert_same_findings(resumed.last, expected.last)
     kit.assert_counts(resumed.last.exposure, kit.naive_counts(rows, kit.BATCH))
     cosine = kit.naive_cosine(first.base[HEAD], second.model.state_dict()[HEAD])
     torch.testing.assert_close(resumed.last.head.cosine.double(), cosine, atol=1e-6, rtol=0)
-    assert resumed.checker.alerts.state_dict() == expected.checker.alerts.state_dict()
+    assert resumed._checker.alerts.state_dict() == expected._checker.alerts.state_dict()
     assert "moved" in resumed.last.firing
     logs = [RunLog.open(tmp_path / folder / "vocabguard") for folder in ("whole", "parts")]
     told = [[(check["step"], check["probed"], check["firing"]) for check in log.checks()] for log in logs]

@@ -38,7 +38,7 @@ class KeepHeads(lightning.Callback):
 
 
 def naive_shares(kit: Any, keeper: KeepHeads, run: Any, guard: Any) -> dict[int, float]:
-    live = guard.checker.watched.table.live
+    live = guard.table.live
     return {step: kit.naive_below(run.base[HEAD], head, live) for step, head in keeper.heads.items()}
 
 
@@ -210,13 +210,13 @@ def test_resume_equals_an_uninterrupted_run(kit: Any, tokenizer: Any, tmp_path: 
     _, expected = run("whole")
     first, stopped = run("parts", StopAfterFirstEpoch())
     assert stopped.last.step == 4
-    assert stopped.checker.alerts.state_dict()["moved"]["checks"] == 2
+    assert stopped._checker.alerts.state_dict()["moved"]["checks"] == 2
     second, resumed = run("parts", checkpoint=str(tmp_path / "parts" / "kept" / "step=4.ckpt"))
     kit.assert_same_findings(resumed.last, expected.last)
     kit.assert_counts(resumed.last.exposure, kit.naive_counts(rows, kit.BATCH))
     cosine = kit.naive_cosine(first.base[HEAD], second.model.state_dict()[HEAD])
     torch.testing.assert_close(resumed.last.head.cosine.double(), cosine, atol=1e-6, rtol=0)
-    assert resumed.checker.alerts.state_dict() == expected.checker.alerts.state_dict()
+    assert resumed._checker.alerts.state_dict() == expected._checker.alerts.state_dict()
     assert "moved" in resumed.last.firing
     logs = [RunLog.open(tmp_path / folder / "vocabguard") for folder in ("whole", "parts")]
     told = [[(check["step"], check["probed"], check["firing"]) for check in log.checks()] for log in logs]

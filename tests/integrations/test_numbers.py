@@ -65,7 +65,7 @@ def test_counts_cosines_pull_and_push(
         assert drift.cosine[zero].isnan().all()
         torch.testing.assert_close(drift.cosine[~zero].double(), cosine[~zero], atol=1e-6, rtol=0)
         torch.testing.assert_close(drift.l2.double(), (now - before).norm(dim=1), atol=1e-6, rtol=1e-5)
-        live = callback.guard.checker.watched.table.live
+        live = callback.guard.table.live
         never = live & (torch.tensor(targets) == 0)
         shift = (now - before)[never].mean(dim=0)
         residual = torch.nn.functional.cosine_similarity(before, now - shift, dim=1)

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from vocabguard.config import ConfigError
-from vocabguard.guard import VocabGuard
-from vocabguard.integrations.trl import chosen_rows, chosen_targets, targets_of
+from vocabguard.integrations.trl import chosen_rows, chosen_targets, trainers_targets
 from vocabguard.results import NotApplicable
 
 trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
@@ -214,14 +213,12 @@ def test_targets_of_a_batch() -> None:
 
 
 def test_trainers_are_known_by_their_arguments() -> None:
-    guard = VocabGuard()
-
     class Own(trl.DPOConfig):  # type: ignore[name-defined, misc]
         pass
 
-    assert targets_of(SimpleNamespace(), guard) is None
-    assert targets_of(object.__new__(trl.SFTConfig), guard) is None
-    assert targets_of(object.__new__(Own), guard) is chosen_targets
-    reason = targets_of(object.__new__(trl.RLOOConfig), guard)
+    assert trainers_targets(SimpleNamespace(), echo=False) is None
+    assert trainers_targets(object.__new__(trl.SFTConfig), echo=False) is None
+    assert trainers_targets(object.__new__(Own), echo=False) is chosen_targets
+    reason = trainers_targets(object.__new__(trl.RLOOConfig), echo=False)
     assert isinstance(reason, NotApplicable)
     assert reason.reason.startswith("RLOOTrainer trains on completions that the model itself writes")

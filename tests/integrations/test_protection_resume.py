@@ -57,10 +57,10 @@ def assert_same_protection(found: Any, expected: Any) -> None:
     for name in ("data_target", "echo_target", "inputs", "last_target"):
         one, other = getattr(found.last.exposure, name), getattr(expected.last.exposure, name)
         assert torch.equal(one, other), name
-    one, other = found.protection.echo.plan, expected.protection.echo.plan
+    one, other = found._protection.echo.plan, expected._protection.echo.plan
     assert {**vars(one), "ids": one.ids.tolist()} == {**vars(other), "ids": other.ids.tolist()}
-    assert found.protection.holder.on == expected.protection.holder.on
-    assert torch.equal(found.protection.holder.held, expected.protection.holder.held)
+    assert found._protection.holder.on == expected._protection.holder.on
+    assert torch.equal(found._protection.holder.held, expected._protection.holder.held)
 
 
 @pytest.mark.parametrize("mode", ["uniform", pytest.param("balanced", marks=pytest.mark.slow)])

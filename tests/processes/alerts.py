@@ -56,7 +56,7 @@ def train(trainer: str, folder: Path, tokenizer: Any, *, broken: bool) -> dict[s
         "step": run.trainer.state.global_step if trainer == "hf" else run.trainer.global_step,
         "checkpoints": sorted(path.name for path in folder.glob(pattern)),
         "seen": seen,
-        "reason": guard.faults.reason,
+        "reason": guard.failure,
         "weights": {name: value.clone() for name, value in run.model.state_dict().items()},
     }
 

@@ -88,14 +88,14 @@ def main() -> None:
         folder / ("whole" if phase == "whole" else "parts"), phase, guarded, tokenizer
     )
     guard = guarded.guard
-    found, echo = guard.last, guard.protection.echo
+    found, echo = guard.last, guard._protection.echo
     torch.save(
         {
             "step": found.step, "exposure": vars(found.exposure), "head": vars(found.head),
             "embedding": vars(found.embedding), "firing": sorted(found.firing),
-            "alerts": guard.checker.alerts.state_dict(), "held": guard.protection.holder.held,
-            "plan": asdict(echo.plan), "on": echo.on, "every": guard.cadence.every,
-            "batches": guard.observer.counter.batches, "losses": run.losses,
+            "alerts": guard._checker.alerts.state_dict(), "held": guard._protection.holder.held,
+            "plan": asdict(echo.plan), "on": echo.on, "every": guard._cadence.every,
+            "batches": guard._observer.counter.batches, "losses": run.losses,
             "weights": {name: value.clone() for name, value in run.model.state_dict().items()},
             "rng": torch.get_rng_state(),
         },

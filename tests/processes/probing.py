@@ -54,7 +54,7 @@ def train(kind: str, folder: Path) -> dict[str, Any]:
     assert watch is not None
     assert guard.last is not None
     probe, classes = guard.last.probe, exposure_classes(watch.preflight.data_target)
-    own = probed_ids(guard.config.probe, guard.checker.watched.table, classes, torch.tensor([42]), guard.config.seed)
+    own = probed_ids(guard.config.probe, guard.table, classes, torch.tensor([42]), guard.config.seed)
     return {"ids": probe.ids, "probability": probe.probability, "own": own, "scalars": dict(guard.last.scalars)}
 
 

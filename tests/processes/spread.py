@@ -107,7 +107,7 @@ def train(kind: str, rows: int, folder: Path) -> dict[str, Any]:
     return {
         "head": vars(found.head), "embedding": vars(found.embedding), "exposure": vars(found.exposure),
         "scalars": {key: value for key, value in found.scalars.items() if not key.endswith("overhead")},
-        "firing": sorted(found.firing), "trained": guard.checker.watched.table.trained, "live": watch.live,
+        "firing": sorted(found.firing), "trained": guard.table.trained, "live": watch.live,
         "sent_at_attach": sizes.largest, "sent_in_steps": steps_sizes.largest,
         "baselines": {name: dict(reference) for name, reference in state["baselines"].items()},
         "naive": torch.nn.functional.cosine_similarity(start, whole(model.lm_head.weight), dim=1),

@@ -1,6 +1,7 @@
 """All settings, and how presets, files and keyword arguments are merged into them."""
 
 from vocabguard.config.loading import ConfigError, ConfigSource, load_config, load_questions, presets, webhook_url
+from vocabguard.config.options import Options
 from vocabguard.config.schema import (
     AutoDoseConfig,
     CadenceConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "LogConfig",
     "MatricesConfig",
     "NeighborsConfig",
+    "Options",
     "PreflightConfig",
     "ProbeConfig",
     "RuleConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,126 @@ from torch.nn.functional import cross_entropy
 from vocabguard import collective
 from vocabguard.config import ConfigError
 from vocabguard.guard.failures import Faults
+from vocabguard.guard.hold import Holder
 from vocabguard.measure.exposure import ExposureCounter, targets_of
 from vocabguard.measure.learning_rates import RateMeter
+from vocabguard.protect.collator import ECHO_KEY
 from vocabguard.protect.rows import IGNORE
 from vocabguard.rows.matrices import VocabMatrix
 from vocabguard.rows.models import parameters_of
 from vocabguard.rows.sharding import local_rows
 
-if TYPE_CHECKING:
-    from vocabguard.guard.protection import Protection
+Targets = Callable[[Any], tuple[Tensor | None, Tensor] | None]
+"""Takes a batch, gives (inputs or None, targets), or None where there are none: targets are not shifted again."""
+
+LABELS_KEY = "vocabguard_labels"
+"""Key of a batch's labels where the trainer takes ``labels`` out of it before the model's forward pass."""
+
+
+def labels_of(batch: Any, targets: Targets | None) -> tuple[Tensor | None, Tensor, bool] | None:
+    """Inputs, labels and whether the extractor has aligned them already; None where a batch carries no labels.
+
+    Args:
+        batch: a mapping with ``labels`` (and ``input_ids``), or whatever `targets` takes.
+        targets: the user's extractor, if any.
+    """
+    if targets is not None:
+        found = targets(batch)
+        return None if found is None else (*found, True)
+    labels = batch.get(LABELS_KEY, batch.get("labels")) if isinstance(batch, Mapping) else None
+    if isinstance(labels, Tensor):
+        inputs = batch.get("input_ids")
+        return (inputs if isinstance(inputs, Tensor) else None), labels, False
+    return None
+
+
+class LabelCarrier:
+    """Wraps a collate function: a batch's labels go to the model under `LABELS_KEY` too.
+
+    Label smoothing and losses of one's own take ``labels`` out of a batch; what stays in it reaches the model's forward
+    pass, where an `Observer` sees it and `drop_labels` takes it away.
+
+    Args:
+        inner: the user's collate function.
+    """
+
+    def __init__(self, inner: Callable[[list[Any]], Any]) -> None:
+        self.inner = inner
+
+    def __call__(self, features: list[Any]) -> Any:
+        """Collate one batch."""
+        batch = self.inner(features)
+        if isinstance(batch, MutableMapping) and isinstance(batch.get("labels"), Tensor):
+            batch[LABELS_KEY] = batch["labels"]
+        return batch
+
+
+def drop_labels(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Take the labels of a `LabelCarrier` away, as the last forward pre-hook of a model that does not know them."""
+    kwargs.pop(LABELS_KEY, None)
+    return args, kwargs
+
+
+class BatchContext:
+    """The batch in flight, in one place: observer, loss meter and echo read it, nobody else keeps a part of it.
+
+    A batch is met on its way into the training step (`arrive`: Lightning, loops of one's own), or only in the model's
+    forward pass (`take_out`, then `read`: Hugging Face). What it carries of ours is taken out there.
+
+    Args:
+        targets: the user's extractor, if any.
+
+    Attributes:
+        inputs: (B, T) int64 token ids; None where the batch has none.
+        labels: (B, T) int64, -100 where there is no target, as the batch carries them.
+        aligned: (B, T) int64, targets of the extractor, which are not shifted again; None without one.
+        attention_mask: (B, T), 0 at padding, or None.
+        echo: (B,) or (B, T) bool, True at echo rows; None where there are none.
+    """
+
+    def __init__(self, targets: Targets | None = None) -> None:
+        self._targets = targets
+        self.inputs: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.aligned: Tensor | None = None
+        self.attention_mask: Tensor | None = None
+        self.echo: Tensor | None = None
+        self._arrived = False
+
+    def arrive(self, batch: Any, echo: Tensor | None) -> None:
+        """A training batch, before it reaches the model.
+
+        Args:
+            batch: as the trainer has it, our own keys taken out.
+            echo: its echo mask.
+        """
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        self.labels, self.echo = labels if isinstance(labels, Tensor) else None, echo
+        self._arrived = self.labels is not None
+
+    def take_out(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook: take the echo mask out of what the model is called with."""
+        if ECHO_KEY in kwargs or LABELS_KEY in kwargs:
+            self.echo, self.labels, self._arrived = kwargs.pop(ECHO_KEY, None), kwargs.get(LABELS_KEY), False
+            return args, kwargs
+        # Evaluation and generation in mid-run must not be taken for the batch before them.
+        if module.training and not self._arrived:
+            self.echo = self.labels = None
+        return None
+
+    def read(self, batch: Any) -> bool:
+        """Read inputs and targets out of a batch or a forward pass's arguments; False where it carries no labels."""
+        found = labels_of(batch, self._targets)
+        if found is None:
+            return False
+        self.inputs, labels, aligned = found
+        self.attention_mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if aligned:
+            self.aligned = labels
+        else:
+            self.labels, self.aligned = labels, None
+        return True
+
 
 _KINDS = ("data", "echo")
 _UNTOLD = (
@@ -141,22 +252,19 @@ class LossMeter:
             self._sums[name] = total.double() if total.device.type != "mps" else total.clone()
             self._counts[name] = count.clone()
 
-    def hook(self, model: nn.Module, current: Any, faults: Faults) -> Any:
-        """Follow the training forward passes of a model.
+    def hook(self, model: nn.Module, context: BatchContext, faults: Faults) -> Any:
+        """Follow the training forward passes of a model, by its forward hook.
 
         Args:
-            model: its forward hook is used.
-            current: gives (labels or None, echo mask or None) of the batch in the model, where labels do not reach it.
-            faults: contains exceptions.
+            context: the batch in the model; its labels count where none reach the model itself.
         """
 
         def after(module: nn.Module, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
             if not module.training or not torch.is_grad_enabled() or torch.compiler.is_compiling() or faults.down:
                 return
             with faults.contain("telling losses apart"):
-                known, echo = current()
                 labels = kwargs.get("labels")
-                self.add(output, kwargs, labels if isinstance(labels, Tensor) else known, echo)
+                self.add(output, kwargs, labels if isinstance(labels, Tensor) else context.labels, context.echo)
 
         return model.register_forward_hook(after, with_kwargs=True)
 
@@ -164,59 +272,6 @@ class LossMeter:
 def _field(output: Any, name: str) -> Tensor | None:
     value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
     return value if isinstance(value, Tensor) else None
-
-
-logger = logging.getLogger("vocabguard")
-
-Targets = Callable[[Any], tuple[Tensor | None, Tensor] | None]
-"""Takes a batch, gives (inputs or None, targets), or None where there are none: targets are not shifted again."""
-
-LABELS_KEY = "vocabguard_labels"
-"""Key of a batch's labels where the trainer takes ``labels`` out of it before the model's forward pass."""
-
-
-def labels_of(batch: Any, targets: Targets | None) -> tuple[Tensor | None, Tensor, bool] | None:
-    """Inputs, labels and whether the extractor has aligned them already; None where a batch carries no labels.
-
-    Args:
-        batch: a mapping with ``labels`` (and ``input_ids``), or whatever `targets` takes.
-        targets: the user's extractor, if any.
-    """
-    if targets is not None:
-        found = targets(batch)
-        return None if found is None else (*found, True)
-    labels = batch.get(LABELS_KEY, batch.get("labels")) if isinstance(batch, Mapping) else None
-    if isinstance(labels, Tensor):
-        inputs = batch.get("input_ids")
-        return (inputs if isinstance(inputs, Tensor) else None), labels, False
-    return None
-
-
-class LabelCarrier:
-    """Wraps a collate function: a batch's labels go to the model under `LABELS_KEY` too.
-
-    Label smoothing and losses of one's own take ``labels`` out of a batch; what stays in it reaches the model's forward
-    pass, where an `Observer` sees it and `drop_labels` takes it away.
-
-    Args:
-        inner: the user's collate function.
-    """
-
-    def __init__(self, inner: Callable[[list[Any]], Any]) -> None:
-        self.inner = inner
-
-    def __call__(self, features: list[Any]) -> Any:
-        """Collate one batch."""
-        batch = self.inner(features)
-        if isinstance(batch, MutableMapping) and isinstance(batch.get("labels"), Tensor):
-            batch[LABELS_KEY] = batch["labels"]
-        return batch
-
-
-def drop_labels(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Take the labels of a `LabelCarrier` away, as the last forward pre-hook of a model that does not know them."""
-    kwargs.pop(LABELS_KEY, None)
-    return args, kwargs
 
 
 _NO_LABELS = (
@@ -235,7 +290,8 @@ class Observer:
         shift: whether the model shifts its labels.
         push_every: optimizer steps between reads of the whole gradient; 0 never.
         faults: contains exceptions.
-        targets: the user's extractor, if any.
+        context: the batch in flight.
+        holder: puts rows back after a step; None where none are held.
     """
 
     def __init__(
@@ -246,20 +302,21 @@ class Observer:
         shift: bool,
         push_every: int,
         faults: Faults,
-        targets: Targets | None = None,
+        context: BatchContext | None = None,
+        holder: Holder | None = None,
     ) -> None:
         self.counter = counter
+        self.context = context or BatchContext()
         self._matrix = matrix
         self._shift = shift
         self._push_every = push_every
         self._faults = faults
-        self._targets = targets
+        self._holder = holder
+        self._meter: RateMeter | None = None
         self._handles: list[Any] = []
         self._names: tuple[str, ...] = ()
         self._unread, self._told = True, False
         self.hooked = False
-        self.protection: Protection | None = None
-        self.meter: RateMeter | None = None
         if matrix is None:
             self._read_no_gradient()
 
@@ -270,14 +327,18 @@ class Observer:
         self._handles.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         self.hooked = True
 
-    def hook_optimizers(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    def hook_optimizers(self, optimizers: Iterable[torch.optim.Optimizer], meter: RateMeter | None = None) -> None:
         """Read the gradient after each step of the optimizer that holds the matrix.
 
         The step's post hook sees the same clipped, averaged gradient under every trainer.
 
+        Args:
+            meter: adds up the learning rates of the steps, for the forecast.
+
         Raises:
             ConfigError: if rows are to be held, and no optimizer has the matrix itself.
         """
+        self._meter = meter
         if self._matrix is None:
             return
         weight = self._matrix.weight
@@ -292,7 +353,7 @@ class Observer:
             self._handles.append(inner.register_step_pre_hook(self._before_step))
             self._handles.append(inner.register_step_post_hook(self._after_step))
         if not having:
-            if self.protection is not None and self.protection.holder is not None:
+            if self._holder is not None:
                 raise ConfigError(f"hold: {_NOT_ITS_OWN}; allowed: an optimizer over the model's own parameters")
             logger.warning("vocabguard: pull and push are not applicable: %s", _NOT_ITS_OWN)
             self._read_no_gradient()
@@ -304,13 +365,15 @@ class Observer:
 
     def batch(self, batch: Any) -> bool:
         """Count a batch; False where it carries no labels."""
-        found = labels_of(batch, self._targets)
-        if found is None:
+        context = self.context
+        if not context.read(batch):
             return False
-        inputs, labels, aligned = found
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        echo = self.protection.mask if self.protection is not None else None
-        self.observe(inputs, labels, attention_mask=mask, echo_mask=echo, shift=self._shift and not aligned)
+        labels = context.labels if context.aligned is None else context.aligned
+        assert labels is not None
+        self.observe(
+            context.inputs, labels, attention_mask=context.attention_mask, echo_mask=context.echo,
+            shift=self._shift and context.aligned is None,
+        )  # fmt: skip
         return True
 
     def observe(
@@ -370,7 +433,7 @@ class Observer:
 
     def _before_step(self, _optimizer: Any, _args: Any, _kwargs: Any) -> None:
         self._unread = True
-        holder = self.protection.holder if self.protection is not None else None
+        holder = self._holder
         if holder is not None and holder.on and not self._faults.down:
             with self._faults.contain("keeping rows"):
                 holder.before_step()
@@ -383,11 +446,11 @@ class Observer:
         with self._faults.contain("reading the gradient"):
             self._follow_resize()
             gradient, counter = self._matrix.weight.grad, self.counter
-            if self.meter is not None:
-                self.meter.add(optimizer)
+            if self._meter is not None:
+                self._meter.add(optimizer)
             # By the steps that a resumed run remembers, so that it samples where an uninterrupted one does.
             sample = self._push_every > 0 and (counter.steps + 1) % self._push_every == 0
-            holder = self.protection.holder if self.protection is not None else None
+            holder = self._holder
             holds = holder is not None and holder.on
             asked = collective.any_of(counter.targets_now())
             # Which of them are the data's only hold asks.

@@ -16,10 +16,10 @@ from vocabguard import collective
 from vocabguard.alerts.machine import AlertMachine
 from vocabguard.alerts.rules import AlertRule
 from vocabguard.config import ConfigError, GuardConfig
-from vocabguard.guard.batches import Observer, Targets
+from vocabguard.guard.batches import BatchContext, Observer, Targets
 from vocabguard.guard.checks import Checker
 from vocabguard.guard.echo import EchoControl, EchoSource, Pace
-from vocabguard.guard.evaluations import Extras
+from vocabguard.guard.evaluations import Evaluations
 from vocabguard.guard.failures import Faults
 from vocabguard.guard.forecast import Forecaster
 from vocabguard.guard.hold import Holder
@@ -76,6 +76,7 @@ def arm(
     watched: Watched,
     counter: ExposureCounter | None,
     source: EchoSource | None,
+    context: BatchContext,
     uncounted: NotApplicable | None = None,
 ) -> Protection | None:
     """What may protect this run; nothing is switched on yet.
@@ -87,6 +88,7 @@ def arm(
         watched: matrices and table.
         counter: of the run's targets.
         source: made by `VocabGuard.collator`, if it was called.
+        context: the batch in flight.
         uncounted: why labels are no targets of the data here, where they are not.
 
     Returns:
@@ -104,7 +106,7 @@ def arm(
         return None
     holder = _holder(config, watched, counter) if wants_hold else None
     if not wants_echo:
-        return Protection(config, rules, None, holder, shift=bool(run.shift))
+        return Protection(config, rules, None, holder, context, shift=bool(run.shift))
     if not run.shift and not is_encoder_decoder(run.model):
         name = type(run.model).__name__
         raise ConfigError(f"echo: {name} neither predicts next tokens nor decodes; allowed: models that generate text")
@@ -112,11 +114,11 @@ def arm(
     _require_route(run)
     watch = watched_ids(watched.tokenizer, config.probe.watch, watched.rows)
     echo = EchoControl(config, source, watched, watch, _pace(config, run), counter)
-    protection = Protection(config, rules, echo, holder, shift=bool(run.shift))
+    protection = Protection(config, rules, echo, holder, context, shift=bool(run.shift))
     if run.route is not None and not isinstance(run.loader.collate_fn, EchoCollator):
-        _try_once(run, source, echo.allowed)
+        joined = _try_once(run, source, echo.allowed)
         if run.route == "collate":
-            protection.on_finish(_wrap(run.loader, source))
+            protection.on_finish(_wrap(run.loader, source, joined))
     return protection
 
 
@@ -183,15 +185,18 @@ def _require_route(run: Run) -> None:
         raise ConfigError("echo: the dataset makes batches by itself; allowed: a dataloader that collates examples")
 
 
-def _try_once(run: Run, source: EchoSource, allowed: Tensor) -> None:
+def _try_once(run: Run, source: EchoSource, allowed: Tensor) -> bool:
     """Add echo rows to one batch of the run's data, through copies.
+
+    Returns:
+        Whether the collate function joins all rows into one; False where that was not tried.
 
     Raises:
         ConfigError: if that fails, with the reason.
     """
     loader = run.loader
     if not hasattr(loader.dataset, "__getitem__") or not hasattr(loader.dataset, "__len__"):
-        return
+        return False
     ids = allowed[: source.maker.list_tokens].tolist()
     with untouched_rng(loader.dataset, loader.collate_fn):
         try:
@@ -199,9 +204,9 @@ def _try_once(run: Run, source: EchoSource, allowed: Tensor) -> None:
             collate = own_copy(loader.collate_fn)
             if run.route == "collate":
                 batch = EchoCollator(collate, source.feed, source.maker).with_echo(examples, ids, 0)
-                source.maker.joined = batch[ECHO_KEY].ndim == 2
-                return
+                return bool(batch[ECHO_KEY].ndim == 2)
             source.join(collate(examples), ids, number=0, rank=0)
+            return False
         except EchoError as error:
             raise ConfigError(f"echo: {error}") from error
         except Exception as error:
@@ -209,9 +214,9 @@ def _try_once(run: Run, source: EchoSource, allowed: Tensor) -> None:
             raise ConfigError(f"echo: a batch with echo rows fails with {type(error).__name__}: {error}") from error
 
 
-def _wrap(loader: Any, source: EchoSource) -> Callable[[], None]:
+def _wrap(loader: Any, source: EchoSource, joined: bool) -> Callable[[], None]:
     inner = loader.collate_fn
-    loader.collate_fn = EchoCollator(inner, source.feed, source.maker)
+    loader.collate_fn = EchoCollator(inner, source.feed, source.maker, joined=joined)
 
     def undo() -> None:
         loader.collate_fn = inner
@@ -244,7 +249,7 @@ class Parts:
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the parts before step 1."""
         told = self.protection.notes() if self.protection is not None else ()
-        return told + (self.checker.extras.notes() if self.checker.extras is not None else ())
+        return told + self.checker.evaluations.notes()
 
     def hook(self, optimizer: Any, faults: Faults, *, hook_model: bool, steps_done: int) -> None:
         """Set all hooks.
@@ -259,9 +264,9 @@ class Parts:
             return
         if optimizer is not None:
             optimizers = [optimizer] if hasattr(optimizer, "param_groups") else list(optimizer)
-            self.observer.hook_optimizers(optimizers)
-            if self.checker.forecaster is not None:
-                self.observer.meter = self.checker.forecaster.hook(optimizers, steps_done)
+            forecaster = self.checker.forecaster
+            meter = None if forecaster is None else forecaster.hook(optimizers, steps_done)
+            self.observer.hook_optimizers(optimizers, meter)
         if self.protection is not None:
             # First, so that the echo mask is out of the batch before anything else sees it.
             self.protection.hook_model(self.checker.model, faults)
@@ -306,22 +311,28 @@ def put_together(
     prober = choose_prober(run.model, config, tokenizer, watched.table, flight)
     run = replace(run, shift=shift, flight=flight)
     uncounted = targets if isinstance(targets, NotApplicable) else None
-    observer = _observer(config, run, watched, faults, targets)
-    counter = observer.counter if observer else None
-    protection = arm(config, rules, run, watched, counter, source, uncounted)
-    if observer is not None:
-        observer.protection = protection
+    counts = config.exposure.enabled and uncounted is None and (shift is not None or targets is not None)
+    counter = ExposureCounter(watched.rows, next(run.model.parameters()).device, watched.tied) if counts else None
+    context = BatchContext(None if isinstance(targets, NotApplicable) else targets)
+    protection = arm(config, rules, run, watched, counter, source, context, uncounted)
+    observer = None
+    if counter is not None:
+        observer = Observer(
+            counter, watched.gradient_matrix, shift=bool(shift), push_every=config.exposure.push_every_n_steps,
+            faults=faults, context=context, holder=None if protection is None else protection.holder,
+        )  # fmt: skip
+    asks = prober if isinstance(prober, Prober) else None
     checker = Checker(
         run.model,
         watched,
         counter,
-        prober if isinstance(prober, Prober) else None,
+        asks,
         AlertMachine(rules),
         config.drift.chunk_rows,
         config.log.top_k,
         protection=protection,
         uncounted=uncounted,
-        extras=Extras(config, run.model, watched.tokenizer),
+        evaluations=Evaluations(config, run.model, watched, asks),
         total_steps=run.total_steps,
         forecaster=_forecaster(config, run, watched),
     )
@@ -333,19 +344,3 @@ def _forecaster(config: GuardConfig, run: Run, watched: Watched) -> Forecaster |
         return None
     batches = run.batches_per_step * collective.world_size()
     return Forecaster(watched, run.flight, run.total_steps, batches, run.schedule)
-
-
-def _observer(
-    config: GuardConfig, run: Run, watched: Watched, faults: Faults, targets: Targets | NotApplicable | None
-) -> Observer | None:
-    """What counts; None where exposure is off, or labels are no targets."""
-    if not config.exposure.enabled or isinstance(targets, NotApplicable) or (run.shift is None and targets is None):
-        return None
-    return Observer(
-        ExposureCounter(watched.rows, next(run.model.parameters()).device, watched.tied),
-        watched.gradient_matrix,
-        shift=bool(run.shift),
-        push_every=config.exposure.push_every_n_steps,
-        faults=faults,
-        targets=targets,
-    )

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from vocabguard import collective
 from vocabguard.config import GuardConfig
@@ -13,6 +15,7 @@ from vocabguard.guard.failures import Faults
 
 _NICE = (1, 2, 5)
 _STEPS_UNKNOWN = 50
+_SAVED = ("every", "probe_every", "last_probe", "check_seconds", "probe_seconds")
 
 
 def round_up(steps: float) -> int:
@@ -54,6 +57,8 @@ class Cadence:
         max_checks: most checks in `total` steps.
         total: planned optimizer steps, if known.
         last_probe: step of the last probe.
+        check_seconds: cost of the last check, without its probe but with what was said of it.
+        probe_seconds: cost of the last probe.
     """
 
     every: int | None
@@ -64,10 +69,13 @@ class Cadence:
     max_checks: int
     total: int | None = None
     last_probe: int = 0
+    # Of the clock: two runs with the same cadence differ in them.
+    check_seconds: float = field(default=0.0, compare=False)
+    probe_seconds: float = field(default=0.0, compare=False)
 
     @classmethod
-    def of(cls, config: GuardConfig) -> Cadence:
-        """The cadence that a configuration asks for."""
+    def of(cls, config: GuardConfig, total: int | None = None) -> Cadence:
+        """The cadence that a configuration asks for, in a run of `total` optimizer steps if they are known."""
         return cls(
             config.drift.every_n_steps,
             config.probe.every_n_steps,
@@ -75,6 +83,7 @@ class Cadence:
             config.cadence.budget,
             config.probe.budget,
             config.cadence.max_checks,
+            total,
         )
 
     def fix(self) -> None:
@@ -85,20 +94,23 @@ class Cadence:
         self.every = self.every or round_up((self.total or 20 * _STEPS_UNKNOWN) / 20)
         self.probe_every = self.probe_every or self.every * 5
 
-    def choose(self, step_seconds: float, check_seconds: float, probe_seconds: float) -> None:
-        """Fill in what is not given, alike on all processes.
+    def record(self, *, check: float, probe: float | None = None) -> None:
+        """What a check took, in seconds without its probe, and what its probe took, if it had one."""
+        self.check_seconds = check
+        self.probe_seconds = self.probe_seconds if probe is None else probe
+
+    def choose(self, step_seconds: float) -> None:
+        """Fill in what is not given, by what was recorded, alike on all processes.
 
         Args:
             step_seconds: median of a training step without the guard's work.
-            check_seconds: one check without its probe.
-            probe_seconds: one probe.
         """
         every = self.every or max(
-            affordable(check_seconds, step_seconds, self.budget), round_up((self.total or 0) / self.max_checks)
+            affordable(self.check_seconds, step_seconds, self.budget), round_up((self.total or 0) / self.max_checks)
         )
         probe_every = self.probe_every
         if probe_every is None:
-            wanted = affordable(probe_seconds, step_seconds, self.probe_budget)
+            wanted = affordable(self.probe_seconds, step_seconds, self.probe_budget)
             probe_every = every * math.ceil(wanted / every)
         self.every, self.probe_every = collective.agree((every, probe_every))
 
@@ -122,6 +134,15 @@ class Cadence:
         due = first or self.probe_due(step)
         self.last_probe = step if due else self.last_probe
         return due
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {name: getattr(self, name) for name in _SAVED}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the cadence of an earlier run, and with its costs: that run may have stopped before it chose."""
+        for name in _SAVED:
+            setattr(self, name, state[name])
 
 
 @dataclass
@@ -156,8 +177,8 @@ class StepTimer:
         return len(self.durations)
 
     def median(self) -> float:
-        """Seconds of a step, the median of those timed."""
-        return statistics.median(self.durations)
+        """Seconds of a step, the median of those timed; NaN before the first."""
+        return statistics.median(self.durations) if self.durations else math.nan
 
     def overhead(self, faults: Faults) -> float:
         """Share in [0, 1] of the time since `start` that the guard's work took; 0 before the first step."""

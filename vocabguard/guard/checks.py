@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,13 @@ from vocabguard import collective
 from vocabguard.alerts.machine import AlertMachine
 from vocabguard.alerts.text import About, Scene, Switch, about_of, story_of
 from vocabguard.guard import summary
-from vocabguard.guard.evaluations import Extras
+from vocabguard.guard.evaluations import Evaluations
 from vocabguard.guard.forecast import Forecaster
 from vocabguard.guard.probe import Prober
 from vocabguard.guard.protection import Protection
 from vocabguard.guard.watched import Watched, vocabulary_rows
 from vocabguard.measure.drift import measure_drift
 from vocabguard.measure.exposure import ExposureCounter, exposure_classes
-from vocabguard.measure.probe import said
 from vocabguard.results import (
     CheckResult,
     Exposure,
@@ -129,10 +128,9 @@ class Teller:
     def _forgotten(self, mask: Tensor, *, watched: bool) -> list[int]:
         """Of the tokens that the last probe no longer found, those of lowest probability."""
         prober = self.prober
-        if prober is None or prober.base is None or prober.last is None:
+        if prober is None or prober.last is None:
             return []
-        lost = said(prober.base) & ~said(prober.last)
-        ids = prober.last.ids
+        lost, ids = prober.lost(), prober.last.ids
         lost &= torch.isin(ids, prober.watched) if watched else mask[ids]
         return ids[summary.lowest(prober.last.probability.mean(1), lost, WORST)].tolist()
 
@@ -153,11 +151,9 @@ class Checker:
         alerts: the rules' states.
         chunk_rows: matrix rows read at a time.
         top_k: worst tokens in a result.
-        check_seconds: cost of the last check without its probe.
-        probe_seconds: cost of the last probe.
         protection: echo and hold; None where neither is configured.
         uncounted: why labels are no targets of the data here; None where they are.
-        extras: what is looked at beside.
+        evaluations: what is looked at beside.
         forecaster: says where the rows will end; None where that is off.
         total_steps: planned optimizer steps, if known.
         pending: what rules have asked of the trainer and nobody has taken yet.
@@ -172,11 +168,9 @@ class Checker:
     alerts: AlertMachine
     chunk_rows: int
     top_k: int
-    check_seconds: float = 0.0
-    probe_seconds: float = 0.0
+    evaluations: Evaluations
     protection: Protection | None = None
     uncounted: NotApplicable | None = None
-    extras: Extras | None = None
     forecaster: Forecaster | None = None
     total_steps: int | None = None
     pending: list[str] = field(default_factory=list)
@@ -203,7 +197,7 @@ class Checker:
         collective.heed_faults()
         self._follow_resize()
         probes = self._probe() if with_probe else None
-        self.probe_seconds = time.perf_counter() - began if probes else self.probe_seconds
+        probe_seconds = time.perf_counter() - began if probes else 0.0
         exposure = self.exposure()
         classes = self.classes(exposure)
         drifts = self._drifts(self.watched.table.live & (classes == 0))
@@ -224,10 +218,8 @@ class Checker:
             collective.agree(scalars), base_probe=base, forecast=forecast,
         )  # fmt: skip
         result = self._told(self._judged(result))
-        findings = self.extras.at_check(self, step, drifts) if self.extras is not None else ()
-        seconds = time.perf_counter() - began
-        self.check_seconds = seconds - (self.probe_seconds if probes else 0.0)
-        return replace(result, findings=findings, seconds=seconds)
+        findings = self.evaluations.at_check(step, drifts)
+        return replace(result, findings=findings, seconds=time.perf_counter() - began, probe_seconds=probe_seconds)
 
     def _forecast(
         self, step: int, drift: RowDrift | NotApplicable, exposure: Exposure | NotApplicable
@@ -238,19 +230,20 @@ class Checker:
 
     def _judged(self, found: CheckResult) -> CheckResult:
         """With what the rules say of it."""
-        transitions = self._follow(found, found.scalars)
+        transitions, requests = self._follow(found, found.scalars)
         scalars = {**found.scalars, **self.alerts.scalars()}
-        requests = self.alerts.requests(transitions)
         return replace(found, scalars=scalars, transitions=transitions, firing=self.alerts.firing, requests=requests)
 
     def _follow(
         self, found: CheckResult, scalars: Mapping[str, float], *, evaluation: bool = False
-    ) -> tuple[Transition, ...]:
+    ) -> tuple[tuple[Transition, ...], tuple[str, ...]]:
+        """What changed by the rules, with the stories, and what they ask of the trainer."""
         table = self.watched.table
         transitions = self.alerts.update(found.step, scalars, evaluation=evaluation, rows=self.group_rows)
-        self.pending += self.alerts.requests(transitions)
+        requests = self.alerts.requests(transitions)
+        self.pending += requests
         teller = Teller(found, table, self.groups, self.prober, self.protection, self.total_steps)
-        return teller.tell(transitions)
+        return teller.tell(transitions), requests
 
     def _told(self, found: CheckResult) -> CheckResult:
         """With the tables of tokens, and what echo has done."""
@@ -277,18 +270,18 @@ class Checker:
             at: an evaluation or the end; None looks at nothing.
             last: the check of this step.
         """
-        if at is None or self.extras is None:
+        if at is None:
             return ()
         if at == "end":
-            return self.extras.at_end(self, last)
-        found = tuple(self._judged_beside(one, last) for one in self.extras.at_evaluation(self, last.step))
+            return self.evaluations.at_end(last)
+        found = tuple(self._judged_beside(one, last) for one in self.evaluations.at_evaluation(last.step))
         if self.protection is not None:
             self.protection.decide(self.alerts.firing)
         return found
 
     def _judged_beside(self, found: Finding, last: CheckResult) -> Finding:
         scalars = collective.agree(dict(found.scalars))
-        transitions = self._follow(last, scalars, evaluation=True)
+        transitions, _ = self._follow(last, scalars, evaluation=True)
         return replace(found, scalars=scalars | self.alerts.scalars(evaluation=True), transitions=transitions)
 
     def take_requests(self) -> tuple[str, ...]:
@@ -311,6 +304,25 @@ class Checker:
         if isinstance(exposure, NotApplicable):
             return torch.zeros(self.watched.rows, dtype=torch.uint8)
         return exposure_classes(exposure.data_target)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of counts, probe, rules and forecast, by their names; what is off has an empty one."""
+        return {
+            "exposure": self.counter.state_dict() if self.counter is not None else {},
+            "probe": self.prober.state_dict() if self.prober is not None else {},
+            "alerts": self.alerts.state_dict(),
+            "forecast": self.forecaster.state_dict() if self.forecaster is not None else {},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`; call it before the optimizers are hooked."""
+        if self.counter is not None and state["exposure"]:
+            self.counter.load_state_dict(state["exposure"])
+        if self.prober is not None:
+            self.prober.load_state_dict(state["probe"])
+        self.alerts.load_state_dict(state["alerts"])
+        if self.forecaster is not None and state.get("forecast"):
+            self.forecaster.load_state_dict(state["forecast"])
 
     def _follow_resize(self) -> None:
         """A matrix resized in mid-run: rows in common go on, new ones start at nothing."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +16,17 @@ from torch import Tensor, nn
 from vocabguard import collective
 from vocabguard.config import ConfigError, ConfusionConfig, GuardConfig, load_questions
 from vocabguard.guard import summary
+from vocabguard.guard.probe import Prober
+from vocabguard.guard.watched import Watched
 from vocabguard.measure.languages import ConfusionCounts, count_answers, scripts_of
 from vocabguard.measure.localize import End, head_or_body
 from vocabguard.measure.neighbors import compare_neighbors
-from vocabguard.measure.probe import probe_applicable, said, undisturbed
+from vocabguard.measure.probe import probe_applicable, undisturbed
 from vocabguard.protect.prompts import PLACE, render_context, render_echo
 from vocabguard.results import CheckResult, Finding, MatrixName, NotApplicable, RowDrift
 from vocabguard.rows.matrices import VocabMatrix
 from vocabguard.rows.models import core_of, text_config_of, unwrapped
 from vocabguard.views.findings import body_finding, confusion_finding, neighbors_finding
-
-if TYPE_CHECKING:
-    from vocabguard.guard.checks import Checker
 
 
 @dataclass(frozen=True)
@@ -199,21 +198,22 @@ Drifts = Mapping[MatrixName, RowDrift | NotApplicable]
 _SHARDED = NotApplicable("the rows are spread over processes")
 
 
-class Extras:
-    """The parts that a configuration asks for.
+class Evaluations:
+    """The parts that a configuration asks for. All methods are for all processes to call.
 
     Args:
         config: all settings.
         model: the model that is trained.
-        tokenizer: its tokenizer, or None.
+        watched: its matrices, baselines and table; the tokenizer asks the questions.
+        prober: whose probes say which tokens are forgotten; None where nothing probes.
 
     Raises:
         ConfigError: for questions that cannot be asked.
     """
 
-    def __init__(self, config: GuardConfig, model: nn.Module, tokenizer: object) -> None:
-        self._config = config
-        self._confuser = choose_confuser(model, config.confusion, tokenizer)
+    def __init__(self, config: GuardConfig, model: nn.Module, watched: Watched, prober: Prober | None) -> None:
+        self._config, self._model, self._watched, self._prober = config, model, watched, prober
+        self._confuser = choose_confuser(model, config.confusion, watched.tokenizer)
         self._raise = config.on_error == "raise"
         self._down: set[str] = set()
         self._checks = 0
@@ -225,49 +225,39 @@ class Extras:
             return (f"no answers in many languages: {self._confuser.reason}",)
         return ()
 
-    def at_evaluation(self, checker: Checker, step: int) -> tuple[Finding, ...]:
-        """Answers in many languages, if asked for. For all processes to call.
-
-        Args:
-            checker: of the run.
-            step: the optimizer step.
-        """
+    def at_evaluation(self, step: int) -> tuple[Finding, ...]:
+        """Answers in many languages, if asked for."""
         confuser = self._confuser
         if not isinstance(confuser, Confuser):
             return ()
-        return self._part("confusion", lambda: confusion_finding(step, confuser.ask(checker.model)))
+        return self._part("confusion", lambda: confusion_finding(step, confuser.ask(self._model)))
 
-    def at_check(self, checker: Checker, step: int, drifts: Drifts) -> tuple[Finding, ...]:
-        """Neighbours, at checks at which they are due. For all processes to call.
-
-        Args:
-            checker: of the run.
-            step: the optimizer step; at the first check nothing has moved yet.
-            drifts: of this check.
-        """
+    def at_check(self, step: int, drifts: Drifts) -> tuple[Finding, ...]:
+        """Neighbours, at checks at which they are due; at the first check nothing has moved yet."""
         every, number = self._config.neighbors.every_n_checks, self._checks
         self._checks += 1
-        return self._neighbors(checker, step, drifts) if every and number and number % every == 0 else ()
+        return self._neighbors(step, drifts) if every and number and number % every == 0 else ()
 
-    def at_end(self, checker: Checker, last: CheckResult) -> tuple[Finding, ...]:
-        """Neighbours, and where forgotten tokens were lost. For all processes to call.
+    def at_end(self, last: CheckResult) -> tuple[Finding, ...]:
+        """Neighbours, and where forgotten tokens were lost.
 
         Args:
-            checker: of the run.
-            last: its last check; the weights are still those.
+            last: the last check; the weights are still those.
         """
         found: tuple[Finding, ...] = ()
         if self._last_look != last.step:
-            found = self._neighbors(checker, last.step, {"head": last.head, "embedding": last.embedding})
-        if self._config.probe.head_or_body and _forgotten(checker):
-            found += self._part("head_or_body", lambda: _body(checker, last.step))
+            found = self._neighbors(last.step, {"head": last.head, "embedding": last.embedding})
+        prober = self._prober
+        if self._config.probe.head_or_body and prober is not None and bool(prober.lost().any()):
+            found += self._part("head_or_body", lambda: _body(self._model, self._watched, prober, last.step))
         return found
 
-    def _neighbors(self, checker: Checker, step: int, drifts: Drifts) -> tuple[Finding, ...]:
+    def _neighbors(self, step: int, drifts: Drifts) -> tuple[Finding, ...]:
         if not self._config.neighbors.k:
             return ()
         self._last_look = step
-        return self._part("neighbors", lambda: _beside(checker, step, drifts, self._config))
+        watch = self._prober.watched if self._prober else torch.empty(0, dtype=torch.int64)
+        return self._part("neighbors", lambda: _beside(self._watched, watch, step, drifts, self._config))
 
     def _part(self, name: str, look: Callable[[], Finding | NotApplicable | None]) -> tuple[Finding, ...]:
         """One part's finding; none where it is not applicable, or stands down."""
@@ -294,20 +284,21 @@ class Extras:
         return (found,) if isinstance(found, Finding) else ()
 
 
-def _beside(checker: Checker, step: int, drifts: Drifts, config: GuardConfig) -> Finding | NotApplicable | None:
+def _beside(
+    watched: Watched, watch: Tensor, step: int, drifts: Drifts, config: GuardConfig
+) -> Finding | NotApplicable | None:
     """Neighbours of the worst and the watched tokens."""
     name: MatrixName = "head" if isinstance(drifts["head"], RowDrift) else "embedding"
-    matrix, table = checker.watched.matrices[name], checker.watched.table
+    matrix, table = watched.matrices[name], watched.table
     if isinstance(matrix, NotApplicable):
         return matrix
     if matrix.shard is not None:
         return _SHARDED
     worst = summary.worst_ids(drifts[name], table.live, config.neighbors.rows)
-    watched = checker.prober.watched if checker.prober else worst[:0]
-    ids = torch.tensor(list(dict.fromkeys([*worst.tolist(), *watched.tolist()])), dtype=torch.int64)
+    ids = torch.tensor(list(dict.fromkeys([*worst.tolist(), *watch.tolist()])), dtype=torch.int64)
     if not len(ids):
         return None
-    baseline = checker.watched.baseline_of(name)
+    baseline = watched.baseline_of(name)
     found = compare_neighbors(matrix, baseline, ids, config.neighbors.k, _nowhere(table.padded, matrix.rows))
     return neighbors_finding(step, name, found, table)
 
@@ -319,18 +310,8 @@ def _nowhere(padded: Tensor, rows: int) -> Tensor:
     return mask
 
 
-def _forgotten(checker: Checker) -> bool:
-    """Whether the last probe found tokens that are forgotten."""
-    prober = checker.prober
-    if prober is None or prober.base is None or prober.last is None or prober.last is prober.base:
-        return False
-    return bool((said(prober.base) & ~said(prober.last)).any())
-
-
-def _body(checker: Checker, step: int) -> Finding | NotApplicable | None:
+def _body(model: nn.Module, watched: Watched, prober: Prober, step: int) -> Finding | NotApplicable | None:
     """Where the tokens were lost that the last probe no longer found."""
-    prober, watched = checker.prober, checker.watched
-    assert prober is not None
     assert prober.base is not None
     assert prober.last is not None
     ends: dict[str, End] = {}
@@ -343,7 +324,7 @@ def _body(checker: Checker, step: int) -> Finding | NotApplicable | None:
         return NotApplicable("the head does not move by itself, so there is no row to put back")
     with prober.timed():
         found = head_or_body(
-            checker.model, prober.base, prober.last, prober.contexts, ends["head"], ends.get("embedding"),
+            model, prober.base, prober.last, prober.contexts, ends["head"], ends.get("embedding"),
             seed=prober.seed, batch_tokens=prober.batch_tokens,
         )  # fmt: skip
     if isinstance(found, NotApplicable):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vocabguard import collective
 from vocabguard.config import ConfigError, GuardConfig, ProbeConfig
 from vocabguard.measure.exposure import exposure_classes
-from vocabguard.measure.probe import PromptContext, probe, probe_applicable, stratified_sample
+from vocabguard.measure.probe import PromptContext, probe, probe_applicable, said, stratified_sample
 from vocabguard.protect.prompts import render_context
 from vocabguard.results import NotApplicable, Preflight, ProbeResult
 from vocabguard.vocabulary.table import VocabTable, resolve_token
@@ -89,6 +89,12 @@ class Prober:
             self.last = probe(model, self.ids, self.contexts, seed=self.seed, batch_tokens=self.batch_tokens)
         self.base = self.base or self.last
         return self.last
+
+    def lost(self) -> Tensor:
+        """(n,) bool, aligned with `ids`: said at the base, and not in the last probe; none before the second probe."""
+        if self.base is None or self.last is None or self.last is self.base:
+            return torch.zeros(len(self.ids), dtype=torch.bool)
+        return said(self.base) & ~said(self.last)
 
     @contextmanager
     def timed(self) -> Iterator[None]:

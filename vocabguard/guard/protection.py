@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vocabguard.alerts.rules import AlertRule
 from vocabguard.config import GuardConfig
 from vocabguard.guard import summary
-from vocabguard.guard.batches import LABELS_KEY, LossMeter
+from vocabguard.guard.batches import BatchContext, LossMeter
 from vocabguard.guard.echo import EchoControl
 from vocabguard.guard.failures import Faults
 from vocabguard.guard.hold import Holder
@@ -29,6 +29,7 @@ class Protection:
         rules: whose actions may switch echo and hold.
         echo: None where it is not configured.
         holder: None where it is not configured.
+        context: the batch in flight, which gets its echo mask here.
         shift: whether the model shifts its labels.
     """
 
@@ -38,13 +39,13 @@ class Protection:
         rules: Iterable[AlertRule],
         echo: EchoControl | None,
         holder: Holder | None,
+        context: BatchContext,
         *,
         shift: bool,
     ) -> None:
         self.echo, self.holder = echo, holder
-        self.losses = LossMeter(shift) if echo is not None else None
-        self.mask: Tensor | None = None
-        self._labels: Tensor | None = None
+        self._losses = LossMeter(shift) if echo is not None else None
+        self._context = context
         self._always = {"echo": config.echo.enabled, "hold": config.hold.enabled}
         self._rules = {kind: {rule.name for rule in rules if kind in rule.actions} for kind in ("echo", "hold")}
         self._asked: dict[str, bool | None] = {"echo": None, "hold": None}
@@ -98,10 +99,10 @@ class Protection:
 
         The hooks stay when the guard stands down: batches that are made already still carry the mask.
         """
-        if self.echo is None or self.losses is None:
+        if self._losses is None:
             return
-        self._handles.append(model.register_forward_pre_hook(self._take_mask, with_kwargs=True))
-        self._handles.append(self.losses.hook(model, lambda: (self._labels, self.mask), faults))
+        self._handles.append(model.register_forward_pre_hook(self._context.take_out, with_kwargs=True))
+        self._handles.append(self._losses.hook(model, self._context, faults))
 
     def on_finish(self, unwrap: Callable[[], None]) -> None:
         """Call `unwrap` when the run ends."""
@@ -114,28 +115,17 @@ class Protection:
             batch: of tensors, in training.
             inject: append rows where the batch has none.
         """
-        self.mask = self._labels = None
-        if self.echo is None or not isinstance(batch, Mapping):
-            return
-        if ECHO_KEY in batch:
-            self.mask = batch.pop(ECHO_KEY)  # type: ignore[attr-defined]
-        elif inject:
-            try:
-                self.mask = self.echo.join(batch)
-            except EchoError as error:
-                self.echo.source.feed.fail()
-                logger.warning("vocabguard: echo is off from now on, training goes on: %s", error)
-        labels = batch.get("labels")
-        self._labels = labels if isinstance(labels, Tensor) else None
-
-    def _take_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if ECHO_KEY in kwargs or LABELS_KEY in kwargs:
-            self.mask, self._labels = kwargs.pop(ECHO_KEY, None), kwargs.get(LABELS_KEY)
-            return args, kwargs
-        # Evaluation and generation in mid-run must not be taken for the batch before them.
-        if module.training and self._labels is None:
-            self.mask = None
-        return None
+        mask = None
+        if self.echo is not None and isinstance(batch, Mapping):
+            if ECHO_KEY in batch:
+                mask = batch.pop(ECHO_KEY)  # type: ignore[attr-defined]
+            elif inject:
+                try:
+                    mask = self.echo.join(batch)
+                except EchoError as error:
+                    self.echo.source.feed.fail()
+                    logger.warning("vocabguard: echo is off from now on, training goes on: %s", error)
+        self._context.arrive(batch, mask)
 
     # -- steps and checks --------------------------------------------------------------------------------------------
 
@@ -157,8 +147,8 @@ class Protection:
             live: (V,) bool.
         """
         found: dict[str, float] = {}
-        if self.losses is not None:
-            found |= self.losses.take()
+        if self._losses is not None:
+            found |= self._losses.take()
         if self.echo is not None and isinstance(exposure, Exposure):
             found |= summary.echo_scalars(exposure, live)
         if self.holder is not None:

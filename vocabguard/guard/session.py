@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from vocabguard import collective
-from vocabguard.config import ConfigError, ConfigSource, GuardConfig, load_config
-from vocabguard.guard import state
-from vocabguard.guard import watched as setup
+from vocabguard.config import ConfigError, ConfigSource, GuardConfig, Options, load_config
 from vocabguard.guard.batches import Observer, Targets
 from vocabguard.guard.build import Parts, Route, Run, put_together
 from vocabguard.guard.cadence import Cadence, StepTimer
 from vocabguard.guard.checks import Checker, Moment
 from vocabguard.guard.echo import EchoSource
 from vocabguard.guard.failures import Faults
-from vocabguard.guard.protection import Protection
+from vocabguard.guard.protection import Protection, needed
 from vocabguard.guard.reporting import Reporter, choose_folder
+from vocabguard.guard.watched import Action, build_rules
 from vocabguard.protect.collator import EchoCollator
-from vocabguard.results import CheckResult, NotApplicable, Watch
+from vocabguard.results import CheckResult, NotApplicable, Timings, Watch
 from vocabguard.runlog import RunLog
+from vocabguard.vocabulary.table import VocabTable
+
+logger = logging.getLogger("vocabguard")
+
+STATE_VERSION = 1
+"""Of the states that `VocabGuard.state_dict` gives."""
+
+_BEGINS_LATE = (
+    "vocabguard: %d steps are done and no saved state of a guard is there: drift and counts begin here, not at the base"
+)
+_COUNTS_LATE = (
+    "vocabguard: %d steps are done and no saved state of a guard is there: counts begin here, drift is measured "
+    "against snapshot.source"
+)
 
 
 class VocabGuard:
@@ -43,9 +57,31 @@ class VocabGuard:
 
     Attributes:
         config: the merged configuration.
+        tokenizer: as given, or the trainer's once attached.
         watch: what `attach` set up; None before.
         last: the latest check; None before the first.
         latest: the latest value of every logged key; a probe's stay until the next probe.
+        run_dir: folder of the run log; None where none is written.
+        steps: optimizer steps seen.
+
+    Example:
+        A loop of one's own, with a model of 8 rows and SGD:
+
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> guard = VocabGuard(log={"console": False, "tensorboard": False}, drift={"every_n_steps": 1})
+        >>> watch = guard.attach(model, optimizer, total_steps=1)
+        >>> ids = torch.tensor([[1, 5, 5, 7]])
+        >>> model(input_ids=ids, labels=ids).loss.backward()
+        >>> optimizer.step()
+        >>> check = guard.step(1)
+        >>> check.exposure.data_target.tolist()
+        [0, 0, 0, 0, 0, 2, 0, 1]
+        >>> guard.finish(), guard.failure
+        (None, None)
     """
 
     def __init__(
@@ -55,20 +91,20 @@ class VocabGuard:
         tokenizer: Any = None,
         overrides: Iterable[str] = (),
         targets: Targets | None = None,
-        actions: Mapping[str, setup.Action] | None = None,
-        **options: Any,
+        actions: Mapping[str, Action] | None = None,
+        **options: Unpack[Options],
     ) -> None:
         self.config: GuardConfig = load_config(config, overrides, options)
         self.tokenizer = tokenizer
-        self.targets: Targets | NotApplicable | None = targets
-        self.rules = setup.build_rules(self.config, actions or {})
-        self.faults = Faults(self.config.on_error)
-        self.cadence = Cadence.of(self.config)
+        self._targets = targets
+        self._rules = build_rules(self.config, actions or {})
+        self._faults = Faults(self.config.on_error)
+        self._cadence = Cadence.of(self.config)
         self.watch: Watch | None = None
         self.last: CheckResult | None = None
-        self.observer: Observer | None = None
-        self.checker: Checker | None = None
-        self.protection: Protection | None = None
+        self._observer: Observer | None = None
+        self._checker: Checker | None = None
+        self._protection: Protection | None = None
         self.run_dir: Path | None = None
         self.latest: dict[str, float] = {}
         self.steps, self._batches_per_step = 0, 1
@@ -77,6 +113,35 @@ class VocabGuard:
         self._reporter: Reporter | None = None
         self._resumed: Mapping[str, Any] = {}
         self._timer = StepTimer()
+
+    # -- what can be read --------------------------------------------------------------------------------------------
+
+    @property
+    def table(self) -> VocabTable | None:
+        """Groups, texts and live rows of the vocabulary; None before `attach`."""
+        return None if self._checker is None else self._checker.watched.table
+
+    @property
+    def failure(self) -> str | None:
+        """Why the guard has disabled itself; None while it works."""
+        return self._faults.reason
+
+    @property
+    def timings(self) -> Timings:
+        """What the guard's own work has taken so far."""
+        prober = None if self._checker is None else self._checker.prober
+        asked = (0, 0.0, 0.0) if prober is None else (prober.runs, prober.seconds, prober.cpu_seconds)
+        cadence = self._cadence
+        return Timings(self._faults.seconds, cadence.check_seconds, cadence.probe_seconds, self._timer.median(), *asked)
+
+    @property
+    def counting(self) -> bool:
+        """Whether targets are counted in this run."""
+        return self._observer is not None
+
+    def wants(self, kind: Literal["echo", "hold"]) -> bool:
+        """Whether echo or hold may be switched on in a run: enabled, armed, or named by a rule."""
+        return needed(self.config, self._rules, kind)
 
     # -- the start ---------------------------------------------------------------------------------------------------
 
@@ -95,6 +160,8 @@ class VocabGuard:
         steps_done: int = 0,
         inject: Route | None = None,
         batches_per_step: int = 1,
+        tokenizer: Any = None,
+        targets: Targets | NotApplicable | None = None,
     ) -> Watch | None:
         """Begin to guard: take the baseline, count targets of the data to come, probe the base, set hooks.
 
@@ -113,6 +180,8 @@ class VocabGuard:
             inject: how echo rows get into batches: ``collate`` wraps the dataloader's collate function, ``batch`` lets
                 `observe_batch` append them; None where the dataloader has a collate function from `collator`.
             batches_per_step: micro-batches of this process in an optimizer step.
+            tokenizer: the trainer's, where the guard was given none.
+            targets: the trainer's way of reading targets, where the guard was given none; or why there are none.
 
         Returns:
             What is watched and what is not; None if the guard stood down.
@@ -120,53 +189,55 @@ class VocabGuard:
         Raises:
             ConfigError: for settings that do not fit the model, the tokenizer or the data. Nothing is changed then.
         """
-        self._begin_anew()
-        self._resumed = state.to_go_on(resumed or self._resumed, run_dir, steps_done, self.config.snapshot.source)
-        self.cadence.total, self._batches_per_step, self._inject = total_steps, batches_per_step, inject
+        self._begin_anew(total_steps)
+        self.tokenizer = tokenizer if self.tokenizer is None else self.tokenizer
+        self._resumed = to_go_on(resumed or self._resumed, run_dir, steps_done, self.config.snapshot.source)
+        self._batches_per_step, self._inject = batches_per_step, inject
         attached = False
         try:
-            with self.faults.contain("attach"):
+            with self._faults.contain("attach"):
                 collective.open_line()
-                state.require_known(self._resumed)
-                parts = self._take(Run(model, dataloader, inject, total_steps, batches_per_step, schedule), hook_model)
+                require_known(self._resumed)
+                run = Run(model, dataloader, inject, total_steps, batches_per_step, schedule)
+                parts = self._take(run, hook_model, self._targets or targets)
                 self.run_dir = choose_folder(self._resumed.get("run_dir"), self.config.run_dir or run_dir)
                 self.watch = parts.describe(self.run_dir)
                 table = parts.checker.watched.table
-                self._reporter = Reporter(self.config, table, self.rules, self.run_dir, writer)
+                self._reporter = Reporter(self.config, table, self._rules, self.run_dir, writer)
                 self._reporter.watch(self.watch)
-                parts.hook(optimizer, self.faults, hook_model=hook_model, steps_done=steps_done)
+                parts.hook(optimizer, self._faults, hook_model=hook_model, steps_done=steps_done)
                 if not self._resumed:
                     self.steps = steps_done
                     self._check(steps_done, first=True)
-                elif self.protection is not None:
-                    self.protection.decide(parts.checker.alerts.firing)
+                elif self._protection is not None:
+                    self._protection.decide(parts.checker.alerts.firing)
                 self.start_epoch()
                 attached = True
         finally:
             if not attached:
                 self._let_go(for_good=True)
         self._resumed = {}  # another `attach` is another run
-        self._timer.start(self.faults)  # only now, since the work of attaching is booked when it ends
+        self._timer.start(self._faults)  # only now, since the work of attaching is booked when it ends
         return self.watch if attached else None
 
-    def _begin_anew(self) -> None:
+    def _begin_anew(self, total_steps: int | None) -> None:
         """Forget an earlier run of this guard: its hooks, its faults, its numbers."""
         self.finish(check=False)
-        self.faults, self.cadence = Faults(self.config.on_error), Cadence.of(self.config)
-        self.watch = self.last = self.observer = self.checker = self.run_dir = self.protection = None
+        self._faults, self._cadence = Faults(self.config.on_error), Cadence.of(self.config, total_steps)
+        self.watch = self.last = self._observer = self._checker = self.run_dir = self._protection = None
         self.latest, self.steps, self._timer = {}, 0, StepTimer()
 
-    def _take(self, run: Run, hook_model: bool) -> Parts:
+    def _take(self, run: Run, hook_model: bool, targets: Targets | NotApplicable | None) -> Parts:
         """The parts of the run, gone on from the state that is resumed."""
         parts = put_together(
-            self.config, self.rules, run, self.tokenizer, self._resumed,
-            hook_model=hook_model, faults=self.faults, targets=self.targets, source=self._source,
+            self.config, self._rules, run, self.tokenizer, self._resumed,
+            hook_model=hook_model, faults=self._faults, targets=targets, source=self._source,
         )  # fmt: skip
-        self.observer, self.checker, self.protection = parts.observer, parts.checker, parts.protection
-        if self.protection is not None:
-            self.cadence.fix()
+        self._observer, self._checker, self._protection = parts.observer, parts.checker, parts.protection
+        if self._protection is not None:
+            self._cadence.fix()
         if self._resumed:
-            state.restore(self, self._resumed)
+            self._restore(self._resumed)
         return parts
 
     # -- protection --------------------------------------------------------------------------------------------------
@@ -197,10 +268,10 @@ class VocabGuard:
         Raises:
             ConfigError: if it is neither enabled nor armed nor named by a rule.
         """
-        if self.protection is None or not self.protection.has(kind) or self.checker is None:
+        if self._protection is None or not self._protection.has(kind) or self._checker is None:
             raise ConfigError(f"{kind} is not part of this run; allowed: {kind}.armed: true before it begins")
-        self.protection.ask(kind, on)
-        self.protection.decide(self.checker.alerts.firing)
+        self._protection.ask(kind, on)
+        self._protection.decide(self._checker.alerts.firing)
 
     def start_epoch(self, *, skipped: int = 0) -> None:
         """An epoch begins: call it before the dataloader is iterated.
@@ -208,8 +279,8 @@ class VocabGuard:
         Args:
             skipped: batches that the collate function makes once more, only to be skipped, since the run is resumed.
         """
-        if self.protection is not None:
-            self.protection.start_epoch(skipped)
+        if self._protection is not None:
+            self._protection.start_epoch(skipped)
 
     # -- while training runs -----------------------------------------------------------------------------------------
 
@@ -221,9 +292,9 @@ class VocabGuard:
             labels: (B, T) int64, -100 where there is no target; shifted here as the model shifts them.
             echo_mask: (B,) or (B, T) bool, True at echo rows.
         """
-        if self.observer is not None and not self.faults.down:
-            with self.faults.contain("counting a batch"):
-                self.observer.observe(inputs, labels, echo_mask=echo_mask)
+        if self._observer is not None and not self._faults.down:
+            with self._faults.contain("counting a batch"):
+                self._observer.observe(inputs, labels, echo_mask=echo_mask)
         self._heed_faults()
 
     def observe_batch(self, batch: Any) -> None:
@@ -232,32 +303,32 @@ class VocabGuard:
         At the first batch that has neither, the model's forward pass is hooked, and from then on only that is counted.
         Call it before the batch reaches the model.
         """
-        if self.protection is not None:
+        if self._protection is not None:
             # Even when the guard is down: a mask that the model does not know must not reach it.
-            with self.faults.contain("adding echo rows"):
-                self.protection.join(batch, inject=not self.faults.down and self._inject == "batch")
-        if self.observer is None or self.checker is None or self.faults.down or self.observer.hooked:
+            with self._faults.contain("adding echo rows"):
+                self._protection.join(batch, inject=not self._faults.down and self._inject == "batch")
+        if self._observer is None or self._checker is None or self._faults.down or self._observer.hooked:
             return
-        with self.faults.contain("counting a batch"):
-            if not self.observer.batch(batch):
-                self.observer.hook_model(self.checker.model)
+        with self._faults.contain("counting a batch"):
+            if not self._observer.batch(batch):
+                self._observer.hook_model(self._checker.model)
         self._heed_faults()
 
     def step(self, step: int) -> CheckResult | None:
         """Tell the guard that optimizer step `step` (counted from 1) is done; gives the check, if one was due."""
         result = None
-        if self.checker is not None and self._reporter is not None and not self.faults.down:
-            with self.faults.contain("step"):
+        if self._checker is not None and self._reporter is not None and not self._faults.down:
+            with self._faults.contain("step"):
                 self.steps = step
-                if self.observer is not None:
-                    self.observer.counter.end_step(step)
-                self._timer.step(self.faults)
-                if not self.cadence.chosen and self._timer.steps >= self.cadence.settle_steps:
-                    self.cadence.choose(self._timer.median(), self.checker.check_seconds, self.checker.probe_seconds)
-                if self.cadence.due(step):
+                if self._observer is not None:
+                    self._observer.counter.end_step(step)
+                self._timer.step(self._faults)
+                if not self._cadence.chosen and self._timer.steps >= self._cadence.settle_steps:
+                    self._cadence.choose(self._timer.median())
+                if self._cadence.due(step):
                     result = self._check(step)
-                if self.protection is not None:
-                    self.protection.end_step()
+                if self._protection is not None:
+                    self._protection.end_step()
         self._heed_faults()
         return result
 
@@ -267,48 +338,52 @@ class VocabGuard:
         Args:
             at: look at what `confusion` (at an ``evaluation``) and `neighbors` (at the ``end``) ask for too.
         """
-        if self._reporter is not None and self.checker is not None and not self.faults.down:
-            with self.faults.contain("check"):
+        if self._reporter is not None and self._checker is not None and not self._faults.down:
+            with self._faults.contain("check"):
                 last = self.last if self.last and self.last.step == self.steps else self._check(self.steps)
-                self.latest.update(self._reporter.findings(self.checker.beside(at, last)))
+                self.latest.update(self._reporter.findings(self._checker.beside(at, last)))
             self._heed_faults()
         return self.last
 
     def take_requests(self) -> tuple[str, ...]:
         """What rules ask of the trainer since the last call: ``checkpoint``, ``stop``. For all processes to call."""
         asked: tuple[str, ...] = ()
-        if self.checker is not None and self._reporter is not None and not self.faults.down:
-            with self.faults.contain("asking the trainer"):
-                asked = self.checker.take_requests()
+        if self._checker is not None and self._reporter is not None and not self._faults.down:
+            with self._faults.contain("asking the trainer"):
+                asked = self._checker.take_requests()
             self._heed_faults()
         return asked
 
     def _check(self, step: int, *, first: bool = False) -> CheckResult:
-        assert self.checker is not None
+        assert self._checker is not None
         assert self._reporter is not None
-        with_probe = self.cadence.take_probe(step, first=first)
-        self.last = self.checker.run(step, with_probe=with_probe, overhead=self._timer.overhead(self.faults))
+        with_probe = self._cadence.take_probe(step, first=first)
+        self.last = self._checker.run(step, with_probe=with_probe, overhead=self._timer.overhead(self._faults))
         self.latest.update(self.last.scalars)
         began = time.perf_counter()
-        self._reporter.check(self.last, self.checker.watched.table)
+        self._reporter.check(self.last, self._checker.watched.table)
         # To say what was found is a part of what a check costs.
-        self.checker.check_seconds += time.perf_counter() - began
-        if self.protection is not None:
-            base = self.checker.prober.base if self.checker.prober else None
-            self.protection.follow(self.last, base, self._batches_per_step * (self.cadence.every or 1))
+        told = time.perf_counter() - began
+        last = self.last
+        self._cadence.record(
+            check=last.seconds - last.probe_seconds + told, probe=last.probe_seconds if last.probe else None
+        )
+        if self._protection is not None:
+            base = self._checker.prober.base if self._checker.prober else None
+            self._protection.follow(self.last, base, self._batches_per_step * (self._cadence.every or 1))
         return self.last
 
     def _heed_faults(self) -> None:
-        if self.faults.down:
+        if self._faults.down:
             self._let_go()
 
     def _let_go(self, *, for_good: bool = False) -> None:
-        if self.observer is not None:
-            self.observer.remove()
-        if self.protection is not None:
-            self.protection.stand_down()
+        if self._observer is not None:
+            self._observer.remove()
+        if self._protection is not None:
+            self._protection.stand_down()
             if for_good:
-                self.protection.finish()
+                self._protection.finish()
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -318,11 +393,35 @@ class VocabGuard:
         For all processes to call. It survives ``torch.load(weights_only=True)``; rows go to the run folder once.
         """
         saved: dict[str, Any] = {}
-        if self.checker is not None and not self.faults.down:
-            with self.faults.contain("state_dict"):
-                saved = state.collect(self)
+        if self._checker is not None and not self._faults.down:
+            with self._faults.contain("state_dict"):
+                saved = self._collect(self._checker)
             self._heed_faults()
         return saved
+
+    def _collect(self, checker: Checker) -> dict[str, Any]:
+        """The parts' states by their names."""
+        watched = checker.watched.state_dict(self.run_dir)
+        return {
+            "version": STATE_VERSION,
+            "step": self.steps,
+            "run_dir": None if self.run_dir is None else str(self.run_dir),
+            **watched,
+            **checker.state_dict(),
+            "cadence": self._cadence.state_dict(),
+            "latest": dict(self.latest),
+            "protection": self._protection.state_dict() if self._protection is not None else {},
+        }
+
+    def _restore(self, saved: Mapping[str, Any]) -> None:
+        """Give the parts the numbers of the run that goes on; baselines and table were read when it was attached."""
+        assert self._checker is not None
+        self.steps = saved["step"]
+        self._checker.load_state_dict(saved)
+        self._cadence.load_state_dict(saved["cadence"])
+        self.latest.update(saved["latest"])
+        if self._protection is not None and saved.get("protection"):
+            self._protection.load_state_dict(saved["protection"])
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Resume from `saved` at the next `attach`."""
@@ -340,10 +439,48 @@ class VocabGuard:
         if check:
             self.check(at="end")
         log = None
-        with self.faults.contain("finish"):
+        with self._faults.contain("finish"):
             self._let_go(for_good=True)
             if self._reporter is not None:
                 reporter, self._reporter = self._reporter, None
                 log = reporter.finish(self.last)
             collective.close_line()
         return log
+
+
+def to_go_on(
+    saved: Mapping[str, Any], suggested: str | Path | None, steps_done: int, source: str | None
+) -> Mapping[str, Any]:
+    """A state whose run folder may have been moved since, with the baselines in it.
+
+    Says so where there is none and the trainer is in mid-run.
+
+    Args:
+        saved: the state; empty where no run goes on.
+        suggested: the folder that the trainer would give a run.
+        steps_done: optimizer steps that the trainer has behind it.
+        source: the checkpoint of the base that drift is measured against, if one is named.
+
+    Returns:
+        The state itself while its folder is where it was, else one that names the suggested folder, if a run is there.
+    """
+    if steps_done > 0 and not saved:
+        logger.warning(_BEGINS_LATE if source is None else _COUNTS_LATE, steps_done)
+    before = saved.get("run_dir")
+    if before is None or suggested is None or Path(before).exists() or not (Path(suggested) / "run.json").exists():
+        return saved
+    here, moved = Path(suggested).resolve(), {}
+    for name, reference in saved["baselines"].items():
+        inside = isinstance(reference, dict) and Path(reference["path"]).parent.name == Path(before).name
+        moved[name] = {**reference, "path": str(here / Path(reference["path"]).name)} if inside else reference
+    return {**saved, "run_dir": str(suggested), "baselines": moved}
+
+
+def require_known(saved: Mapping[str, Any]) -> None:
+    """Refuse a state that a newer version has written.
+
+    Raises:
+        ConfigError: with both versions.
+    """
+    if saved.get("version", STATE_VERSION) > STATE_VERSION:
+        raise ConfigError(f"state: version is {saved['version']}; this vocabguard reads up to {STATE_VERSION}")

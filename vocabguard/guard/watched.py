@@ -11,16 +11,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vocabguard import collective
 from vocabguard.alerts.rules import BUILT_IN, AlertRule, require_parts
 from vocabguard.config import ConfigError, GuardConfig, load_questions
 from vocabguard.measure.undertrained import never_trained
 from vocabguard.results import MatrixName, NotApplicable, Preflight, Transition, Watch, WatchedMatrix
-from vocabguard.rows.baselines import Baseline, CopiedBaseline, copy_baseline, open_baseline, reopen_baseline
+from vocabguard.rows.baselines import (
+    Baseline,
+    CopiedBaseline,
+    copy_baseline,
+    open_baseline,
+    reopen_baseline,
+    save_baseline,
+)
 from vocabguard.rows.matrices import VocabMatrix, find_matrices
-from vocabguard.rows.sharding import reshard
+from vocabguard.rows.sharding import ShardBaseline, reshard
 from vocabguard.vocabulary.table import GROUPS, VocabTable, build_table, plain_table
 
 Action = Callable[[Transition], None]
+
+_ROWS_SENT = 4096
 
 
 @dataclass
@@ -68,6 +78,28 @@ class Watched:
         self.table = _table(self.tokenizer, rows).with_trained(trained)
         self.rows = rows
 
+    def state_dict(self, run_dir: Path | None) -> dict[str, Any]:
+        """``baselines``: where they can be read again, and ``trained``: (V,) bool. For all processes to call.
+
+        A baseline that lives in memory is first written to the run folder, once. Without a run folder the rows
+        themselves go along: a resumed run could not find them anywhere else.
+        """
+        baselines = self.baselines
+        if run_dir is None:
+            kept = {
+                name: baseline.tensor if isinstance(baseline, CopiedBaseline) else baseline.reference()
+                for name, baseline in baselines.items()
+            }
+            return {"baselines": kept, "trained": self.table.trained}
+        for name, baseline in baselines.items():
+            path = run_dir / f"baseline-{name}.safetensors"
+            if isinstance(baseline, ShardBaseline):
+                _save_shards(baseline, path, name)
+            elif isinstance(baseline, CopiedBaseline) and collective.is_main():
+                baselines[name] = save_baseline(baseline, path, name)
+        references = collective.agree({name: baseline.reference() for name, baseline in baselines.items()})
+        return {"baselines": references, "trained": self.table.trained}
+
     def describe(self, name: MatrixName) -> WatchedMatrix | NotApplicable:
         """What a user is told of one matrix."""
         matrix = self.matrices[name]
@@ -82,6 +114,15 @@ class Watched:
             bias=matrix.has_bias,
             baseline=self.baseline_of(name).describe(),
         )
+
+
+def _save_shards(baseline: ShardBaseline, path: Path, key: str) -> None:
+    """Write the rows of all processes, sent chunk by chunk, to one file, once; rank 0 does."""
+    if baseline.saved:
+        return
+    parts = [rows for _, rows in baseline.chunks(_ROWS_SENT) if collective.is_main()]
+    saved = save_baseline(CopiedBaseline(torch.cat(parts)), path, key).reference() if parts else {}
+    baseline.saved = collective.agree(saved)
 
 
 def watch_model(model: nn.Module, tokenizer: Any, config: GuardConfig, resumed: Mapping[str, Any]) -> Watched:

@@ -38,12 +38,7 @@ class RowMaker:
         fill: see `echo_rows`.
         seed: of the ways of asking.
         seq2seq: whether the model is an encoder-decoder.
-
-    Attributes:
-        joined: the collate function is known to join all rows into one, so none needs to be filled up.
     """
-
-    joined = False
 
     def __init__(
         self, prompts: Sequence[EchoPrompt], *, list_tokens: int, fill: float = 1.0, seed: int, seq2seq: bool = False
@@ -69,12 +64,13 @@ class EchoCollator:
         inner: the user's collate function.
         feed: the plans.
         maker: of rows.
+        joined: the collate function is known to join all rows into one, so none needs to be filled up.
     """
 
-    def __init__(self, inner: Callable[[list[Any]], Any], feed: EchoFeed, maker: RowMaker) -> None:
-        self.inner = inner
-        self.feed = feed
-        self.maker = maker
+    def __init__(
+        self, inner: Callable[[list[Any]], Any], feed: EchoFeed, maker: RowMaker, *, joined: bool = False
+    ) -> None:
+        self.inner, self.feed, self.maker, self._joined = inner, feed, maker, joined
 
     def __call__(self, features: list[Any]) -> Any:
         """Collate one batch."""
@@ -115,7 +111,7 @@ class EchoCollator:
         began = time.perf_counter()
         length = _longest(features)
         rows = self.maker(ids, batch=number, rank=self.feed.rank, length=length)
-        stacked = _all_as_long(features, length) and not (self.maker.seq2seq or self.maker.joined)
+        stacked = _all_as_long(features, length) and not (self.maker.seq2seq or self._joined)
         fill = length if stacked else 0
         extra = [_as_example(row, features[0], fill) for row in rows]
         made = time.perf_counter()
