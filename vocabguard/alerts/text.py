@@ -386,7 +386,7 @@ _ANSWERS = {
 }
 
 
-def story_of(change: Transition, scene: Scene, tokens: Sequence[str] = ()) -> AlertStory:
+def alert_story(change: Transition, scene: Scene, tokens: Sequence[str] = ()) -> AlertStory:
     """The story of an alert that fires.
 
     Args:

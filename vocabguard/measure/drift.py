@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vocabguard.measure.kernels import Floats, Rows, row_sums, take_rows
+from vocabguard.measure.kernels import Floats, RowReader, row_sums, take_rows
 from vocabguard.results import DEGRADED, RowDrift, RowProducts
 from vocabguard.rows.baselines import Baseline
 from vocabguard.rows.sharding import Shard
@@ -53,7 +53,7 @@ class RowPass:
 
 
 def measure_drift(
-    matrix: Rows,
+    matrix: RowReader,
     baseline: Baseline,
     unexposed: Tensor,
     chunk_rows: int = 1024,
@@ -83,7 +83,7 @@ def measure_drift(
 
 
 def mean_shift(
-    matrix: Rows,
+    matrix: RowReader,
     baseline: Baseline,
     unexposed: Tensor,
     chunk_rows: int = 1024,
@@ -131,7 +131,7 @@ def mean_shift(
 
 
 def row_products(
-    matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int = 1024, *, base_too: bool = False
+    matrix: RowReader, baseline: Baseline, shift: Tensor, chunk_rows: int = 1024, *, base_too: bool = False
 ) -> RowPass:
     """The pass over all rows.
 
@@ -241,7 +241,7 @@ def _describe(drift: RowDrift, chosen: Flags) -> dict[str, float]:
     }
 
 
-def _gathered(matrix: Rows, baseline: Baseline, ids: Ids, chunk_rows: int) -> Iterator[tuple[Ids, Floats, Floats]]:
+def _gathered(matrix: RowReader, baseline: Baseline, ids: Ids, chunk_rows: int) -> Iterator[tuple[Ids, Floats, Floats]]:
     """A few of the ids at a time, their rows and their baseline rows in new float32 arrays.
 
     Only those rows are copied, so chunks may be larger here, which saves calls.
@@ -273,7 +273,7 @@ def _products(base_sq: Floats, now_sq: Floats, moved_sq: Floats) -> RowProducts:
     return RowProducts(*(torch.from_numpy(vector) for vector in vectors))
 
 
-def _measure_far(matrix: Rows, baseline: Baseline, products: RowProducts, shift: Floats, chunk_rows: int) -> None:
+def _measure_far(matrix: RowReader, baseline: Baseline, products: RowProducts, shift: Floats, chunk_rows: int) -> None:
     """Measure anew the rows whose norm changed so much, or whose shift is so long, that the identities lose digits."""
     base_sq, now_sq, ratio_sq = products.base_sq.numpy(), products.now_sq.numpy(), _FAR**2
     shift_sq = float(np.square(shift, dtype=np.float64).sum())
@@ -292,7 +292,7 @@ def _cosine(products: RowProducts, zero: Flags) -> Floats:
     return cosine
 
 
-def _check(matrix: Rows, baseline: Baseline) -> None:
+def _check(matrix: RowReader, baseline: Baseline) -> None:
     if matrix.width != baseline.width:
         raise ValueError(f"baseline rows have {baseline.width} elements; the matrix's have {matrix.width}")
 

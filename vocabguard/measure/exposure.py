@@ -73,7 +73,7 @@ def count_targets(labels: Tensor, shift: bool, rows: int) -> Tensor:
     return counts[0]
 
 
-def row_norms(matrix: Tensor, rows: Tensor | None = None) -> Tensor:
+def gradient_norms(matrix: Tensor, rows: Tensor | None = None) -> Tensor:
     """L2 norm of the rows of a matrix, read in chunks, so that no second matrix is made.
 
     Args:
@@ -265,7 +265,7 @@ class ExposureCounter:
         gradient, first = head_grad.detach(), first_row or 0
         rows = is_target[first : first + len(gradient)].nonzero().squeeze(1)
         if not sample_push and not gradient.is_sparse:
-            self.pull.index_add_(0, rows + first, row_norms(gradient, rows))
+            self.pull.index_add_(0, rows + first, gradient_norms(gradient, rows))
             return
         norms = torch.zeros_like(self.pull)
         norms[first : first + len(gradient)] = self._all_norms(gradient)
@@ -351,10 +351,10 @@ class ExposureCounter:
 
     def _all_norms(self, gradient: Tensor) -> Tensor:
         if not gradient.is_sparse:
-            return row_norms(gradient)
+            return gradient_norms(gradient)
         gradient = gradient.coalesce()
         norms = torch.zeros_like(self.pull)
-        return norms.index_copy_(0, gradient.indices()[0], row_norms(gradient.values()))
+        return norms.index_copy_(0, gradient.indices()[0], gradient_norms(gradient.values()))
 
     def _add_push(self, norms: Tensor, is_target: Tensor, was_input: Tensor, *, sharded: bool) -> None:
         untargeted = norms.masked_fill(is_target, 0.0)

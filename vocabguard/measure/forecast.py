@@ -58,7 +58,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowFacts:
     """What does not change.
 
     Attributes:
@@ -210,7 +210,7 @@ _ENOUGH = 20
 
 
 def running_features(
-    rows: Rows, track: tuple[Past, Past, Past], asked: Asked, schedule: Schedule, norm_ratio: Floats
+    rows: RowFacts, track: tuple[Past, Past, Past], asked: Asked, schedule: Schedule, norm_ratio: Floats
 ) -> tuple[Floats, Floats]:
     """Numbers of a run that is under way.
 
@@ -265,7 +265,7 @@ def running_features(
     return _stacked(columns, len(angle)), angle
 
 
-def starting_features(rows: Rows, asked: Asked, schedule: Schedule) -> tuple[Floats, Floats]:
+def starting_features(rows: RowFacts, asked: Asked, schedule: Schedule) -> tuple[Floats, Floats]:
     """Numbers of a run that has not begun: what the data will ask, how long the rows are, the rates to come.
 
     Args:
@@ -401,13 +401,13 @@ def _memory(schedule: Schedule, steps: int) -> float:
     return 0.3 * min(max(math.log(schedule.memory / max(steps, 1)), -7.0), 7.0)
 
 
-def _relative_size(rows: Rows) -> Floats:
+def _relative_size(rows: RowFacts) -> Floats:
     """Logarithm of a baseline row's length over the median length."""
     found: Floats = _log(rows.norm.numpy(), 1e-12) - _usual_length(rows)
     return found
 
 
-def _usual_length(rows: Rows) -> np.float32:
+def _usual_length(rows: RowFacts) -> np.float32:
     """Logarithm of the median length of the live baseline rows, of all where none is live."""
     length, live = _log(rows.norm.numpy(), 1e-12), rows.live.numpy()
     usual: np.float32 = np.median(length[live] if live.any() else length)

@@ -20,7 +20,7 @@ from vocabguard.measure.forecast import (
     Asked,
     Floats,
     Past,
-    Rows,
+    RowFacts,
     as_tensor,
     running_features,
     starting_features,
@@ -127,7 +127,7 @@ def nets_of(tensors: Mapping[str, Floats], name: str) -> QuantileNets:
 
 
 def forecast_running(
-    rows: Rows, track: tuple[Past, Past, Past], asked: Asked, schedule: Schedule, norm_ratio: Floats
+    rows: RowFacts, track: tuple[Past, Past, Past], asked: Asked, schedule: Schedule, norm_ratio: Floats
 ) -> Forecast:
     """The forecast in mid-run; see `forecast_features.running_features` for what it takes."""
     angle = track[0].angle
@@ -140,7 +140,7 @@ def forecast_running(
     return forecast_of(quantiles, np.isnan(angle), schedule)
 
 
-def forecast_starting(rows: Rows, asked: Asked, schedule: Schedule) -> Forecast:
+def forecast_starting(rows: RowFacts, asked: Asked, schedule: Schedule) -> Forecast:
     """The forecast before step 1; see `forecast_features.starting_features` for what it takes."""
     inputs, largest = starting_features(rows, asked, schedule)
     bad = ~np.isfinite(rows.norm.numpy()) | (rows.norm.numpy() == 0)

@@ -122,7 +122,7 @@ _MOST_THREADS = 4
 _vecdot: Any = getattr(np, "vecdot", None) or (lambda left, right: np.einsum("...i,...i->...", left, right))
 
 
-class Rows(Protocol):
+class RowReader(Protocol):
     """Rows that can be read in chunks: a `VocabMatrix`, or a `CopiedBaseline` around a plain tensor."""
 
     @property
@@ -137,7 +137,9 @@ class Rows(Protocol):
         """Slices of at most ``size`` rows and the rows themselves, in order."""
 
 
-def row_sums(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False) -> Tensor:
+def row_sums(
+    matrix: RowReader, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False
+) -> Tensor:
     """Inner products of the rows w with themselves, of their displacements d = w - w0, and of both with a shift s.
 
     Args:
@@ -182,7 +184,7 @@ def take_rows(rows: Tensor, places: npt.NDArray[np.int64]) -> Floats:
 
 @torch.no_grad()
 def sums_by_torch(
-    matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False
+    matrix: RowReader, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False
 ) -> Tensor:
     """`row_sums` for an accelerator; the shift is on it."""
     sums = torch.full((5, matrix.rows), math.nan, device=shift.device)
@@ -200,7 +202,7 @@ def sums_by_torch(
 
 
 def sums_by_numpy(
-    matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False
+    matrix: RowReader, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False
 ) -> Tensor:
     """`row_sums` for rows on the CPU."""
     size = min(chunk_rows, matrix.rows)
@@ -208,14 +210,14 @@ def sums_by_numpy(
 
 
 def sums_by_numba(
-    matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False
+    matrix: RowReader, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False
 ) -> Tensor:
     """`row_sums` for rows on the CPU where numba is installed."""
     size = min(chunk_rows, matrix.rows)
     return _summed(matrix, baseline, size, 5, lambda: _CompiledSums(shift.numpy()))[: 4 + base_too]
 
 
-def _summed(matrix: Rows, baseline: Baseline, size: int, kinds: int, make: Callable[[], _Measure]) -> Tensor:
+def _summed(matrix: RowReader, baseline: Baseline, size: int, kinds: int, make: Callable[[], _Measure]) -> Tensor:
     """The (kinds, V) sums that one measure a thread writes block by block."""
     sums = np.full((kinds, matrix.rows), np.nan, dtype=np.float32)
     pairs, turn = _pairs(matrix, baseline, size), threading.Lock()
@@ -238,7 +240,7 @@ def _summed(matrix: Rows, baseline: Baseline, size: int, kinds: int, make: Calla
     return torch.from_numpy(sums)
 
 
-def _pairs(matrix: Rows, baseline: Baseline, chunk_rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _pairs(matrix: RowReader, baseline: Baseline, chunk_rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Slices, rows and baseline rows, as far as there are both."""
     for chunk, rows in matrix.chunks(chunk_rows):
         part = slice(chunk.start, min(chunk.stop, baseline.rows))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vocabguard.measure.kernels import Rows
+from vocabguard.measure.kernels import RowReader
 from vocabguard.measure.neighbors import pick_rows
 from vocabguard.measure.probe import PromptContext, probe, said
 from vocabguard.results import NotApplicable, ProbeResult
@@ -57,7 +57,7 @@ class End:
 
     module: nn.Module
     baseline: Baseline
-    rows: Rows | None = None
+    rows: RowReader | None = None
 
 
 def head_or_body(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vocabguard.measure.kernels import Rows
+from vocabguard.measure.kernels import RowReader
 from vocabguard.rows.baselines import Baseline
 from vocabguard.vocabulary.table import VocabTable
 
@@ -59,7 +59,7 @@ class Neighborhoods:
 
 
 def compare_neighbors(
-    matrix: Rows, baseline: Baseline, ids: Tensor, k: int, exclude: Tensor | None = None
+    matrix: RowReader, baseline: Baseline, ids: Tensor, k: int, exclude: Tensor | None = None
 ) -> Neighborhoods:
     """The k nearest rows of some tokens at the baseline and now.
 
@@ -81,7 +81,7 @@ def compare_neighbors(
 
 
 @torch.no_grad()
-def nearest_rows(rows: Rows | Baseline, ids: Tensor, k: int, exclude: Tensor | None = None) -> NearestRows:
+def nearest_rows(rows: RowReader | Baseline, ids: Tensor, k: int, exclude: Tensor | None = None) -> NearestRows:
     """The k rows that point most nearly the same way as each of n rows, without that row itself.
 
     Args:
@@ -151,7 +151,7 @@ def intruders(table: VocabTable, ids: Tensor, near: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pick_rows(rows: Rows | Baseline, ids: Tensor) -> Tensor:
+def pick_rows(rows: RowReader | Baseline, ids: Tensor) -> Tensor:
     """Some rows: one by one where single rows can be read, else in one pass.
 
     Args:

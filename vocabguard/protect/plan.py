@@ -67,7 +67,7 @@ def most_targets(plan: EchoPlan, data_targets: int, limit: float) -> int:
     return math.floor(limit * data_targets * max(1.0, plan.list_tokens / plan.rate) + 1e-9)
 
 
-def follow(plan: EchoPlan, *, first_batch: int, rate: float, world: int = 1, ids: Tensor | None = None) -> EchoPlan:
+def next_plan(plan: EchoPlan, *, first_batch: int, rate: float, world: int = 1, ids: Tensor | None = None) -> EchoPlan:
     """The plan after this one; with the same ids it goes on in the same pass.
 
     Args:
