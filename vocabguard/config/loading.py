@@ -98,11 +98,6 @@ def load_config(
         raise ConfigError(_explain(error)) from error
     assert isinstance(config, GuardConfig)
     _check_limits(config, "")
-    texts = {f"probe.contexts.{name}.text": context.text for name, context in config.probe.contexts.items()}
-    texts |= {f"echo.instructions[{place}]": text for place, text in enumerate(config.echo.instructions)}
-    for key, text in texts.items():
-        if text.count("{tokens}") != 1:
-            raise ConfigError(f"{key} is {text!r}; it needs exactly one '{{tokens}}'")
     _check_protection(config)
     _check_webhook(config.sinks.webhook)
     if config.confusion.enabled:
@@ -121,8 +116,6 @@ def _check_protection(config: GuardConfig) -> None:
     wanted = [kind for kind, given in settings.items() if any(given) or kind in actions]
     if wanted and not config.exposure.enabled:
         raise ConfigError(f"exposure.enabled is false, but {' and '.join(wanted)} need its counts; allowed: true")
-    if not config.echo.instructions:
-        raise ConfigError("echo.instructions is []; allowed: at least one text with '{tokens}'")
     if config.echo.auto.least > config.echo.auto.most:
         raise ConfigError(f"echo.auto.least is {config.echo.auto.least}; allowed: at most echo.auto.most")
     auto = config.echo.auto.enabled
@@ -304,13 +297,25 @@ def _check_limits(section: Any, prefix: str) -> None:
             for name, item in value.items():
                 if is_dataclass(item):
                     _check_limits(item, f"{key}.{name}.")
-        elif value is not None and not _within(value, spec.metadata):
-            raise ConfigError(f"{key} is {value!r}; allowed: {_allowed(spec.metadata)}")
+        elif isinstance(value, list):
+            if not value and "holds" in spec.metadata:
+                raise ConfigError(f"{key} is []; allowed: at least one text with {spec.metadata['holds']!r}")
+            for place, item in enumerate(value):
+                _check_limit(item, spec.metadata, f"{key}[{place}]")
+        elif value is not None:
+            _check_limit(value, spec.metadata, key)
+
+
+def _check_limit(value: Any, limits: Mapping[str, Any], key: str) -> None:
+    if not _within(value, limits):
+        raise ConfigError(f"{key} is {value!r}; allowed: {_allowed(limits)}")
 
 
 def _within(value: Any, limits: Mapping[str, Any]) -> bool:
     if "choices" in limits:
         return value in limits["choices"]
+    if "holds" in limits:
+        return bool(value.count(limits["holds"]) == 1)
     # Written so that NaN, which compares false, is refused.
     return ("at_least" not in limits or value >= limits["at_least"]) and (
         "at_most" not in limits or value <= limits["at_most"]
@@ -320,6 +325,8 @@ def _within(value: Any, limits: Mapping[str, Any]) -> bool:
 def _allowed(limits: Mapping[str, Any]) -> str:
     if "choices" in limits:
         return f"one of {list(limits['choices'])}"
+    if "holds" in limits:
+        return f"a text with exactly one {limits['holds']!r}"
     if "at_most" in limits:
         return f"{limits['at_least']} to {limits['at_most']}"
     return f"at least {limits['at_least']}"

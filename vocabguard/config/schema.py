@@ -7,7 +7,7 @@ from typing import Any
 
 
 def limited(default: Any, **limits: Any) -> Any:
-    """A field with its limits: ``at_least``, ``at_most``, ``choices``."""
+    """A field with its limits, or its items': ``at_least``, ``at_most``, ``choices``, ``holds`` (a text's one mark)."""
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=limits)
     return field(default=default, metadata=limits)
@@ -30,27 +30,26 @@ class AutoDoseConfig:
     most: float = limited(0.5, at_least=0.0)
 
 
-def _default_instructions() -> list[str]:
-    return [
-        "Repeat this: {tokens}",
-        "Please repeat the following text exactly as it is:\n{tokens}",
-        "{tokens}\nPlease repeat the above.",
-        "{tokens}\n\nCopy the text above, word for word.",
-        "Copy exactly: {tokens}",
-        "Say this once more: {tokens}",
-        "Write {tokens} again, without changing anything.",
-        "Echo the following back to me: {tokens}",
-        "I wrote {tokens}. What did I write?",
-        "Here is a list: {tokens}\nWrite the same list again.",
-        "Wiederhole den folgenden Text genau: {tokens}",
-        "Répète exactement ce texte : {tokens}",
-        "Repite esto: {tokens}",
-        "Повтори: {tokens}",
-        "请重复：{tokens}",
-        "繰り返してください: {tokens}",
-        "다음 텍스트를 그대로 반복하세요: {tokens}",
-        "كرر النص التالي كما هو: {tokens}",
-    ]
+_INSTRUCTIONS = [
+    "Repeat this: {tokens}",
+    "Please repeat the following text exactly as it is:\n{tokens}",
+    "{tokens}\nPlease repeat the above.",
+    "{tokens}\n\nCopy the text above, word for word.",
+    "Copy exactly: {tokens}",
+    "Say this once more: {tokens}",
+    "Write {tokens} again, without changing anything.",
+    "Echo the following back to me: {tokens}",
+    "I wrote {tokens}. What did I write?",
+    "Here is a list: {tokens}\nWrite the same list again.",
+    "Wiederhole den folgenden Text genau: {tokens}",
+    "Répète exactement ce texte : {tokens}",
+    "Repite esto: {tokens}",
+    "Повтори: {tokens}",
+    "请重复：{tokens}",
+    "繰り返してください: {tokens}",
+    "다음 텍스트를 그대로 반복하세요: {tokens}",
+    "كرر النص التالي كما هو: {tokens}",
+]
 
 
 @dataclass
@@ -87,7 +86,7 @@ class EchoConfig:
     list_tokens: int = limited(16, at_least=1)
     fill: float = limited(0.4, at_least=0.0, at_most=1.0)
     exclude: list[Any] = limited([])
-    instructions: list[str] = field(default_factory=_default_instructions)
+    instructions: list[str] = limited(_INSTRUCTIONS, holds="{tokens}")
     prefetch: int | None = limited(None, at_least=0)
 
 
@@ -277,7 +276,7 @@ class ContextConfig:
         k: shuffled tokens a prompt.
     """
 
-    text: str = "{tokens}"
+    text: str = limited("{tokens}", holds="{tokens}")
     k: int = limited(16, at_least=1, at_most=4096)
 
 

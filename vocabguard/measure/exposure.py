@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vocabguard import collective
 from vocabguard.results import EXPOSURE_CLASSES, Exposure
+from vocabguard.vocabulary.table import fit_rows
 
 CLASS_STARTS = (1, 5, 20)
 """Data targets at which the second and later classes of `results.EXPOSURE_CLASSES` begin."""
@@ -301,12 +302,8 @@ class ExposureCounter:
         Args:
             rows: the new V.
         """
-        larger = ExposureCounter(rows, self._counts.device, self.tied)
-        kept = min(rows, self.rows)
         for name in ("_counts", "_before", "last_data_target", *_ROW_STATE):
-            fresh: Tensor = getattr(larger, name)
-            fresh[..., :kept] = getattr(self, name)[..., :kept]
-            setattr(self, name, fresh)
+            setattr(self, name, fit_rows(getattr(self, name), rows, -1 if name.startswith("last") else 0))
         self.rows = rows
         self._clear_step()
 

@@ -1,6 +1,6 @@
 """torchmetrics faces of the measurements, for your own training loop.
 
-All take the keyword arguments of `torchmetrics.Metric` besides their own (``dist_sync_on_step``, ``process_group``, ...).
+All take the keyword arguments of `torchmetrics.Metric` too (``dist_sync_on_step``, ``process_group``, ...).
 """
 
 from __future__ import annotations

@@ -173,6 +173,27 @@ def plain_table(rows: int) -> VocabTable:
     return VocabTable(group, control=none, reachable=~none, padded=none, trained=~none, texts=("",) * rows)
 
 
+def fit_rows(values: Tensor, rows: int, fill: float = 0) -> Tensor:
+    """Numbers a row, cut or filled up to another number of rows: a matrix may have other rows than a table or a count.
+
+    Args:
+        values: (..., V), any dtype.
+        rows: the V wanted.
+        fill: for rows that are new.
+
+    Returns:
+        (..., rows), a new contiguous tensor of the values' dtype and device.
+
+    Example:
+        >>> fit_rows(torch.tensor([3, 1]), 4, fill=-1).tolist(), fit_rows(torch.tensor([[3, 1]]), 1).tolist()
+        ([3, 1, -1, -1], [[3]])
+    """
+    found = values.new_full((*values.shape[:-1], rows), fill)
+    kept = min(rows, values.shape[-1])
+    found[..., :kept] = values[..., :kept]
+    return found
+
+
 def resolve_token(tokenizer: Any, item: int | str, rows: int) -> int:
     """The id of a token given as an id or as text.
 
