@@ -154,8 +154,8 @@ def row_products(
         >>> from vocabguard.rows.baselines import CopiedBaseline
         >>> now, before = (CopiedBaseline(torch.tensor([row])) for row in ([3.0, 4.0], [3.0, 0.0]))
         >>> found = row_products(now, before, shift=torch.zeros(2))
-        >>> found.products.now_sq.item(), found.products.base_sq.item(), found.products.dot.item(), found.moved_sq.item()
-        (25.0, 9.0, 9.0, 16.0)
+        >>> found.products.now_sq, found.products.base_sq, found.products.dot, found.moved_sq
+        (tensor([25.]), tensor([9.]), tensor([9.]), tensor([16.]))
     """
     _check(matrix, baseline)
     sums = row_sums(matrix, baseline, shift, chunk_rows, base_too=base_too).numpy()
