@@ -21,6 +21,8 @@ from vocabguard.files import plain
 from vocabguard.results import Transition
 
 logger = logging.getLogger("vocabguard")
+# The alerts' own, so that a script can route or silence them apart from what the guard says of itself.
+alerts_logger = logging.getLogger("vocabguard.alerts")
 
 Wait = Callable[[float], bool]
 """Waits so many seconds, before another attempt; False says at once that there is to be none."""
@@ -226,15 +228,13 @@ def full_text(change: Transition) -> str:
     return "\n".join((change.message, *(change.story.lines if change.story is not None else ())))
 
 
-logger = logging.getLogger("vocabguard.alerts")
-
 _LOGGING_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.CRITICAL}
 
 
 def log_transition(transition: Transition) -> None:
     """Send a transition, with its story, to the logger ``vocabguard.alerts``, at its level; a resolved one at INFO."""
     resolved = transition.state == "resolved"
-    logger.log(logging.INFO if resolved else _LOGGING_LEVELS[transition.level], "%s", full_text(transition))
+    alerts_logger.log(logging.INFO if resolved else _LOGGING_LEVELS[transition.level], "%s", full_text(transition))
 
 
 def dispatch(rules: Iterable[AlertRule], transitions: Iterable[Transition]) -> None:
