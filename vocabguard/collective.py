@@ -158,9 +158,6 @@ def total_exposure(exposure: Exposure) -> Exposure:
     Gradients are averaged before they are read, so every rank has the whole, or, of a sharded matrix, its own rows and
     zeros: they are never summed.
 
-    Args:
-        exposure: of this rank; the same V on every rank.
-
     Returns:
         ``inputs``, ``data_target`` and ``echo_target`` summed, the latest ``last_target``, the largest ``pull``,
         ``push`` and ``input_only``, the rest as given.
@@ -184,40 +181,19 @@ def total_exposure(exposure: Exposure) -> Exposure:
 
 
 def any_of(mask: Tensor) -> Tensor:
-    """Where a mask is set on any rank.
-
-    Args:
-        mask: bool, of any shape, the same on every rank.
-
-    Returns:
-        A bool tensor of the same shape and device; the mask itself in a world of one.
-    """
+    """Where a bool mask, of the same shape on every rank, is set on any; the mask itself in a world of one."""
     if world_size() == 1:
         return mask
     return _reduced(mask.to(torch.uint8), "MAX") > 0
 
 
 def largest(tensor: Tensor) -> Tensor:
-    """Element by element the largest value of all ranks.
-
-    Args:
-        tensor: of any shape, an integer or floating dtype; the same shape and dtype on every rank.
-
-    Returns:
-        A new tensor of the same shape, dtype and device, the same on every rank.
-    """
+    """Element by element the largest value of all ranks; takes and returns what `total` does."""
     return _reduced(tensor, "MAX")
 
 
 def agree(value: T) -> T:
-    """Rank 0's value, on every rank.
-
-    Args:
-        value: small and picklable; what the other ranks pass is not looked at.
-
-    Returns:
-        The value itself on rank 0 or in a world of one, a copy of it elsewhere.
-    """
+    """Rank 0's value, small and picklable, on every rank; what the others pass is not looked at."""
     if world_size() == 1:
         return value
     heed_faults()

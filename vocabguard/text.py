@@ -92,18 +92,19 @@ def percent(share: float | None) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number with so many decimals, or ``-`` where it is missing or not finite."""
+    """A number with so many decimals, or ``-`` where it is missing or not finite.
+
+    >>> number(0.95), number(2.5, 1), number(math.nan)
+    ('0.9500', '2.5', '-')
+    """
     return _MISSING if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def visible(text: str, limit: int = 40) -> str:
     r"""A token's text on one line with every character to be seen.
 
-    Spaces become ``␣``, invisible and control characters their escapes, a leading combining mark gets a dotted circle.
-
-    Args:
-        text: any text, lone surrogates too.
-        limit: characters kept; a longer text ends in ``…``.
+    Spaces become ``␣``, invisible and control characters their escapes, a leading combining mark gets a dotted circle;
+    of a text longer than `limit` the end becomes ``…``.
 
     >>> visible(" the\n"), visible("\u200b"), visible("")
     ('␣the\\n', '\\u200b', '(empty)')
@@ -117,7 +118,11 @@ def visible(text: str, limit: int = 40) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Text that every Markdown flavour shows literally, in a table cell too: ASCII punctuation as HTML entities."""
+    """Text that every Markdown flavour shows literally, in a table cell too: ASCII punctuation as HTML entities.
+
+    >>> escape_markdown("a|b")
+    'a&#124;b'
+    """
     return _PUNCTUATION.sub(lambda found: f"&#{ord(found[0])};", text)
 
 
@@ -146,12 +151,7 @@ def watch_sentences(watch: Watch) -> tuple[str, ...]:
 
 
 def preflight_sentences(preflight: Preflight | NotApplicable, table: VocabTable) -> tuple[str, ...]:
-    """What the training data asks for and what it never does, before step 1.
-
-    Args:
-        preflight: counts of shape (V,), or why there are none.
-        table: groups and live tokens of the same V.
-    """
+    """What the training data asks for and what it never does, before step 1."""
     if isinstance(preflight, NotApplicable):
         return (f"No preflight: {_ended(preflight.reason)}",)
     live = table.live
@@ -175,7 +175,6 @@ def verdict(result: CheckResult, groups: Collection[str] | None = None) -> str:
     """One line for one check; what was not measured is left out.
 
     Args:
-        result: the check.
         groups: names that may be given as the worst groups; None allows all.
     """
     scalars = result.scalars
@@ -209,8 +208,6 @@ def report_rows(
     """Rows of the closing table: all, the groups (worst first), the exposure classes; as far as they were measured.
 
     Args:
-        result: the check.
-        group_names: the table's groups.
         matrix: whose drift; None gives only what the probe found.
     """
     every = _report_row(result.scalars, matrix, None, "all")

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from vocabguard.alerts.text import ECHO_TARGETS, Scene, story_of
+from vocabguard.alerts.text import ECHO_TARGETS, Scene, alert_story
 from vocabguard.config import load_config
 from vocabguard.files import plain
 from vocabguard.results import Transition
@@ -45,7 +45,7 @@ def change(metric, value=0.05, parts=None, step=200, since=120):
 
 
 def test_degraded_rows():
-    story = story_of(change("head/below_0.95"), SCENE, ["語", "␣그"])
+    story = alert_story(change("head/below_0.95"), SCENE, ["語", "␣그"])
     assert story.what == (
         "100 of 2,000 live output rows (5.0 %) have turned away from the base model's: cosine below 0.95."
     )
@@ -74,27 +74,27 @@ def test_what_echo_costs_is_that_of_the_preset():
 
 def test_groups():
     parts = {"ja": 0.4, "ko": 0.125}
-    story = story_of(change("head/*/below_0.95", 0.4, parts), SCENE)
+    story = alert_story(change("head/*/below_0.95", 0.4, parts), SCENE)
     assert story.what.startswith("50 of 180 live output rows in ja, ko (27.8 %) have turned away")
     assert story.where == "In ja 40 of 100 rows (40.0 %), ko 10 of 80 rows (12.5 %)."
     assert (story.rows, story.share) == (50, 50 / 180)
     assert story.outlook.endswith("; ja 90 of 100 rows (90.0 %), ko 20 of 80 rows (25.0 %).")
-    one = story_of(change("embedding/ja/below_0.90", 0.4), SCENE)
+    one = alert_story(change("embedding/ja/below_0.90", 0.4), SCENE)
     assert one.what == (
         "40 of 100 live input embedding rows in ja (40.0 %) have turned away from the base model's: cosine below 0.90."
     )
-    assert one.where == story_of(change("head/*/below_0.95", 0.4, {"ja": 0.4}), SCENE).where == ""
+    assert one.where == alert_story(change("head/*/below_0.95", 0.4, {"ja": 0.4}), SCENE).where == ""
 
 
 def test_a_forecast():
-    story = story_of(change("forecast/below_0.95", 0.2), SCENE)
+    story = alert_story(change("forecast/below_0.95", 0.2), SCENE)
     assert story.what == (
         "400 of 2,000 live output rows (20.0 %) will be below cosine 0.95 to the base model's at the end (step 1,000)."
     )
     assert story.where == "Most in ja 90 of 100 rows (90.0 %), ko 20 of 80 rows (25.0 %)."
     assert story.outlook == ""
     assert story.advice[-1].startswith("data with ja, ko: 130 of their 180 tokens")
-    assert story_of(change("forecast/cosine_mean", 0.97), SCENE).what == (
+    assert alert_story(change("forecast/cosine_mean", 0.97), SCENE).what == (
         "The live output rows will end on average at cosine 0.9700 to the base model's."
     )
 
@@ -125,20 +125,20 @@ OTHER = [
 
 @pytest.mark.parametrize(("metric", "value", "parts", "what", "where"), OTHER)
 def test_other_kinds(metric, value, parts, what, where):
-    story = story_of(change(metric, value, parts), SCENE)
+    story = alert_story(change(metric, value, parts), SCENE)
     assert (story.what, story.where) == (what, where)
     assert (story.rows is None) == (not metric.startswith(("head/nonfinite", "exposure/never")))
 
 
 def test_what_to_do_where_it_is_not_about_drift():
-    [broken] = story_of(change("head/nonfinite_rows", 3.0), SCENE).advice
+    [broken] = alert_story(change("head/nonfinite_rows", 3.0), SCENE).advice
     assert "go on from a checkpoint before step 120" in broken
-    [silent] = story_of(change("exposure/targets", 0.0), SCENE).advice
+    [silent] = alert_story(change("exposure/targets", 0.0), SCENE).advice
     assert "targets=" in silent
     assert "hidden_labels=True" in silent
-    [answers] = story_of(change("confusion/*", 0.47, {"ja": 0.47}), SCENE).advice
+    [answers] = alert_story(change("confusion/*", 0.47, {"ja": 0.47}), SCENE).advice
     assert answers == "see in confusion.jsonl which scripts get in, and clean the data in ja of such mixtures."
-    assert story_of(change("loss/data", 3.0), SCENE).advice == ()
+    assert alert_story(change("loss/data", 3.0), SCENE).advice == ()
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_what_to_do_where_it_is_not_about_drift():
     ],
 )
 def test_what_to_do_goes_by_what_is_on(echo, hold, said, unsaid):
-    story = story_of(change("head/below_0.95"), dataclasses.replace(SCENE, echo=echo, hold=hold))
+    story = alert_story(change("head/below_0.95"), dataclasses.replace(SCENE, echo=echo, hold=hold))
     advice = " ".join(story.advice)
     assert all(one in advice for one in said)
     assert not any(one in advice for one in unsaid)
@@ -165,19 +165,19 @@ def test_what_to_do_goes_by_what_is_on(echo, hold, said, unsaid):
 
 
 def test_data_is_named_for_the_groups_that_were_forgotten():
-    assert story_of(change("probe/retained", 0.8), SCENE).advice[-1] == (
+    assert alert_story(change("probe/retained", 0.8), SCENE).advice[-1] == (
         "data with ja: 90 of their 100 tokens have not been a target so far."
     )
 
 
 def test_what_is_not_known_is_not_said():
-    assert story_of(change("head/below_0.95"), NO_FORECAST).outlook == ""
-    assert story_of(change("head/below_0.95", step=1000), SCENE).outlook == ""
+    assert alert_story(change("head/below_0.95"), NO_FORECAST).outlook == ""
+    assert alert_story(change("head/below_0.95", step=1000), SCENE).outlook == ""
     bare = Scene({}, 2000)
-    story = story_of(change("head/below_0.95", step=0, since=0), bare)
+    story = alert_story(change("head/below_0.95", step=0, since=0), bare)
     assert (story.where, story.outlook, story.since) == ("", "", "Since this check, at step 0.")
     assert story.advice == ('echo and hold: config="protect" adds 2,900 targets over the run.',)
-    costly = story_of(change("head/below_0.95"), dataclasses.replace(SCENE, targets=100))
+    costly = alert_story(change("head/below_0.95"), dataclasses.replace(SCENE, targets=100))
     assert costly.advice[0].endswith("more than the data's own: echo.dose_limit adds fewer.")
-    assert story_of(change("head/below_0.95", float("nan")), SCENE).rows == 0
+    assert alert_story(change("head/below_0.95", float("nan")), SCENE).rows == 0
     json.dumps(plain(story), allow_nan=False)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from vocabguard.measure.drift import measure_drift
-from vocabguard.measure.forecast import Asked, Past, Rows, past_of
+from vocabguard.measure.forecast import Asked, Past, RowFacts, past_of
 from vocabguard.measure.forecast_networks import forecast_running
 from vocabguard.results import Schedule
 from vocabguard.rows.baselines import copy_baseline
@@ -57,7 +57,9 @@ def main() -> None:
     targets = (torch.rand(count) < 0.1).long() * 7
     push = torch.rand(count)
     asked = Asked(targets, targets, targets - 1, push, push, push * 0, 5, targets * 9, True, float(targets.sum()) / 20)
-    rows = Rows(baseline.norms, torch.arange(count).remainder(12).to(torch.uint8), push > 0.01, arguments.width, False)
+    rows = RowFacts(
+        baseline.norms, torch.arange(count).remainder(12).to(torch.uint8), push > 0.01, arguments.width, False
+    )
     schedule = Schedule(20, 200, 0.2, 0.002, 1.8, 0.018, "adam", 1000.0)
     spent: dict[str, list[float]] = {"drift": [], "forecast": []}
     for _ in range(arguments.rounds):

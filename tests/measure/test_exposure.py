@@ -20,7 +20,7 @@ from vocabguard.measure.exposure import (
     ExposureCounter,
     count_targets,
     exposure_classes,
-    row_norms,
+    gradient_norms,
     steps_since_target,
     summarise_exposure,
     targets_of,
@@ -173,10 +173,10 @@ def test_row_norms_in_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     matrix[5, 3], matrix[6, 3] = torch.nan, torch.inf
     expected = torch.stack([row.double().square().sum().sqrt().float() for row in matrix])
     expected[5:7] = 0
-    torch.testing.assert_close(row_norms(matrix), expected)
+    torch.testing.assert_close(gradient_norms(matrix), expected)
     picked = torch.tensor([26, 0, 9, 9, 5])
-    torch.testing.assert_close(row_norms(matrix, picked), expected[picked])
-    assert row_norms(matrix, torch.tensor([], dtype=torch.int64)).shape == (0,)
+    torch.testing.assert_close(gradient_norms(matrix, picked), expected[picked])
+    assert gradient_norms(matrix, torch.tensor([], dtype=torch.int64)).shape == (0,)
 
 
 @pytest.mark.parametrize("sample_push", [True, False])

@@ -9,7 +9,7 @@ import torch
 from vocabguard.measure.forecast import (
     Asked,
     Past,
-    Rows,
+    RowFacts,
     angles,
     halfway,
     keep,
@@ -45,10 +45,10 @@ def schedule(step: int = 20, total: int = 200, optimizer: str = "adam", left: fl
     return Schedule(step, total, 0.2 if step else 0.0, 0.002 if step else 0.0, left, left / 100, optimizer, 1000.0)
 
 
-def rows(scale: float = 1.0) -> Rows:
+def rows(scale: float = 1.0) -> RowFacts:
     generator = torch.Generator().manual_seed(0)
     norm = scale * (1 + torch.rand(V, generator=generator))
-    return Rows(norm, (torch.arange(V) % 5).to(torch.uint8), torch.arange(V) % 7 != 0, D, tied=False)
+    return RowFacts(norm, (torch.arange(V) % 5).to(torch.uint8), torch.arange(V) % 7 != 0, D, tied=False)
 
 
 def asked(prior: bool = True, complete: bool = True) -> Asked:
@@ -132,7 +132,7 @@ def test_features_know_no_scale_and_no_order() -> None:
         return values[torch.from_numpy(order)]
 
     known = rows()
-    turned = Rows(mixed(known.norm), mixed(known.group), mixed(known.live), D, known.tied)
+    turned = RowFacts(mixed(known.norm), mixed(known.group), mixed(known.live), D, known.tied)
     before = asked()
     assert before.prior is not None
     vectors = (before.targets, before.inputs, before.last_target, before.pull, before.push, before.input_only)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torchmetrics import Metric
 
-from vocabguard.measure.metrics import TokenDrift, TokenExposure
+from vocabguard.measure.metrics import LanguageConfusion, TokenDrift, TokenExposure
 from vocabguard.results import EXPOSURE_CLASSES
 
 V = 17
@@ -60,6 +60,36 @@ def test_token_exposure_adds_up_over_processes() -> None:
 def test_a_mask_that_does_not_fit_is_refused(build: Callable[..., Metric], live: Tensor) -> None:
     with pytest.raises(ValueError, match=r"live is \(1[67],\) torch\.\w+; expected \(17,\) torch\.bool"):
         build(V, live)
+
+
+METRICS: list[Callable[..., Metric]] = [
+    lambda **kwargs: TokenExposure(V, **kwargs),
+    lambda **kwargs: TokenDrift(torch.ones(V, 2), **kwargs),
+    lambda **kwargs: LanguageConfusion(["ja"], **kwargs),
+]
+
+
+@pytest.mark.parametrize("build", METRICS)
+def test_torchmetrics_own_arguments_are_taken(build: Callable[..., Metric]) -> None:
+    given = {"dist_sync_on_step": True, "sync_on_compute": False, "compute_on_cpu": True, "process_group": object()}
+    metric = build(**given)
+    assert {name: getattr(metric, name) for name in given} == given
+    assert not build().dist_sync_on_step
+
+
+@pytest.mark.parametrize("build", METRICS)
+def test_an_unknown_argument_is_refused(build: Callable[..., Metric]) -> None:
+    with pytest.raises(ValueError, match=r"Unexpected keyword arguments: `dist_sync_on_steps`"):
+        build(dist_sync_on_steps=True)
+
+
+@pytest.mark.parametrize("on_step", [True, False])
+def test_a_step_is_of_all_processes_where_that_is_wanted(on_step: bool) -> None:
+    two_alike = {"distributed_available_fn": lambda: True, "dist_sync_fn": lambda tensor, group: [tensor, tensor]}
+    metric = TokenExposure(V, dist_sync_on_step=on_step, **two_alike)
+    ids = torch.tensor([[0, 3, 3, 3]])
+    assert metric(ids, ids)["5-19"].item() == pytest.approx(on_step / V)  # 3 targets here, 6 on both
+    assert metric.compute()["5-19"].item() == pytest.approx(1 / V)
 
 
 def moved(seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vocabguard.measure.exposure import ExposureCounter
 from vocabguard.protect.batches import add_rows
-from vocabguard.protect.plan import batch_ids, follow, taken
+from vocabguard.protect.plan import batch_ids, next_plan, taken
 from vocabguard.protect.rows import EchoPrompt, echo_rows
 from vocabguard.results import EchoPlan
 
@@ -44,7 +44,7 @@ def handed_out(plan: EchoPlan, part: Part) -> list[int]:
 
 
 def after(plan: EchoPlan, part: Part, rate: float, ids: torch.Tensor | None = None) -> EchoPlan:
-    return follow(plan, first_batch=plan.first_batch + part.batches, rate=rate, world=part.world, ids=ids)
+    return next_plan(plan, first_batch=plan.first_batch + part.batches, rate=rate, world=part.world, ids=ids)
 
 
 @STABLE

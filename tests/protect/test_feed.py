@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from vocabguard.protect.collator import ECHO_KEY, EchoCollator, RowMaker
 from vocabguard.protect.feed import EchoFeed
-from vocabguard.protect.plan import batch_ids, follow
+from vocabguard.protect.plan import batch_ids, next_plan
 from vocabguard.protect.rows import EchoPrompt
 from vocabguard.results import EchoPlan
 
@@ -76,11 +76,11 @@ def test_the_newest_plan_that_holds() -> None:
     feed, plan = EchoFeed(64), plan_of()
     assert feed.ids(0) == []
     feed.publish(plan)
-    second = follow(plan, first_batch=4, rate=16.0)
+    second = next_plan(plan, first_batch=4, rate=16.0)
     feed.publish(second)
     assert [feed.ids(n) for n in range(4)] == [batch_ids(plan, n) for n in range(4)]
     assert [feed.ids(n) for n in range(4, 9)] == [batch_ids(second, n) for n in range(4, 9)]
-    third = follow(second, first_batch=9, rate=0.0, ids=torch.arange(5))
+    third = next_plan(second, first_batch=9, rate=0.0, ids=torch.arange(5))
     feed.publish(third)
     assert [feed.ids(n) for n in range(5, 9)] == [batch_ids(second, n) for n in range(5, 9)]
     assert feed.ids(9) == []
@@ -149,7 +149,7 @@ def test_spawned_workers_see_the_plans_too() -> None:
     for number, batch in enumerate(loader_of(feed, 24, num_workers=2, multiprocessing_context="spawn")):
         seen.append(echoed(batch))
         if number == 1:  # with 2 workers and 2 batches each, 7 and later are not made yet
-            second = follow(plan, first_batch=8, rate=16.0)
+            second = next_plan(plan, first_batch=8, rate=16.0)
             feed.publish(second)
     assert seen == [expected(plan if n < 8 else second, n) for n in range(12)]
     assert feed.seconds > 0
@@ -159,8 +159,8 @@ def test_spawned_workers_see_the_plans_too() -> None:
 def test_a_plan_to_come_reaches_workers_at_work_and_waits_for_its_batch(workers: dict[str, Any]) -> None:
     feed = EchoFeed(64)
     plan, seen = plan_of(first_batch=9), []
-    second = follow(plan, first_batch=17, rate=0.0)
-    third = follow(second, first_batch=26, rate=16.0)
+    second = next_plan(plan, first_batch=17, rate=0.0)
+    third = next_plan(second, first_batch=26, rate=16.0)
     for number, batch in enumerate(loader_of(feed, 64, **workers)):
         seen.append(echoed(batch))
         if number in (1, 9, 17):  # each is published once the plan before it holds

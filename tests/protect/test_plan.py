@@ -16,10 +16,10 @@ from vocabguard.protect.plan import (
     adjusted_dose,
     balanced,
     batch_ids,
-    follow,
     foreseen,
     least_exposed,
     most_targets,
+    next_plan,
     taken,
 )
 from vocabguard.results import EchoPlan, Exposure
@@ -135,7 +135,7 @@ def test_nothing_without_rate_or_ids() -> None:
 @given(plans(), st.integers(0, 30), st.floats(0, 40), st.integers(1, 3))
 def test_another_rate_goes_on_in_the_same_pass(plan: EchoPlan, batches: int, rate: float, world: int) -> None:
     first = plan.first_batch + batches
-    after = follow(plan, first_batch=first, rate=rate, world=world)
+    after = next_plan(plan, first_batch=first, rate=rate, world=world)
     assert (after.version, after.first_batch, after.rate, after.cycle) == (plan.version + 1, first, rate, plan.cycle)
     found = stream(plan, batches, world) + stream(after, 30, world)
     for part in passes(found, plan.offset, len(plan.ids))[1:-1]:
@@ -149,7 +149,7 @@ def test_another_rate_goes_on_in_the_same_pass(plan: EchoPlan, batches: int, rat
 @given(plans(), st.integers(0, 30))
 def test_other_ids_begin_a_pass_of_their_own(plan: EchoPlan, batches: int) -> None:
     ids = torch.arange(5, 25)
-    after = follow(plan, first_batch=plan.first_batch + batches, rate=40.0, ids=ids)
+    after = next_plan(plan, first_batch=plan.first_batch + batches, rate=40.0, ids=ids)
     assert (after.cycle, after.offset) == (after.version, 0)
     found = stream(after, 4)
     assert sorted(found[:20]) == ids.tolist() or after.list_tokens > 40
@@ -158,7 +158,7 @@ def test_other_ids_begin_a_pass_of_their_own(plan: EchoPlan, batches: int) -> No
 
 def test_a_plan_that_follows_before_the_old_one_holds() -> None:
     plan = plan_of(first_batch=10, offset=8)
-    assert follow(plan, first_batch=5, rate=1.0).offset == 8
+    assert next_plan(plan, first_batch=5, rate=1.0).offset == 8
 
 
 def test_what_a_plan_owes_is_given_by_the_plans_after_it() -> None:
@@ -166,7 +166,7 @@ def test_what_a_plan_owes_is_given_by_the_plans_after_it() -> None:
     plan, given = plan_of(rate=0.75, list_tokens=8), 0
     for _ in range(100):
         given += len(stream(plan, 4, 2))
-        plan = follow(plan, first_batch=plan.first_batch + 4, rate=0.75, world=2, ids=plan.ids.clone())
+        plan = next_plan(plan, first_batch=plan.first_batch + 4, rate=0.75, world=2, ids=plan.ids.clone())
         assert 0 <= plan.owed <= plan.list_tokens
     assert 600 - 8 < given <= 600
 

@@ -56,7 +56,6 @@ class AlertMachine:
         """Take in one check, or what an evaluation brought.
 
         Args:
-            step: the optimizer step.
             scalars: logged keys, with or without ``vocabguard/``, and their values. A rule whose key is missing or NaN
                 stays as it is, unless it is about that.
             evaluation: follow the rules about an evaluation's keys, and only those; otherwise all others.
@@ -82,8 +81,7 @@ class AlertMachine:
     def scalars(self, *, evaluation: bool = False) -> dict[str, float]:
         """Logged keys: ``alerts/firing``, how many rules fire, and ``alerts/<rule>``: 0 ok, 0.5 pending, 1 firing.
 
-        Args:
-            evaluation: of the rules that evaluations move, and only those; otherwise of all others.
+        Those of the rules that evaluations move, or of all others.
         """
         moved = (rule.name for rule in self.rules if rule.at_evaluations == evaluation)
         levels = {f"{PREFIX}{STATES}{name}": self._standings[name].level for name in moved}
@@ -104,9 +102,6 @@ class AlertMachine:
 
         Rules that the state does not know, or knows for another metric, start ok; unknown rules and fields in it are
         ignored.
-
-        Args:
-            state: from `state_dict`.
 
         Raises:
             ValueError: if a rule's saved state is none of ``ok``, ``pending``, ``firing``.

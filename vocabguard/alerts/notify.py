@@ -21,6 +21,8 @@ from vocabguard.files import plain
 from vocabguard.results import Transition
 
 logger = logging.getLogger("vocabguard")
+# The alerts' own, so that a script can route or silence them apart from what the guard says of itself.
+alerts_logger = logging.getLogger("vocabguard.alerts")
 
 Wait = Callable[[float], bool]
 """Waits so many seconds, before another attempt; False says at once that there is to be none."""
@@ -226,29 +228,20 @@ def full_text(change: Transition) -> str:
     return "\n".join((change.message, *(change.story.lines if change.story is not None else ())))
 
 
-logger = logging.getLogger("vocabguard.alerts")
-
 _LOGGING_LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.CRITICAL}
 
 
 def log_transition(transition: Transition) -> None:
-    """Send a transition, with its story, to the logger ``vocabguard.alerts``, at its level; a resolved one at INFO.
-
-    Args:
-        transition: what changed.
-    """
+    """Send a transition, with its story, to the logger ``vocabguard.alerts``, at its level; a resolved one at INFO."""
     resolved = transition.state == "resolved"
-    logger.log(logging.INFO if resolved else _LOGGING_LEVELS[transition.level], "%s", full_text(transition))
+    alerts_logger.log(logging.INFO if resolved else _LOGGING_LEVELS[transition.level], "%s", full_text(transition))
 
 
 def dispatch(rules: Iterable[AlertRule], transitions: Iterable[Transition]) -> None:
     """Run the actions of every transition's rule, in order.
 
-    A callable that fails keeps no other action from running, of this or of another rule.
-
-    Args:
-        rules: the machine's rules; transitions of rules that are not among them have no actions.
-        transitions: what changed at this check.
+    A callable that fails keeps no other action from running, of this or of another rule. Transitions of rules that are
+    not among the given ones have no actions.
 
     Raises:
         ExceptionGroup: of all that the callables raised, each with a note that names the rule, after all have run.
@@ -267,10 +260,6 @@ def dispatch(rules: Iterable[AlertRule], transitions: Iterable[Transition]) -> N
 
 def run_actions(rule: AlertRule, transition: Transition) -> None:
     """Run the actions of one rule, in order; one that fails keeps no other from running.
-
-    Args:
-        rule: whose actions.
-        transition: what changed.
 
     Raises:
         ExceptionGroup: of all that the callables raised, each with a note that names the rule, after all have run.
@@ -291,13 +280,12 @@ def run_actions(rule: AlertRule, transition: Transition) -> None:
 
 
 def transition_markdown(transition: Transition) -> str:
-    """A transition as a short markdown text, for TensorBoard.
+    r"""A transition as a short markdown text, for TensorBoard.
 
-    Args:
-        transition: what changed.
+    A headline with level, state and step, the message, and its story as a list; nothing in it is read as markup.
 
-    Returns:
-        A headline with level, state and step, the message, and its story as a list; nothing in it is read as markup.
+    >>> transition_markdown(Transition("rule", "firing", "warning", "head/below_0.95", 0.02, 120, "my_rule: 0.02"))
+    '**warning** firing at step 120\n\nmy\\_rule: 0.02'
     """
     again = " again" * transition.again
     headline = f"**{transition.level}** {transition.state}{again} at step {transition.step}"

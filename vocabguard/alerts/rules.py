@@ -53,7 +53,11 @@ _SINGLE = {
 
 
 def short_key(metric: str) -> str:
-    """A logged key without ``vocabguard/``."""
+    """A logged key without ``vocabguard/``.
+
+    >>> short_key("vocabguard/head/below_0.95")
+    'head/below_0.95'
+    """
     return metric.removeprefix(PREFIX)
 
 
@@ -113,7 +117,11 @@ def metric_range(metric: str) -> tuple[float, float]:
 
 
 def part_of(metric: str) -> str | None:
-    """The script group, exposure class or language that a key is about, or ``*``; None where it is about the whole."""
+    """The script group, exposure class or language that a key is about, or ``*``; None where it is about the whole.
+
+    >>> part_of("head/ja/below_0.95"), part_of("confusion/*"), part_of("head/below_0.95")
+    ('ja', '*', None)
+    """
     key = short_key(metric)
     if key in _SINGLE:
         return None
@@ -152,12 +160,16 @@ def require_part(metric: str, groups: Iterable[str], languages: Collection[str])
     """Refuse a key about a script group that the tokenizer does not have, or a language that is not asked in.
 
     Args:
-        metric: a logged key.
         groups: names of the tokenizer's script groups.
         languages: ISO 639 codes that are asked in at evaluations; empty where nothing is asked.
 
     Raises:
         ValueError: naming the metric and the parts that exist.
+
+    Example:
+        >>> require_part("probe/jaa/retained", groups=["ja"], languages=[])
+        Traceback (most recent call last):
+        ValueError: metric is 'probe/jaa/retained'; no part 'jaa'; did you mean 'ja'? Allowed: ja, never, 1-4, 5-19, 20+
     """
     key, part = short_key(metric), part_of(metric)
     if key.startswith("confusion/") and not languages:
@@ -317,11 +329,7 @@ class AlertRule:
         return part_of(self.metric) == ANY
 
     def repeats(self, other: AlertRule) -> bool:
-        """Whether, where there is one script group only, it could tell nothing that a rule over all rows does not tell.
-
-        Args:
-            other: another rule.
-        """
+        """Whether, where there is one script group only, it tells nothing that the `other`, over all rows, does not."""
         strict = other.threshold <= self.threshold if self.upward else other.threshold >= self.threshold
         alike = ("op", "change", "over_checks", "floor")
         return (
@@ -437,13 +445,7 @@ class AlertRule:
 def require_parts(rules: Iterable[AlertRule], groups: Iterable[str], languages: Collection[str] = ()) -> None:
     """Refuse rules about a script group that the tokenizer does not have; such a rule would never fire.
 
-    Args:
-        rules: the rules.
-        groups: names of the tokenizer's script groups.
-        languages: ISO 639 codes that are asked in at evaluations; empty where nothing is asked.
-
-    Raises:
-        ValueError: naming the rule, its metric and the parts that exist.
+    See `require_part`; the error names the rule too.
     """
     groups = tuple(groups)
     for rule in rules:

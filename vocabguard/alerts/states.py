@@ -71,13 +71,13 @@ def advance(rule: AlertRule, now: RuleState, step: int, value: float) -> RuleSta
     """The state of one part after one check.
 
     Args:
-        rule: the rule.
-        now: its state before the check.
-        step: the optimizer step of the check.
         value: the metric's value; NaN, which says nothing, leaves the state as it is (but for ``absent`` rules).
 
-    Returns:
-        The new state.
+    Example:
+        >>> rule = AlertRule("degraded", "head/below_0.95", ">", 0.01, for_checks=2)
+        >>> pending = advance(rule, RuleState(), step=10, value=0.03)
+        >>> pending.state, advance(rule, pending, step=20, value=0.04).state, advance(rule, pending, 20, 0.0).state
+        ('pending', 'firing', 'ok')
     """
     after = _turned(rule, now, step, rule.reading(value, now.history))
     if not rule.memory or not math.isfinite(value):
@@ -103,14 +103,17 @@ def follow(rule: AlertRule, before: Standing, step: int, values: Mapping[str, fl
     """A rule after one check, and whether there is something to tell.
 
     Args:
-        rule: the rule.
-        before: where it stood.
-        step: the optimizer step of the check.
         values: of each part that was measured; a part seen before that is missing here counts as NaN.
 
     Returns:
         Where it stands now; ``fires`` and ``resolves`` at the first and after the last part that fires, ``again`` where
         parts have joined or a reminder is due.
+
+    Example:
+        >>> rule = AlertRule("groups", "head/*/below_0.95", ">", 0.1)
+        >>> first, news = follow(rule, Standing(), step=10, values={"ja": 0.3, "ko": 0.0})
+        >>> news, first.firing, follow(rule, first, step=20, values={"ja": 0.3, "ko": 0.2})[1]
+        ('fires', ('ja',), 'again')
     """
     known = {name: before.parts.get(name, RuleState()) for name in (*before.parts, *values)}
     parts = {name: advance(rule, state, step, values.get(name, math.nan)) for name, state in known.items()}

@@ -29,8 +29,6 @@ def message_of(
     """What has happened, in one sentence.
 
     Args:
-        rule: the rule.
-        news: what there is to tell.
         standing: before and after.
         values: of the parts that were measured.
         rows: live rows of each script group, where known.
@@ -51,7 +49,12 @@ def message_of(
 
 
 def worst_first(rule: AlertRule, names: tuple[str, ...], values: Mapping[str, float]) -> dict[str, float]:
-    """Values of some parts, the worst first; NaN, for a part that was not measured, last."""
+    """Values of some parts, the worst first; NaN, for a part that was not measured, last.
+
+    >>> rule = AlertRule("groups", "head/*/below_0.95", ">", 0.1)
+    >>> worst_first(rule, ("ja", "ko", "zh"), {"ja": 0.2, "ko": 0.4})
+    {'ko': 0.4, 'ja': 0.2, 'zh': nan}
+    """
     found = {name: values.get(name, math.nan) for name in names}
     sign = -1.0 if rule.upward else 1.0
     return dict(sorted(found.items(), key=lambda item: (math.isnan(item[1]), sign * item[1], item[0])))
@@ -223,9 +226,6 @@ class About:
     """What a transition is about.
 
     Attributes:
-        change: the transition.
-        scene: what is known of the run.
-        kind: what sort of trouble it is.
         owner: first piece of the key.
         last: its last piece.
         values: of the groups, classes or languages concerned, worst first; empty where it is about the whole.
@@ -262,9 +262,10 @@ class About:
 def about_of(change: Transition, scene: Scene) -> About:
     """A transition, taken apart.
 
-    Args:
-        change: the transition.
-        scene: what is known of the run.
+    >>> change = Transition("groups", "firing", "warning", "head/*/below_0.95", 0.3, 10, "", parts={"ja": 0.3})
+    >>> about = about_of(change, Scene({}, live=1000, rows={"ja": 200}))
+    >>> about.kind, about.parts, about.lost, about.of_rows
+    ('degraded', ('ja',), 60, 200)
     """
     key = short_key(change.metric)
     owner, last, part = key.split("/")[0], key.split("/")[-1], part_of(key)
@@ -283,12 +284,20 @@ def about_of(change: Transition, scene: Scene) -> About:
 
 
 def count(share: float, rows: int) -> int:
-    """So many of the rows; 0 where the share is not known."""
+    """So many of the rows; 0 where the share is not known.
+
+    >>> count(0.3, 200), count(math.nan, 200)
+    (60, 0)
+    """
     return round(share * rows) if math.isfinite(share) else 0
 
 
 def joined(names: Sequence[str], total: int | None = None) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and how many more there are.
+
+    >>> joined(["ja", "ko", "zh", "thai", "greek"])
+    'ja, ko, zh, thai and 1 more'
+    """
     more = (len(names) if total is None else total) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
@@ -312,11 +321,7 @@ ECHO_TARGETS = 1.45
 
 
 def advice_of(about: About) -> tuple[str, ...]:
-    """What to do, a sentence each.
-
-    Args:
-        about: what the alert is about.
-    """
+    """What to do, a sentence each."""
     if about.kind == "broken":
         start = about.change.since if about.change.since is not None else about.change.step
         return (
@@ -386,13 +391,17 @@ _ANSWERS = {
 }
 
 
-def story_of(change: Transition, scene: Scene, tokens: Sequence[str] = ()) -> AlertStory:
+def alert_story(change: Transition, scene: Scene, tokens: Sequence[str] = ()) -> AlertStory:
     """The story of an alert that fires.
 
     Args:
-        change: the transition.
-        scene: what is known of the run.
         tokens: the worst tokens of those concerned by text, worst first.
+
+    Example:
+        >>> change = Transition("degraded", "firing", "warning", "head/below_0.95", 0.02, 120, "", since=100)
+        >>> story = alert_story(change, Scene({}, live=1000))
+        >>> story.rows, story.share, story.since
+        (20, 0.02, 'Since step 100, 20 steps ago.')
     """
     about = about_of(change, scene)
     nothing: Callable[[About], str] = lambda about: ""  # noqa: E731, ARG005

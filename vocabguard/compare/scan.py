@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vocabguard.compare.matching import Match, ReorderedRows, match_rows, table_for
 from vocabguard.measure.drift import evenly, mean_shift, row_drift, row_products
-from vocabguard.measure.kernels import Rows, take_rows
+from vocabguard.measure.kernels import RowReader, take_rows
 from vocabguard.measure.undertrained import Chunks, never_trained
 from vocabguard.results import MatrixName, NotApplicable, RowDrift
 from vocabguard.rows.baselines import COMMON_NAMES, Baseline
@@ -252,7 +252,7 @@ def _drift(
         )
     size = max(1, _CHUNK // now.width)
     shift = mean_shift(now, before, unexposed, size)
-    told: Rows = now if progress is None else _Told(now, name, progress)
+    told: RowReader = now if progress is None else _Told(now, name, progress)
     found = row_products(told, before, shift, size, base_too=True)
     norms[name] = torch.from_numpy(np.sqrt(found.products.base_sq.numpy()))
     return row_drift(found)
@@ -269,7 +269,7 @@ def _check_counts(data_target: Tensor | None, rows: int) -> None:
 class _Told:
     """Rows that tell how far their reader has come."""
 
-    inner: Rows
+    inner: RowReader
     name: str
     tell: Progress
 

@@ -1,6 +1,6 @@
 """`load_config`: presets, files, keywords and overrides merged into one checked `GuardConfig`.
 
-Sources are merged in this order, the later one winning: the defaults in `settings`, a preset or file or mapping or
+Sources are merged in this order, the later one winning: the defaults in `schema`, a preset or file or mapping or
 `GuardConfig`, keyword sections, dotted overrides. The only room that knows YAML.
 """
 
@@ -30,13 +30,16 @@ class ConfigError(ValueError):
 
 ConfigSource = str | Path | Mapping[str, Any] | GuardConfig | None
 
-
 # A file beside the presets that is none.
 _QUESTIONS = "prompts.yaml"
 
 
 def presets() -> tuple[str, ...]:
-    """Names of the packaged presets, sorted."""
+    """Names of the packaged presets, sorted.
+
+    >>> presets()
+    ('early', 'echo', 'hold', 'light', 'protect', 'thorough', 'watch')
+    """
     names = (entry.name for entry in resources.files("vocabguard").joinpath("configs").iterdir())
     return tuple(sorted(n.removesuffix(".yaml") for n in names if n.endswith(".yaml") and n != _QUESTIONS))
 
@@ -47,6 +50,10 @@ def load_questions(config: ConfusionConfig) -> dict[str, tuple[str, ...]]:
     Raises:
         ConfigError: for a file that is missing, or is not a mapping of languages to lists of texts; and for a language
             that it does not have.
+
+    Example:
+        >>> load_questions(ConfusionConfig(languages=["fr"], per_language=1))
+        {'fr': ("Qu'est-ce que tu as mangé ce matin ?",)}
     """
     key, path = "confusion.prompts", config.prompts
     if path is None:
@@ -80,11 +87,16 @@ def load_config(
         overrides: dotted settings, e.g. ``"drift.every_n_steps=50"``.
         options: sections or settings by keyword, e.g. ``{"probe": {"watch": [190467]}}``.
 
-    Returns:
-        A new `GuardConfig`.
-
     Raises:
         ConfigError: for an unknown preset or key, a value of the wrong type or outside its range.
+
+    Example:
+        >>> config = load_config("light", ["drift.every_n_steps=50"], {"probe": {"watch": [190467]}})
+        >>> config.cadence.max_checks, config.drift.every_n_steps, config.probe.watch
+        (50, 50, [190467])
+        >>> load_config({"drift": {"every_n_steps": 0}})
+        Traceback (most recent call last):
+        vocabguard.config.loading.ConfigError: drift.every_n_steps is 0; allowed: at least 1
     """
     try:
         if isinstance(source, GuardConfig):
@@ -98,11 +110,6 @@ def load_config(
         raise ConfigError(_explain(error)) from error
     assert isinstance(config, GuardConfig)
     _check_limits(config, "")
-    texts = {f"probe.contexts.{name}.text": context.text for name, context in config.probe.contexts.items()}
-    texts |= {f"echo.instructions[{place}]": text for place, text in enumerate(config.echo.instructions)}
-    for key, text in texts.items():
-        if text.count("{tokens}") != 1:
-            raise ConfigError(f"{key} is {text!r}; it needs exactly one '{{tokens}}'")
     _check_protection(config)
     _check_webhook(config.sinks.webhook)
     if config.confusion.enabled:
@@ -111,18 +118,12 @@ def load_config(
 
 
 def _check_protection(config: GuardConfig) -> None:
-    """Refuse settings of echo and hold that contradict each other.
-
-    Raises:
-        ConfigError: with the keys and values.
-    """
+    """Refuse settings of echo and hold that contradict each other."""
     actions = {action for rule in config.alerts.values() if rule.enabled for action in rule.actions}
     settings = {"echo": (config.echo.enabled, config.echo.armed), "hold": (config.hold.enabled, config.hold.armed)}
     wanted = [kind for kind, given in settings.items() if any(given) or kind in actions]
     if wanted and not config.exposure.enabled:
         raise ConfigError(f"exposure.enabled is false, but {' and '.join(wanted)} need its counts; allowed: true")
-    if not config.echo.instructions:
-        raise ConfigError("echo.instructions is []; allowed: at least one text with '{tokens}'")
     if config.echo.auto.least > config.echo.auto.most:
         raise ConfigError(f"echo.auto.least is {config.echo.auto.least}; allowed: at most echo.auto.most")
     auto = config.echo.auto.enabled
@@ -135,11 +136,7 @@ def _check_protection(config: GuardConfig) -> None:
 
 
 def _check_webhook(webhook: WebhookConfig) -> None:
-    """Refuse an address that nothing can be sent to. It may be a secret, so it is not shown.
-
-    Raises:
-        ConfigError: with the key and what is allowed.
-    """
+    """Refuse an address that nothing can be sent to. It may be a secret, so it is not shown."""
     if webhook.url_env is not None:
         if webhook.url is not None:
             raise ConfigError("sinks.webhook has a url and a url_env; allowed: one of them")
@@ -158,7 +155,11 @@ def _check_webhook(webhook: WebhookConfig) -> None:
 
 
 def webhook_url(webhook: WebhookConfig) -> str | None:
-    """Where news of alerts is posted to; None where it is not."""
+    """Where news of alerts is posted to; None where it is not.
+
+    >>> webhook_url(WebhookConfig(url="https://chat.example.org/hook"))
+    'https://chat.example.org/hook'
+    """
     return webhook.url if webhook.url_env is None else os.environ.get(webhook.url_env)
 
 
@@ -167,11 +168,7 @@ def _webhook_key(webhook: WebhookConfig) -> str:
 
 
 def _layer(source: Any) -> Any:
-    """One source as something OmegaConf merges.
-
-    Raises:
-        ConfigError: for a name that is neither a file nor a preset, or a file that is no YAML.
-    """
+    """One source as something OmegaConf merges."""
     if source is None:
         return {}
     if isinstance(source, Mapping):
@@ -193,11 +190,7 @@ def _layer(source: Any) -> Any:
 
 
 def _dotted(overrides: Any) -> DictConfig:
-    """The overrides as one source.
-
-    Raises:
-        ConfigError: for one without a key or a value (which would set its key to null); for a value that is no YAML.
-    """
+    """The overrides as one source; one without a value, which would set its key to null, is refused."""
     given = [overrides] if isinstance(overrides, str) or not isinstance(overrides, Iterable) else overrides
     layer = OmegaConf.create()
     for override in given:
@@ -216,9 +209,6 @@ def _checked(layer: Any) -> Any:
     """A source whose mappings, lists and plain values stand where they belong; OmegaConf's words would name no key.
 
     ``alerts`` may be a list of rules that carry their names.
-
-    Raises:
-        ConfigError: with the key, what came and what is allowed.
     """
     if not isinstance(layer, Mapping):
         raise ConfigError(f"config is {layer!r}; allowed: settings by name, {[f.name for f in fields(GuardConfig)]}")
@@ -304,13 +294,25 @@ def _check_limits(section: Any, prefix: str) -> None:
             for name, item in value.items():
                 if is_dataclass(item):
                     _check_limits(item, f"{key}.{name}.")
-        elif value is not None and not _within(value, spec.metadata):
-            raise ConfigError(f"{key} is {value!r}; allowed: {_allowed(spec.metadata)}")
+        elif isinstance(value, list):
+            if not value and "holds" in spec.metadata:
+                raise ConfigError(f"{key} is []; allowed: at least one text with {spec.metadata['holds']!r}")
+            for place, item in enumerate(value):
+                _check_limit(item, spec.metadata, f"{key}[{place}]")
+        elif value is not None:
+            _check_limit(value, spec.metadata, key)
+
+
+def _check_limit(value: Any, limits: Mapping[str, Any], key: str) -> None:
+    if not _within(value, limits):
+        raise ConfigError(f"{key} is {value!r}; allowed: {_allowed(limits)}")
 
 
 def _within(value: Any, limits: Mapping[str, Any]) -> bool:
     if "choices" in limits:
         return value in limits["choices"]
+    if "holds" in limits:
+        return bool(value.count(limits["holds"]) == 1)
     # Written so that NaN, which compares false, is refused.
     return ("at_least" not in limits or value >= limits["at_least"]) and (
         "at_most" not in limits or value <= limits["at_most"]
@@ -320,6 +322,8 @@ def _within(value: Any, limits: Mapping[str, Any]) -> bool:
 def _allowed(limits: Mapping[str, Any]) -> str:
     if "choices" in limits:
         return f"one of {list(limits['choices'])}"
+    if "holds" in limits:
+        return f"a text with exactly one {limits['holds']!r}"
     if "at_most" in limits:
         return f"{limits['at_least']} to {limits['at_most']}"
     return f"at least {limits['at_least']}"

@@ -1,4 +1,4 @@
-"""Every setting of the guard, with its default and its range. `config` merges sources into these and checks them."""
+"""Every setting of the guard, with its default and its range. `loading` merges sources into these and checks them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import Any
 
 
 def limited(default: Any, **limits: Any) -> Any:
-    """A field with its limits: ``at_least``, ``at_most``, ``choices``."""
+    """A field with its limits, or its items': ``at_least``, ``at_most``, ``choices``, ``holds`` (a text's one mark).
+
+    >>> @dataclass
+    ... class Section:
+    ...     share: float = limited(0.5, at_least=0.0, at_most=1.0)
+    >>> Section().share, dict(Section.__dataclass_fields__["share"].metadata)
+    (0.5, {'at_least': 0.0, 'at_most': 1.0})
+    """
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=limits)
     return field(default=default, metadata=limits)
@@ -30,27 +37,26 @@ class AutoDoseConfig:
     most: float = limited(0.5, at_least=0.0)
 
 
-def _default_instructions() -> list[str]:
-    return [
-        "Repeat this: {tokens}",
-        "Please repeat the following text exactly as it is:\n{tokens}",
-        "{tokens}\nPlease repeat the above.",
-        "{tokens}\n\nCopy the text above, word for word.",
-        "Copy exactly: {tokens}",
-        "Say this once more: {tokens}",
-        "Write {tokens} again, without changing anything.",
-        "Echo the following back to me: {tokens}",
-        "I wrote {tokens}. What did I write?",
-        "Here is a list: {tokens}\nWrite the same list again.",
-        "Wiederhole den folgenden Text genau: {tokens}",
-        "Répète exactement ce texte : {tokens}",
-        "Repite esto: {tokens}",
-        "Повтори: {tokens}",
-        "请重复：{tokens}",
-        "繰り返してください: {tokens}",
-        "다음 텍스트를 그대로 반복하세요: {tokens}",
-        "كرر النص التالي كما هو: {tokens}",
-    ]
+_INSTRUCTIONS = [
+    "Repeat this: {tokens}",
+    "Please repeat the following text exactly as it is:\n{tokens}",
+    "{tokens}\nPlease repeat the above.",
+    "{tokens}\n\nCopy the text above, word for word.",
+    "Copy exactly: {tokens}",
+    "Say this once more: {tokens}",
+    "Write {tokens} again, without changing anything.",
+    "Echo the following back to me: {tokens}",
+    "I wrote {tokens}. What did I write?",
+    "Here is a list: {tokens}\nWrite the same list again.",
+    "Wiederhole den folgenden Text genau: {tokens}",
+    "Répète exactement ce texte : {tokens}",
+    "Repite esto: {tokens}",
+    "Повтори: {tokens}",
+    "请重复：{tokens}",
+    "繰り返してください: {tokens}",
+    "다음 텍스트를 그대로 반복하세요: {tokens}",
+    "كرر النص التالي كما هو: {tokens}",
+]
 
 
 @dataclass
@@ -68,7 +74,6 @@ class EchoConfig:
         targets_per_live_token: echo targets that each live token gets over the planned run, instead of `dose`.
         dose_limit: echo targets per data target are never more than this, in any batch: a short run over a large
             vocabulary would be nothing but echo. (A dose of less than a list a batch gives whole lists now and then.)
-        auto: a dose that follows the probe.
         list_tokens: tokens in a list.
         fill: share of the batch's length from which an echo row gets no further list; 1 packs as many as fit.
         exclude: never echoed: ids, texts that are one token, and ``re:`` patterns that a token's text is searched for.
@@ -87,7 +92,7 @@ class EchoConfig:
     list_tokens: int = limited(16, at_least=1)
     fill: float = limited(0.4, at_least=0.0, at_most=1.0)
     exclude: list[Any] = limited([])
-    instructions: list[str] = field(default_factory=_default_instructions)
+    instructions: list[str] = limited(_INSTRUCTIONS, holds="{tokens}")
     prefetch: int | None = limited(None, at_least=0)
 
 
@@ -175,7 +180,6 @@ class SinksConfig:
 
     Attributes:
         least_level: news of rules below this level is not sent.
-        webhook: a receiver of JSON.
         wandb: `wandb.alert`, where the script has a Weights & Biases run going.
         waiting: news that may wait to be sent; what comes beyond is dropped, and said to be.
         finish_seconds: how long the end of a run waits for what is not sent yet.
@@ -277,7 +281,7 @@ class ContextConfig:
         k: shuffled tokens a prompt.
     """
 
-    text: str = "{tokens}"
+    text: str = limited("{tokens}", holds="{tokens}")
     k: int = limited(16, at_least=1, at_most=4096)
 
 
@@ -405,28 +409,18 @@ class LogConfig:
 
 @dataclass
 class GuardConfig:
-    """All settings.
+    """All settings; each section's class describes its own.
 
     Attributes:
-        matrices: where the matrices are.
-        drift: row drift.
-        snapshot: the baseline rows.
-        exposure: counts and gradients.
-        preflight: counts before step 1.
-        untrained: never-trained rows.
-        probe: asking for tokens back.
-        confusion: answers in many languages at evaluations.
-        neighbors: nearest rows.
-        forecast: where rows will end.
-        cadence: how often, where not given.
-        echo: echo rows in training batches.
-        hold: rows that keep still.
         alerts: rules by name.
-        sinks: where news of alerts is sent.
-        log: where results go.
         on_error: ``warn`` reports a fault of the guard once and stands down; ``raise`` raises it.
         run_dir: folder of the run log; null puts it beside the trainer's logs.
         seed: of the probe's and the preflight's own generators.
+
+    Example:
+        >>> config = GuardConfig(drift=DriftConfig(every_n_steps=50))
+        >>> config.drift.every_n_steps, config.probe.sample, config.alerts["head_degraded"].threshold
+        (50, 512, 0.01)
     """
 
     matrices: MatricesConfig = field(default_factory=MatricesConfig)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vocabguard import collective
 from vocabguard.alerts.machine import AlertMachine
-from vocabguard.alerts.text import About, Scene, Switch, about_of, story_of
+from vocabguard.alerts.text import About, Scene, Switch, about_of, alert_story
 from vocabguard.guard import summary
 from vocabguard.guard.evaluations import Evaluations
 from vocabguard.guard.forecast import Forecaster
@@ -73,7 +73,7 @@ class Teller:
 
     def _told(self, change: Transition, scene: Scene) -> Transition:
         ids = self._worst(about_of(change, scene))
-        return replace(change, story=story_of(change, scene, [visible(self.table.text(token)) for token in ids]))
+        return replace(change, story=alert_story(change, scene, [visible(self.table.text(token)) for token in ids]))
 
     def _scene(self) -> Scene:
         live, exposure = self.table.live, self.found.exposure

@@ -19,7 +19,7 @@ from vocabguard.protect.allowed import allowed_ids, ids_in
 from vocabguard.protect.batches import add_rows
 from vocabguard.protect.collator import RowMaker, data_targets
 from vocabguard.protect.feed import EchoFeed
-from vocabguard.protect.plan import BY_NEED, Mode, adjusted_dose, balanced, follow, foreseen, least_exposed
+from vocabguard.protect.plan import BY_NEED, Mode, adjusted_dose, balanced, foreseen, least_exposed, next_plan
 from vocabguard.protect.prompts import render_echo
 from vocabguard.results import CheckResult, EchoPlan, Exposure, ProbeResult, RowDrift
 
@@ -306,7 +306,7 @@ class EchoControl:
                 0, first, mode, 0.0, rate, tokens, chosen, cycle=0, offset=0, owed=0.0, seed=self._seed
             )
         else:
-            self.plan = follow(plan, first_batch=first, rate=rate, world=collective.world_size(), ids=ids)
+            self.plan = next_plan(plan, first_batch=first, rate=rate, world=collective.world_size(), ids=ids)
         per_batch = self._data_per_batch(seen)
         dose = rate / per_batch if per_batch else 0.0
         self.plan = collective.agree(EchoPlan(**{**vars(self.plan), "dose": dose}))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vocabguard.guard.watched import Watched
-from vocabguard.measure.forecast import Asked, Floats, Past, Rows, keep, past_of, track
+from vocabguard.measure.forecast import Asked, Floats, Past, RowFacts, keep, past_of, track
 from vocabguard.measure.forecast_networks import forecast_running, forecast_starting
 from vocabguard.measure.learning_rates import RateMeter, Rates, group_of, planned_rates
 from vocabguard.results import Exposure, Forecast, NotApplicable, Preflight, RowDrift, Schedule
@@ -174,12 +174,12 @@ class Forecaster:
             step, self.total, meter.sum, meter.square, *left, nature.kind, nature.memory(step or self.total)
         )
 
-    def _rows(self) -> Rows:
+    def _rows(self) -> RowFacts:
         table, rows, baseline = self.watched.table, self.watched.rows, self.watched.baseline_of("head")
         if self._norm is None:
             norms = baseline.norms.float()
             self._norm = baseline.shard.join(norms[None])[0] if isinstance(baseline, ShardBaseline) else norms
-        return Rows(_fitted(self._norm, rows, math.nan), table.group, table.live, baseline.width, self.watched.tied)
+        return RowFacts(_fitted(self._norm, rows, math.nan), table.group, table.live, baseline.width, self.watched.tied)
 
     def _asked(self, exposure: Exposure, step: int) -> Asked:
         targets = exposure.data_target + exposure.echo_target

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vocabguard.measure.kernels import Floats, Rows, row_sums, take_rows
+from vocabguard.measure.kernels import Floats, RowReader, row_sums, take_rows
 from vocabguard.results import DEGRADED, RowDrift, RowProducts
 from vocabguard.rows.baselines import Baseline
 from vocabguard.rows.sharding import Shard
@@ -26,6 +26,7 @@ from vocabguard.rows.sharding import Shard
 Flags = npt.NDArray[np.bool_]
 Ids = npt.NDArray[np.int64]
 
+# The second bar of the report that described the failure, beside `DEGRADED`.
 _SEVERE = 0.90
 # Norm ratio from which on an inner product is measured directly: the identity's rounding grows with the ratio.
 _FAR = 4.0
@@ -53,7 +54,7 @@ class RowPass:
 
 
 def measure_drift(
-    matrix: Rows,
+    matrix: RowReader,
     baseline: Baseline,
     unexposed: Tensor,
     chunk_rows: int = 1024,
@@ -63,8 +64,7 @@ def measure_drift(
     """Measure every row against its baseline.
 
     Args:
-        matrix: the rows now, of any floating dtype, on any device.
-        baseline: the rows before; brought to the matrix's device chunk by chunk.
+        matrix: the rows now, of any floating dtype, on any device; the baseline comes to it chunk by chunk.
         unexposed: (V,) bool, rows whose mean displacement the residual cosine takes off.
         chunk_rows: rows read at a time; on the CPU, two float32 buffers of at most so many rows a thread are all that
             is allocated besides (V,) vectors.
@@ -76,6 +76,15 @@ def measure_drift(
 
     Raises:
         ValueError: if the widths differ, or ``unexposed`` is not (V,) bool.
+
+    Example:
+        Both rows move by (0, 1), which softmax does not see: turned by 45 degrees, and not beyond the shift.
+
+        >>> from vocabguard.rows.baselines import CopiedBaseline
+        >>> before, now = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.ones(2, 2)
+        >>> drift = measure_drift(CopiedBaseline(now), CopiedBaseline(before), torch.tensor([True, True]))
+        >>> drift.cosine, drift.residual, drift.l2
+        (tensor([0.7071, 0.7071]), tensor([1., 1.]), tensor([1., 1.]))
     """
     shift = mean_shift(matrix, baseline, unexposed, chunk_rows, shift_rows, shard)
     found = row_drift(row_products(matrix, baseline, shift, chunk_rows))
@@ -83,7 +92,7 @@ def measure_drift(
 
 
 def mean_shift(
-    matrix: Rows,
+    matrix: RowReader,
     baseline: Baseline,
     unexposed: Tensor,
     chunk_rows: int = 1024,
@@ -95,19 +104,17 @@ def mean_shift(
     Of more than ``shift_rows`` rows, so many evenly spaced ones are read. That spares a second pass over the matrix,
     and changes the mean by about the rows' spread over the root of ``shift_rows``: under 1 % of it.
 
-    Args:
-        matrix: the rows now.
-        baseline: the rows before.
-        unexposed: (V,) bool.
-        chunk_rows: rows read at a time.
-        shift_rows: most rows to use.
-        shard: see `measure_drift`.
-
     Returns:
         (width,) float32 on the CPU; zero if there are no such rows.
 
     Raises:
         ValueError: if the widths differ, or ``unexposed`` is not (V,) bool.
+
+    Example:
+        >>> from vocabguard.rows.baselines import CopiedBaseline
+        >>> before, now = torch.zeros(3, 2), torch.tensor([[1.0, 0.0], [3.0, 0.0], [9.0, 9.0]])
+        >>> mean_shift(CopiedBaseline(now), CopiedBaseline(before), torch.tensor([True, True, False])).tolist()
+        [2.0, 0.0]
     """
     _check(matrix, baseline)
     _check_mask("unexposed", unexposed, matrix.rows)
@@ -131,20 +138,24 @@ def mean_shift(
 
 
 def row_products(
-    matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int = 1024, *, base_too: bool = False
+    matrix: RowReader, baseline: Baseline, shift: Tensor, chunk_rows: int = 1024, *, base_too: bool = False
 ) -> RowPass:
     """The pass over all rows.
 
     Args:
-        matrix: the rows now.
-        baseline: the rows before.
         shift: (width,) float32 on the CPU, see `mean_shift`.
-        chunk_rows: rows read at a time.
         base_too: measure the baseline's norms in the same pass, instead of asking for ``baseline.norms``, which are
             another one if they are not known yet.
 
     Raises:
         ValueError: if the widths differ.
+
+    Example:
+        >>> from vocabguard.rows.baselines import CopiedBaseline
+        >>> now, before = (CopiedBaseline(torch.tensor([row])) for row in ([3.0, 4.0], [3.0, 0.0]))
+        >>> found = row_products(now, before, shift=torch.zeros(2))
+        >>> found.products.now_sq, found.products.base_sq, found.products.dot, found.moved_sq
+        (tensor([25.]), tensor([9.]), tensor([9.]), tensor([16.]))
     """
     _check(matrix, baseline)
     sums = row_sums(matrix, baseline, shift, chunk_rows, base_too=base_too).numpy()
@@ -164,13 +175,13 @@ def row_products(
 
 
 def row_drift(found: RowPass) -> RowDrift:
-    """From inner products to cosines and lengths.
+    """From inner products to cos(w, w0), cos(w - s, w0), |w - w0| and |w| / |w0| of every row.
 
-    Args:
-        found: what the pass over the rows found.
-
-    Returns:
-        cos(w, w0), cos(w - s, w0), |w - w0| and |w| / |w0| of every row.
+    Example:
+        >>> found = RowProducts(*map(torch.tensor, ([9.0], [9.0], [25.0], [False])))  # w = (3, 4), w0 = (3, 0)
+        >>> drift = row_drift(RowPass(found, moved_sq=torch.tensor([16.0]), rest=None))
+        >>> drift.cosine, drift.l2, drift.norm_ratio
+        (tensor([0.6000]), tensor([4.]), tensor([1.6667]))
     """
     products = found.products
     base_sq, now_sq, bad = products.base_sq.numpy(), products.now_sq.numpy(), products.bad.numpy()
@@ -199,12 +210,18 @@ def summarise(drift: RowDrift, live: Tensor, parts: Mapping[str, Tensor]) -> dic
     only the counts.
 
     Args:
-        drift: of V rows.
         live: (V,) bool.
         parts: (V,) bool masks by name, such as groups and exposure classes.
 
     Raises:
         ValueError: for a mask that is not (V,) bool.
+
+    Example:
+        >>> cosine, yes, no = torch.tensor([1.0, 0.9, 0.8]), torch.ones(3).bool(), torch.zeros(3).bool()
+        >>> drift = RowDrift(cosine, cosine, 1 - cosine, cosine, bad=no, zero=no)
+        >>> found = summarise(drift, live=yes, parts={"ja": torch.tensor([False, False, True])})
+        >>> [round(found[key], 3) for key in ("cosine_mean", "cosine_min", "below_0.95", "ja/cosine_mean")]
+        [0.9, 0.8, 0.667, 0.8]
     """
     for name, mask in {"live": live, **parts}.items():
         _check_mask(name, mask, drift.cosine.numel())
@@ -241,7 +258,7 @@ def _describe(drift: RowDrift, chosen: Flags) -> dict[str, float]:
     }
 
 
-def _gathered(matrix: Rows, baseline: Baseline, ids: Ids, chunk_rows: int) -> Iterator[tuple[Ids, Floats, Floats]]:
+def _gathered(matrix: RowReader, baseline: Baseline, ids: Ids, chunk_rows: int) -> Iterator[tuple[Ids, Floats, Floats]]:
     """A few of the ids at a time, their rows and their baseline rows in new float32 arrays.
 
     Only those rows are copied, so chunks may be larger here, which saves calls.
@@ -261,7 +278,11 @@ def _gathered(matrix: Rows, baseline: Baseline, ids: Ids, chunk_rows: int) -> It
 
 
 def evenly(ids: Ids, count: int) -> Ids:
-    """At most ``count`` of the ids, evenly spaced, in order."""
+    """At most ``count`` of the ids, evenly spaced, in order.
+
+    >>> evenly(np.arange(10, 20), 4)
+    array([10, 12, 15, 17])
+    """
     return ids if len(ids) <= count else ids[np.arange(count) * len(ids) // count]
 
 
@@ -273,7 +294,7 @@ def _products(base_sq: Floats, now_sq: Floats, moved_sq: Floats) -> RowProducts:
     return RowProducts(*(torch.from_numpy(vector) for vector in vectors))
 
 
-def _measure_far(matrix: Rows, baseline: Baseline, products: RowProducts, shift: Floats, chunk_rows: int) -> None:
+def _measure_far(matrix: RowReader, baseline: Baseline, products: RowProducts, shift: Floats, chunk_rows: int) -> None:
     """Measure anew the rows whose norm changed so much, or whose shift is so long, that the identities lose digits."""
     base_sq, now_sq, ratio_sq = products.base_sq.numpy(), products.now_sq.numpy(), _FAR**2
     shift_sq = float(np.square(shift, dtype=np.float64).sum())
@@ -292,7 +313,7 @@ def _cosine(products: RowProducts, zero: Flags) -> Floats:
     return cosine
 
 
-def _check(matrix: Rows, baseline: Baseline) -> None:
+def _check(matrix: RowReader, baseline: Baseline) -> None:
     if matrix.width != baseline.width:
         raise ValueError(f"baseline rows have {baseline.width} elements; the matrix's have {matrix.width}")
 

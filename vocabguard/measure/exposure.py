@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vocabguard import collective
 from vocabguard.results import EXPOSURE_CLASSES, Exposure
+from vocabguard.vocabulary.table import fit_rows
 
 CLASS_STARTS = (1, 5, 20)
 """Data targets at which the second and later classes of `results.EXPOSURE_CLASSES` begin."""
@@ -28,8 +29,9 @@ def targets_of(labels: Tensor, shift: bool) -> Tensor:
         labels: (B, T) int; -100 where the loss ignores the position.
         shift: whether the model predicts ``labels[:, 1:]``, as causal language models do.
 
-    Returns:
-        (B, T) or, shifted, (B, T - 1), of the labels' dtype; -100 is still in it.
+    Example:
+        >>> targets_of(torch.tensor([[3, 1, -100]]), shift=True)
+        tensor([[   1, -100]])
     """
     return labels[:, 1:] if shift else labels
 
@@ -42,6 +44,12 @@ def add_counts(counts: Tensor, ids: Tensor, *, row: int | Tensor = 0, keep: Tens
         ids: int of any shape; ids outside [0, V), -100 among them, are ignored.
         row: row of `counts` that gets them, or one row for each id, int64, broadcast to the shape of `ids`.
         keep: False where an id is not counted, bool, broadcast to the shape of `ids`.
+
+    Example:
+        >>> counts = torch.zeros(2, 3, dtype=torch.int64)
+        >>> add_counts(counts, torch.tensor([0, 2, 2, -100]), row=torch.tensor([0, 0, 1, 1]))
+        >>> counts.tolist()
+        [[1, 0, 1], [0, 0, 1]]
     """
     rows = counts.shape[1]
     inside = ids.clamp(0, rows - 1).to(counts.device, torch.int64)
@@ -59,7 +67,6 @@ def count_targets(labels: Tensor, shift: bool, rows: int) -> Tensor:
     Args:
         labels: (B, T) int; -100 and ids outside [0, rows) are ignored.
         shift: see `targets_of`.
-        rows: V.
 
     Returns:
         (V,) int64 on the labels' device.
@@ -73,8 +80,8 @@ def count_targets(labels: Tensor, shift: bool, rows: int) -> Tensor:
     return counts[0]
 
 
-def row_norms(matrix: Tensor, rows: Tensor | None = None) -> Tensor:
-    """L2 norm of the rows of a matrix, read in chunks, so that no second matrix is made.
+def gradient_norms(matrix: Tensor, rows: Tensor | None = None) -> Tensor:
+    """L2 norm of the rows of a gradient, read in chunks, so that no second matrix is made.
 
     Args:
         matrix: (V, D), any float dtype.
@@ -82,6 +89,10 @@ def row_norms(matrix: Tensor, rows: Tensor | None = None) -> Tensor:
 
     Returns:
         (n,) or (V,) float32. A row with NaN or Inf gives 0, so that one bad step does not spoil a sum.
+
+    Example:
+        >>> gradient_norms(torch.tensor([[3.0, 4.0], [float("nan"), 0.0]]))
+        tensor([5., 0.])
     """
     count = matrix.shape[0] if rows is None else len(rows)
     norms = torch.empty(count, dtype=torch.float32, device=matrix.device)
@@ -96,10 +107,7 @@ def row_norms(matrix: Tensor, rows: Tensor | None = None) -> Tensor:
 
 
 def exposure_classes(data_target: Tensor) -> Tensor:
-    """The exposure class of each token by its data targets so far.
-
-    Args:
-        data_target: (V,) int64.
+    """The exposure class of each token by its (V,) int64 data targets so far.
 
     Returns:
         (V,) uint8, index into `results.EXPOSURE_CLASSES`.
@@ -116,11 +124,18 @@ def steps_since_target(exposure: Exposure, step: int | None = None) -> Tensor:
     """Optimizer steps since each token last was a target, data or echo.
 
     Args:
-        exposure: the counts so far.
         step: number of the last step; None takes `Exposure.steps`, which is right where every step was observed.
 
     Returns:
         (V,) int64: 0 if it was one in the last step, -1 if it never was.
+
+    Example:
+        >>> counter = ExposureCounter(rows=3, device="cpu", tied=False)
+        >>> for step, labels in enumerate([[1], [2]], start=1):
+        ...     counter.observe(None, torch.tensor([labels]), shift=False)
+        ...     counter.end_step(step)
+        >>> steps_since_target(counter.exposure())
+        tensor([-1,  1,  0])
     """
     now = exposure.steps if step is None else step
     return torch.where(exposure.last_target < 0, -1, (now - exposure.last_target).clamp(min=0))
@@ -130,13 +145,17 @@ def summarise_exposure(exposure: Exposure, classes: Tensor, live: Tensor) -> dic
     """Exposure as a few numbers.
 
     Args:
-        exposure: the counts so far.
         classes: (V,) uint8, as `exposure_classes` gives them.
         live: (V,) bool, the tokens that shares are over.
 
     Returns:
         ``never``, ``1-4``, ``5-19``, ``20+``: share in [0, 1] of the live tokens in the class (0 if none is live); and
         ``push_share`` in [0, 1], left out before the first sample.
+
+    Example:
+        >>> exposure = ExposureCounter(rows=4, device="cpu", tied=False).exposure()
+        >>> summarise_exposure(exposure, classes=torch.tensor([0, 0, 1, 3]), live=torch.ones(4, dtype=torch.bool))
+        {'never': 0.5, '1-4': 0.25, '5-19': 0.0, '20+': 0.25}
     """
     of_live = torch.bincount(classes[live].long(), minlength=len(EXPOSURE_CLASSES)).tolist()
     total = max(1, sum(of_live))
@@ -158,9 +177,16 @@ class ExposureCounter:
     those of this process.
 
     Args:
-        rows: V.
-        device: where the counters live.
         tied: whether one matrix serves as input and as output, so that a row's gradient also comes from the input.
+
+    Example:
+        >>> counter = ExposureCounter(rows=3, device="cpu", tied=False)
+        >>> counter.observe(torch.tensor([[0, 1]]), torch.tensor([[0, 1]]), shift=True)  # only 1 is a target
+        >>> counter.observe_gradient(torch.tensor([[0.0, 2.0], [3.0, 4.0], [0.0, 0.0]]), sample_push=True)
+        >>> counter.end_step(1)
+        >>> found = counter.exposure()
+        >>> found.data_target, found.pull, found.push
+        (tensor([0, 1, 0]), tensor([0., 5., 0.]), tensor([2., 0., 0.]))
     """
 
     def __init__(self, rows: int, device: torch.device | str, tied: bool) -> None:
@@ -207,7 +233,6 @@ class ExposureCounter:
         if inputs is not None:
             real = attention_mask != 0 if attention_mask is not None and attention_mask.shape == inputs.shape else None
             add_counts(self._counts, inputs, row=_INPUT if echo is None else _INPUT + echo.long(), keep=real)
-
         self._batches += 1
 
     @property
@@ -265,7 +290,7 @@ class ExposureCounter:
         gradient, first = head_grad.detach(), first_row or 0
         rows = is_target[first : first + len(gradient)].nonzero().squeeze(1)
         if not sample_push and not gradient.is_sparse:
-            self.pull.index_add_(0, rows + first, row_norms(gradient, rows))
+            self.pull.index_add_(0, rows + first, gradient_norms(gradient, rows))
             return
         norms = torch.zeros_like(self.pull)
         norms[first : first + len(gradient)] = self._all_norms(gradient)
@@ -275,11 +300,7 @@ class ExposureCounter:
             self._add_push(norms, is_target, was_input, sharded=first_row is not None)
 
     def end_step(self, step: int) -> None:
-        """Close an optimizer step.
-
-        Args:
-            step: its number; the first step is 1.
-        """
+        """Close an optimizer step; the first one has number 1."""
         self.last_target.masked_fill_(self.targets_now(), step)
         self.last_data_target.masked_fill_(self.data_targets_now(), step)
         self.steps += 1
@@ -296,17 +317,9 @@ class ExposureCounter:
         )
 
     def resize(self, rows: int) -> None:
-        """Follow a resized matrix: new rows start at nothing, cut rows are forgotten. Flags of the step are cleared.
-
-        Args:
-            rows: the new V.
-        """
-        larger = ExposureCounter(rows, self._counts.device, self.tied)
-        kept = min(rows, self.rows)
+        """Follow a resized matrix: new rows start at nothing, cut rows are forgotten. Flags of the step are cleared."""
         for name in ("_counts", "_before", "last_data_target", *_ROW_STATE):
-            fresh: Tensor = getattr(larger, name)
-            fresh[..., :kept] = getattr(self, name)[..., :kept]
-            setattr(self, name, fresh)
+            setattr(self, name, fit_rows(getattr(self, name), rows, -1 if name.startswith("last") else 0))
         self.rows = rows
         self._clear_step()
 
@@ -351,10 +364,10 @@ class ExposureCounter:
 
     def _all_norms(self, gradient: Tensor) -> Tensor:
         if not gradient.is_sparse:
-            return row_norms(gradient)
+            return gradient_norms(gradient)
         gradient = gradient.coalesce()
         norms = torch.zeros_like(self.pull)
-        return norms.index_copy_(0, gradient.indices()[0], row_norms(gradient.values()))
+        return norms.index_copy_(0, gradient.indices()[0], gradient_norms(gradient.values()))
 
     def _add_push(self, norms: Tensor, is_target: Tensor, was_input: Tensor, *, sharded: bool) -> None:
         untargeted = norms.masked_fill(is_target, 0.0)

@@ -30,15 +30,12 @@ _KEPT, _REACH = 5, 16
 
 @dataclass(frozen=True)
 class Asked:
-    """What the data asked of each row so far and what it will.
+    """What the data asked of each row so far and what it will; pull, push and input_only as in `results.Exposure`.
 
     Attributes:
         targets: (V,) int64, targets so far, echo among them.
         inputs: (V,) int64, data inputs so far.
         last_target: (V,) int64, step at which it last was a target; -1 never.
-        pull: (V,) float32, see `results.Exposure`.
-        push: (V,) float32.
-        input_only: (V,) float32.
         push_samples: steps at which push was read.
         prior: (V,) int64, targets counted beforehand over the data or a sample of it; None if there was no count.
         complete: whether that count is of all the data.
@@ -58,14 +55,13 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What does not change.
+class RowFacts:
+    """What does not change of the rows.
 
     Attributes:
         norm: (V,) float32, length of the baseline row.
         group: (V,) uint8, script group.
         live: (V,) bool.
-        width: elements a row.
         tied: whether one matrix is input and output.
     """
 
@@ -81,7 +77,6 @@ class Past:
     """Where the rows were at a check.
 
     Attributes:
-        step: the optimizer step.
         rate_sum: learning rates up to it, summed.
         angle: (V,) float32 in [0, pi], between row and baseline row; NaN for bad rows.
         own_angle: (V,) float32 in [0, pi], the same without the shift that unexposed rows share.
@@ -105,11 +100,16 @@ def angles(drift: RowDrift, norm: Tensor) -> Floats:
     along = (|w|^2 - |w0|^2 - |d|^2) / (2 |w0|^2).
 
     Args:
-        drift: the rows' drift.
         norm: (V,) float32, length of the baseline rows.
 
     Returns:
         (V,) float32 in [0, pi]; NaN where the row is bad or of zero length.
+
+    Example:
+        >>> one, no = torch.ones(1), torch.zeros(1, dtype=torch.bool)
+        >>> drift = RowDrift(cosine=one, residual=one, l2=one, norm_ratio=2**0.5 * one, bad=no, zero=no)
+        >>> np.degrees(angles(drift, norm=one)).round()  # from (1, 0) to (1, 1)
+        array([45.], dtype=float32)
     """
     ratio = drift.norm_ratio.numpy().astype(np.float64)
     with np.errstate(all="ignore"):
@@ -121,15 +121,14 @@ def angles(drift: RowDrift, norm: Tensor) -> Floats:
 
 
 def past_of(step: int, rate_sum: float, drift: RowDrift, norm: Tensor, push: Tensor, push_samples: int) -> Past:
-    """Where the rows are at a check.
+    """Where the rows are at a check; see `Past` and `angles`.
 
-    Args:
-        step: the optimizer step.
-        rate_sum: learning rates up to it, summed.
-        drift: the rows' drift.
-        norm: (V,) float32, length of the baseline rows.
-        push: (V,) float32, summed so far.
-        push_samples: steps at which it was read.
+    Example:
+        >>> one, no = torch.ones(1), torch.zeros(1, dtype=torch.bool)
+        >>> drift = RowDrift(cosine=0 * one, residual=0.5 * one, l2=2**0.5 * one, norm_ratio=one, bad=no, zero=no)
+        >>> past = past_of(20, 0.02, drift, norm=one, push=one, push_samples=2)  # a right angle; beyond the shift 60
+        >>> np.degrees(past.angle).round(), np.degrees(past.own_angle).round()
+        (array([90.], dtype=float32), array([60.], dtype=float32))
     """
     own = torch.arccos(drift.residual.clamp(-1, 1)).numpy()
     return Past(step, rate_sum, angles(drift, norm), own, push.numpy(), push_samples)
@@ -141,6 +140,13 @@ def keep(pasts: Sequence[Past], new: Past) -> tuple[Past, ...]:
     Args:
         pasts: in order.
         new: later than all of them, with some rate summed.
+
+    Example:
+        >>> pasts, none = (), np.zeros(1, dtype=np.float32)
+        >>> for step in range(1, 65):
+        ...     pasts = keep(pasts, Past(step, step * 1e-3, none, none, none, 0))
+        >>> [past.step for past in pasts]
+        [7, 15, 31, 63, 64]
     """
     kept = [past for past in pasts if past.rate_sum > new.rate_sum / _REACH] + [new]
     if len(kept) == 1:
@@ -152,7 +158,13 @@ def keep(pasts: Sequence[Past], new: Past) -> tuple[Past, ...]:
 
 
 def halfway(pasts: Sequence[Past], rate_sum: float) -> Past | None:
-    """The past whose summed rates are nearest to half of the given, by ratio; None if there is none before it."""
+    """The past whose summed rates are nearest to half of the given, by ratio; None if there is none before it.
+
+    Example:
+        >>> none = np.zeros(1, dtype=np.float32)
+        >>> halfway([Past(step, step * 1e-3, none, none, none, 0) for step in (10, 45, 60)], rate_sum=0.1).step
+        45
+    """
     before = [past for past in pasts if 0 < past.rate_sum < rate_sum]
     return min(before, key=lambda past: abs(math.log(2 * past.rate_sum / rate_sum)), default=None)
 
@@ -162,10 +174,15 @@ def track(pasts: Sequence[Past], now: Past) -> tuple[Past, Past, Past] | None:
 
     Args:
         pasts: what `keep` kept, with or without `now`.
-        now: the rows now.
 
     Returns:
         None if nothing is known from before.
+
+    Example:
+        >>> none = np.zeros(1, dtype=np.float32)
+        >>> pasts = [Past(step, step * 1e-3, none, none, none, 0) for step in (10, 25, 50, 100)]
+        >>> [past.step for past in track(pasts, now=pasts[-1])]
+        [100, 50, 25]
     """
     half = halfway(pasts, now.rate_sum)
     return None if half is None else (now, half, halfway(pasts, half.rate_sum) or half)
@@ -178,9 +195,15 @@ def summarise_forecast(forecast: Forecast, live: Tensor, parts: Mapping[str, Ten
     (how many that is), ``cosine_mean``; the first two also as ``<part>/...`` for each part that has such rows.
 
     Args:
-        forecast: of V rows.
         live: (V,) bool.
         parts: (V,) bool masks by name, such as groups and exposure classes.
+
+    Example:
+        >>> cosine, chance = torch.tensor([0.98, 0.94]), torch.tensor([0.1, 0.7])
+        >>> forecast = Forecast(step=10, total=100, cosine=cosine, low=cosine, high=cosine, chance=chance)
+        >>> found = summarise_forecast(forecast, live=torch.tensor([True, True]), parts={})
+        >>> {name: round(value, 3) for name, value in found.items()}
+        {'below_0.95': 0.4, 'rows': 0.8, 'cosine_mean': 0.96}
     """
     usable = live & forecast.chance.isfinite()
     if not bool(usable.any()):
@@ -198,7 +221,11 @@ def _risk(forecast: Forecast, chosen: Tensor) -> dict[str, float]:
 
 
 def as_tensor(values: Floats) -> Tensor:
-    """A float32 tensor of an array."""
+    """A float32 tensor of an array.
+
+    >>> as_tensor(np.array([[1.0, 2.0], [3.0, 4.0]])[:, 1])
+    tensor([2., 4.])
+    """
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
 
@@ -210,19 +237,26 @@ _ENOUGH = 20
 
 
 def running_features(
-    rows: Rows, track: tuple[Past, Past, Past], asked: Asked, schedule: Schedule, norm_ratio: Floats
+    rows: RowFacts, track: tuple[Past, Past, Past], asked: Asked, schedule: Schedule, norm_ratio: Floats
 ) -> tuple[Floats, Floats]:
     """Numbers of a run that is under way.
 
     Args:
-        rows: what does not change.
-        track: where the rows are and were, see `forecast.track`.
-        asked: targets, inputs and gradients so far.
-        schedule: rates.
+        track: where the rows are and were, see `track`.
         norm_ratio: (V,) length of the rows over that of their baseline rows.
 
     Returns:
         (V, F) float32, and the (V,) float32 logarithm of the angle now, which quantiles are relative to.
+
+    Example:
+        >>> one, no = np.ones(2, dtype=np.float32), torch.zeros(2, dtype=torch.int64)
+        >>> facts = RowFacts(torch.ones(2), no.byte(), torch.ones(2).bool(), width=4, tied=False)
+        >>> half, now = (Past(step, step * 1e-3, step * one / 1000, one, one, step) for step in (50, 100))
+        >>> asked = Asked(no, no, no - 1, no.float(), no.float(), no.float(), 100, None, False, 8.0)
+        >>> schedule = Schedule(100, 200, 0.1, 1e-4, 0.1, 1e-4, "adam", memory=1000.0)
+        >>> numbers, angle = running_features(facts, (now, half, half), asked, schedule, norm_ratio=one)
+        >>> numbers.shape, np.exp(angle).round(3)
+        ((2, 37), array([0.1, 0.1], dtype=float32))
     """
     now, half, quarter = track
     angle, live = _log(now.angle), rows.live.numpy()
@@ -265,17 +299,27 @@ def running_features(
     return _stacked(columns, len(angle)), angle
 
 
-def starting_features(rows: Rows, asked: Asked, schedule: Schedule) -> tuple[Floats, Floats]:
+def starting_features(rows: RowFacts, asked: Asked, schedule: Schedule) -> tuple[Floats, Floats]:
     """Numbers of a run that has not begun: what the data will ask, how long the rows are, the rates to come.
 
     Args:
-        rows: what does not change.
         asked: with a count beforehand; only that is looked at.
         schedule: before step 1, of an optimizer whose steps have a known size (not ``sgd``).
 
     Returns:
         (V, F) float32, and the (V,) float32 logarithm of the largest angle that quantiles are relative to: that of a
         row whose every element moves by the learning rate, one way, in every step.
+
+    Example:
+        Rows of length 1 and 4 elements, rates of 0.05 in all: no further than 0.05 * 2 / 1.
+
+        >>> no = torch.zeros(2, dtype=torch.int64)
+        >>> facts = RowFacts(torch.ones(2), no.byte(), torch.ones(2).bool(), width=4, tied=False)
+        >>> asked = Asked(no, no, no - 1, no.float(), no.float(), no.float(), 0, no + 1, True, 8.0)
+        >>> schedule = Schedule(0, 100, 0.0, 0.0, 0.05, 2.5e-5, "adam", memory=1000.0)
+        >>> numbers, largest = starting_features(facts, asked, schedule)
+        >>> numbers.shape, np.exp(largest).round(3)
+        ((2, 7), array([0.1, 0.1], dtype=float32))
     """
     assert asked.prior is not None
     largest = _log(schedule.sum_left * math.sqrt(rows.width) / np.maximum(rows.norm.numpy(), 1e-12))
@@ -347,6 +391,14 @@ def targets_to_come(asked: Asked, schedule: Schedule) -> npt.NDArray[np.float64]
 
     Returns:
         (V,) float64 >= 0.
+
+    Example:
+        Half of the run is done; two passes over data with 4 targets of token 0 and none of token 1 make 8.
+
+        >>> counts, none = torch.tensor([4, 0]), torch.zeros(2)
+        >>> asked = Asked(counts, counts, counts, none, none, none, 0, prior=counts, complete=True, per_step=0.08)
+        >>> targets_to_come(asked, Schedule(50, 100, 0.1, 1e-4, 0.1, 1e-4, "adam", memory=1000.0))
+        array([4., 0.])
     """
     targets = asked.targets.numpy().astype(np.float64)
     left = schedule.total - schedule.step
@@ -401,13 +453,13 @@ def _memory(schedule: Schedule, steps: int) -> float:
     return 0.3 * min(max(math.log(schedule.memory / max(steps, 1)), -7.0), 7.0)
 
 
-def _relative_size(rows: Rows) -> Floats:
+def _relative_size(rows: RowFacts) -> Floats:
     """Logarithm of a baseline row's length over the median length."""
     found: Floats = _log(rows.norm.numpy(), 1e-12) - _usual_length(rows)
     return found
 
 
-def _usual_length(rows: Rows) -> np.float32:
+def _usual_length(rows: RowFacts) -> np.float32:
     """Logarithm of the median length of the live baseline rows, of all where none is live."""
     length, live = _log(rows.norm.numpy(), 1e-12), rows.live.numpy()
     usual: np.float32 = np.median(length[live] if live.any() else length)

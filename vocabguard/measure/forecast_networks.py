@@ -20,7 +20,7 @@ from vocabguard.measure.forecast import (
     Asked,
     Floats,
     Past,
-    Rows,
+    RowFacts,
     as_tensor,
     running_features,
     starting_features,
@@ -40,7 +40,7 @@ _WITHIN = 4.0
 
 @dataclass(frozen=True)
 class QuantileNets:
-    """K networks of two hidden layers over the same inputs.
+    """K networks of two hidden layers over the same F inputs; their mean is taken.
 
     Attributes:
         mean: (F,) of the inputs.
@@ -48,6 +48,12 @@ class QuantileNets:
         weights: four arrays, (K, F, H), (K, H, H), (K, H, Q), and past the hidden layers (K, F, 1) to the median.
         biases: three arrays, (K, 1, H), (K, 1, H), (K, 1, Q).
         widen: what distances from the median are multiplied by, below and above.
+
+    Example:
+        >>> nets = packaged("starting")
+        >>> quantiles = nets.quantiles(nets.mean[None])  # of a row that is usual in every number
+        >>> quantiles.shape, bool((np.diff(quantiles) > 0).all())
+        ((1, 7), True)
     """
 
     mean: Floats
@@ -57,11 +63,7 @@ class QuantileNets:
     widen: tuple[float, float]
 
     def quantiles(self, inputs: Floats) -> Floats:
-        """(V, Q) ascending in Q.
-
-        Args:
-            inputs: (V, F).
-        """
+        """(V, Q), ascending in Q, of (V, F) inputs."""
         found = np.empty((len(inputs), len(LEVELS)), dtype=np.float32)
         for start in range(0, len(inputs), _CHUNK):
             part = slice(start, start + _CHUNK)
@@ -84,10 +86,12 @@ class QuantileNets:
 
 
 def spread(out: Floats) -> Floats:
-    """Quantiles from a network's output: its median, and positive steps away from it on either side.
+    """Quantiles from a network's output, both (V, Q): its median, and positive steps away from it on either side.
 
-    Args:
-        out: (V, Q).
+    Example:
+        >>> spread(np.full((1, 7), 2, dtype=np.float32)).round(3)  # a median of 2, steps of log(1 + exp(0))
+        array([[-0.079,  0.614,  1.307,  2.   ,  2.693,  3.386,  4.079]],
+              dtype=float32)
     """
     steps = np.logaddexp(0, out - 2).astype(np.float32)
     middle = out[:, _MEDIAN : _MEDIAN + 1]
@@ -98,10 +102,12 @@ def spread(out: Floats) -> Floats:
 
 @functools.cache
 def packaged(name: str) -> QuantileNets:
-    """The networks that come with the package.
+    """The networks that come with the package, by a name of `KINDS`.
 
-    Args:
-        name: one of `KINDS`.
+    Example:
+        >>> nets = packaged("running-adam")
+        >>> nets.mean.shape, len(nets.weights[0])
+        ((37,), 4)
     """
     data = (resources.files("vocabguard.measure") / "forecast.safetensors").read_bytes()
     return nets_of(safetensors.numpy.load(data), name)
@@ -112,7 +118,12 @@ def nets_of(tensors: Mapping[str, Floats], name: str) -> QuantileNets:
 
     Args:
         tensors: ``<name>/mean``, ``scale``, ``widen``, ``weight0`` ... ``weight3``, ``bias0`` ... ``bias2``.
-        name: one of `KINDS`.
+
+    Example:
+        >>> tensors = {f"mine/{key}": np.zeros(2) for key in ("mean", "scale", "widen")}
+        >>> tensors |= {f"mine/weight{layer}": np.zeros(1) for layer in range(4)}
+        >>> nets_of(tensors | {f"mine/bias{layer}": np.zeros(1) for layer in range(3)}, "mine").widen
+        (0.0, 0.0)
     """
     weights = tuple(tensors[f"{name}/weight{layer}"] for layer in range(4))
     biases = tuple(tensors[f"{name}/bias{layer}"] for layer in range(3))
@@ -127,9 +138,21 @@ def nets_of(tensors: Mapping[str, Floats], name: str) -> QuantileNets:
 
 
 def forecast_running(
-    rows: Rows, track: tuple[Past, Past, Past], asked: Asked, schedule: Schedule, norm_ratio: Floats
+    rows: RowFacts, track: tuple[Past, Past, Past], asked: Asked, schedule: Schedule, norm_ratio: Floats
 ) -> Forecast:
-    """The forecast in mid-run; see `forecast_features.running_features` for what it takes."""
+    """The forecast in mid-run; see `running_features` for what it takes.
+
+    Example:
+        >>> import torch
+        >>> one, no = np.ones(2, dtype=np.float32), torch.zeros(2, dtype=torch.int64)
+        >>> facts = RowFacts(torch.ones(2), no.byte(), torch.ones(2).bool(), width=4, tied=False)
+        >>> now = Past(100, 0.1, angle=np.array([0.1, 0.4], dtype=np.float32), own_angle=one, push=one, push_samples=1)
+        >>> asked = Asked(no, no, no - 1, no.float(), no.float(), no.float(), 1, None, False, 8.0)
+        >>> over = Schedule(100, 100, 0.1, 1e-4, sum_left=0.0, square_left=0.0, optimizer="adam", memory=1000.0)
+        >>> forecast = forecast_running(facts, (now, now, now), asked, over, norm_ratio=one)
+        >>> forecast.cosine, forecast.chance.round()  # nothing moves any more: cos(0.1) and cos(0.4)
+        (tensor([0.9950, 0.9211]), tensor([0., 1.]))
+    """
     angle = track[0].angle
     if schedule.sum_left <= 0:
         # Nothing moves any more.
@@ -140,8 +163,18 @@ def forecast_running(
     return forecast_of(quantiles, np.isnan(angle), schedule)
 
 
-def forecast_starting(rows: Rows, asked: Asked, schedule: Schedule) -> Forecast:
-    """The forecast before step 1; see `forecast_features.starting_features` for what it takes."""
+def forecast_starting(rows: RowFacts, asked: Asked, schedule: Schedule) -> Forecast:
+    """The forecast before step 1; see `starting_features` for what it takes.
+
+    Example:
+        >>> import torch
+        >>> no = torch.zeros(2, dtype=torch.int64)
+        >>> facts = RowFacts(torch.tensor([1.0, 0.0]), no.byte(), torch.ones(2).bool(), width=4, tied=False)
+        >>> asked = Asked(no, no, no - 1, no.float(), no.float(), no.float(), 0, no, True, 8.0)
+        >>> small = Schedule(0, 100, 0.0, 0.0, sum_left=1e-4, square_left=1e-10, optimizer="adam", memory=1000.0)
+        >>> forecast_starting(facts, asked, small).cosine  # rates too small to turn a row; one of length 0
+        tensor([1.0000,    nan])
+    """
     inputs, largest = starting_features(rows, asked, schedule)
     bad = ~np.isfinite(rows.norm.numpy()) | (rows.norm.numpy() == 0)
     return forecast_of(packaged("starting").quantiles(inputs) + largest[:, None], bad, schedule)
@@ -153,7 +186,13 @@ def forecast_of(quantiles: Floats, bad: np.ndarray, schedule: Schedule) -> Forec
     Args:
         quantiles: (V, Q) of the logarithm of the angle, ascending.
         bad: (V,) bool, rows without a forecast.
-        schedule: of the run.
+
+    Example:
+        >>> around = np.log(np.arccos(DEGRADED)) + np.linspace(-0.3, 0.3, 7, dtype=np.float32)  # median cosine 0.95
+        >>> schedule = Schedule(0, 100, 0.0, 0.0, 0.1, 1e-4, "adam", memory=1000.0)
+        >>> forecast = forecast_of(around[None], np.array([False]), schedule)
+        >>> forecast.low, forecast.cosine, forecast.high, forecast.chance
+        (tensor([0.9095]), tensor([0.9500]), tensor([0.9725]), tensor([0.5000]))
     """
     cosines = np.cos(np.minimum(np.exp(quantiles), np.pi))
     chance = 1 - _reached(quantiles, float(np.log(np.arccos(DEGRADED))))

@@ -122,7 +122,7 @@ _MOST_THREADS = 4
 _vecdot: Any = getattr(np, "vecdot", None) or (lambda left, right: np.einsum("...i,...i->...", left, right))
 
 
-class Rows(Protocol):
+class RowReader(Protocol):
     """Rows that can be read in chunks: a `VocabMatrix`, or a `CopiedBaseline` around a plain tensor."""
 
     @property
@@ -137,12 +137,13 @@ class Rows(Protocol):
         """Slices of at most ``size`` rows and the rows themselves, in order."""
 
 
-def row_sums(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False) -> Tensor:
+def row_sums(
+    matrix: RowReader, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False
+) -> Tensor:
     """Inner products of the rows w with themselves, of their displacements d = w - w0, and of both with a shift s.
 
     Args:
-        matrix: the rows now, of any floating dtype, on any device.
-        baseline: the rows before, of the same width; brought to the matrix's device chunk by chunk.
+        matrix: the rows now, of any floating dtype, on any device; the baseline comes to it chunk by chunk.
         shift: (width,) float32.
         chunk_rows: rows read at a time, at most; on the CPU fewer, if they would not fit the cache.
         base_too: measure the baseline rows as well, for baselines whose norms are not known yet.
@@ -150,6 +151,12 @@ def row_sums(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int, *
     Returns:
         (4, V) float32 on the CPU: w.w, d.d, w.s and d.s, accumulated in float32; (5, V) with w0.w0 last, if asked for.
         NaN where there is no baseline row.
+
+    Example:
+        >>> from vocabguard.rows.baselines import CopiedBaseline
+        >>> now, before = (CopiedBaseline(torch.tensor([row])) for row in ([3.0, 4.0], [3.0, 0.0]))
+        >>> row_sums(now, before, shift=torch.tensor([1.0, 1.0]), chunk_rows=1024, base_too=True).flatten().tolist()
+        [25.0, 16.0, 7.0, 4.0, 9.0]
     """
     # Of a matrix that is spread over processes, this one's first row.
     part, first = next(matrix.chunks(1), (slice(0, 0), torch.empty(0)))
@@ -165,11 +172,11 @@ def row_sums(matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int, *
 
 @torch.no_grad()
 def take_rows(rows: Tensor, places: npt.NDArray[np.int64]) -> Floats:
-    """Some rows, converted: a new (n, width) float32 array.
+    """Some rows, of any floating dtype on any device, as a new (n, width) float32 array.
 
-    Args:
-        rows: of any floating dtype, on any device.
-        places: (n,) int64 indices of rows.
+    Example:
+        >>> take_rows(torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.bfloat16), np.array([2, 0])).tolist()
+        [[3.0], [1.0]]
     """
     if rows.device.type == "cpu":
         taken = _bits(rows)[places]
@@ -182,9 +189,16 @@ def take_rows(rows: Tensor, places: npt.NDArray[np.int64]) -> Floats:
 
 @torch.no_grad()
 def sums_by_torch(
-    matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False
+    matrix: RowReader, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False
 ) -> Tensor:
-    """`row_sums` for an accelerator; the shift is on it."""
+    """`row_sums` for an accelerator; the shift is on it.
+
+    Example:
+        >>> from vocabguard.rows.baselines import CopiedBaseline
+        >>> now, before = (CopiedBaseline(torch.tensor([row])) for row in ([3.0, 4.0], [3.0, 0.0]))
+        >>> sums_by_torch(now, before, torch.tensor([1.0, 1.0]), chunk_rows=1).flatten().tolist()
+        [25.0, 16.0, 7.0, 4.0]
+    """
     sums = torch.full((5, matrix.rows), math.nan, device=shift.device)
     with torch.autocast(shift.device.type, enabled=False):
         for part, now, before in _pairs(matrix, baseline, chunk_rows):
@@ -200,22 +214,29 @@ def sums_by_torch(
 
 
 def sums_by_numpy(
-    matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False
+    matrix: RowReader, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False
 ) -> Tensor:
-    """`row_sums` for rows on the CPU."""
+    """`row_sums` for rows on the CPU.
+
+    Example:
+        >>> from vocabguard.rows.baselines import CopiedBaseline
+        >>> now, before = (CopiedBaseline(torch.tensor([row])) for row in ([3.0, 4.0], [3.0, 0.0]))
+        >>> sums_by_numpy(now, before, torch.tensor([1.0, 1.0]), chunk_rows=1).flatten().tolist()
+        [25.0, 16.0, 7.0, 4.0]
+    """
     size = min(chunk_rows, matrix.rows)
     return _summed(matrix, baseline, size, 4 + base_too, lambda: _BlockSums(size, shift.numpy()))
 
 
 def sums_by_numba(
-    matrix: Rows, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False
+    matrix: RowReader, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False
 ) -> Tensor:
     """`row_sums` for rows on the CPU where numba is installed."""
     size = min(chunk_rows, matrix.rows)
     return _summed(matrix, baseline, size, 5, lambda: _CompiledSums(shift.numpy()))[: 4 + base_too]
 
 
-def _summed(matrix: Rows, baseline: Baseline, size: int, kinds: int, make: Callable[[], _Measure]) -> Tensor:
+def _summed(matrix: RowReader, baseline: Baseline, size: int, kinds: int, make: Callable[[], _Measure]) -> Tensor:
     """The (kinds, V) sums that one measure a thread writes block by block."""
     sums = np.full((kinds, matrix.rows), np.nan, dtype=np.float32)
     pairs, turn = _pairs(matrix, baseline, size), threading.Lock()
@@ -238,7 +259,7 @@ def _summed(matrix: Rows, baseline: Baseline, size: int, kinds: int, make: Calla
     return torch.from_numpy(sums)
 
 
-def _pairs(matrix: Rows, baseline: Baseline, chunk_rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _pairs(matrix: RowReader, baseline: Baseline, chunk_rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Slices, rows and baseline rows, as far as there are both."""
     for chunk, rows in matrix.chunks(chunk_rows):
         part = slice(chunk.start, min(chunk.stop, baseline.rows))
@@ -248,12 +269,7 @@ def _pairs(matrix: Rows, baseline: Baseline, chunk_rows: int) -> Iterator[tuple[
 
 
 class _BlockSums:
-    """The sums of one block after another, in buffers of one thread.
-
-    Args:
-        most_rows: of a block.
-        shift: (width,) float32.
-    """
+    """The sums of one block after another of at most so many rows, in buffers of one thread."""
 
     def __init__(self, most_rows: int, shift: Floats) -> None:
         self.buffers = np.empty((2, most_rows * len(shift)), dtype=np.float32)
@@ -275,11 +291,7 @@ class _BlockSums:
 
 
 class _CompiledSums:
-    """The sums of one block after another by the compiled loop.
-
-    Args:
-        shift: (width,) float32.
-    """
+    """The sums of one block after another by the compiled loop."""
 
     def __init__(self, shift: Floats) -> None:
         self.shift = np.ascontiguousarray(shift)

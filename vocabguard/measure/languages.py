@@ -139,6 +139,10 @@ def scripts_of(language: str) -> tuple[str, ...]:
 
     Raises:
         ValueError: for a language that is not in `LANGUAGES`.
+
+    Example:
+        >>> scripts_of("ja"), scripts_of("sr")
+        (('ja', 'zh'), ('cyrillic', 'latin'))
     """
     if language not in LANGUAGES:
         raise ValueError(f"language is {language!r}; allowed: {', '.join(LANGUAGES)}")
@@ -146,7 +150,11 @@ def scripts_of(language: str) -> tuple[str, ...]:
 
 
 def prose_of(text: str) -> str:
-    """The text with spaces in the place of code, addresses, HTML tags and LaTeX commands."""
+    """The text with spaces in the place of code, addresses, HTML tags and LaTeX commands.
+
+    >>> prose_of("Voir `print(x)` et <b>https://example.org</b> !").split()
+    ['Voir', 'et', '!']
+    """
     return _NO_PROSE.sub(" ", text)
 
 
@@ -176,7 +184,6 @@ def judge_answer(
     """Look at one answer; see the module's text for what counts.
 
     Args:
-        text: the answer.
         language: ISO 639 code of the language expected, one of `LANGUAGES`.
         allow: scripts that belong besides the language's own.
         least_words: shorter lines are not judged.
@@ -184,6 +191,11 @@ def judge_answer(
 
     Raises:
         ValueError: for a language or a script that is not known.
+
+    Example:
+        >>> judge_answer("今日は хорошо ですね、really。", "ja")  # doctest: +NORMALIZE_WHITESPACE
+        Answer(letters={'zh': 2, 'ja': 4, 'cyrillic': 6, 'latin': 6}, foreign={'cyrillic': 6}, judged_lines=1,
+               wrong_lines=1, english=('really',))
     """
     own = scripts_of(language)
     _check_scripts(allow)
@@ -224,13 +236,17 @@ def count_answers(
 
     Args:
         answers: (language, text) of each.
-        languages: the languages counted.
         allow: language -> scripts that belong besides its own, for those where it is not `ALLOWED`.
         least_words: shorter lines are not judged.
         english: see `judge_answer`.
 
     Raises:
         ValueError: for a language that is not among `languages`, or a language or script that is not known.
+
+    Example:
+        >>> answers = [("ja", "今日は хорошо ですね。"), ("ja", "はい。"), ("ko", "네, все хорошо, спасибо большое.")]
+        >>> count_answers(answers, ["ja", "ko"]).counts.tolist()
+        [[2, 1, 0, 1, 1, 1], [1, 1, 0, 1, 0, 0]]
     """
     counts = torch.zeros(len(languages), len(_COUNTED), dtype=torch.int64)
     into = torch.zeros(len(languages), len(SCRIPTS), dtype=torch.int64)
@@ -260,6 +276,11 @@ def summarise_confusion(found: ConfusionCounts) -> dict[str, float]:
         ``<language>``: share of answers with foreign letters; ``<language>/latin``, with Latin letters, in languages
         not written in them; ``<language>/line_pass``; ``<language>/word_pass``, in the same languages; and ``foreign``,
         ``line_pass``, ``word_pass``: means over the languages that have them.
+
+    Example:
+        >>> found = count_answers([("ko", "네, все хорошо, спасибо большое."), ("fr", "Oui, très bien.")], ["ko", "fr"])
+        >>> summarise_confusion(found)
+        {'ko': 1.0, 'ko/latin': 0.0, 'ko/line_pass': 0.0, 'fr': 0.0, 'foreign': 0.5, 'line_pass': 0.0}
     """
     by_kind: dict[str, list[float]] = {"foreign": [], "line_pass": [], "word_pass": []}
     shares: dict[str, float] = {}
@@ -280,7 +301,11 @@ def summarise_confusion(found: ConfusionCounts) -> dict[str, float]:
 
 
 def confusion_matrix(found: ConfusionCounts) -> dict[str, dict[str, int]]:
-    """From language -> into script -> answers, most frequent first; languages without foreign letters left out."""
+    """From language -> into script -> answers, most frequent first; languages without foreign letters left out.
+
+    >>> confusion_matrix(count_answers([("ko", "네, 좋은 天氣."), ("ko", "네, 天 или ไทย.")], ["ko", "ja"]))
+    {'ko': {'zh': 2, 'cyrillic': 1, 'thai': 1}}
+    """
     matrix = {}
     for language, row in zip(found.languages, found.into.tolist(), strict=True):
         named = {script: count for script, count in zip(SCRIPTS, row, strict=True) if count}

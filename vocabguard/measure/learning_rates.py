@@ -42,12 +42,15 @@ def planned_rates(scheduler: Any, steps: int, group: int = 0) -> Rates | None:
 
     Args:
         scheduler: of torch, or accelerate's wrapper of one, stepped once an optimizer step.
-        steps: how many steps to look ahead.
-        group: index of the parameter group.
 
     Returns:
         (steps,) float64, or None where it cannot be told: a plateau scheduler waits for losses, a foreign one is not
         looked into, and some refuse to go as far.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        >>> planned_rates(LambdaLR(optimizer, lambda step: 1 - step / 4), steps=4)
+        array([1.  , 0.75, 0.5 , 0.25])
     """
     calls = _calls_a_step(scheduler)
     scheduler = getattr(scheduler, "scheduler", scheduler)
@@ -113,13 +116,12 @@ def _filled(rate: Callable[[int], float], steps: int) -> Rates:
 
 
 def rates_by_epoch(scheduler: Any, steps: int, in_epoch: int, done: int) -> Rates | None:
-    """The same for a scheduler that is stepped once an epoch.
+    """`planned_rates` of a scheduler that is stepped once an epoch of `in_epoch` steps, `done` of which are done.
 
-    Args:
-        scheduler: of torch.
-        steps: how many steps to look ahead.
-        in_epoch: optimizer steps of an epoch.
-        done: optimizer steps done, perhaps in mid-epoch.
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        >>> rates_by_epoch(LambdaLR(optimizer, lambda epoch: 0.5**epoch), steps=5, in_epoch=3, done=1)
+        array([1. , 1. , 0.5, 0.5, 0.5])
     """
     into = done % in_epoch
     rates = planned_rates(scheduler, -(-(steps + into) // in_epoch))
@@ -148,7 +150,13 @@ def _calls_a_step(scheduler: Any) -> int:
 
 
 def group_of(optimizers: Iterable[torch.optim.Optimizer], weight: Tensor) -> tuple[torch.optim.Optimizer, int] | None:
-    """The optimizer that holds a parameter, and the index of its group there."""
+    """The optimizer that holds a parameter, and the index of its group there.
+
+    >>> first, second = torch.zeros(1), torch.zeros(1)
+    >>> optimizer = SimpleNamespace(param_groups=[{"params": [first]}, {"params": [second]}])
+    >>> group_of([optimizer], second) == (optimizer, 1)
+    True
+    """
     for optimizer in optimizers:
         inner = getattr(optimizer, "optimizer", optimizer)
         for index, group in enumerate(inner.param_groups):
@@ -165,9 +173,15 @@ class RateMeter:
         group: index of the optimizer's parameter group that has the matrix.
         planned: rates of the steps from `first` on; None if unknown.
         first: steps done when the plan was made.
-        steps: steps done.
         sum: learning rates so far, summed.
         square: their squares, summed.
+
+    Example:
+        >>> optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}])
+        >>> meter = RateMeter(planned=np.array([0.5, 0.25, 0.25]))
+        >>> meter.add(optimizer)
+        >>> meter.sum, meter.square, meter.left(step=1, total=3)
+        (0.5, 0.25, (0.5, 0.125))
     """
 
     group: int = 0
@@ -188,12 +202,7 @@ class RateMeter:
         self.square += rate * rate
 
     def left(self, step: int, total: int) -> tuple[float, float] | None:
-        """Sums of the rates to come and of their squares; None if they are unknown.
-
-        Args:
-            step: optimizer steps done, by the trainer's count.
-            total: planned optimizer steps.
-        """
+        """Sums of the rates to come and of their squares, after `step` of `total` steps; None if they are unknown."""
         if self.planned is None:
             return None
         rest = self.planned[max(0, step - self.first) : max(0, total - self.first)]

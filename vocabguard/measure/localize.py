@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vocabguard.measure.kernels import Rows
+from vocabguard.measure.kernels import RowReader
 from vocabguard.measure.neighbors import pick_rows
 from vocabguard.measure.probe import PromptContext, probe, said
 from vocabguard.results import NotApplicable, ProbeResult
@@ -31,6 +31,11 @@ class HeadOrBody:
         ids: (n,) int64, tokens said at the base and not now.
         with_head: (n,) bool, said with the base's output rows.
         with_rows: (n,) bool, said with the base's output and input rows.
+
+    Example:
+        >>> yes = torch.tensor([True, False, False])
+        >>> HeadOrBody(torch.tensor([3, 5, 8]), with_head=yes, with_rows=torch.tensor([True, True, False])).counts
+        {'forgotten': 3, 'head': 1, 'input': 1, 'body': 1}
     """
 
     ids: Tensor
@@ -57,7 +62,7 @@ class End:
 
     module: nn.Module
     baseline: Baseline
-    rows: Rows | None = None
+    rows: RowReader | None = None
 
 
 def head_or_body(
@@ -78,18 +83,30 @@ def head_or_body(
     that are said now in the new lists are left out.
 
     Args:
-        model: as it is now; see `vocabguard.measure.probe.probe`.
+        model: as it is now; see `vocabguard.measure.probe.probe` for it, `contexts`, `seed` and `batch_tokens`.
         base: the probe at the base.
         now: the same tokens in the same contexts, later.
-        contexts: the ways of asking.
-        head: the output rows.
         embedding: the input rows; None leaves them as they are.
-        seed: of the shuffles.
-        batch_tokens: prompt tokens in one forward pass.
         most: of more forgotten tokens, so many evenly spaced ones are asked for.
 
     Returns:
         What came back, or why it cannot be told.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from vocabguard.rows.baselines import CopiedBaseline
+        >>> class Parrot(nn.Module):
+        ...     def forward(self, input_ids):
+        ...         return SimpleNamespace(logits=self.head(torch.eye(4)[input_ids]))
+        >>> model, ids, ask = Parrot(), torch.arange(4), [PromptContext("one", before=(), after=(), k=1)]
+        >>> model.head = nn.Linear(4, 4, bias=False)
+        >>> model.head.weight.data = torch.eye(4)
+        >>> base = probe(model, ids, ask, seed=0, batch_tokens=8)
+        >>> model.head.weight.data[2] = 0  # token 2 cannot be said any more
+        >>> now = probe(model, ids, ask, seed=0, batch_tokens=8)
+        >>> head = End(model.head, CopiedBaseline(torch.eye(4)))
+        >>> head_or_body(model, base, now, ask, head, None, seed=0, batch_tokens=8).counts
+        {'forgotten': 1, 'head': 1, 'input': 0, 'body': 0}
     """
     lost = said(base) & ~said(now)
     ids = torch.cat([_evenly(now.ids[lost], most), _evenly(now.ids[~lost], most)]).sort().values
@@ -112,12 +129,16 @@ def head_or_body(
 def output_rows_back(head: End, ids: Tensor) -> Iterator[list[bool]]:
     """The model with the base's output rows of some tokens: their logits are made anew from what enters the head.
 
-    Args:
-        head: the output rows.
-        ids: (n,) int64.
-
     Yields:
         A list that is empty until the head is called.
+
+    Example:
+        >>> from vocabguard.rows.baselines import CopiedBaseline
+        >>> head, hidden = nn.Linear(2, 3, bias=False), torch.tensor([[1.0, 2.0]])
+        >>> head.weight.data = torch.zeros(3, 2)
+        >>> with output_rows_back(End(head, CopiedBaseline(torch.ones(3, 2))), torch.tensor([1])):
+        ...     head(hidden).tolist()
+        [[0.0, 3.0, 0.0]]
     """
     rows, called = _base_rows(head, ids), list[bool]()
     bias = getattr(plain_module(head.module), "bias", None)
@@ -141,8 +162,14 @@ def input_rows_back(embedding: End, ids: Tensor) -> Iterator[None]:
     """The model with the base's input rows of some tokens, scaled as the model scales its own.
 
     Args:
-        embedding: the input rows.
         ids: (n,) int64, ascending.
+
+    Example:
+        >>> from vocabguard.rows.baselines import CopiedBaseline
+        >>> embedding = nn.Embedding.from_pretrained(torch.zeros(3, 1))
+        >>> with input_rows_back(End(embedding, CopiedBaseline(torch.ones(3, 1))), torch.tensor([1])):
+        ...     embedding(torch.tensor([0, 1])).tolist()
+        [[0.0], [1.0]]
     """
     rows, own_rows = _base_rows(embedding, ids), _rows_now(embedding, ids)
 

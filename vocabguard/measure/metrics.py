@@ -1,8 +1,12 @@
-"""torchmetrics faces of the measurements, for training loops of one's own."""
+"""torchmetrics faces of the measurements, for your own training loop.
+
+All take the keyword arguments of `torchmetrics.Metric` too (``dist_sync_on_step``, ``process_group``, ...).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,9 +36,10 @@ class TokenExposure(Metric):
     Args:
         rows: V.
         live: (V,) bool, the tokens that shares are over; None takes all.
+        kwargs: those of `torchmetrics.Metric`.
 
     Raises:
-        ValueError: if `live` is not (rows,) bool.
+        ValueError: if `live` is not (rows,) bool, or for an unknown keyword argument.
 
     Example:
         >>> metric = TokenExposure(rows=4)
@@ -52,8 +57,8 @@ class TokenExposure(Metric):
     inputs: Tensor
     live: Tensor
 
-    def __init__(self, rows: int, live: Tensor | None = None) -> None:
-        super().__init__()
+    def __init__(self, rows: int, live: Tensor | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.add_state("data_target", torch.zeros(rows, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("inputs", torch.zeros(rows, dtype=torch.int64), dist_reduce_fx="sum")
         self.register_buffer("live", _mask("live", live, rows), persistent=False)
@@ -87,9 +92,10 @@ class TokenDrift(Metric):
         baseline: (V, D) matrix, any float dtype; copied to the CPU and kept there.
         live: (V,) bool, the rows that the summary is over; None takes all.
         chunk_rows: rows read at a time.
+        kwargs: those of `torchmetrics.Metric`.
 
     Raises:
-        ValueError: if `live` is not (V,) bool.
+        ValueError: if `live` is not (V,) bool, or for an unknown keyword argument.
 
     Example:
         >>> weight = torch.eye(4)
@@ -106,8 +112,8 @@ class TokenDrift(Metric):
 
     live: Tensor
 
-    def __init__(self, baseline: Tensor, live: Tensor | None = None, chunk_rows: int = 1024) -> None:
-        super().__init__()
+    def __init__(self, baseline: Tensor, live: Tensor | None = None, chunk_rows: int = 1024, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         rows = baseline.shape[0]
         self.chunk_rows = chunk_rows
         # No buffer: it would follow the metric onto the accelerator, where a second matrix has no place.
@@ -159,9 +165,10 @@ class LanguageConfusion(Metric):
         allow: language -> scripts that belong besides its own, where Latin letters are not to be allowed or others are,
             such as ``{"ja": (), "ko": ("latin", "zh")}``.
         least_words: lines of fewer words are not judged.
+        kwargs: those of `torchmetrics.Metric`.
 
     Raises:
-        ValueError: for a language that is not known, or given twice.
+        ValueError: for a language that is not known, or given twice, or for an unknown keyword argument.
 
     Example:
         >>> metric = LanguageConfusion(["ja", "ko"])
@@ -184,8 +191,9 @@ class LanguageConfusion(Metric):
         languages: Sequence[str] | None = None,
         allow: Mapping[str, Sequence[str]] | None = None,
         least_words: int = 5,
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**kwargs)
         self.languages = tuple(LANGUAGES if languages is None else languages)
         if len(set(self.languages)) != len(self.languages):
             raise ValueError(f"languages are {list(self.languages)}; allowed: each once")
@@ -215,7 +223,7 @@ class LanguageConfusion(Metric):
         self.into += found.into.to(self.into.device)
 
     def compute(self) -> dict[str, Tensor]:
-        """The shares of `measure.confusion.summarise_confusion`, () float32 each."""
+        """The shares of `measure.languages.summarise_confusion`, () float32 each."""
         shares = summarise_confusion(ConfusionCounts(self.languages, self.counts.cpu(), self.into.cpu()))
         return {name: torch.tensor(share, device=self.device) for name, share in shares.items()}
 

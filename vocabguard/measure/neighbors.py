@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vocabguard.measure.kernels import Rows
+from vocabguard.measure.kernels import RowReader
 from vocabguard.rows.baselines import Baseline
 from vocabguard.vocabulary.table import VocabTable
 
@@ -38,12 +38,12 @@ class NearestRows:
 
 @dataclass(frozen=True)
 class Neighborhoods:
-    """The nearest rows of some tokens, then and now.
+    """The nearest rows of some tokens, (n,) int64 ids, at the baseline and now.
 
-    Attributes:
-        ids: (n,) int64, the tokens.
-        then: their nearest rows at the baseline.
-        now: those they have now.
+    Example:
+        >>> then, now = (NearestRows(torch.tensor([ids]), torch.zeros(1, 4)) for ids in ([1, 2, 3, 4], [4, 3, 9, 8]))
+        >>> Neighborhoods(torch.tensor([7]), then, now).overlap
+        tensor([0.5000])
     """
 
     ids: Tensor
@@ -59,19 +59,25 @@ class Neighborhoods:
 
 
 def compare_neighbors(
-    matrix: Rows, baseline: Baseline, ids: Tensor, k: int, exclude: Tensor | None = None
+    matrix: RowReader, baseline: Baseline, ids: Tensor, k: int, exclude: Tensor | None = None
 ) -> Neighborhoods:
     """The k nearest rows of some tokens at the baseline and now.
 
     Args:
-        matrix: the rows now.
         baseline: the rows before; it may have fewer, where rows were added since.
         ids: (n,) int64.
-        k: how many.
         exclude: (V,) bool, rows that are never named, such as padded ones.
 
     Raises:
         ValueError: for k < 1, or ids outside the matrix.
+
+    Example:
+        >>> from vocabguard.rows.baselines import CopiedBaseline
+        >>> before = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
+        >>> now = torch.tensor([[0.1, 1.0], [1.0, 0.1], [0.0, 1.0]])  # row 0 left row 1 for row 2
+        >>> found = compare_neighbors(CopiedBaseline(now), CopiedBaseline(before), torch.tensor([0]), k=1)
+        >>> found.then.ids.tolist(), found.now.ids.tolist(), found.overlap.tolist()
+        ([[1]], [[2]], [0.0])
     """
     ids = ids.to("cpu", torch.int64)
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < matrix.rows:
@@ -81,13 +87,12 @@ def compare_neighbors(
 
 
 @torch.no_grad()
-def nearest_rows(rows: Rows | Baseline, ids: Tensor, k: int, exclude: Tensor | None = None) -> NearestRows:
+def nearest_rows(rows: RowReader | Baseline, ids: Tensor, k: int, exclude: Tensor | None = None) -> NearestRows:
     """The k rows that point most nearly the same way as each of n rows, without that row itself.
 
     Args:
         rows: of any floating dtype, on any device; two passes, or one where single rows can be read.
         ids: (n,) int64; one beyond the rows has no neighbours.
-        k: how many.
         exclude: (V,) bool, rows that are never named. Rows that are not finite or zero never are. Rows that lie equally
             near come in any order.
 
@@ -96,6 +101,13 @@ def nearest_rows(rows: Rows | Baseline, ids: Tensor, k: int, exclude: Tensor | N
 
     Raises:
         ValueError: for k < 1 or a mask of another length.
+
+    Example:
+        >>> from vocabguard.rows.baselines import CopiedBaseline
+        >>> rows = CopiedBaseline(torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]))
+        >>> found = nearest_rows(rows, torch.tensor([0]), k=2)
+        >>> found.ids, found.cosine
+        (tensor([[1, 2]]), tensor([[0.6000, 0.0000]]))
     """
     if k < 1:
         raise ValueError(f"k is {k}; allowed: at least 1")
@@ -129,7 +141,6 @@ def intruders(table: VocabTable, ids: Tensor, near: Tensor) -> Tensor:
     Digits, punctuation and code belong beside every group.
 
     Args:
-        table: groups.
         ids: (n,) int64, the tokens.
         near: (n, k) int64, their neighbours; -1 is none.
 
@@ -151,7 +162,7 @@ def intruders(table: VocabTable, ids: Tensor, near: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def pick_rows(rows: Rows | Baseline, ids: Tensor) -> Tensor:
+def pick_rows(rows: RowReader | Baseline, ids: Tensor) -> Tensor:
     """Some rows: one by one where single rows can be read, else in one pass.
 
     Args:
@@ -160,6 +171,11 @@ def pick_rows(rows: Rows | Baseline, ids: Tensor) -> Tensor:
 
     Returns:
         (n, width) float32 on the rows' device; NaN for an id beyond them.
+
+    Example:
+        >>> from vocabguard.rows.baselines import CopiedBaseline
+        >>> pick_rows(CopiedBaseline(torch.tensor([[1.0], [2.0]])), torch.tensor([1, 5])).tolist()
+        [[2.0], [nan]]
     """
     read: Callable[[slice], Tensor] | None = getattr(rows, "chunk", None)
     size = max(1, _CHUNK // max(1, rows.width))

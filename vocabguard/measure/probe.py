@@ -30,7 +30,6 @@ class PromptContext:
     """One way of asking, as token ids.
 
     Attributes:
-        name: of the context.
         before: ids before the list.
         after: ids between the list and its copy.
         k: tokens in a list.
@@ -47,6 +46,9 @@ def probe_applicable(model: nn.Module) -> NotApplicable | None:
 
     Judged by ``config.is_encoder_decoder``, the class's name, and whether ``forward`` takes ``input_ids``. A class
     of one's own that says nothing by these is taken to be a causal language model.
+
+    >>> probe_applicable(nn.Linear(2, 2)).reason
+    'Linear.forward does not take input_ids'
     """
     core = core_of(model)
     name = type(core).__name__
@@ -78,7 +80,6 @@ def probe(
         model: causal language model, called as ``model(input_ids=...)`` and giving ``.logits``.
         ids: (n,) int64, the tokens asked for.
         contexts: the ways of asking; at least one.
-        seed: of the shuffles.
         batch_tokens: prompt tokens in one forward pass. Fewer are taken where the logits would exceed 2**25 numbers.
 
     Returns:
@@ -87,6 +88,17 @@ def probe(
 
     Raises:
         ValueError: if there is no context, or if a prompt is longer than the model's ``max_position_embeddings``.
+
+    Example:
+        A model that says what it heard, but 0 for a 3:
+
+        >>> from types import SimpleNamespace
+        >>> class Parrot(nn.Module):
+        ...     def forward(self, input_ids):
+        ...         return SimpleNamespace(logits=9 * torch.eye(4)[input_ids % 3])
+        >>> found = probe(Parrot(), torch.arange(4), [PromptContext("one", (), (), k=1)], seed=0, batch_tokens=8)
+        >>> found.emitted.flatten().tolist(), found.instead.flatten().tolist()
+        ([True, True, True, False], [0, 1, 2, 0])
     """
     if not contexts:
         raise ValueError("contexts is empty; the probe needs at least one")
@@ -136,13 +148,13 @@ def _probe_context(
 def probe_lists(count: int, context: PromptContext, seed: int) -> Tensor:
     """The lists in which a probe asks in one context.
 
-    Args:
-        count: tokens asked for.
-        context: the way of asking.
-        seed: of the shuffle.
-
     Returns:
-        (lists, k) int64 positions in the probed ids; each of them once, then the fillers at the very end.
+        (lists, k) int64 positions in the `count` probed ids; each of them once, then the fillers at the very end.
+
+    Example:
+        >>> lists = probe_lists(5, PromptContext("list", before=(), after=(), k=3), seed=0)
+        >>> lists.shape, lists.flatten()[:5].sort().values.tolist()
+        (torch.Size([2, 3]), [0, 1, 2, 3, 4])
     """
     # By name, so that adding a context leaves the others' lists alone. The generator reads 32 bits of a seed.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{context.name}".encode()))
@@ -195,7 +207,15 @@ def _answer_part(logits: Tensor, ids: Tensor) -> Answers:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, eager, with forked generators; everything as before afterwards."""
+    """Evaluation mode, eager, with forked generators; everything as before afterwards.
+
+    >>> model = nn.Dropout().train()
+    >>> with undisturbed(model):
+    ...     model(torch.ones(2)), model.training
+    (tensor([1., 1.]), False)
+    >>> model.training
+    True
+    """
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta", "mps")}
     fork: dict[str, Any] = {"devices": [device.index for device in devices]}
@@ -223,7 +243,12 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def said(result: ProbeResult) -> Tensor:
-    """(n,) bool: the token was emitted in more than half of the contexts."""
+    """(n,) bool: the token was emitted in more than half of the contexts.
+
+    >>> emitted, none = torch.tensor([[True, True, False], [True, False, False]]), torch.zeros(2, 3)
+    >>> said(ProbeResult(("a", "b", "c"), torch.tensor([5, 9]), emitted, none, none, none))
+    tensor([ True, False])
+    """
     return result.emitted.sum(1) * 2 > result.emitted.shape[1]
 
 
@@ -231,7 +256,6 @@ def retained(base: ProbeResult, now: ProbeResult, mask: Tensor | None = None) ->
     """Of the tokens said at the base, the share that is said now.
 
     Args:
-        base: the probe of the base.
         now: the same tokens in the same contexts, later.
         mask: (n,) bool over the probed tokens, those to look at; None takes all.
 
@@ -240,6 +264,15 @@ def retained(base: ProbeResult, now: ProbeResult, mask: Tensor | None = None) ->
 
     Raises:
         ValueError: if the two probes asked for different tokens or in different contexts.
+
+    Example:
+        >>> ids, no = torch.arange(4), torch.zeros(4, 1)
+        >>> base, now = (
+        ...     ProbeResult(("one",), ids, torch.tensor(emitted)[:, None], no, no, no)
+        ...     for emitted in ([True, True, True, False], [True, True, False, True])
+        ... )
+        >>> round(retained(base, now), 3)  # 2 of 3; what was gained does not count
+        0.667
     """
     if base.contexts != now.contexts:
         raise ValueError(f"the probes have different contexts: {base.contexts} and {now.contexts}")
@@ -250,7 +283,13 @@ def retained(base: ProbeResult, now: ProbeResult, mask: Tensor | None = None) ->
 
 
 def said_instead(result: ProbeResult) -> Tensor:
-    """(n,) int64: the wrong token said in most contexts, the earliest context winning a tie; -1 if always right."""
+    """(n,) int64: the wrong token said in most contexts, the earliest context winning a tie; -1 if always right.
+
+    >>> instead, none = torch.tensor([[5, 7, 7], [9, 9, 9]]), torch.zeros(2, 3)
+    >>> ids = torch.tensor([5, 9])
+    >>> said_instead(ProbeResult(("a", "b", "c"), ids, instead == ids[:, None], none, none, instead))
+    tensor([ 7, -1])
+    """
     wrong = ~result.emitted
     same = result.instead[:, :, None] == result.instead[:, None, :]
     votes = same.sum(2).masked_fill(~wrong, 0)
@@ -268,7 +307,6 @@ def stratified_sample(strata: Tensor, eligible: Tensor, size: int, seed: int) ->
         strata: (V,) int64 >= 0, the stratum of each id, such as its group.
         eligible: (V,) bool, the ids that may be drawn.
         size: ids wanted; all eligible ones if there are no more.
-        seed: of the draw.
 
     Returns:
         (min(size, eligible),) int64, sorted ids.
@@ -313,7 +351,6 @@ def summarise_probe(
     """A probe against the base's, as a few numbers; a share is left out where the base said none of its tokens.
 
     Args:
-        base: the probe of the base.
         now: the same tokens in the same contexts, later.
         parts: name -> (V,) bool, such as the groups and the exposure classes.
         watch: (w,) int64, tokens to report apart.
@@ -324,6 +361,13 @@ def summarise_probe(
 
     Raises:
         ValueError: if the two probes asked for different tokens or in different contexts.
+
+    Example:
+        >>> ids, no = torch.tensor([0, 2]), torch.zeros(2, 1)
+        >>> base = ProbeResult(("one",), ids, torch.ones(2, 1).bool(), no, no, no)
+        >>> now = ProbeResult(("one",), ids, torch.tensor([[True], [False]]), torch.tensor([[0.9], [0.1]]), no, no)
+        >>> summarise_probe(base, now, parts={"ja": torch.tensor([False, False, True])}, watch=torch.tensor([0]))
+        {'retained': 0.5, 'ja/retained': 0.0, 'watch': 1.0, 'probability_mean': 0.5}
     """
     shares = {"retained": retained(base, now)}
     for name, members in parts.items():

@@ -29,15 +29,15 @@ _FAR_BELOW_BULK = 8.0
 def row_norms(chunks: Chunks, rows: int) -> Tensor:
     """L2 norm of every row: the indicator for input rows that are not tied to the head.
 
-    Args:
-        chunks: the input rows.
-        rows: V.
-
     Returns:
-        (V,) float32 >= 0 on the CPU; NaN where the row is not finite.
+        (rows,) float32 >= 0 on the CPU; NaN where the row is not finite.
 
     Raises:
-        ValueError: if the chunks do not cover V rows.
+        ValueError: if the chunks do not cover so many rows.
+
+    Example:
+        >>> row_norms(lambda: [(slice(0, 1), torch.tensor([[3.0, 4.0]])), (slice(1, 2), torch.tensor([[0.0, 2.0]]))], 2)
+        tensor([5., 2.])
     """
     return _by_chunk(chunks, rows, lambda _, part: part.norm(dim=1))
 
@@ -59,6 +59,11 @@ def unused_distances(chunks: Chunks, known_unused: Tensor) -> Tensor:
 
     Raises:
         ValueError: if the chunks do not cover V rows.
+
+    Example:
+        >>> head = torch.tensor([[9.0, 1.0], [9.0, 1.0], [9.0, 1.0], [9.0, -1.0]])  # 9 is what all rows share
+        >>> unused_distances(lambda: [(slice(0, 4), head)], torch.tensor([True, True, False, False])).round()
+        tensor([0., 0., 0., 2.])
     """
     count, total, component = _survey(chunks, known_unused)
     if count < 2 or component is None:
@@ -105,6 +110,13 @@ def never_trained(
 
     Raises:
         ValueError: if there is neither matrix, or masks and chunks do not cover the same V rows.
+
+    Example:
+        >>> rows = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+        >>> rows[[5, 40]] = 0.01  # smaller than half of the median, and far from all others
+        >>> found = never_trained(lambda: [(slice(0, 100), rows)], None, False, torch.ones(100, dtype=torch.bool))
+        >>> found.nonzero().flatten().tolist()
+        [5, 40]
     """
     output = head or (embedding if tied else None)
     first = embedding or head

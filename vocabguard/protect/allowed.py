@@ -21,7 +21,6 @@ def allowed_ids(
     """The live tokens without those that are excluded: no control, padded, unreachable or never-trained row.
 
     Args:
-        table: groups, texts and live rows.
         tokenizer: resolves texts; may be None where nothing is excluded by text.
         exclude: ids, texts that are one token, and ``re:`` patterns that a token's text is searched for.
         key: what messages call them.
@@ -31,6 +30,11 @@ def allowed_ids(
 
     Raises:
         ValueError: for an exclusion that is no token or no pattern, or if nothing is left.
+
+    Example:
+        >>> from vocabguard.vocabulary.table import plain_table
+        >>> allowed_ids(plain_table(4), None, exclude=[1, "re:row 3"])
+        tensor([0, 2])
     """
     mask = table.live.clone()
     for item in exclude:
@@ -59,10 +63,9 @@ def _excluded(table: VocabTable, tokenizer: Any, item: int | str, key: str) -> l
 
 
 def ids_in(ids: Tensor, allowed: Tensor) -> Tensor:
-    """(k,) int64: those of `ids` that may be echoed, in their order.
+    """(k,) int64: those of the (n,) `ids` that are among the (m,) `allowed` ones, in their order.
 
-    Args:
-        ids: (n,) int64.
-        allowed: (m,) int64.
+    >>> ids_in(torch.tensor([7, 2, 5]), torch.tensor([2, 7]))
+    tensor([7, 2])
     """
     return ids[torch.isin(ids, allowed)]

@@ -20,7 +20,6 @@ def add_rows(batch: Any, rows: Sequence[EchoRow], pad: int) -> Tensor:
 
     Args:
         batch: a mapping with ``input_ids`` and ``labels`` (B, T), and what else the model takes.
-        rows: echo rows.
         pad: id of the padding token.
 
     Returns:
@@ -28,6 +27,13 @@ def add_rows(batch: Any, rows: Sequence[EchoRow], pad: int) -> Tensor:
 
     Raises:
         EchoError: if the batch cannot take such rows; it is not changed then.
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[5, 6, 7]])}
+        >>> add_rows(batch, [EchoRow(input_ids=(8, 9), labels=(-100, 9))], pad=0)
+        tensor([False,  True])
+        >>> batch["input_ids"].tolist(), batch["labels"].tolist()
+        ([[5, 6, 7], [8, 9, 0]], [[5, 6, 7], [-100, 9, -100]])
     """
     if not isinstance(batch, MutableMapping):
         raise EchoError(f"the batch is a {type(batch).__name__}; allowed: a dict, or a collate function from `guard`")

@@ -32,12 +32,7 @@ class EchoError(ValueError):
 class RowMaker:
     """Makes a batch's echo rows: a function of the ids, the seed, the process and the batch's number and length.
 
-    Args:
-        prompts: the ways of asking.
-        list_tokens: tokens in a list.
-        fill: see `echo_rows`.
-        seed: of the ways of asking.
-        seq2seq: whether the model is an encoder-decoder.
+    See `echo_rows` for the arguments; `seq2seq` is whether the model is an encoder-decoder.
     """
 
     def __init__(
@@ -61,9 +56,6 @@ class EchoCollator:
     and echo is off from then on: a run is never ended.
 
     Args:
-        inner: the user's collate function.
-        feed: the plans.
-        maker: of rows.
         joined: the collate function is known to join all rows into one, so none needs to be filled up.
     """
 
@@ -88,12 +80,7 @@ class EchoCollator:
             return self.inner(features)
 
     def with_echo(self, features: list[Any], ids: Sequence[int], number: int) -> Any:
-        """A batch with echo rows, as far as the dose's limit lets it have them.
-
-        Args:
-            features: the batch's examples; not changed.
-            ids: the tokens to echo.
-            number: the batch's number.
+        """A batch with echo rows, as far as the dose's limit lets it have them; the examples are not changed.
 
         Raises:
             EchoError: if the examples or the batch cannot take such rows.
@@ -130,6 +117,11 @@ def data_targets(labels: Tensor, *, seq2seq: bool, echo_mask: Tensor | None = No
         labels: (B, T) int64.
         seq2seq: whether labels stand apart from inputs; else nothing predicts a row's first label.
         echo_mask: (B,) bool, or (1, T) where all rows are joined into one; None where there are no echo rows yet.
+
+    Example:
+        >>> labels = torch.tensor([[5, 6, IGNORE], [8, 9, 9]])
+        >>> data_targets(labels, seq2seq=False, echo_mask=torch.tensor([False, True]))  # only 6: nothing predicts 5
+        1
     """
     asked = labels != IGNORE
     if echo_mask is not None:
@@ -154,13 +146,7 @@ _CONSTANT: Mapping[str, int] = {"token_type_ids": 0, "special_tokens_mask": 0}
 
 
 def _as_example(row: EchoRow, like: Mapping[str, Any], fill: int) -> dict[str, Any]:
-    """The row with the keys that the data's examples have and that mean something for it.
-
-    Args:
-        row: the row.
-        like: an example of the data.
-        fill: length to fill the row up to, where the data's examples are all of one length.
-    """
+    """The row with the keys of the data's examples that mean something for it, filled up to their common length."""
     size = len(row.input_ids)
     spare = max(0, fill - size)
     target = [int(label != IGNORE) for label in row.labels]
@@ -188,17 +174,10 @@ def _like(values: list[int], example: Any) -> Any:
 
 
 def _mark(batch: Any, count: int, rows: Sequence[EchoRow], fill: int, *, seq2seq: bool) -> Tensor:
-    """Put the echo rows' labels right, in place, and tell where they are.
-
-    Args:
-        batch: collated from `count` examples and the rows.
-        count: examples of the data.
-        rows: the echo rows.
-        fill: length that they were filled up to.
-        seq2seq: whether labels stand apart from inputs.
+    """Put the labels of the echo rows, which follow `count` examples, right, in place.
 
     Returns:
-        (B,) bool, or (1, T) bool where all rows became one.
+        Where they are: (B,) bool, or (1, T) bool where all rows became one.
     """
     ids, labels = _tensor(batch, "input_ids"), _tensor(batch, "labels")
     if ids.shape[0] == count + len(rows):

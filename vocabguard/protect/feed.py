@@ -27,6 +27,13 @@ class EchoFeed:
     Args:
         capacity: most ids in a plan.
         dose_limit: echo targets per data target, at most, in every batch.
+
+    Example:
+        >>> feed, ids = EchoFeed(capacity=3), torch.tensor([7, 8, 9])
+        >>> at = {"version": 0, "first_batch": 5, "cycle": 0, "offset": 0, "owed": 0.0, "seed": 0}
+        >>> feed.publish(EchoPlan(mode="balanced", dose=0.1, rate=2.0, list_tokens=2, ids=ids, **at))
+        >>> [feed.ids(batch) for batch in (4, 5, 6)]  # the plan holds from batch 5 on
+        [[], [7, 8], [9, 7]]
     """
 
     def __init__(self, capacity: int, dose_limit: float = math.inf) -> None:
@@ -69,11 +76,7 @@ class EchoFeed:
         self._control[_RANK], self._control[_WORLD] = rank, world
 
     def start_epoch(self, first_batch: int) -> None:
-        """An epoch begins, before its dataloader is iterated.
-
-        Args:
-            first_batch: number of the first batch that the collate function will be called for.
-        """
+        """An epoch begins, before its dataloader is iterated; its first batch has this number."""
         self._control[_BASE] = first_batch
         self._control[_EPOCH] += 1
 

@@ -19,17 +19,13 @@ _CHUNK, _CHUNK_ACCELERATOR = 2**17, 2**24
 
 
 class RowKeeper:
-    """The rows before a step, on the CPU; the buffer is made once and used at every step."""
+    """The (V, D) rows before a step, on the CPU; the buffer is made once and used at every step."""
 
     def __init__(self) -> None:
         self._rows: Tensor | None = None
 
     def keep(self, weight: Tensor) -> None:
-        """Copy the rows.
-
-        Args:
-            weight: (V, D), on any device.
-        """
+        """Copy the rows, from any device."""
         if self._rows is None or self._rows.shape != weight.shape or self._rows.dtype != weight.dtype:
             pinned = weight.device.type == "cuda"
             self._rows = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=pinned)
@@ -37,11 +33,7 @@ class RowKeeper:
 
     @property
     def rows(self) -> Tensor:
-        """(V, D) on the CPU.
-
-        Raises:
-            RuntimeError: before `keep`.
-        """
+        """The rows; a RuntimeError before `keep`."""
         if self._rows is None:
             raise RuntimeError("no rows are kept; call keep() before the optimizer's step")
         return self._rows
@@ -61,6 +53,13 @@ def hold_rows(weight: Tensor, before: Tensor, held: Tensor, mode: HoldMode, stat
         held: (V,) bool on the weight's device.
         mode: ``freeze`` or ``shared``.
         state: the optimizer's state of the parameter: tensors of V rows are moments by row, others are left alone.
+
+    Example:
+        >>> before, held = torch.zeros(3, 1), torch.tensor([True, True, False])
+        >>> weight = torch.tensor([[1.0], [3.0], [5.0]])
+        >>> hold_rows(weight, before, held, "shared", state={})
+        >>> weight.flatten().tolist()
+        [2.0, 2.0, 5.0]
     """
     if not bool(held.any()):
         return
@@ -90,6 +89,11 @@ def rows_to_hold(
 
     Returns:
         (V,) bool.
+
+    Example:
+        >>> last, now = torch.tensor([-1, 3, 90, -1]), torch.tensor([False, False, False, True])
+        >>> rows_to_hold(last, now, None, step=100, window=50), rows_to_hold(last, now, None, step=100, window=None)
+        (tensor([ True,  True, False, False]), tensor([ True, False, False, False]))
     """
     never = last_data_target < 0
     unasked = never if window is None else never | (last_data_target <= step - window)

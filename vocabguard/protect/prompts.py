@@ -25,8 +25,6 @@ def render_context(tokenizer: PreTrainedTokenizerBase, name: str, text: str, k: 
     begins on the next line.
 
     Args:
-        tokenizer: the model's.
-        name: of the context.
         text: the instruction, with one ``{tokens}``.
         k: tokens in a list.
 
@@ -46,7 +44,6 @@ def render_echo(tokenizer: PreTrainedTokenizerBase, key: str, text: str) -> Echo
     where one is to be generated. Without a chat template the end is the EOS token, if there is one.
 
     Args:
-        tokenizer: the model's.
         key: of the setting, for error messages.
         text: the instruction, with one ``{tokens}``.
 

@@ -58,10 +58,6 @@ class EchoRow:
 def exchange(prompt: EchoPrompt, ids: Sequence[int]) -> EchoRow:
     """One question and its answer for a causal model; the loss is on the copy only.
 
-    Args:
-        prompt: the way of asking.
-        ids: the tokens to repeat.
-
     Example:
         >>> exchange(EchoPrompt((1,), (2,), (3,)), [7, 8])
         EchoRow(input_ids=(1, 7, 8, 2, 7, 8, 3), labels=(-100, -100, -100, -100, 7, 8, -100))
@@ -72,7 +68,11 @@ def exchange(prompt: EchoPrompt, ids: Sequence[int]) -> EchoRow:
 
 
 def source_and_copy(prompt: EchoPrompt, ids: Sequence[int]) -> EchoRow:
-    """The same for an encoder-decoder: the question is read, the copy is what the decoder should say."""
+    """The same for an encoder-decoder: the question is read, the copy is what the decoder should say.
+
+    >>> source_and_copy(EchoPrompt((1,), (2,), (3,)), [7, 8])
+    EchoRow(input_ids=(1, 7, 8, 2), labels=(7, 8))
+    """
     return EchoRow((*prompt.before, *ids, *prompt.after), tuple(ids))
 
 
@@ -94,6 +94,11 @@ def echo_rows(
 
     Raises:
         ValueError: if there is no prompt.
+
+    Example:
+        >>> rows = echo_rows([7, 8, 9], [EchoPrompt((1,), (2,), (3,))], length=12, list_tokens=2, rng=Random(0))
+        >>> [row.input_ids for row in rows]
+        [(1, 7, 8, 2, 7, 8, 3, 1, 9, 2, 9, 3)]
     """
     rows: list[EchoRow] = []
     for prompt, part in _lists(ids, prompts, length=length, list_tokens=list_tokens, copies=2, rng=rng):

@@ -37,6 +37,11 @@ class Spelling:
         metaspace: ``▁`` is the space.
         inside: prefix of pieces inside a word, e.g. ``##``, or empty.
         final: suffix of pieces at the end of a word, e.g. ``</w>``, or empty.
+
+    Example:
+        >>> gpt2 = Spelling(byte_level=True, metaspace=False, inside="", final="")
+        >>> gpt2.text("Ġtoken"), gpt2.piece(" né"), gpt2.text(gpt2.piece("é")[0])
+        (' token', 'ĠnÃ©', None)
     """
 
     byte_level: bool
@@ -111,14 +116,10 @@ def reachable_ids(
     tokenizer is asked to encode the text in a few surroundings. A byte piece needs a character that is spelled with it.
 
     Args:
-        tokenizer: a transformers tokenizer.
         ids: the ids in question; no added tokens.
         pieces: V pieces by id.
         texts: V texts by id, None for pieces that are not whole UTF-8.
         kinds: V script groups by id; pre-tokenizers are taken to treat words of one group and one case alike.
-
-    Returns:
-        A subset of `ids`.
     """
     backend, spelling = rust_backend(tokenizer), Spelling.of(tokenizer)
     pipeline = _Pipeline.of(backend, spelling) if backend else None

@@ -80,6 +80,11 @@ class VocabTable:
         trained: (V,) bool, not known as never trained at the base; all True when built.
         texts: what each id says, V strings; see `text`.
         names: the groups.
+
+    Example:
+        >>> table = plain_table(4).with_trained(torch.tensor([True, True, True, False]))
+        >>> table.live.tolist(), table.group_of(0), table.text(2)
+        ([True, True, True, False], 'other', '<row 2>')
     """
 
     group: Tensor
@@ -96,14 +101,7 @@ class VocabTable:
         return ~self.padded & self.reachable & ~self.control & self.trained
 
     def with_trained(self, mask: Tensor) -> VocabTable:
-        """The same table with another `trained`.
-
-        Args:
-            mask: (V,) bool.
-
-        Raises:
-            ValueError: if the shape is not (V,).
-        """
+        """The same table with another `trained`; a ValueError if the mask is not (V,)."""
         if mask.shape != self.group.shape:
             raise ValueError(f"the mask of trained rows has shape {tuple(mask.shape)}; allowed: ({len(self)},)")
         return replace(self, trained=mask.to(torch.bool))
@@ -138,11 +136,16 @@ def build_table(tokenizer: Any, rows: int) -> VocabTable:
         tokenizer: a transformers tokenizer, fast or slow (slow ones take longer: they are asked one text at a time).
         rows: V, rows of the matrix; ids that no token has become padded rows.
 
-    Returns:
-        A new table with all rows marked as trained.
-
     Raises:
         ValueError: if the tokenizer has ids beyond the matrix.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"the": 0, "東京": 1, "<|end|>": 2}))
+        >>> table = build_table(PreTrainedTokenizerFast(tokenizer_object=words), rows=4)
+        >>> [table.group_of(token) for token in range(4)], table.live.tolist()
+        (['latin', 'zh', 'control', 'padded'], [True, True, False, False])
     """
     pieces = _pieces_by_id(tokenizer, rows)
     added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
@@ -163,14 +166,31 @@ def build_table(tokenizer: Any, rows: int) -> VocabTable:
 
 
 def plain_table(rows: int) -> VocabTable:
-    """The table of a model without a tokenizer: V rows, all live, all in the group ``other``.
-
-    Args:
-        rows: V.
-    """
+    """The table of a model without a tokenizer: V rows, all live, all in the group ``other``."""
     none = torch.zeros(rows, dtype=torch.bool)
     group = torch.full((rows,), GROUPS.index("other"), dtype=torch.uint8)
     return VocabTable(group, control=none, reachable=~none, padded=none, trained=~none, texts=("",) * rows)
+
+
+def fit_rows(values: Tensor, rows: int, fill: float = 0) -> Tensor:
+    """Numbers a row, cut or filled up to another number of rows: a matrix may have other rows than a table or a count.
+
+    Args:
+        values: (..., V), any dtype.
+        rows: the V wanted.
+        fill: for rows that are new.
+
+    Returns:
+        (..., rows), a new contiguous tensor of the values' dtype and device.
+
+    Example:
+        >>> fit_rows(torch.tensor([3, 1]), 4, fill=-1).tolist(), fit_rows(torch.tensor([[3, 1]]), 1).tolist()
+        ([3, 1, -1, -1], [[3]])
+    """
+    found = values.new_full((*values.shape[:-1], rows), fill)
+    kept = min(rows, values.shape[-1])
+    found[..., :kept] = values[..., :kept]
+    return found
 
 
 def resolve_token(tokenizer: Any, item: int | str, rows: int) -> int:
@@ -179,16 +199,8 @@ def resolve_token(tokenizer: Any, item: int | str, rows: int) -> int:
     A text is taken, in this order, as the token that says exactly it, as what encoding it gives (a tokenizer may lower
     its case or put a space before it), as its token with a leading space, or as its ``##`` form inside a word.
 
-    Args:
-        tokenizer: a transformers tokenizer.
-        item: an id, or a text.
-        rows: V; ids are 0 to V - 1.
-
-    Returns:
-        The id.
-
     Raises:
-        ValueError: if the id is out of range, or the text is not one token.
+        ValueError: if the id is out of range (0 to V - 1), or the text is not one token.
     """
     if isinstance(item, int):
         if not 0 <= item < rows:
