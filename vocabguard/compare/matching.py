@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vocabguard.files import one_line
 from vocabguard.rows.baselines import Baseline
-from vocabguard.rows.checkpoints import norms_of, one_line, one_torch_thread, slices_of
+from vocabguard.rows.checkpoints import norms_of, one_torch_thread, slices_of
 from vocabguard.vocabulary.table import VocabTable, build_table, plain_table
 
 _TOKENIZER_FILES = (

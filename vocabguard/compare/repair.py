@@ -7,7 +7,6 @@ shift lies between: it gives back the most for its price.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from vocabguard.compare.explain import contexts_for
 from vocabguard.compare.scan import Scan, fitted
+from vocabguard.files import plain
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.measure.probe import probe, retained, said, stratified_sample
 from vocabguard.results import EXPOSURE_CLASSES, NotApplicable, RowDrift
@@ -224,8 +224,8 @@ def recall_of(
     base = asked.pop("base")
     found: dict[str, float | int | None] = {"tokens": len(ids), "said_at_base": int(said(base).sum())}
     for name, result in asked.items():
-        found[name] = _number(retained(base, result))
-        found[f"{name}_lost"] = _number(retained(base, result, lost[ids]))
+        found[name] = plain(retained(base, result))
+        found[f"{name}_lost"] = plain(retained(base, result, lost[ids]))
     before, after = found.get("tuned"), found.get("repaired")
     gone = None if before is None else 1 - before
     found["returned"] = (after - before) / gone if gone and after is not None and before is not None else None
@@ -259,7 +259,3 @@ def text_loss(model: nn.Module, tokenizer: Any, file: Path, most: int = 2**16) -
             total += float(nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
             count += len(window) - 1
     return total / count
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vocabguard.files import replacing
 from vocabguard.results import MatrixName
 from vocabguard.rows.matrices import VocabMatrix
 from vocabguard.rows.sharding import ShardBaseline, local_rows
@@ -236,10 +237,9 @@ def save_baseline(baseline: Baseline, path: str | Path, key: str) -> FileBaselin
     Returns:
         The baseline as read from the file, whose `reference` outlives the process.
     """
-    # Under another name first: a run that is killed meanwhile leaves no half file to resume from.
-    new = Path(f"{path}.new")
-    save_file({key: baseline.chunk(slice(0, baseline.rows)).contiguous()}, str(new), metadata={"format": "pt"})
-    new.replace(path)
+    # A run that is killed meanwhile leaves no half file to resume from.
+    with replacing(path) as new:
+        save_file({key: baseline.chunk(slice(0, baseline.rows)).contiguous()}, str(new), metadata={"format": "pt"})
     return FileBaseline(Path(path).resolve(), key)
 
 

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vocabguard.files import one_line, read_json, some
 from vocabguard.results import MatrixName, NotApplicable
 from vocabguard.rows.baselines import COMMON_NAMES, Baseline, CopiedBaseline
 
@@ -319,18 +320,6 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """The first line of an error's message, or its class."""
-    lines = str(error).strip().splitlines()
-    return (lines[0][:limit] if lines else "") or type(error).__name__
-
-
-def some(names: Collection[str], shown: int = 6) -> str:
-    """A few names for an error message."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return f"{sorted(names)[:shown]}{more}"
-
-
 def _header(path: Path) -> tuple[int, dict[str, Any]]:
     """Where the data begins, and the entries of a file that `safe_open` has accepted."""
     with path.open("rb") as file:
@@ -442,21 +431,6 @@ def read_config(path: Path) -> dict[str, Any]:
     config = read_json(file) if file.is_file() else {}
     inner = config.get("text_config")
     return config | inner if isinstance(inner, dict) else config
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: if the file is not one.
-    """
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: is no JSON ({one_line(error)})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: holds a {type(found).__name__}; expected a JSON object")
-    return found
 
 
 def read_index(file: Path) -> dict[str, Path]:
