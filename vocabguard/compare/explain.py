@@ -20,7 +20,6 @@ from vocabguard.measure.undertrained import unused_distances
 from vocabguard.protect.prompts import render_context
 from vocabguard.results import DEGRADED, MatrixName, NotApplicable, ProbeResult
 from vocabguard.rows.baselines import Baseline
-from vocabguard.rows.checkpoints import slices_of
 
 CONTEXTS = {
     "repeat": "Repeat this: {tokens}",
@@ -400,7 +399,7 @@ def _trained(pair: Pair, token: int) -> dict[str, Any]:
         found |= _placed("input_norm", inputs.norms, scan.live, token)
     unused = (scan.table.padded | ~scan.table.reachable) & ~scan.table.control & scan.match.mask
     if not isinstance(outputs, NotApplicable) and int(unused.sum()) >= 4:
-        distances = unused_distances(lambda: slices_of(outputs, max(1, 2**20 // outputs.width)), unused)
+        distances = unused_distances(lambda: outputs.chunks(max(1, 2**20 // outputs.width)), unused)
         found |= _placed("distance_to_unused", distances, scan.live, token)
     return found
 

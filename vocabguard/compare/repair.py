@@ -25,7 +25,8 @@ from vocabguard.measure.exposure import exposure_classes
 from vocabguard.measure.probe import probe, retained, said, stratified_sample
 from vocabguard.results import EXPOSURE_CLASSES, NotApplicable, RowDrift
 from vocabguard.rows.baselines import Baseline
-from vocabguard.rows.checkpoints import INDEX, SINGLE, Checkpoint, read_index, safetensors_names
+from vocabguard.rows.checkpoints import Checkpoint
+from vocabguard.rows.tensors import INDEX, SINGLE, safetensors_files
 
 Method = Literal["shift", "rows"]
 METHODS: tuple[Method, ...] = ("shift", "rows")
@@ -117,7 +118,7 @@ def write_repaired(tuned: Checkpoint, plan: Plan, out: Path) -> None:
     """
     check_out(tuned, out)
     key = head_key(tuned)
-    file = _file_of(tuned.path)[key]
+    file = safetensors_files(tuned.path)[key]
     out.mkdir(parents=True, exist_ok=True)
     for item in sorted(tuned.path.iterdir()):
         if item.is_file() and item != file:
@@ -136,7 +137,7 @@ def weight_files(folder: Path) -> set[Path]:
     Raises:
         ValueError: for an index that cannot be read.
     """
-    return {*_file_of(folder).values(), folder / INDEX}
+    return {*safetensors_files(folder).values(), folder / INDEX}
 
 
 def check_out(tuned: Checkpoint, out: Path) -> None:
@@ -164,12 +165,6 @@ def head_key(tuned: Checkpoint) -> str:
     if key is None:
         raise ValueError(f"{tuned.path}: has no head of its own to repair")
     return key
-
-
-def _file_of(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
-    index, single = folder / INDEX, folder / SINGLE
-    return read_index(index) if index.is_file() else dict.fromkeys(safetensors_names(single), single)
 
 
 def _heads(scan: Scan) -> tuple[Baseline, Baseline]:

@@ -21,7 +21,7 @@ from vocabguard.files import one_line, plain, write_file
 from vocabguard.measure.drift import summarise
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.results import EXPOSURE_CLASSES, MatrixName, NotApplicable, RowDrift
-from vocabguard.rows.checkpoints import one_torch_thread
+from vocabguard.rows.baselines import one_torch_thread
 from vocabguard.vocabulary.table import VocabTable
 
 SCHEMA = 1
