@@ -19,6 +19,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vocabguard.config import ConfigSource, Options
+from vocabguard.files import replacing
 from vocabguard.guard import VocabGuard
 from vocabguard.guard.batches import LabelCarrier, Targets, drop_labels
 from vocabguard.guard.watched import Action
@@ -150,9 +151,8 @@ class VocabGuardCallback(TrainerCallback):
         """Write our state into the checkpoint."""
         saved = self.guard.state_dict()
         if saved and state.is_world_process_zero:
-            path = _checkpoint(args, state) / STATE_FILE
-            torch.save(saved, path.with_suffix(".new"))
-            path.with_suffix(".new").replace(path)
+            with replacing(_checkpoint(args, state) / STATE_FILE) as new:
+                torch.save(saved, new)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any

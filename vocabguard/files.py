@@ -1,43 +1,53 @@
-"""Strict JSON in files that are written while someone reads them: whole files, and files of lines."""
+"""Files that others read while they are written: the only place that writes one, strict JSON, and words for errors."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from vocabguard.results import NotApplicable
 
 
-def plain(value: Any) -> Any:
-    """The value as what strict JSON can hold: NaN and infinities are null, a tensor is its shape and dtype."""
-    if isinstance(value, NotApplicable):
-        return {"not_applicable": value.reason}
-    if is_dataclass(value):
-        return {spec.name: plain(getattr(value, spec.name)) for spec in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, Tensor) and value.ndim > 0:
-        return {"shape": list(value.shape), "dtype": str(value.dtype)}
-    return _plain_leaf(value.item() if isinstance(value, Tensor) else value)
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A file that gets its name only when it is whole: neither a reader nor a crash sees half of it.
+
+    Yields:
+        A path beside it, to write to. An exception leaves what was at `path` before, and nothing else.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(path: str | Path, content: bytes | str) -> None:
+    """Write a whole file, text as UTF-8; see `replacing`."""
+    with replacing(path) as new:
+        new.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write texts as the lines of a new file, in UTF-8. Readers see them come: give it what `replacing` yields."""
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def append_line(path: Path, line: Mapping[str, Any]) -> None:
-    """Add a line to a file of lines.
-
-    Args:
-        path: made if missing.
-        line: anything that `plain` takes.
-    """
+    """Add a line of JSON to a file, made if missing; the line is anything that `plain` takes."""
     # A lone surrogate in a token's text becomes an escape that JSON knows.
     with path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         file.write(json.dumps(plain(line), ensure_ascii=False, allow_nan=False) + "\n")
@@ -63,23 +73,67 @@ def mend(path: Path) -> None:
     content = path.read_bytes() if path.exists() else b""
     whole, newline, tail = content.rpartition(b"\n")
     if tail:
-        replace_file(path, content + b"\n" if _is_json(tail) else whole + newline)
+        write_file(path, content + b"\n" if _is_json(tail) else whole + newline)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a whole file so that no reader sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        ValueError: if it holds none.
+    """
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is no JSON ({one_line(error)})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a {type(found).__name__}; expected a JSON object")
+    return found
+
+
+def plain(value: Any) -> Any:
+    """The value as what strict JSON can hold: NaN and infinities are null, a tensor is its shape and dtype.
+
+    >>> plain({"cosine": float("nan"), 3: (True, NotApplicable("no head"))})
+    {'cosine': None, '3': [True, {'not_applicable': 'no head'}]}
+    """
+    if isinstance(value, NotApplicable):
+        return {"not_applicable": value.reason}
+    if is_dataclass(value):
+        return {spec.name: plain(getattr(value, spec.name)) for spec in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, Tensor) and value.ndim > 0:
+        return {"shape": list(value.shape), "dtype": str(value.dtype)}
+    return _plain_leaf(value.item() if isinstance(value, (Tensor, np.generic)) else value)
+
+
+def one_line(error: BaseException, limit: int | None = 200) -> str:
+    """The first line of an error's message, or its class.
+
+    >>> one_line(ValueError("no head\\nin this model")), one_line(KeyError())
+    ('no head', 'KeyError')
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0][:limit] if lines else type(error).__name__
+
+
+def some(names: Collection[str], shown: int = 6) -> str:
+    """A few names for an error message.
+
+    >>> some(["c", "b", "a"], shown=2)
+    "['a', 'b'] and 1 more"
+    """
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{sorted(names)[:shown]}{more}"
 
 
 def _plain_leaf(value: Any) -> bool | int | float | str | None:
     if value is None or isinstance(value, (bool, str)):
         return value
-    # The abstract kinds, so that NumPy's numbers count.
+    # The abstract kinds, so that other libraries' numbers count.
     if isinstance(value, Integral):
         return int(value)
     if isinstance(value, Real):

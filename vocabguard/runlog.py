@@ -32,7 +32,7 @@ import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vocabguard.files import append_line, mend, plain, read_lines, replace_file
+from vocabguard.files import append_line, mend, plain, read_lines, write_file
 from vocabguard.results import CheckResult, Exposure, Forecast, RowDrift, Transition, Watch, as_transition
 
 SCHEMA = 1
@@ -108,14 +108,14 @@ class RunWriter:
         for path in self.folder.glob("*.jsonl"):
             mend(path)
         meta |= {"config": plain(config), "watch": plain(watch), "groups": list(groups)}
-        replace_file(self.folder / _META, (json.dumps(meta, indent=2, allow_nan=False) + "\n").encode())
+        write_file(self.folder / _META, json.dumps(meta, indent=2, allow_nan=False) + "\n")
         self._attempt = len(meta["resumed"])
 
     def texts(self, texts: Sequence[str]) -> None:
         """Write what each id says, V strings; nothing where all are empty. To be called after `start`."""
         self._started()
         if any(texts):
-            replace_file(self.folder / _TEXTS, json.dumps(list(texts)).encode())
+            write_file(self.folder / _TEXTS, json.dumps(list(texts)))
 
     def check(self, result: CheckResult) -> None:
         """Append a check and its transitions.
@@ -186,7 +186,7 @@ class RunWriter:
         path = self.folder / f"rows-{step}.safetensors"
         # Clones, since safetensors refuses tensors that share memory.
         whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        replace_file(path, safetensors.torch.save(whole, metadata={"attempt": str(attempt), "step": str(step)}))
+        write_file(path, safetensors.torch.save(whole, metadata={"attempt": str(attempt), "step": str(step)}))
         return path
 
     def _started(self) -> int:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import warnings
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +18,10 @@ from vocabguard.rows.baselines import (
     FileBaseline,
     copy_baseline,
     matches,
-    open_baseline,
     reopen_baseline,
     save_baseline,
 )
+from vocabguard.rows.checkpoints import open_baseline
 from vocabguard.rows.matrices import VocabMatrix, find_matrices
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
@@ -159,6 +162,111 @@ def test_paths_without_a_checkpoint_are_refused(tmp_path: Path) -> None:
             open_baseline(path, matrix)
     with pytest.raises(ValueError, match=r"snapshot\.source .*broken\.safetensors: cannot be read as safetensors"):
         open_baseline(tmp_path / "broken.safetensors", matrix)
+
+
+def sharded_bin(state: dict[str, Tensor], folder: Path) -> Path:
+    names = {key: f"pytorch_model-{place % 2}.bin" for place, key in enumerate(state)}
+    for file in set(names.values()):
+        torch.save({key: state[key] for key in state if names[key] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    return folder
+
+
+def lightning_ckpt(state: dict[str, Tensor], folder: Path) -> Path:
+    inner = {f"model.{key}": value for key, value in state.items()}
+    torch.save({"epoch": 1, "state_dict": inner, "optimizer_states": [{"state": {}}]}, folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+def plain_file(name: str, state: dict[str, Tensor], folder: Path) -> Path:
+    torch.save(state, folder / name)
+    return folder / name
+
+
+TORCH_FORMS = {
+    "bin": partial(plain_file, "pytorch_model.bin"),
+    "folder of a bin": lambda state, folder: plain_file("pytorch_model.bin", state, folder).parent,
+    "sharded bin": sharded_bin,
+    "pt": partial(plain_file, "base.pt"),
+    "lightning": lightning_ckpt,
+}
+
+
+@pytest.mark.parametrize("name", ["head", "embedding"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", TORCH_FORMS)
+def test_torch_files_are_baselines_too(tmp_path: Path, form: str, dtype: torch.dtype, name: MatrixName) -> None:
+    model = llama().to(dtype)
+    matrix = matrix_of(model, name)
+    path = TORCH_FORMS[form](model.state_dict(), tmp_path)
+    baseline = open_baseline(path, matrix)
+    assert isinstance(baseline, CopiedBaseline)
+    assert baseline.chunk(slice(0, 1)).dtype is dtype
+    assert torch.equal(all_rows(baseline), matrix.weight)
+    assert str(tmp_path) in baseline.describe()
+    # So a guard writes them into its run folder before it is resumed, as it does with a copy.
+    assert baseline.reference() == {}
+    own = tmp_path / "own"
+    own.mkdir()
+    assert torch.equal(all_rows(save_baseline(baseline, own / "own.safetensors", name)), matrix.weight)
+
+
+def adapter_of_base(folder: Path, **options: Any) -> Any:
+    """A PEFT model with moved adapters, saved in ``folder / "adapter"``, its base in ``folder / "base"``."""
+    peft = pytest.importorskip("peft")
+    llama().save_pretrained(folder / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        base = AutoModelForCausalLM.from_pretrained(folder / "base")
+        model = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=5, **options))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(folder / "adapter")
+    return model
+
+
+@pytest.mark.parametrize("name", ["head", "embedding"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["lm_head", "embed_tokens"]},
+        {"target_modules": ["lm_head"], "use_dora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 7]},
+    ],
+    ids=["lora", "dora", "modules to save", "trainable tokens"],
+)
+def test_rows_of_an_adapter_are_those_of_the_live_model(
+    tmp_path: Path, options: dict[str, Any], name: MatrixName
+) -> None:
+    model = adapter_of_base(tmp_path, **options)
+    # What an adapter leaves alone is frozen, and so the live model has no matrix to follow: its rows are the base's.
+    getter = model.get_output_embeddings if name == "head" else model.get_input_embeddings
+    live = find_matrices(model)[name]
+    expected = torch.cat([rows for _, rows in live.chunks(2**14)]) if isinstance(live, VocabMatrix) else getter().weight
+    baseline = open_baseline(tmp_path / "adapter", matrix_of(llama(), name))
+    assert torch.equal(all_rows(baseline), expected)
+
+
+def test_an_adapter_whose_base_is_elsewhere_is_refused(tmp_path: Path) -> None:
+    adapter_of_base(tmp_path, target_modules=["lm_head"])
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(
+        ValueError, match=rf"snapshot\.source {tmp_path}/adapter: its base .*base' is not on this .*allowed"
+    ):
+        open_baseline(tmp_path / "adapter", matrix_of(llama()))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "last.ckpt", "base.pt"])
+def test_a_damaged_torch_file_is_refused(tmp_path: Path, name: str) -> None:
+    torch.save(llama().state_dict(), tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"snapshot\.source {tmp_path / name}: torch\.load.* fails .*; allowed: a "):
+        open_baseline(tmp_path / name, matrix_of(llama()))
 
 
 def test_an_index_that_names_a_missing_shard_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vocabguard.results import NotApplicable
-from vocabguard.rows.checkpoints import Checkpoint, MappedRows, open_checkpoint
+from vocabguard.rows.baselines import FileBaseline
+from vocabguard.rows.checkpoints import Checkpoint, open_checkpoint
 
 
 def read(rows: Any, size: int = 7) -> Tensor:
@@ -34,7 +35,7 @@ def test_folder_of_a_model(tmp_path: Path, kit: Any, dtype: torch.dtype, sharded
     assert torch.equal(embedding, model.model.embed_tokens.weight)
     assert not found.tied
     assert found.rows == kit.ROWS
-    assert isinstance(found.head, MappedRows)
+    assert isinstance(found.head, FileBaseline)
     assert torch.allclose(found.head.norms, model.lm_head.weight.float().norm(dim=1))
 
 
@@ -120,7 +121,7 @@ def test_rows_are_read_in_any_chunks_and_the_file_stays(tmp_path: Path) -> None:
     rows = torch.randn(1000, 64)
     save_file({"pad": torch.zeros(3), "lm_head.weight": rows}, tmp_path / "m.safetensors")
     before = (tmp_path / "m.safetensors").read_bytes()
-    mapped = MappedRows(tmp_path / "m.safetensors", "lm_head.weight")
+    mapped = FileBaseline(tmp_path / "m.safetensors", "lm_head.weight")
     for size in (1, 13, 1000, 5000):
         assert torch.equal(read(mapped, size), rows)
     assert torch.equal(mapped.chunk(slice(990, 2000)), rows[990:])
@@ -129,7 +130,7 @@ def test_rows_are_read_in_any_chunks_and_the_file_stays(tmp_path: Path) -> None:
     del mapped
     assert (tmp_path / "m.safetensors").read_bytes() == before
     with pytest.raises(ValueError, match="chunk size is 0"):
-        read(MappedRows(tmp_path / "m.safetensors", "lm_head.weight"), 0)
+        read(FileBaseline(tmp_path / "m.safetensors", "lm_head.weight"), 0)
 
 
 def test_memory_is_let_go_of(tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_memory_is_let_go_of(tmp_path: Path) -> None:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("RssFile"))
 
     save_file({"lm_head.weight": torch.ones(40_000, 1024)}, tmp_path / "m.safetensors")  # 160 MiB
-    mapped = MappedRows(tmp_path / "m.safetensors", "lm_head.weight")
+    mapped = FileBaseline(tmp_path / "m.safetensors", "lm_head.weight")
     before, most = resident(), 0
     for _, part in mapped.chunks(512):
         part.sum()

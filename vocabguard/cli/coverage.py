@@ -19,6 +19,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from vocabguard.cli.app import InputError
 from vocabguard.data.coverage import Coverage, at_risk, group_rows, measure_coverage, summary
 from vocabguard.data.readers import data_files, read_examples
+from vocabguard.files import one_line
 from vocabguard.results import EXPOSURE_CLASSES
 from vocabguard.text import percent, visible
 from vocabguard.views.tables import Column, Grid
@@ -84,7 +85,7 @@ def coverage(
         if out is not None:
             result.save(out)
     except (ValueError, OSError) as error:
-        raise InputError(_one_line(error)) from error
+        raise InputError(one_line(error, 400)) from error
     _tell(result, table, watched, top, out, as_json)
     if threshold is not None and result.never_share > threshold:
         raise typer.Exit(1)
@@ -107,14 +108,14 @@ def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
             loaded = AutoTokenizer.from_pretrained(name)
         usable = bool(loaded.get_vocab())
     except Exception as error:  # by kind of damage, of many types
-        raise InputError(f"{name}: cannot be loaded as a tokenizer ({_one_line(error)})") from error
+        raise InputError(f"{name}: cannot be loaded as a tokenizer ({one_line(error, 400)})") from error
     if not usable:
         raise InputError(f"{name}: a tokenizer without any token")
     if chat_template is not None:
         try:
             loaded.chat_template = chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{chat_template}: cannot be read as a chat template ({_one_line(error)})") from error
+            raise InputError(f"{chat_template}: cannot be read as a chat template ({one_line(error, 400)})") from error
     return loaded
 
 
@@ -142,10 +143,6 @@ def _check_ranges(threshold: float | None, top: int, workers: int) -> None:
 def _workers_for(files: list[Path]) -> int:
     size = sum(part.stat().st_size for file in files for part in ([file] if file.is_file() else file.rglob("*.arrow")))
     return min(_MOST_WORKERS, os.cpu_count() or 1) if size >= _PARALLEL_FROM else 1
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
 
 
 @contextmanager

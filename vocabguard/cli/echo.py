@@ -16,6 +16,7 @@ from vocabguard.cli.app import InputError
 from vocabguard.cli.coverage import load_tokenizer
 from vocabguard.config import EchoConfig
 from vocabguard.data.echo_rows import EchoTally, echo_lists, needy_ids, write_chats, write_ids
+from vocabguard.files import one_line
 from vocabguard.protect.allowed import allowed_ids
 from vocabguard.protect.prompts import render_echo
 from vocabguard.text import percent
@@ -69,7 +70,7 @@ def echo(
                 chats, lists, instructions, Random(seed), tokenizer=loaded, table=table, separator=between
             )
     except (ValueError, OSError) as error:
-        raise InputError((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+        raise InputError(one_line(error, None)) from error
     if as_json:
         told: dict[str, Any] = {"schema": 1, "tokens": len(chosen), "targets": targets}
         told |= {"files": {name: asdict(tally) for name, tally in written.items()}}

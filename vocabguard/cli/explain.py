@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -136,7 +135,7 @@ def explain(
     contexts, models = _askable(found, pair.tokenizer) if ask else ([], "--no-ask was given")
     try:
         both = Pair.of(found, models)
-        stories = [_finite(story(both, pair.tokenizer, token, contexts)) for token in ids]
+        stories = [story(both, pair.tokenizer, token, contexts) for token in ids]
     except ValueError as error:
         raise InputError(str(error)) from error
     if as_json:
@@ -171,11 +170,3 @@ def _askable(found: Scan, tokenizer: Any) -> tuple[list[Any], Any]:
         return contexts_for(tokenizer), (load_model(found.base.path), load_model(found.tuned.path))
     except ValueError as error:
         return [], str(error)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

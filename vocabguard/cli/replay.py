@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from vocabguard.data.coverage import load_coverage, vocabulary_hash
 from vocabguard.data.encode import TargetEncoder
 from vocabguard.data.readers import Chat, Completion, Example, Text, data_files, read_examples
 from vocabguard.data.replay import Replay, count_targets_in, find_replay, needed_targets, written_rows
+from vocabguard.files import one_line, replacing, write_lines
 from vocabguard.text import percent
 from vocabguard.views.tables import Column, Grid
 from vocabguard.vocabulary.table import VocabTable, build_table
@@ -68,7 +68,7 @@ def replay(
         _write(out, written_rows(read, found.chosen))
         told = _verified(found, read_examples([out]), encoder, table, out)
     except (ValueError, OSError) as error:
-        raise InputError((str(error).strip().splitlines() or [type(error).__name__])[0][:400]) from error
+        raise InputError(one_line(error, 400)) from error
     if as_json:
         sys.stdout.write(json.dumps({"schema": 1, "file": str(out), **told}) + "\n")
     else:
@@ -116,16 +116,11 @@ def _numbers(found: Replay, of_group: Tensor) -> dict[str, int]:
 
 
 def _write(out: Path, examples: Iterator[Example]) -> None:
-    plain = out.suffix == ".txt"
-    if not plain and out.suffix != ".jsonl":
+    as_text = out.suffix == ".txt"
+    if not as_text and out.suffix != ".jsonl":
         raise ValueError(f"--out is {out}; allowed: a name that ends in .jsonl or .txt")
-    temporary = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines((_line(example) if plain else json.dumps(_row(example))) + "\n" for example in examples)
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(out) as new:
+        write_lines(new, (_line(example) if as_text else json.dumps(_row(example)) for example in examples))
 
 
 def _line(example: Example) -> str:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from vocabguard.compare.scan import Scan, fitted
 from vocabguard.compare.summary import category_of
+from vocabguard.files import one_line, plain
 from vocabguard.measure.neighbors import intruders, nearest_rows
 from vocabguard.measure.probe import PromptContext, probe, probe_applicable, said
 from vocabguard.measure.undertrained import unused_distances
 from vocabguard.protect.prompts import render_context
 from vocabguard.results import DEGRADED, MatrixName, NotApplicable, ProbeResult
 from vocabguard.rows.baselines import Baseline
-from vocabguard.rows.checkpoints import one_line, slices_of
 
 CONTEXTS = {
     "repeat": "Repeat this: {tokens}",
@@ -283,15 +283,17 @@ def story(pair: Pair, tokenizer: Any, token: int, contexts: Sequence[PromptConte
         "live": bool(scan.live[token]),
         "cut": None if tokenizer is None else cut_of(tokenizer, scan.table.text(token), token),
         "trained": _trained(pair, token),
-        **{name: _plain(facts) for name, facts in rows.items()},
+        "head": rows["head"],
+        "embedding": rows["embedding"],
         "neighbours": _neighbours(pair, token),
-        "emission": {key: _plain(value) for key, value in emission.items()},
+        "emission": emission,
         "not_asked": pair.no_models,
         "data_target": None if scan.data_target is None else int(scan.data_target[token]),
     }
     kind = judge(scan, token, rows, emission)
     told = {"kind": kind, "diagnosis": _DIAGNOSES[kind], "advice": _ADVICE[kind]}
-    return found | told
+    story: dict[str, Any] = plain(found | told)
+    return story
 
 
 def cut_of(tokenizer: Any, text: str, token: int) -> dict[str, Any]:
@@ -397,7 +399,7 @@ def _trained(pair: Pair, token: int) -> dict[str, Any]:
         found |= _placed("input_norm", inputs.norms, scan.live, token)
     unused = (scan.table.padded | ~scan.table.reachable) & ~scan.table.control & scan.match.mask
     if not isinstance(outputs, NotApplicable) and int(unused.sum()) >= 4:
-        distances = unused_distances(lambda: slices_of(outputs, max(1, 2**20 // outputs.width)), unused)
+        distances = unused_distances(lambda: outputs.chunks(max(1, 2**20 // outputs.width)), unused)
         found |= _placed("distance_to_unused", distances, scan.live, token)
     return found
 
@@ -417,7 +419,3 @@ def _neighbours(pair: Pair, token: int) -> dict[str, Any]:
         if not isinstance(rows, NotApplicable):
             found[key] = [asdict(one) for one in neighbours(rows, pair.scan, token)]
     return found
-
-
-def _plain(value: Any) -> Any:
-    return {"not_applicable": value.reason} if isinstance(value, NotApplicable) else asdict(value)

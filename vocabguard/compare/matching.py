@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vocabguard.rows.baselines import Baseline
-from vocabguard.rows.checkpoints import norms_of, one_line, one_torch_thread, slices_of
+from vocabguard.files import one_line
+from vocabguard.rows.baselines import Baseline, RowReader, one_torch_thread
 from vocabguard.vocabulary.table import VocabTable, build_table, plain_table
 
 _TOKENIZER_FILES = (
@@ -49,7 +48,7 @@ class Match:
         return self.base_ids >= 0
 
 
-class ReorderedRows:
+class ReorderedRows(RowReader):
     """Base rows in the order of the tuned vocabulary, NaN where there is none; a `Baseline`.
 
     Args:
@@ -78,22 +77,9 @@ class ReorderedRows:
             found[places] = self.base.chunk(wanted)
         return found
 
-    def chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
-        """Walk over the rows, at most ``size`` at a time: the rows' slice and `chunk` of it."""
-        return slices_of(self, size)
-
     def describe(self) -> str:
         """Where the rows are kept, in words."""
         return f"{self.base.describe()}, in the order of the tuned vocabulary"
-
-    def reference(self) -> dict[str, str]:
-        """Empty: such an order lies in no file."""
-        return {}
-
-    @cached_property
-    def norms(self) -> Tensor:
-        """(rows,) float32 L2 norms, NaN where there is no row; computed at first use."""
-        return norms_of(self)
 
 
 @one_torch_thread()

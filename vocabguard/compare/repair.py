@@ -7,7 +7,6 @@ shift lies between: it gives back the most for its price.
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,11 +20,13 @@ from torch import Tensor, nn
 
 from vocabguard.compare.explain import contexts_for
 from vocabguard.compare.scan import Scan, fitted
+from vocabguard.files import plain
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.measure.probe import probe, retained, said, stratified_sample
 from vocabguard.results import EXPOSURE_CLASSES, NotApplicable, RowDrift
 from vocabguard.rows.baselines import Baseline
-from vocabguard.rows.checkpoints import INDEX, SINGLE, Checkpoint, read_index, safetensors_names
+from vocabguard.rows.checkpoints import Checkpoint
+from vocabguard.rows.tensors import INDEX, SINGLE, safetensors_files
 
 Method = Literal["shift", "rows"]
 METHODS: tuple[Method, ...] = ("shift", "rows")
@@ -117,7 +118,7 @@ def write_repaired(tuned: Checkpoint, plan: Plan, out: Path) -> None:
     """
     check_out(tuned, out)
     key = head_key(tuned)
-    file = _file_of(tuned.path)[key]
+    file = safetensors_files(tuned.path)[key]
     out.mkdir(parents=True, exist_ok=True)
     for item in sorted(tuned.path.iterdir()):
         if item.is_file() and item != file:
@@ -136,7 +137,7 @@ def weight_files(folder: Path) -> set[Path]:
     Raises:
         ValueError: for an index that cannot be read.
     """
-    return {*_file_of(folder).values(), folder / INDEX}
+    return {*safetensors_files(folder).values(), folder / INDEX}
 
 
 def check_out(tuned: Checkpoint, out: Path) -> None:
@@ -164,12 +165,6 @@ def head_key(tuned: Checkpoint) -> str:
     if key is None:
         raise ValueError(f"{tuned.path}: has no head of its own to repair")
     return key
-
-
-def _file_of(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
-    index, single = folder / INDEX, folder / SINGLE
-    return read_index(index) if index.is_file() else dict.fromkeys(safetensors_names(single), single)
 
 
 def _heads(scan: Scan) -> tuple[Baseline, Baseline]:
@@ -224,8 +219,8 @@ def recall_of(
     base = asked.pop("base")
     found: dict[str, float | int | None] = {"tokens": len(ids), "said_at_base": int(said(base).sum())}
     for name, result in asked.items():
-        found[name] = _number(retained(base, result))
-        found[f"{name}_lost"] = _number(retained(base, result, lost[ids]))
+        found[name] = plain(retained(base, result))
+        found[f"{name}_lost"] = plain(retained(base, result, lost[ids]))
     before, after = found.get("tuned"), found.get("repaired")
     gone = None if before is None else 1 - before
     found["returned"] = (after - before) / gone if gone and after is not None and before is not None else None
@@ -259,7 +254,3 @@ def text_loss(model: nn.Module, tokenizer: Any, file: Path, most: int = 2**16) -
             total += float(nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
             count += len(window) - 1
     return total / count
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -18,8 +18,9 @@ from vocabguard.measure.drift import evenly, mean_shift, row_drift, row_products
 from vocabguard.measure.kernels import RowReader, take_rows
 from vocabguard.measure.undertrained import Chunks, never_trained
 from vocabguard.results import MatrixName, NotApplicable, RowDrift
-from vocabguard.rows.baselines import COMMON_NAMES, Baseline
-from vocabguard.rows.checkpoints import Checkpoint, one_torch_thread
+from vocabguard.rows.baselines import Baseline, one_torch_thread
+from vocabguard.rows.checkpoints import Checkpoint
+from vocabguard.rows.tensors import COMMON_NAMES
 from vocabguard.vocabulary.table import VocabTable
 
 # Fewer rows known as unused say nothing about what an unused row looks like.

@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vocabguard.compare.scan import Scan
-from vocabguard.files import replace_file
+from vocabguard.files import one_line, plain, write_file
 from vocabguard.measure.drift import summarise
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.results import EXPOSURE_CLASSES, MatrixName, NotApplicable, RowDrift
-from vocabguard.rows.checkpoints import one_line, one_torch_thread
+from vocabguard.rows.baselines import one_torch_thread
 from vocabguard.vocabulary.table import VocabTable
 
 SCHEMA = 1
@@ -121,8 +121,8 @@ def summary(scan: Scan, *, top: int = 30) -> dict[str, Any]:
         "control_moved": [asdict(token_drift(scan, i)) for i in _control_moved(scan, top)],
         "seconds": scan.seconds,
     }
-    plain: dict[str, Any] = _plain(found)
-    return plain
+    told: dict[str, Any] = plain(found)
+    return told
 
 
 def matrix_summary(scan: Scan, name: MatrixName) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def save_scan(scan: Scan, path: Path, found: Mapping[str, Any]) -> None:
         "texts": json.dumps(table.texts),
     }
     whole = {name: vector.contiguous().clone() for name, vector in vectors.items()}
-    replace_file(Path(path), safetensors.torch.save(whole, metadata=header))
+    write_file(path, safetensors.torch.save(whole, metadata=header))
 
 
 def load_scan(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
@@ -284,11 +284,3 @@ def _norm_outliers(drift: RowDrift, usable: Tensor) -> dict[str, Any]:
     limit = max(_FAR * float(spread), math.log(_FACTOR))
     ids = _lowest(-far, far > limit, 100)
     return {"count": int((far > limit).sum()), "median_ratio": float(middle.exp()), "ids": ids}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

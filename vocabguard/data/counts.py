@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vocabguard.rows.checkpoints import one_line, read_json
+from vocabguard.files import one_line, read_json
 from vocabguard.runlog import RunLog
 
 _NAMES = ("data_target", "exposure/data_target")

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from vocabguard.data.encode import Batch, Loss, Source, TargetEncoder, TurnTally
 from vocabguard.data.readers import Example
+from vocabguard.files import write_file
 from vocabguard.measure.exposure import CLASS_STARTS, exposure_classes
 from vocabguard.results import EXPOSURE_CLASSES
 from vocabguard.vocabulary.table import VocabTable
@@ -140,12 +141,7 @@ class Coverage:
         told = {"schema": SCHEMA, "tally": asdict(self.tally), **asdict(self.source)}
         vectors = {name: getattr(self, name).contiguous() for name in _VECTORS}
         content = safetensors.torch.save(vectors, metadata={"coverage": json.dumps(told)})
-        temporary = Path(f"{path}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(path, content)
 
 
 def load_coverage(path: str | Path) -> Coverage:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from random import Random
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vocabguard.files import replacing, write_lines
 from vocabguard.protect.prompts import PLACE
 from vocabguard.protect.rows import IGNORE, EchoPrompt, exchange
 from vocabguard.vocabulary.table import VocabTable
@@ -126,11 +125,9 @@ def write_ids(
         OSError: if it cannot be written.
     """
     rows = (exchange(rng.choice(prompts), part) for part in lists)
-    with _replacing(path) as (file, temporary):
-        for row in rows:
-            file.write(json.dumps({"input_ids": row.input_ids, "labels": row.labels}) + "\n")
-        file.flush()
-        found, longest = _count_ids(temporary)
+    with replacing(path) as new:
+        write_lines(new, (json.dumps({"input_ids": row.input_ids, "labels": row.labels}) for row in rows))
+        found, longest = _count_ids(new)
         asked = _counts(lists)
         if found != asked:
             wrong = sorted(i for i in found.keys() | asked.keys() if found.get(i, 0) != asked.get(i, 0))
@@ -170,18 +167,20 @@ def write_chats(
     said = [separator.join(texts) for texts in readable if texts]
     if not said:
         raise ValueError("none of the tokens is whole text; allowed in chats: tokens that are whole characters")
-    with _replacing(path) as (file, temporary):
-        for text in said:
-            turns = [("user", rng.choice(instructions).replace(PLACE, text)), ("assistant", text)]
-            messages = [{"role": role, "content": content} for role, content in turns]
-            file.write(json.dumps({"messages": messages}) + "\n")
-        file.flush()
-        found, longest = _count_texts(temporary, tokenizer, len(table))
+    with replacing(path) as new:
+        write_lines(new, (_chat(rng.choice(instructions).replace(PLACE, text), text) for text in said))
+        found, longest = _count_texts(new, tokenizer, len(table))
         spelled = ((torch.from_numpy(found) > 0) & table.control).nonzero().flatten().tolist()
         if spelled:
             names = [table.text(i) for i in spelled[:3]]
             raise ValueError(f"{path}: neighbours spell control tokens, {names} among them; give a --separator")
     return _survivors(len(said), _counts(lists), found, longest)
+
+
+def _chat(question: str, answer: str) -> str:
+    """A line of ``messages``."""
+    turns = (("user", question), ("assistant", answer))
+    return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]})
 
 
 def _survivors(conversations: int, asked: dict[int, int], found: NDArray[np.int64], longest: int) -> EchoTally:
@@ -239,15 +238,3 @@ def _vectors(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in names if name in there}
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as a coverage or scan file ({error})") from error
-
-
-@contextmanager
-def _replacing(path: str | Path) -> Iterator[tuple[IO[str], Path]]:
-    """A file that gets its name only when all is well."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            yield file, temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from vocabguard.data.readers import Chat, Completion, DataError, Example, Text, Turn
+from vocabguard.files import one_line
 
 Span = tuple[int, int]
 """Characters from the first to before the second."""
@@ -128,8 +129,7 @@ class ChatRenderer:
                 **{**self._special, **options},
             )
         except Exception as error:  # templates are programs of their own and raise what they like
-            told = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise DataError(f"{place}: the chat template fails on roles {_roles(turns)}: {told}") from error
+            raise DataError(f"{place}: the chat template fails on roles {_roles(turns)}: {one_line(error)}") from error
         texts, spans = rendered
         return str(texts[0]), [(int(begin), int(end)) for begin, end in spans[0]] if track else []
 
@@ -417,5 +417,4 @@ def _single(encode: Callable[[str], Any], source: Source, text: str) -> Any:
     try:
         return encode(text)
     except Exception as error:  # the libraries raise no narrower one
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise DataError(f"{source.place}: the tokenizer refuses the text ({told})") from error
+        raise DataError(f"{source.place}: the tokenizer refuses the text ({one_line(error)})") from error

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
+from vocabguard.files import one_line
+
 _LINES, _JSON, _TABLE, _TEXT = (".jsonl", ".ndjson"), (".json",), (".parquet",), (".txt", ".text", ".md")
 SUFFIXES = (*_LINES, *_JSON, *_TABLE, *_TEXT)
 """Endings of data files; all but Parquet may have ``.gz`` after them."""
@@ -214,7 +216,7 @@ def _parquet_rows(file: Path, names: Collection[str]) -> Iterator[Row]:
     except DataError:
         raise
     except Exception as error:  # Arrow's own errors have several bases
-        raise DataError(f"{file}: cannot be read as Parquet after row {number} ({_first_line(error)})") from error
+        raise DataError(f"{file}: cannot be read as Parquet after row {number} ({one_line(error)})") from error
 
 
 def _dataset_rows(folder: Path, names: Collection[str]) -> Iterator[Row]:
@@ -235,16 +237,12 @@ def _dataset_rows(folder: Path, names: Collection[str]) -> Iterator[Row]:
     except DataError:
         raise
     except Exception as error:  # whatever datasets and Arrow find wrong with a folder
-        raise DataError(f"{folder}: cannot be read as a saved dataset ({_first_line(error)})") from error
+        raise DataError(f"{folder}: cannot be read as a saved dataset ({one_line(error)})") from error
 
 
 def _wanted(there: list[str], names: Collection[str]) -> list[str]:
     """The columns to read: wide tables may hold much else. All if none fits, for the error message to name them."""
     return [name for name in there if name in names] or there
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 _ROWS_OF: dict[str, Callable[[Path, Collection[str]], Iterator[Row]]] = {

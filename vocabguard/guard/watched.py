@@ -16,14 +16,8 @@ from vocabguard.alerts.rules import BUILT_IN, AlertRule, require_parts
 from vocabguard.config import ConfigError, GuardConfig, load_questions
 from vocabguard.measure.undertrained import never_trained
 from vocabguard.results import MatrixName, NotApplicable, Preflight, Transition, Watch, WatchedMatrix
-from vocabguard.rows.baselines import (
-    Baseline,
-    CopiedBaseline,
-    copy_baseline,
-    open_baseline,
-    reopen_baseline,
-    save_baseline,
-)
+from vocabguard.rows.baselines import Baseline, CopiedBaseline, copy_baseline, reopen_baseline, save_baseline
+from vocabguard.rows.checkpoints import open_baseline
 from vocabguard.rows.matrices import VocabMatrix, find_matrices
 from vocabguard.rows.sharding import ShardBaseline, reshard
 from vocabguard.vocabulary.table import GROUPS, VocabTable, build_table, plain_table

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import os
 import unicodedata
 from collections.abc import Sequence
 from functools import cache
@@ -22,6 +21,7 @@ import jinja2
 import regex
 from markupsafe import Markup
 
+from vocabguard.files import write_file
 from vocabguard.report.alerts import alert_timeline, told_of
 from vocabguard.report.charts import exposure_figure, forecast_figures, histograms, length_figure, timelines
 from vocabguard.report.compare import compare
@@ -70,12 +70,7 @@ def write_page(page: str, path: str | Path) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(page.encode("utf-8"))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(path, page)
     return path
 
 

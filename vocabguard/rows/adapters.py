@@ -1,4 +1,4 @@
-"""The rows that PEFT adapters make of a matrix while a model is trained, chunk by chunk.
+"""The rows that PEFT adapters make of a matrix, chunk by chunk: the formulas, and the adapters of a live model.
 
 LoRA on the head gives rows ``W + s B A``, on the input embedding ``W + s (B A)^T``; s is alpha over the rank or, rank
 stabilised, over its root. DoRA (arXiv 2402.09353) rescales that to learned lengths. Trainable tokens replace some rows,
@@ -97,54 +97,67 @@ class AdaptedRows:
             The rows' slice and (<= size, width) rows on the base's device: views of the base in its dtype where no
             adapter has changed anything yet, else float32. Nothing of the matrix's size is made.
         """
+        base = self.base.detach()
         # At the start of a run all updates are zero: then rows keep their dtype, and a copy its size.
         updates = [one for one in self.updates if one.magnitude is not None or bool(one.left.any())]
-        lengths = [self._column_lengths(one) for one in updates]
-        for start in range(0, self.base.shape[0], size):
-            part = slice(start, min(start + size, self.base.shape[0]))
-            yield part, self._put(self._updated(part, updates, lengths), part)
-
-    def _updated(self, part: slice, updates: Sequence[LowRank], lengths: Sequence[Tensor | None]) -> Tensor:
-        """Some rows with the updates on them, in the order of the forward pass."""
-        base = self.base.detach()[part]
-        if not updates:
-            return base
-        base = rows = base.float()
-        for one, length in zip(updates, lengths, strict=True):
-            if one.magnitude is None:
-                rows = torch.addmm(rows, *one.factors(part, base.device), alpha=one.scale)
-                continue
-            # Lengths are those of the base with this adapter alone, whatever came before it.
-            delta = one.delta(part, base.device)
-            if length is not None:
-                rows = (rows + delta) * (one.magnitude.to(rows) / length)
-            else:
-                factor = one.magnitude[part].to(rows) / torch.linalg.vector_norm(base + delta, dim=1)
-                rows = (rows + delta) * factor[:, None]
-        return rows
-
-    def _put(self, rows: Tensor, part: slice) -> Tensor:
-        for one in self.replaced:
-            here = ((one.ids >= part.start) & (one.ids < part.stop)).nonzero().flatten()
-            if len(here):
-                places = (one.ids[here] - part.start).to(rows.device)
-                # Out of place: the rows may be a view of the base.
-                rows = rows.index_copy(0, places, one.rows.detach()[here.to(one.rows.device)].to(rows))
-        return rows
-
-    def _column_lengths(self, one: LowRank) -> Tensor | None:
-        """(width,) float32: lengths of the base's columns with one adapter alone; None where lengths go by row."""
-        if one.magnitude is None or not one.by_column:
-            return None
-        squares = torch.zeros(self.base.shape[1], device=self.base.device)
-        for start in range(0, self.base.shape[0], _CHUNK_ROWS):
-            part = slice(start, min(start + _CHUNK_ROWS, self.base.shape[0]))
-            squares += (self.base.detach()[part].float() + one.delta(part, squares.device)).square_().sum(dim=0)
-        return squares.sqrt_()
+        lengths = [column_lengths(base, one) if one.by_column else None for one in updates]
+        for start in range(0, base.shape[0], size):
+            part = slice(start, min(start + size, base.shape[0]))
+            rows = updated_rows(base[part].float(), part, updates, lengths) if updates else base[part]
+            yield part, replaced_rows(rows, part, self.replaced)
 
     def _identity(self) -> tuple[Any, ...]:
         low = [(one.left.data_ptr(), one.right.data_ptr(), one.scale, one.magnitude is None) for one in self.updates]
         return (*low, *(one.rows.data_ptr() for one in self.replaced))
+
+
+def updated_rows(
+    base: Tensor, part: slice, updates: Sequence[LowRank], lengths: Sequence[Tensor | None] | None = None
+) -> Tensor:
+    """Some rows with updates on them, in the order of the forward pass.
+
+    Args:
+        base: (n, width) float32, the rows ``part`` of the base.
+        part: which rows they are.
+        updates: first to last.
+        lengths: of each update `column_lengths`, or None where its lengths are not those of columns.
+
+    Returns:
+        (n, width) float32, new where there is an update.
+    """
+    rows = base
+    for one, length in zip(updates, lengths or [None] * len(updates), strict=True):
+        if one.magnitude is None:
+            rows = torch.addmm(rows, *one.factors(part, base.device), alpha=one.scale)
+            continue
+        # Lengths are those of the base with this adapter alone, whatever came before it.
+        delta = one.delta(part, base.device)
+        if length is not None:
+            rows = (rows + delta) * (one.magnitude.to(rows) / length)
+        else:
+            factor = one.magnitude[part].to(rows) / torch.linalg.vector_norm(base + delta, dim=1)
+            rows = (rows + delta) * factor[:, None]
+    return rows
+
+
+def replaced_rows(rows: Tensor, part: slice, replaced: Sequence[Replaced]) -> Tensor:
+    """(n, width) the rows ``part`` with others in the place of some; new where there are any."""
+    for one in replaced:
+        here = ((one.ids >= part.start) & (one.ids < part.stop)).nonzero().flatten()
+        if len(here):
+            places = (one.ids[here] - part.start).to(rows.device)
+            # Out of place: the rows may be a view of the base.
+            rows = rows.index_copy(0, places, one.rows.detach()[here.to(one.rows.device)].to(rows))
+    return rows
+
+
+def column_lengths(base: Tensor, one: LowRank) -> Tensor:
+    """(width,) float32: lengths of the base's columns with one adapter alone."""
+    squares = torch.zeros(base.shape[1], device=base.device)
+    for start in range(0, base.shape[0], _CHUNK_ROWS):
+        part = slice(start, min(start + _CHUNK_ROWS, base.shape[0]))
+        squares += (base[part].float() + one.delta(part, squares.device)).square_().sum(dim=0)
+    return squares.sqrt_()
 
 
 def adapter_of(module: nn.Module) -> AdaptedRows | NotApplicable | None:

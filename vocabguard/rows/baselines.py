@@ -1,50 +1,44 @@
-"""The baseline: the rows against which drift is measured, copied from a model or read from a checkpoint on disk."""
+"""The baseline: the rows against which drift is measured, copied from a model or read from a file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+import mmap
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vocabguard.results import MatrixName
+from vocabguard.files import one_line, replacing, some
 from vocabguard.rows.matrices import VocabMatrix
 from vocabguard.rows.sharding import ShardBaseline, local_rows
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types of rows, by their names in safetensors files."""
+
 _DIGEST_ROWS = 64
-# torch works on so many elements on one core; more it splits, which stalls where another process holds a core.
-_SERIAL = 2**15
-COMMON_NAMES: dict[MatrixName, tuple[str, ...]] = {
-    "head": ("lm_head.weight", "embed_out.weight", "output.weight", "cls.predictions.decoder.weight"),
-    "embedding": (
-        "model.embed_tokens.weight",
-        "embed_tokens.weight",
-        "transformer.wte.weight",
-        "wte.weight",
-        "model.language_model.embed_tokens.weight",
-        "language_model.model.embed_tokens.weight",
-        "shared.weight",
-        "model.shared.weight",
-        "gpt_neox.embed_in.weight",
-        "model.decoder.embed_tokens.weight",
-        "transformer.word_embeddings.weight",
-        "backbone.embeddings.weight",
-        "tok_embeddings.weight",
-    ),
-}
-"""Names under which well-known models keep their rows."""
+# Bytes that a thread may leave mapped behind it when it asks for the next block.
+_KEPT_MAPPED = 2**20
+# Elements of a block whose float32 buffer stays in the cache.
+_BLOCK = 2**17
+_MOST_THREADS = 4
 
 
 class Baseline(Protocol):
-    """Rows that stay as they are: `CopiedBaseline` or `FileBaseline`."""
+    """Rows that stay as they are."""
 
     @property
     def rows(self) -> int:
@@ -64,22 +58,62 @@ class Baseline(Protocol):
         """Where the rows are kept, in words."""
 
     def reference(self) -> dict[str, str]:
-        """What `reopen_baseline` needs to find the rows again, JSON-able; empty if they live in memory only."""
+        """What `reopen_baseline` needs to find the rows again, JSON-able; empty if they lie in no file."""
 
     @property
     def norms(self) -> Tensor:
         """(rows,) float32 L2 norms on the CPU, not finite where a row is not. Computed once: the rows never change."""
 
 
-class CopiedBaseline:
-    """A copy of the rows in memory, in the model's dtype.
+class RowReader:
+    """What a `Baseline` with a `chunk` of its own need not write again."""
+
+    @property
+    def rows(self) -> int:
+        """Rows held."""
+        raise NotImplementedError
+
+    @property
+    def width(self) -> int:
+        """Elements a row."""
+        raise NotImplementedError
+
+    def chunk(self, part: slice) -> Tensor:
+        """See `Baseline`."""
+        raise NotImplementedError
+
+    def chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
+        """See `Baseline`.
+
+        Raises:
+            ValueError: for a size below 1.
+        """
+        if size < 1:
+            raise ValueError(f"chunk size is {size}; allowed: at least 1")
+        for start in range(0, self.rows, size):
+            part = slice(start, min(start + size, self.rows))
+            yield part, self.chunk(part)
+
+    def reference(self) -> dict[str, str]:
+        """Empty: such rows lie in no file."""
+        return {}
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """See `Baseline`."""
+        return _norms_of(self)
+
+
+class CopiedBaseline(RowReader):
+    """Rows in memory, in the model's dtype.
 
     Args:
         tensor: (rows, width), on the CPU.
+        place: where they are kept, in words; empty for a copy.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    def __init__(self, tensor: Tensor, place: str = "") -> None:
+        self.tensor, self._place = tensor, place
 
     @property
     def rows(self) -> int:
@@ -95,66 +129,75 @@ class CopiedBaseline:
         """Rows ``part``: (n, width) view on the CPU. Not to be written to."""
         return self.tensor[part]
 
-    def chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
-        """Walk over the rows, at most ``size`` at a time: the rows' slice and `chunk` of it."""
-        return _chunks(self, size)
-
     def describe(self) -> str:
         """Where the rows are kept, in words."""
-        megabytes = self.tensor.nbytes / 2**20
-        return f"copy in memory ({megabytes:.0f} MiB, {_dtype_name(self.tensor.dtype)})"
-
-    def reference(self) -> dict[str, str]:
-        """Empty: a copy in memory cannot be found again. `save_baseline` it first."""
-        return {}
-
-    @cached_property
-    def norms(self) -> Tensor:
-        """(rows,) float32 L2 norms, computed at first use."""
-        return _norms(self)
+        megabytes, dtype = self.tensor.nbytes / 2**20, str(self.tensor.dtype).removeprefix("torch.")
+        return self._place or f"copy in memory ({megabytes:.0f} MiB, {dtype})"
 
 
-class FileBaseline:
-    """One tensor of a safetensors file, read through a memory map and never as a whole.
+@dataclass
+class _Behind:
+    """What a thread has read and may still have mapped."""
+
+    parts: list[slice] = field(default_factory=list)
+    rows: int = 0
+
+
+class FileBaseline(RowReader):
+    """One tensor of a safetensors file; pages that have been read are unmapped again, so that memory stays small.
 
     Args:
         path: the file.
         key: the tensor's name in it.
 
     Raises:
-        ValueError: for a file that cannot be read, or a tensor that is missing or not 2-D.
+        ValueError: for a file that cannot be read, or a tensor that is missing, not 2-D, empty or not of floats.
     """
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
-        self._file = _open(path)
-        if key not in self._file.keys():  # noqa: SIM118 (a safe_open handle has no __contains__)
-            raise ValueError(f"snapshot.source {path}: no tensor {key!r}; it holds {_some(self._file.keys())}")
-        self._rows: Any = self._file.get_slice(key)
-        shape = tuple(self._rows.get_shape())
-        if len(shape) != 2:
-            raise ValueError(f"snapshot.source {path}: tensor {key!r} has shape {shape}; allowed: (rows, width)")
-        self._shape = shape
+        names = safetensors_names(path)
+        if key not in names:
+            raise ValueError(f"{path}: no tensor {key!r}; it holds {some(names)}")
+        start, entries = _header(path)
+        shape, dtype = tuple(entries[key]["shape"]), entries[key]["dtype"]
+        check_rows(f"{path}: tensor {key!r}", shape, dtype, dtype in FLOATS)
+        self._rows, self._width = int(shape[0]), int(shape[1])
+        self.dtype = FLOATS[dtype]
+        self._row_bytes = self.width * self.dtype.itemsize
+        self._offset = start + int(entries[key]["data_offsets"][0])
+        with path.open("rb") as file:
+            # A private mapping: torch asks for a writable buffer, the file itself cannot be written to through it.
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._behind: defaultdict[int, _Behind] = defaultdict(_Behind)  # by thread
 
     @property
     def rows(self) -> int:
         """Rows held."""
-        return int(self._shape[0])
+        return self._rows
 
     @property
     def width(self) -> int:
         """Elements a row."""
-        return int(self._shape[1])
+        return self._width
 
     def chunk(self, part: slice) -> Tensor:
-        """Rows ``part``: (n, width) on the CPU, in the file's dtype. Not to be written to."""
-        rows = self._rows[part]
-        assert isinstance(rows, Tensor)
-        return rows
+        """Rows ``part``: (n, width) on the CPU, in the file's dtype, valid as long as these rows. Not to be written to.
 
-    def chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
-        """Walk over the rows, at most ``size`` at a time: the rows' slice and `chunk` of it."""
-        return _chunks(self, size)
+        Args:
+            part: with a start and a stop, and no step.
+        """
+        count = max(0, min(part.stop, self.rows) - part.start)
+        if count == 0:
+            return torch.empty(0, self.width, dtype=self.dtype)
+        behind = self._behind[threading.get_ident()]
+        if behind.rows * self._row_bytes >= _KEPT_MAPPED:
+            self._let_go(behind)
+        behind.parts.append(part)
+        behind.rows += part.stop - part.start
+        first = self._offset + part.start * self._row_bytes
+        flat = torch.frombuffer(self._map, dtype=self.dtype, count=count * self.width, offset=first)
+        return flat.view(count, self.width)
 
     def describe(self) -> str:
         """Where the rows are kept, in words."""
@@ -170,11 +213,6 @@ class FileBaseline:
             "digest": self._digest(),
         }
 
-    @cached_property
-    def norms(self) -> Tensor:
-        """(rows,) float32 L2 norms, computed at first use."""
-        return _norms(self)
-
     def _digest(self) -> str:
         """SHA-256 of the bytes of evenly spaced rows."""
         digest = hashlib.sha256()
@@ -182,47 +220,28 @@ class FileBaseline:
             digest.update(self.chunk(slice(row, row + 1)).contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+    def _let_go(self, behind: _Behind) -> None:
+        """Unmap what a thread read before: if it still looks at it, it faults it in again from the page cache."""
+        for old in behind.parts:
+            first = self._offset + old.start * self._row_bytes
+            first -= first % mmap.PAGESIZE
+            end = min(self._offset + old.stop * self._row_bytes, len(self._map))
+            if hasattr(mmap, "MADV_DONTNEED"):  # elsewhere the system decides
+                self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
+        behind.parts.clear()
+        behind.rows = 0
+
 
 def copy_baseline(matrix: VocabMatrix) -> CopiedBaseline | ShardBaseline:
-    """Copy a matrix's rows to the CPU, in its own dtype; in float32 where an adapter has changed them.
+    """Copy a matrix's rows as they are now to the CPU, in its own dtype; in float32 where an adapter has changed them.
 
-    Args:
-        matrix: read as it is now; of one that is spread over processes, each copies its own rows.
+    Of a matrix that is spread over processes, each copies its own rows.
     """
     if (shard := matrix.shard) is not None:
         return ShardBaseline(local_rows(matrix.weight.detach()).to("cpu", copy=True), shard, matrix.rows)
     if matrix.adapter is not None:
         return CopiedBaseline(torch.cat([rows.to("cpu", copy=True) for _, rows in matrix.chunks(2**14)]))
     return CopiedBaseline(matrix.weight.detach().to("cpu", copy=True).contiguous())
-
-
-def open_baseline(path: str | Path, matrix: VocabMatrix) -> FileBaseline:
-    """Find a matrix's rows in a safetensors checkpoint.
-
-    The tensor is the one that bears the parameter's name in the model, else a well-known name. A checkpoint without a
-    head is a tied one: there the embedding serves as the head's baseline.
-
-    Args:
-        path: a ``.safetensors`` file, or a folder with ``model.safetensors`` or its shards and their index.
-        matrix: the matrix whose baseline is looked for; its shape must be the tensor's.
-
-    Raises:
-        ValueError: for a path without a checkpoint, a checkpoint without the rows, or rows of another shape.
-    """
-    files = _tensor_files(Path(path))
-    key = _pick_key(files, matrix)
-    if key is None:
-        raise ValueError(
-            f"snapshot.source {path}: no tensor for the {matrix.name}, looked for {list(matrix.parameter_names())} and "
-            f"{list(COMMON_NAMES[matrix.name])}; it holds {_some(files)}"
-        )
-    baseline = FileBaseline(files[key], key)
-    if (baseline.rows, baseline.width) != (matrix.rows, matrix.width):
-        raise ValueError(
-            f"snapshot.source {path}: {key!r} is {baseline.rows} x {baseline.width}, the model's {matrix.name} is "
-            f"{matrix.rows} x {matrix.width}; allowed: the same shape, or null to copy the model's rows at the start"
-        )
-    return baseline
 
 
 def save_baseline(baseline: Baseline, path: str | Path, key: str) -> FileBaseline:
@@ -236,10 +255,9 @@ def save_baseline(baseline: Baseline, path: str | Path, key: str) -> FileBaselin
     Returns:
         The baseline as read from the file, whose `reference` outlives the process.
     """
-    # Under another name first: a run that is killed meanwhile leaves no half file to resume from.
-    new = Path(f"{path}.new")
-    save_file({key: baseline.chunk(slice(0, baseline.rows)).contiguous()}, str(new), metadata={"format": "pt"})
-    new.replace(path)
+    # A run that is killed meanwhile leaves no half file to resume from.
+    with replacing(path) as new:
+        save_file({key: baseline.chunk(slice(0, baseline.rows)).contiguous()}, str(new), metadata={"format": "pt"})
     return FileBaseline(Path(path).resolve(), key)
 
 
@@ -253,23 +271,17 @@ def reopen_baseline(reference: Mapping[str, str]) -> FileBaseline:
         raise ValueError(f"baseline reference is {dict(reference)}; allowed: kind 'file' with path and key")
     baseline = FileBaseline(Path(reference["path"]), reference["key"])
     now = baseline.reference()
-    for field in ("shape", "digest"):
-        if field in reference and reference[field] != now[field]:
+    for name in ("shape", "digest"):
+        if name in reference and reference[name] != now[name]:
             raise ValueError(
-                f"baseline {baseline.describe()} is not the one the run started with: {field} is {now[field]}, "
-                f"was {reference[field]}"
+                f"baseline {baseline.describe()} is not the one the run started with: {name} is {now[name]}, "
+                f"was {reference[name]}"
             )
     return baseline
 
 
 def matches(baseline: Baseline, matrix: VocabMatrix, chunk_rows: int = 4096) -> bool:
-    """Whether the model's rows are the baseline's, after rounding to the model's dtype.
-
-    Args:
-        baseline: the rows expected.
-        matrix: the rows found; both are read in chunks up to the first difference.
-        chunk_rows: rows a chunk.
-    """
+    """Whether the model's rows are the baseline's, after rounding to the model's dtype; read up to a difference."""
     if (baseline.rows, baseline.width) != (matrix.rows, matrix.width):
         return False
     return all(
@@ -277,70 +289,93 @@ def matches(baseline: Baseline, matrix: VocabMatrix, chunk_rows: int = 4096) -> 
     )
 
 
-def _chunks(baseline: Baseline, size: int) -> Iterator[tuple[slice, Tensor]]:
-    if size < 1:
-        raise ValueError(f"chunk size is {size}; allowed: at least 1")
-    for start in range(0, baseline.rows, size):
-        part = slice(start, min(start + size, baseline.rows))
-        yield part, baseline.chunk(part)
+def safetensors_names(path: Path) -> list[str]:
+    """Names of a safetensors file's tensors.
+
+    Raises:
+        ValueError: if the file is missing, truncated or no safetensors.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: {'a folder, not a file' if path.is_dir() else 'not found'}")
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as safetensors ({one_line(error)})") from error
+
+
+def check_rows(what: str, shape: tuple[int, ...], dtype: str, is_float: bool) -> None:
+    """Refuse what is no matrix of rows.
+
+    Args:
+        what: named in the message.
+        shape: of the tensor.
+        dtype: as it is called where it was found.
+        is_float: whether that is one of 16 bits or more.
+
+    Raises:
+        ValueError: if it is not 2-D, is empty or is not of floats.
+    """
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"{what} has shape {shape}; allowed: (rows, width), neither of them 0")
+    if not is_float:
+        raise ValueError(f"{what} is of {dtype}; allowed: {', '.join(FLOATS)} (a quantised matrix has no rows to read)")
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Let torch work on one core here: for many small operations, each of which would else wait for all cores.
+
+    Where another process holds one of them, an operation on a vector of V elements takes 100 times as long.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data begins, and the entries of a file that `safe_open` has accepted."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries: dict[str, Any] = json.loads(file.read(length))
+    return 8 + length, entries
+
+
+def _norms_of(rows: RowReader) -> Tensor:
+    """(rows,) float32 L2 norms, by numpy in a few threads; see `vocabguard.measure.kernels` for why not by torch."""
+    norms = np.empty(rows.rows, dtype=np.float32)
+    size = max(1, _BLOCK // max(1, rows.width))
+    blocks, turn = rows.chunks(size), threading.Lock()
+
+    def work() -> None:
+        buffer = np.empty((min(size, rows.rows), rows.width), dtype=np.float32)
+        with np.errstate(all="ignore"):
+            while True:
+                with turn:
+                    block = next(blocks, None)
+                if block is None:
+                    return
+                wide = _widened(block[1], buffer)
+                # Squares first: a sum is added up pairwise, which `einsum` does not do.
+                np.sqrt(np.square(wide, out=wide).sum(axis=1), out=norms[block[0]])
+
+    threads = min(torch.get_num_threads(), _MOST_THREADS)
+    with ThreadPoolExecutor(threads, thread_name_prefix="vocabguard") as pool:
+        for done in [pool.submit(work) for _ in range(threads)]:
+            done.result()
+    return torch.from_numpy(norms)
 
 
 @torch.no_grad()
-def _norms(baseline: Baseline) -> Tensor:
-    size = max(1, _SERIAL // max(1, baseline.width))
-    norms = [torch.linalg.vector_norm(rows.float(), dim=-1) for _, rows in baseline.chunks(size)]
-    return torch.cat(norms) if norms else torch.empty(0)
-
-
-def _tensor_files(path: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
-    path = path.expanduser().resolve()
-    if path.is_dir():
-        if (path / _INDEX).is_file():
-            weight_map = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-            return {key: path / file for key, file in weight_map.items()}
-        path = path / _SINGLE
-    if not path.is_file() or path.suffix != ".safetensors":
-        raise ValueError(
-            f"snapshot.source {path}: not found; allowed: a .safetensors file, or a folder with {_SINGLE} or {_INDEX}"
-        )
-    return dict.fromkeys(_open(path).keys(), path)
-
-
-def _open(path: Path) -> Any:
-    """A memory-mapped safetensors file."""
-    try:
-        return safe_open(str(path), framework="pt", device="cpu")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"snapshot.source {path}: cannot be read as safetensors ({error})") from error
-
-
-def _pick_key(keys: Collection[str], matrix: VocabMatrix) -> str | None:
-    """The tensor that belongs to the matrix, best evidence first."""
-    names = matrix.parameter_names()
-    found = _first(names, keys) or _only_suffix(names, keys) or _first(COMMON_NAMES[matrix.name], keys)
-    if found is not None:
-        return found
-    if matrix.name == "head":
-        return _first(COMMON_NAMES["embedding"], keys) or _only_suffix(COMMON_NAMES["embedding"], keys)
-    return _first(COMMON_NAMES["head"], keys) if matrix.tied else None
-
-
-def _first(names: Collection[str], keys: Collection[str]) -> str | None:
-    return next((name for name in names if name in keys), None)
-
-
-def _only_suffix(names: Collection[str], keys: Collection[str]) -> str | None:
-    """The one tensor whose name is a parameter's but for a prefix (``model.``) on either side."""
-    found = {key for key in keys for name in names if key.endswith("." + name) or name.endswith("." + key)}
-    return found.pop() if len(found) == 1 else None
-
-
-def _some(keys: Collection[str], shown: int = 8) -> str:
-    """A few names for an error message."""
-    more = f" and {len(keys) - shown} more" if len(keys) > shown else ""
-    return f"{sorted(keys)[:shown]}{more}"
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _widened(rows: Tensor, buffer: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Rows as float32 in the buffer."""
+    wide = buffer[: len(rows)]
+    if rows.dtype is torch.bfloat16:  # numpy does not know it: the upper half of a float32
+        bits = rows.detach().view(torch.int16).numpy().view(np.uint16)
+        np.left_shift(bits, 16, out=wide.view(np.uint32), dtype=np.uint32)
+    else:
+        np.copyto(wide, rows.detach().numpy(), casting="same_kind")
+    return wide

@@ -1,0 +1,256 @@
+"""The tensors of a checkpoint by name, from safetensors and torch files, and which of them hold vocabulary rows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from vocabguard.files import one_line, read_json, some
+from vocabguard.results import MatrixName
+from vocabguard.rows.baselines import CopiedBaseline, FileBaseline, check_rows, safetensors_names
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+_TORCH_SINGLE, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+TORCH_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
+COMMON_NAMES: dict[MatrixName, tuple[str, ...]] = {
+    "head": ("lm_head.weight", "embed_out.weight", "output.weight", "cls.predictions.decoder.weight"),
+    "embedding": (
+        "model.embed_tokens.weight",
+        "embed_tokens.weight",
+        "transformer.wte.weight",
+        "wte.weight",
+        "model.language_model.embed_tokens.weight",
+        "language_model.model.embed_tokens.weight",
+        "shared.weight",
+        "model.shared.weight",
+        "gpt_neox.embed_in.weight",
+        "model.decoder.embed_tokens.weight",
+        "transformer.word_embeddings.weight",
+        "backbone.embeddings.weight",
+        "tok_embeddings.weight",
+    ),
+}
+"""Names under which well-known models keep their rows."""
+
+# Inside a prefix such a name is some layer's.
+_COMMON_WORDS = ("output.weight", "wte.weight")
+
+
+class TensorStore(Protocol):
+    """The tensors of a checkpoint, by name."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """All of them."""
+
+    def rows(self, name: str) -> CopiedBaseline | FileBaseline:
+        """One 2-D floating-point tensor, as rows.
+
+        Raises:
+            ValueError: if it is missing, not 2-D, empty or not of floats.
+        """
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, whole, on the CPU.
+
+        Raises:
+            ValueError: if it is missing or cannot be read.
+        """
+
+
+class SafetensorsStore:
+    """Tensors of one or more safetensors files.
+
+    Args:
+        files: name -> the file that holds it.
+    """
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.files = dict(files)
+
+    @property
+    def names(self) -> Collection[str]:
+        """All of them."""
+        return self.files.keys()
+
+    def rows(self, name: str) -> FileBaseline:
+        """One tensor as rows."""
+        return FileBaseline(self._file(name), name)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, whole."""
+        path = self._file(name)
+        if name not in safetensors_names(path):
+            raise ValueError(f"{path}: no tensor {name!r}; its index says it is there")
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            found: Tensor = file.get_tensor(name)
+        return found
+
+    def _file(self, name: str) -> Path:
+        if name not in self.files:
+            raise ValueError(f"no tensor {name!r}; there are {some(self.names)}")
+        return self.files[name]
+
+
+class LoadedStore:
+    """Tensors that ``torch.load`` has mapped.
+
+    Args:
+        tensors: by name.
+        path: for messages.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        self.tensors, self.path = dict(tensors), path
+
+    @property
+    def names(self) -> Collection[str]:
+        """All of them."""
+        return self.tensors.keys()
+
+    def rows(self, name: str) -> CopiedBaseline:
+        """One tensor as rows."""
+        found = self.tensor(name)
+        check_rows(f"{self.path}: tensor {name!r}", tuple(found.shape), str(found.dtype), found.dtype.is_floating_point)
+        return CopiedBaseline(found, f"{name} in {self.path} (memory map)")
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, whole."""
+        if name not in self.tensors:
+            raise ValueError(f"{self.path}: no tensor {name!r}; it holds {some(self.names)}")
+        return self.tensors[name].detach()
+
+
+def open_store(path: Path) -> TensorStore:
+    """The tensors of a model's folder or of a file.
+
+    Args:
+        path: absolute.
+
+    Raises:
+        ValueError: if it holds no checkpoint, or a damaged one.
+    """
+    if path.is_dir():
+        return _folder_store(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: not found")
+    if path.suffix == ".safetensors":
+        return _single_store(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return LoadedStore(_state_dict(path), path)
+    raise ValueError(f"{path}: a {path.suffix or 'nameless'} file; allowed: .safetensors, {', '.join(TORCH_SUFFIXES)}")
+
+
+def open_adapter_store(folder: Path) -> TensorStore:
+    """The tensors of a PEFT adapter.
+
+    Raises:
+        ValueError: if there are none, or damaged ones.
+    """
+    safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    if safe.is_file():
+        return _single_store(safe)
+    if pickled.is_file():
+        return LoadedStore(_tensors(load_torch_file(pickled)), pickled)
+    raise ValueError(f"{folder}: {ADAPTER_CONFIG} without its tensors; expected {safe.name} or {pickled.name}")
+
+
+def tensors_named(wanted: Sequence[str], names: Collection[str]) -> list[str]:
+    """The tensor under the first of the wanted names that is there, else all under one with a prefix before it.
+
+    Of prefixed names only the shallowest count.
+
+    >>> tensors_named(["lm_head.weight"], ["model.lm_head.weight", "model.norm.weight"])
+    ['model.lm_head.weight']
+    """
+    exact = [name for name in wanted if name in names]
+    if exact:
+        return exact[:1]
+    endings = tuple(f".{name}" for name in wanted if name not in _COMMON_WORDS)
+    found = [name for name in names if name.endswith(endings)]
+    top = min((name.count(".") for name in found), default=0)
+    return [name for name in found if name.count(".") == top]
+
+
+def load_torch_file(path: Path) -> dict[str, Any]:
+    """What ``torch.load`` gives for a file of tensors, mapped and without running code of it.
+
+    Raises:
+        ValueError: if it is missing, damaged, or holds more than tensors and plain data.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: {'a folder, not a file' if path.is_dir() else 'not found'}")
+    try:
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # unpickling raises what it likes
+        raise ValueError(f"{path}: torch.load(weights_only=True, mmap=True) fails ({one_line(error)})") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: holds a {type(loaded).__name__}; allowed: a state dict")
+    return loaded
+
+
+def safetensors_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it, of a model's folder.
+
+    Raises:
+        ValueError: for an index or a file that cannot be read.
+    """
+    index, single = folder / INDEX, folder / SINGLE
+    return read_index(index) if index.is_file() else dict.fromkeys(safetensors_names(single), single)
+
+
+def read_index(file: Path) -> dict[str, Path]:
+    """Tensor name -> shard, of an index that transformers wrote.
+
+    Raises:
+        ValueError: if it is none, or a shard lies elsewhere or is missing.
+    """
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{file}: no 'weight_map' of tensor names to file names in it")
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise ValueError(
+                f"{file}: shard {shard!r} lies in another folder; allowed: names of files beside the index"
+            )
+        if not (file.parent / shard).is_file():
+            raise ValueError(f"{file}: shard {shard!r} is missing")
+    return {key: file.parent / shard for key, shard in weight_map.items()}
+
+
+def _folder_store(folder: Path) -> TensorStore:
+    if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
+        return SafetensorsStore(safetensors_files(folder))
+    if (folder / _TORCH_INDEX).is_file():
+        shards = sorted(set(read_index(folder / _TORCH_INDEX).values()))
+        return LoadedStore({key: value for shard in shards for key, value in _state_dict(shard).items()}, folder)
+    if (folder / _TORCH_SINGLE).is_file():
+        return LoadedStore(_state_dict(folder / _TORCH_SINGLE), folder / _TORCH_SINGLE)
+    raise ValueError(
+        f"{folder}: no checkpoint in this folder; expected {SINGLE}, {INDEX}, {_TORCH_SINGLE}, {_TORCH_INDEX} or "
+        f"{ADAPTER_CONFIG}"
+    )
+
+
+def _single_store(path: Path) -> SafetensorsStore:
+    return SafetensorsStore(dict.fromkeys(safetensors_names(path), path))
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file: those under ``state_dict``, as Lightning has it, or all of them."""
+    loaded = load_torch_file(path)
+    inner = loaded.get("state_dict", loaded)
+    tensors = _tensors(inner) if isinstance(inner, dict) else {}
+    if not tensors:
+        raise ValueError(f"{path}: no tensors in it; it holds {some([str(key) for key in loaded])}")
+    return tensors
+
+
+def _tensors(loaded: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
