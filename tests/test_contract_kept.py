@@ -1,0 +1,126 @@
+"""What the version before (0.1.0, 339c9df) offered is still there, and its runs go on: see `tests/kits/kept.py`.
+
+Nothing is removed or renamed. An intended addition is one line in `ADDED`; where a change of what was is intended, the
+files of `tests/data_before` are written anew by that version's successor, and the changelog says so.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import kept
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vocabguard import RunLog
+
+BEFORE = Path(__file__).parent / "data_before"
+
+ADDED: dict[str, tuple[str, ...]] = {
+    "settings": (),
+    "signatures": (
+        "__all__: VocabGuardError",
+        "VocabGuardError.*",
+        "ConfigError.VocabGuardError",
+        "VocabGuard.table",
+        "VocabGuard.failure",
+        "VocabGuard.timings",
+        "TokenDrift.kwargs",
+        "TokenExposure.kwargs",
+        "LanguageConfusion.kwargs",
+    ),
+    "commands": (),
+    "command_line": (),
+    "run": (),
+}
+"""Patterns of what is new since, by part: names as the failing test prints them."""
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """How to describe each part."""
+    return kept.facts(tmp_path_factory.mktemp("facts"))
+
+
+@pytest.mark.parametrize("part", ["settings", "signatures", "commands", "run", "command_line"])
+def test_nothing_is_removed_or_renamed(part: str, parts: dict[str, Any]) -> None:
+    before = kept.flat(json.loads((BEFORE / f"{part}.json").read_text(encoding="utf-8")))
+    now = kept.flat(parts[part]())
+    assert {name: now.get(name, "gone") for name, value in before.items() if now.get(name, "gone") != value} == {}
+    new = [name for name in now if name not in before]
+    assert [name for name in new if not any(fnmatch.fnmatchcase(name, known) for known in ADDED[part])] == []
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """The runs of the version before, as it left them in mid-run."""
+    shutil.unpack_archive(BEFORE / "runs.zip", tmp_path / "before")
+    return tmp_path / "before"
+
+
+def assert_ended_alike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Counts are the same; cosines to what rounding makes of ten steps on another machine."""
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        if name.startswith("cosine/"):
+            torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=0, equal_nan=True)
+        else:
+            assert torch.equal(value, expected[name]), name
+
+
+def fired(runs: Path, kind: str) -> list[list[Any]]:
+    found: list[list[Any]] = json.loads((runs / "alerts.json").read_text(encoding="utf-8"))[kind]
+    assert [alert[0] for alert in found if alert[1] == "firing"].count("moved") == 1
+    return found
+
+
+def test_a_state_of_the_version_before_goes_on(runs: Path, tmp_path: Path) -> None:
+    whole = kept.Loop()
+    whole.begin(tmp_path / "whole")
+    whole.steps(1, kept.STEPS)
+    whole.guard.finish()
+
+    saved = torch.load(runs / "loop" / "saved.pt", weights_only=True)
+    rest = kept.Loop()
+    rest.model.load_state_dict(saved["model"])
+    rest.begin(runs / "loop", saved["guard"])
+    rest.steps(kept.HALF + 1, kept.STEPS)
+    rest.guard.finish()
+
+    ended = load_file(runs / "loop" / "ended.safetensors")
+    assert ended["echo_target"].sum() > 0
+    assert ended["cosine/head"].min() < 0.99
+    assert_ended_alike(kept.ended(whole.guard), ended)
+    assert_ended_alike(kept.ended(rest.guard), ended)
+    assert kept.alerts(tmp_path / "whole") == kept.alerts(runs / "loop") == fired(runs, "loop")
+    log = RunLog.open(runs / "loop")
+    assert [(check["attempt"], check["step"]) for check in log.checks()] == [
+        (0, 0), (0, 2), (0, 4), (1, 6), (1, 8), (1, 10)
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_of_the_version_before_goes_on(runs: Path, tmp_path: Path) -> None:
+    whole = kept.train(tmp_path / "whole")
+    rest = kept.train(runs / "hf", resume=runs / "hf" / f"checkpoint-{kept.HALF}", **kept.SAVING)
+
+    ended = load_file(runs / "hf" / "ended.safetensors")
+    assert ended["echo_target"].sum() > 0
+    assert_ended_alike(kept.ended(whole), ended)
+    assert_ended_alike(kept.ended(rest), ended)
+    one, other = tmp_path / "whole" / "vocabguard", runs / "hf" / "vocabguard"
+    assert kept.alerts(one) == kept.alerts(other) == fired(runs, "hf")
+    assert {check["attempt"] for check in RunLog.open(other).checks()} == {0, 1}
+
+
+@pytest.mark.parametrize("kind", ["loop", "hf/vocabguard"])
+def test_a_run_folder_of_the_version_before_is_read(runs: Path, kind: str) -> None:
+    log = RunLog.open(runs / kind)
+    assert [check["step"] for check in log.checks()] == [0, 2, 4]
+    assert all(alert.story is not None for alert in log.alerts())
+    assert log.scalar("head/cosine_min")[0] == [0, 2, 4]
+    assert len(log.texts()) == kept.ROWS
