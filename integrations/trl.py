@@ -36,7 +36,6 @@ def trainers_targets(args: Any, *, echo: bool) -> Targets | NotApplicable | None
     """How a trainer's targets are to be counted.
 
     Args:
-        args: the trainer's arguments.
         echo: whether echo may be switched on.
 
     Returns:

@@ -34,7 +34,6 @@ def labels_of(batch: Any, targets: Targets | None) -> tuple[Tensor | None, Tenso
 
     Args:
         batch: a mapping with ``labels`` (and ``input_ids``), or whatever `targets` takes.
-        targets: the user's extractor, if any.
     """
     if targets is not None:
         found = targets(batch)
@@ -51,9 +50,6 @@ class LabelCarrier:
 
     Label smoothing and losses of one's own take ``labels`` out of a batch; what stays in it reaches the model's forward
     pass, where an `Observer` sees it and `drop_labels` takes it away.
-
-    Args:
-        inner: the user's collate function.
     """
 
     def __init__(self, inner: Callable[[list[Any]], Any]) -> None:
@@ -79,9 +75,6 @@ class BatchContext:
     A batch is met on its way into the training step (`arrive`: Lightning, loops of one's own), or only in the model's
     forward pass (`take_out`, then `read`: Hugging Face). What it carries of ours is taken out there.
 
-    Args:
-        targets: the user's extractor, if any.
-
     Attributes:
         inputs: (B, T) int64 token ids; None where the batch has none.
         labels: (B, T) int64, -100 where there is no target, as the batch carries them.
@@ -104,7 +97,6 @@ class BatchContext:
 
         Args:
             batch: as the trainer has it, our own keys taken out.
-            echo: its echo mask.
         """
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         self.labels, self.echo = labels if isinstance(labels, Tensor) else None, echo
@@ -168,12 +160,6 @@ def target_losses(logits: Tensor, labels: Tensor, chosen: Tensor, shift: bool) -
 def summed_losses(output: Any, labels: Tensor, chosen: Tensor, shift: bool) -> tuple[Tensor, Tensor] | None:
     """The same from what a model returned: its ``logits``, or the ``log_probs`` of the targets that TRL's head gives.
 
-    Args:
-        output: of a model.
-        labels: (B, T) int.
-        chosen: see `target_losses`.
-        shift: see `target_losses`.
-
     Returns:
         None where the output has neither for every position.
     """
@@ -189,11 +175,7 @@ def summed_losses(output: Any, labels: Tensor, chosen: Tensor, shift: bool) -> t
 
 
 class LossMeter:
-    """Adds up both losses from check to check, from the outputs of the model's training forward passes.
-
-    Args:
-        shift: whether the model shifts its labels.
-    """
+    """Adds up both losses from check to check, from the outputs of the model's training forward passes."""
 
     def __init__(self, shift: bool) -> None:
         self._shift = shift
@@ -285,12 +267,8 @@ class Observer:
     """Feeds an `ExposureCounter` from forward passes or batches, and from the optimizer's step.
 
     Args:
-        counter: where counts go.
         matrix: the matrix whose gradient is read; None if it gets none: pull and push are NaN then.
-        shift: whether the model shifts its labels.
         push_every: optimizer steps between reads of the whole gradient; 0 never.
-        faults: contains exceptions.
-        context: the batch in flight.
         holder: puts rows back after a step; None where none are held.
     """
 

@@ -44,14 +44,11 @@ class Run:
     """What is known of the run that is about to begin.
 
     Attributes:
-        model: the model that is trained.
         dataloader: of the training data, or None.
         route: how echo rows get in; None where only a collate function of the guard's can bring them.
-        total_steps: planned optimizer steps, if known.
         batches_per_step: micro-batches of a process in an optimizer step.
         schedule: a torch scheduler, or the learning rates of the steps to come; None if they are unknown.
         shift: whether the model shifts its labels; None where they are no tokens.
-        flight: what preflight counted.
     """
 
     model: nn.Module
@@ -82,13 +79,7 @@ def arm(
     """What may protect this run; nothing is switched on yet.
 
     Args:
-        config: all settings.
-        rules: whose actions may switch echo and hold.
-        run: the run.
-        watched: matrices and table.
-        counter: of the run's targets.
         source: made by `VocabGuard.collator`, if it was called.
-        context: the batch in flight.
         uncounted: why labels are no targets of the data here, where they are not.
 
     Returns:
@@ -229,10 +220,7 @@ class Parts:
     """What works while training runs.
 
     Attributes:
-        observer: counts; None where exposure is off.
-        checker: measures.
         protection: echo and hold; None where neither is configured.
-        flight: what preflight found.
         prober: what probes, or why nothing does.
     """
 
@@ -252,14 +240,7 @@ class Parts:
         return told + self.checker.evaluations.notes()
 
     def hook(self, optimizer: Any, faults: Faults, *, hook_model: bool, steps_done: int) -> None:
-        """Set all hooks.
-
-        Args:
-            optimizer: one, several, or None.
-            faults: contains exceptions.
-            hook_model: whether batches are counted in the model's forward pass.
-            steps_done: optimizer steps that the trainer has behind it.
-        """
+        """Set all hooks."""
         if self.observer is None:
             return
         if optimizer is not None:
@@ -289,13 +270,8 @@ def put_together(
     """Find what is watched, count targets of the data to come, choose what probes, and build the parts.
 
     Args:
-        config: all settings.
-        rules: of alerts.
         run: what is known of the run, without its ``shift`` and ``flight``.
-        tokenizer: the model's, or None.
         resumed: the state of an earlier run that goes on, or empty.
-        hook_model: whether batches are counted in the model's forward pass.
-        faults: contains exceptions.
         targets: the user's extractor, if any, or why labels are no targets of the data here.
         source: of echo rows, where `VocabGuard.collator` was called.
 

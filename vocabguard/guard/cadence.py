@@ -36,8 +36,6 @@ def affordable(cost: float, step_seconds: float, budget: float) -> int:
     """Fewest steps between two pieces of work of `cost` seconds that keep their share within `budget`, rounded up.
 
     Args:
-        cost: seconds of one piece.
-        step_seconds: seconds of one training step.
         budget: largest share of the time, in [0, 1]; 0 stands for one in a million.
     """
     share = max(budget, 1e-6)
@@ -55,7 +53,6 @@ class Cadence:
         budget: share of the time for checks.
         probe_budget: share of the time for probes.
         max_checks: most checks in `total` steps.
-        total: planned optimizer steps, if known.
         last_probe: step of the last probe.
         check_seconds: cost of the last check, without its probe but with what was said of it.
         probe_seconds: cost of the last probe.

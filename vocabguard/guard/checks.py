@@ -48,12 +48,9 @@ class Teller:
     """Tells the stories of one check's alerts.
 
     Attributes:
-        found: the check, or the last one.
-        table: groups and texts.
         groups: (V,) bool masks by script group.
         prober: of the run, if it is probed.
         protection: echo and hold, where they are part of the run.
-        total: planned optimizer steps, if known.
     """
 
     found: CheckResult
@@ -144,21 +141,14 @@ class Checker:
     """Everything that a check measures.
 
     Attributes:
-        model: the model that is trained.
-        watched: matrices, baselines and the table.
         counter: counts and gradients; None where exposure is off.
         prober: None where the probe does not apply.
-        alerts: the rules' states.
         chunk_rows: matrix rows read at a time.
-        top_k: worst tokens in a result.
         protection: echo and hold; None where neither is configured.
         uncounted: why labels are no targets of the data here; None where they are.
-        evaluations: what is looked at beside.
         forecaster: says where the rows will end; None where that is off.
-        total_steps: planned optimizer steps, if known.
         pending: what rules have asked of the trainer and nobody has taken yet.
         groups: (V,) bool masks by script group.
-        group_rows: live rows of each.
     """
 
     model: nn.Module
@@ -188,8 +178,6 @@ class Checker:
         """Measure now.
 
         Args:
-            step: the optimizer step that has just been done.
-            with_probe: whether the probe is due.
             overhead: the guard's share of the time so far, in [0, 1].
         """
         began = time.perf_counter()
@@ -268,7 +256,6 @@ class Checker:
 
         Args:
             at: an evaluation or the end; None looks at nothing.
-            last: the check of this step.
         """
         if at is None:
             return ()

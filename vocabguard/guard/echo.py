@@ -39,9 +39,7 @@ class EchoSource:
     """What a dataloader's workers need: the shared plans and the maker of rows. Made once a guard.
 
     Args:
-        config: all settings.
         tokenizer: renders the instructions.
-        seq2seq: whether the model is an encoder-decoder.
 
     Raises:
         ConfigError: without a tokenizer, or for an instruction that its chat template does not render.
@@ -66,12 +64,6 @@ class EchoSource:
         """Append the echo rows of some ids to a batch of tensors, in place, none longer than the batch's if they fit.
 
         Ids that the dose's limit has no room for are left out.
-
-        Args:
-            batch: a mapping of tensors.
-            ids: tokens to echo.
-            number: of the batch.
-            rank: of the process.
 
         Returns:
             (B + n,) bool, True at echo rows; None if there is no room for any.
@@ -109,11 +101,7 @@ class EchoControl:
     """Decides on plans and publishes them.
 
     Args:
-        config: all settings.
-        source: feed and maker.
-        watched: the table of rows.
         watch: (w,) int64, the watch list.
-        pace: of the run.
         counter: whose counts say how many data targets a batch has, where no preflight told.
 
     Raises:
@@ -121,7 +109,6 @@ class EchoControl:
             targets without a number of steps.
 
     Attributes:
-        on: whether echo is switched on.
         plan: the newest plan; None before the first.
         dose: echo targets per data target that is aimed at.
     """
@@ -184,13 +171,7 @@ class EchoControl:
             self._publish()
 
     def revise(self, found: CheckResult, base: ProbeResult | None, batches: int) -> None:
-        """Follow a check: the dose by its probe, the ids by its counts.
-
-        Args:
-            found: the check.
-            base: the probe at the base.
-            batches: batches until the next check.
-        """
+        """Follow a check: the dose by its probe, the ids by its counts."""
         if self.config.auto.enabled and found.probe is not None and base is not None and found.probe is not base:
             auto = self.config.auto
             rise = probe_loss(found.probe, base) - probe_loss(base, base)
@@ -222,9 +203,6 @@ class EchoControl:
 
     def join(self, batch: Any) -> Tensor | None:
         """Append echo rows to the batch that comes next, in place.
-
-        Args:
-            batch: a mapping of tensors.
 
         Returns:
             (B + n,) bool echo mask; None where no rows were due.
@@ -314,12 +292,7 @@ class EchoControl:
 
 
 def probe_loss(found: ProbeResult, base: ProbeResult) -> float:
-    """Mean -log p in nats of the probed tokens that the base could say in at least one context.
-
-    Args:
-        found: a probe.
-        base: the probe at the base, of the same tokens.
-    """
+    """Mean -log p in nats of the probed tokens that the base could say in at least one context."""
     known = base.emitted.any(dim=1)
     if not bool(known.any()):
         return 0.0

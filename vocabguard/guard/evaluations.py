@@ -50,7 +50,6 @@ class Confuser:
         tokenizer: reads the answers.
         questions: in the order in which they are asked.
         stops: ids that end an answer.
-        max_new_tokens: longest answer.
         batch: questions in one forward pass.
         allow: language -> scripts that belong beside its own, where it is not Latin letters.
     """
@@ -96,7 +95,6 @@ def greedy_answers(
         model: has Hugging Face's ``generate``.
         prompts: ids; shorter ones are padded on the left and masked.
         stops: ids that end an answer; at least one.
-        max_new_tokens: longest answer.
     """
     from transformers import GenerationConfig
 
@@ -122,11 +120,6 @@ def greedy_answers(
 
 def choose_confuser(model: nn.Module, config: ConfusionConfig, tokenizer: Any) -> Confuser | NotApplicable:
     """What asks the questions of a configuration, or why nothing does.
-
-    Args:
-        model: the model to be asked.
-        config: what to ask.
-        tokenizer: its tokenizer, or None.
 
     Raises:
         ConfigError: for questions in a language that is not known, that the chat template does not render, or that
@@ -202,8 +195,6 @@ class Evaluations:
     """The parts that a configuration asks for. All methods are for all processes to call.
 
     Args:
-        config: all settings.
-        model: the model that is trained.
         watched: its matrices, baselines and table; the tokenizer asks the questions.
         prober: whose probes say which tokens are forgotten; None where nothing probes.
 

@@ -32,12 +32,7 @@ class Faults:
         return self.reason is not None
 
     def stand_down(self, what: str, error: Exception) -> None:
-        """Stop guarding; only the first fault is kept and reported.
-
-        Args:
-            what: was being done.
-            error: what came of it.
-        """
+        """Stop guarding; only the first fault is kept and reported."""
         if self.down:
             return
         elsewhere = isinstance(error, collective.PeerFaultError)

@@ -77,13 +77,10 @@ class Forecaster:
     """Makes the forecast of each check.
 
     Attributes:
-        watched: matrices, baselines and the table.
         flight: what was counted before step 1.
-        total: planned optimizer steps, if known.
         batches: micro-batches of all processes in an optimizer step.
         schedule: a torch scheduler, or rates of the steps to come, or None.
         meter: learning rates so far and to come; None before `hook`, or where no optimizer has the head's rows.
-        nature: of the optimizer.
         pasts: where the rows were.
     """
 
@@ -100,10 +97,6 @@ class Forecaster:
 
     def hook(self, optimizers: Iterable[torch.optim.Optimizer], steps_done: int) -> RateMeter | None:
         """Look at the optimizer of the head's rows, and ahead on its schedule.
-
-        Args:
-            optimizers: all of the run.
-            steps_done: optimizer steps that the trainer has behind it.
 
         Returns:
             What must be told of each of its steps; None where there is nothing to forecast.
@@ -131,13 +124,7 @@ class Forecaster:
     def at(
         self, step: int, drift: RowDrift | NotApplicable, exposure: Exposure | NotApplicable
     ) -> Forecast | NotApplicable:
-        """The forecast of a check, or why there is none.
-
-        Args:
-            step: optimizer steps done.
-            drift: of the head.
-            exposure: counts over all processes.
-        """
+        """The forecast of a check, or why there is none."""
         if isinstance(drift, NotApplicable):
             return drift
         if isinstance(exposure, NotApplicable):

@@ -17,16 +17,10 @@ from vocabguard.rows.matrices import VocabMatrix
 class Holder:
     """Keeps the rows before a step and puts the held ones back after it.
 
-    Args:
-        config: mode and window.
-        matrix: the output matrix.
-        counter: whose counts say what was a target.
-
     Raises:
         ConfigError: for a matrix whose rows are spread over processes, or made by an adapter.
 
     Attributes:
-        on: whether rows are held.
         held: (V,) bool, the rows held in the last step; None before the first.
     """
 

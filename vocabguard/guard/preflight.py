@@ -40,12 +40,8 @@ def wanted_preflight(
     """`preflight` as a configuration asks for it, or why there is none.
 
     Args:
-        config: all settings.
-        dataloader: the training dataloader, or None.
-        rows: V of the vocabulary matrix.
         shift: whether the model shifts its labels; None where they are no tokens.
         targets: the user's extractor, if any, or why labels are no targets of the data here.
-        need_labels: whether batches must carry labels.
         tokenizer: the model's, if known: counts taken beforehand must be of its tokens.
 
     Raises:
@@ -103,11 +99,6 @@ def preflight(
 
     Args:
         dataloader: a `torch.utils.data.DataLoader`, or accelerate's wrapper of one.
-        rows: V of the vocabulary matrix.
-        shift: whether the model shifts its labels.
-        targets: the user's extractor, if any.
-        max_batches: at most so many batches.
-        max_seconds: at most so long.
         seed: of the sample's own generator.
         need_labels: whether batches must carry labels; False where the model may get them by another way.
 

@@ -41,8 +41,6 @@ def probed_ids(config: ProbeConfig, table: VocabTable, classes: Tensor | None, w
     """(n,) int64, sorted: every live token, or a sample by group (and expected class), and the watched ones.
 
     Args:
-        config: `ProbeConfig`.
-        table: groups and live rows.
         classes: (V,) uint8 exposure classes that preflight expects, if it ran.
         watched: (w,) int64.
         seed: of the sample's own generator.
@@ -60,7 +58,6 @@ class Prober:
     """Asks a model for a fixed set of tokens in fixed contexts.
 
     Attributes:
-        contexts: rendered prompts.
         ids: (n,) int64.
         watched: (w,) int64, a part of `ids`.
         batch_tokens: tokens in one forward pass.
@@ -145,10 +142,6 @@ def choose_prober(
     """The prober that a configuration asks for, or why there is none.
 
     Args:
-        model: the model to be asked.
-        config: all settings.
-        tokenizer: its tokenizer, or None.
-        table: groups and live rows.
         flight: what preflight found: tokens are drawn by the exposure that it expects.
 
     Raises:

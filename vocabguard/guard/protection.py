@@ -25,12 +25,9 @@ class Protection:
     """Echo and hold of one run.
 
     Args:
-        config: all settings.
-        rules: whose actions may switch echo and hold.
         echo: None where it is not configured.
         holder: None where it is not configured.
         context: the batch in flight, which gets its echo mask here.
-        shift: whether the model shifts its labels.
     """
 
     def __init__(
@@ -63,11 +60,7 @@ class Protection:
         self._asked[kind] = on
 
     def decide(self, firing: Collection[str]) -> None:
-        """Switch echo and hold to what the user, the settings and the firing rules want.
-
-        Args:
-            firing: names of the rules that fire.
-        """
+        """Switch echo and hold to what the user, the settings and the firing rules want."""
         if self.echo is not None:
             self.echo.switch(self._wanted("echo", firing))
         if self.holder is not None:
@@ -143,7 +136,6 @@ class Protection:
         """Logged keys: losses since the last check, echo so far, rows held in the last step.
 
         Args:
-            exposure: counts over all processes.
             live: (V,) bool.
         """
         found: dict[str, float] = {}
@@ -161,7 +153,6 @@ class Protection:
         """What echo has done so far; None where it is not configured.
 
         Args:
-            exposure: counts over all processes.
             classes: (V,) uint8.
             groups: (V,) bool masks by script group.
         """
@@ -178,9 +169,7 @@ class Protection:
         """Act on a check: switch, then adjust what is on.
 
         Args:
-            found: the check.
             base: the probe at the base, if there is one.
-            batches: batches until the next check.
         """
         self.decide(found.firing)
         if self.echo is not None:
@@ -223,12 +212,6 @@ class Protection:
 
 
 def needed(config: GuardConfig, rules: Iterable[AlertRule], kind: str) -> bool:
-    """Whether echo or hold may be switched on in this run.
-
-    Args:
-        config: all settings.
-        rules: whose actions may name it.
-        kind: ``echo`` or ``hold``.
-    """
+    """Whether echo or hold may be switched on in this run."""
     wanted = getattr(config, kind)
     return wanted.enabled or wanted.armed or any(kind in rule.actions for rule in rules)

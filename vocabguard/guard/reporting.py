@@ -72,8 +72,6 @@ class Reporter:
     """Hands each result to every view.
 
     Args:
-        config: what is wanted.
-        table: groups and texts.
         rules: whose actions are run.
         folder: of the run log; None writes none.
         writer: a TensorBoard ``SummaryWriter`` of the trainer's; None opens one in the folder.
@@ -117,7 +115,6 @@ class Reporter:
         """Pass one check on, and run the actions of alerts that changed state.
 
         Args:
-            result: the check.
             table: of as many rows as the result has; another one than before where the matrix was resized.
         """
         if not self._main:

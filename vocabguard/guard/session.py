@@ -250,7 +250,6 @@ class VocabGuard:
 
         Args:
             inner: takes examples with ``input_ids`` and makes a batch with ``labels``.
-            seq2seq: whether the model is an encoder-decoder.
 
         Raises:
             ConfigError: without a tokenizer.
@@ -458,7 +457,6 @@ def to_go_on(
     Args:
         saved: the state; empty where no run goes on.
         suggested: the folder that the trainer would give a run.
-        steps_done: optimizer steps that the trainer has behind it.
         source: the checkpoint of the base that drift is measured against, if one is named.
 
     Returns:

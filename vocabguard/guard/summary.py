@@ -99,7 +99,6 @@ def echo_scalars(exposure: Exposure, live: Tensor) -> dict[str, float]:
     """``echo/dose``, echo targets per data target so far, and ``echo/targets_per_live_token``.
 
     Args:
-        exposure: counts over all processes.
         live: (V,) bool.
     """
     echoed, asked = int(exposure.echo_target.sum()), int(exposure.data_target.sum())
@@ -142,7 +141,6 @@ def token_reports(
         exposure: counts, or why there are none.
         classes: (V,) uint8.
         probe: the last probe, if any.
-        table: groups and texts.
         step: the optimizer step of the check; a guard that began late has counted fewer.
     """
     since = steps_since_target(exposure, step) if isinstance(exposure, Exposure) else None

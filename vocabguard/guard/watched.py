@@ -34,8 +34,6 @@ class Watched:
     Attributes:
         matrices: ``head`` and ``embedding``, or why not.
         baselines: of the matrices that can move; a tied pair has one.
-        table: groups, live rows, texts.
-        rows: V.
         tokenizer: behind the table; None where there is none.
     """
 
@@ -123,9 +121,7 @@ def watch_model(model: nn.Module, tokenizer: Any, config: GuardConfig, resumed: 
     """Find the matrices, take their baselines, build the table.
 
     Args:
-        model: the model that is trained.
         tokenizer: its tokenizer, or None: then all tokens are one group.
-        config: all settings.
         resumed: the state of an earlier run that goes on, or empty.
 
     Raises:
@@ -157,11 +153,7 @@ def describe(
     """What a user is told before step 1.
 
     Args:
-        watched: the matrices.
-        flight: what preflight found.
         prober: what probes, or the `NotApplicable` that says why nothing does.
-        run_dir: folder of the run log.
-        notes: what else is to be said.
     """
     blind = () if watched.tokenizer is not None else ("no tokenizer: tokens have no groups and no texts",)
     return Watch(
