@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from vocabguard.config import ConfigError, GuardConfig, load_config, presets
 from vocabguard.guard import VocabGuard
-from vocabguard.results import CheckResult
-from vocabguard.runlog import RunLog
+from vocabguard.results import CheckResult, VocabGuardError
+from vocabguard.runlog import RunLog, package_version
 
 if TYPE_CHECKING:
     from vocabguard.measure.metrics import LanguageConfusion, TokenDrift, TokenExposure
@@ -22,9 +22,13 @@ __all__ = [
     "TokenDrift",
     "TokenExposure",
     "VocabGuard",
+    "VocabGuardError",
+    "__version__",
     "load_config",
     "presets",
 ]
+
+__version__ = package_version() or "0+unknown"
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vocabguard.results import Exposure
+from vocabguard.results import Exposure, VocabGuardError
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ PATIENCE = timedelta(minutes=10)
 """How long a rank waits for the others; then its guard stands down."""
 
 
-class PeerFaultError(RuntimeError):
+class PeerFaultError(VocabGuardError, RuntimeError):
     """The guard of another process, or this one's, has failed: there is nothing to talk about any more."""
 
 

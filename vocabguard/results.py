@@ -13,6 +13,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 
+class VocabGuardError(Exception):
+    """Base of the errors that this package raises on purpose, for callers that catch them all.
+
+    Each is a `ValueError` or a `RuntimeError` too.
+    """
+
+
 @dataclass(frozen=True)
 class AlertStory:
     """What a person needs to know about an alert, with numbers; a sentence that has nothing to say is empty.

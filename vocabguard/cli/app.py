@@ -8,6 +8,8 @@ import sys
 import typer
 from rich.console import Console
 
+from vocabguard.results import VocabGuardError
+
 COMMANDS = {
     "scan": "vocabguard.cli.scan",
     "coverage": "vocabguard.cli.coverage",
@@ -22,7 +24,7 @@ COMMANDS = {
 BAD_INPUT = 2
 
 
-class InputError(ValueError):
+class InputError(VocabGuardError, ValueError):
     """Input that cannot be used; the message names what came and what is allowed, in one line."""
 
 

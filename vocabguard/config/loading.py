@@ -22,9 +22,10 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from vocabguard.config.schema import ConfusionConfig, GuardConfig, WebhookConfig
+from vocabguard.results import VocabGuardError
 
 
-class ConfigError(ValueError):
+class ConfigError(VocabGuardError, ValueError):
     """A setting that cannot be used; the message names the key, the value and what is allowed."""
 
 

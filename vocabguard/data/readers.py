@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
 from vocabguard.files import one_line
+from vocabguard.results import VocabGuardError
 
 _LINES, _JSON, _TABLE, _TEXT = (".jsonl", ".ndjson"), (".json",), (".parquet",), (".txt", ".text", ".md")
 SUFFIXES = (*_LINES, *_JSON, *_TABLE, *_TEXT)
@@ -31,7 +32,7 @@ _JSON_CHUNK = 2**18
 _LONGEST = 2**28  # bytes of a line, or characters of a JSON value: more is not training data
 
 
-class DataError(ValueError):
+class DataError(VocabGuardError, ValueError):
     """Data that cannot be read; the message names the file, the place in it and what is allowed."""
 
 

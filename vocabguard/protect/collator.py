@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vocabguard.protect.feed import EchoFeed
 from vocabguard.protect.rows import IGNORE, EchoPrompt, EchoRow, echo_rows, seq2seq_rows
+from vocabguard.results import VocabGuardError
 
 ECHO_KEY = "vocabguard_echo"
 """Key of a batch's echo mask: (B,) bool, or (1, T) where the collator joins all rows into one."""
@@ -25,7 +26,7 @@ ECHO_KEY = "vocabguard_echo"
 logger = logging.getLogger("vocabguard")
 
 
-class EchoError(ValueError):
+class EchoError(VocabGuardError, ValueError):
     """Echo would be wrong here; the message says why."""
 
 
