@@ -1,58 +1,10 @@
 """All settings, and how presets, files and keyword arguments are merged into them."""
 
-from vocabguard.config.loading import ConfigError, ConfigSource, load_config, load_questions, presets, webhook_url
-from vocabguard.config.options import Options
-from vocabguard.config.schema import (
-    AutoDoseConfig,
-    CadenceConfig,
-    ConfusionConfig,
-    ContextConfig,
-    DriftConfig,
-    EchoConfig,
-    ExposureConfig,
-    ForecastConfig,
-    GuardConfig,
-    HoldConfig,
-    LogConfig,
-    MatricesConfig,
-    NeighborsConfig,
-    PreflightConfig,
-    ProbeConfig,
-    RuleConfig,
-    SinksConfig,
-    SnapshotConfig,
-    UntrainedConfig,
-    WebhookConfig,
-    default_rules,
-)
-
-__all__ = [
-    "AutoDoseConfig",
-    "CadenceConfig",
-    "ConfigError",
-    "ConfigSource",
-    "ConfusionConfig",
-    "ContextConfig",
-    "DriftConfig",
-    "EchoConfig",
-    "ExposureConfig",
-    "ForecastConfig",
-    "GuardConfig",
-    "HoldConfig",
-    "LogConfig",
-    "MatricesConfig",
-    "NeighborsConfig",
-    "Options",
-    "PreflightConfig",
-    "ProbeConfig",
-    "RuleConfig",
-    "SinksConfig",
-    "SnapshotConfig",
-    "UntrainedConfig",
-    "WebhookConfig",
-    "default_rules",
-    "load_config",
-    "load_questions",
-    "presets",
-    "webhook_url",
-]
+from vocabguard.config.loading import ConfigError as ConfigError
+from vocabguard.config.loading import ConfigSource as ConfigSource
+from vocabguard.config.loading import load_config as load_config
+from vocabguard.config.loading import load_questions as load_questions
+from vocabguard.config.loading import presets as presets
+from vocabguard.config.loading import webhook_url as webhook_url
+from vocabguard.config.options import Options as Options
+from vocabguard.config.schema import *  # noqa: F403, every section of the settings

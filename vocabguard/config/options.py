@@ -9,27 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
-from vocabguard.config.schema import (
-    AutoDoseConfig,
-    CadenceConfig,
-    ConfusionConfig,
-    ContextConfig,
-    DriftConfig,
-    EchoConfig,
-    ExposureConfig,
-    ForecastConfig,
-    HoldConfig,
-    LogConfig,
-    MatricesConfig,
-    NeighborsConfig,
-    PreflightConfig,
-    ProbeConfig,
-    RuleConfig,
-    SinksConfig,
-    SnapshotConfig,
-    UntrainedConfig,
-    WebhookConfig,
-)
+from vocabguard.config import schema
 
 
 class AutoDoseOptions(TypedDict, total=False):
@@ -47,7 +27,7 @@ class EchoOptions(TypedDict, total=False):
     dose: float
     targets_per_live_token: float | None
     dose_limit: float
-    auto: AutoDoseOptions | AutoDoseConfig
+    auto: AutoDoseOptions | schema.AutoDoseConfig
     list_tokens: int
     fill: float
     exclude: Sequence[Any]
@@ -95,7 +75,7 @@ class WebhookOptions(TypedDict, total=False):
 
 class SinksOptions(TypedDict, total=False):
     least_level: Literal["info", "warning", "critical"]
-    webhook: WebhookOptions | WebhookConfig
+    webhook: WebhookOptions | schema.WebhookConfig
     wandb: bool
     waiting: int
     finish_seconds: float
@@ -143,7 +123,7 @@ class ProbeOptions(TypedDict, total=False):
     sample: int
     whole_vocabulary: bool
     watch: Sequence[Any]
-    contexts: Mapping[str, ContextOptions | ContextConfig]
+    contexts: Mapping[str, ContextOptions | schema.ContextConfig]
     batch_tokens: int
     budget: float
     head_or_body: bool
@@ -187,22 +167,22 @@ class LogOptions(TypedDict, total=False):
 class Options(TypedDict, total=False):
     """All settings, as `VocabGuard` and the callbacks take them by keyword."""
 
-    matrices: MatricesOptions | MatricesConfig
-    drift: DriftOptions | DriftConfig
-    snapshot: SnapshotOptions | SnapshotConfig
-    exposure: ExposureOptions | ExposureConfig
-    preflight: PreflightOptions | PreflightConfig
-    untrained: UntrainedOptions | UntrainedConfig
-    probe: ProbeOptions | ProbeConfig
-    confusion: ConfusionOptions | ConfusionConfig
-    neighbors: NeighborsOptions | NeighborsConfig
-    forecast: ForecastOptions | ForecastConfig
-    cadence: CadenceOptions | CadenceConfig
-    echo: EchoOptions | EchoConfig
-    hold: HoldOptions | HoldConfig
-    alerts: Mapping[str, RuleOptions | RuleConfig] | Sequence[NamedRuleOptions]
-    sinks: SinksOptions | SinksConfig
-    log: LogOptions | LogConfig
+    matrices: MatricesOptions | schema.MatricesConfig
+    drift: DriftOptions | schema.DriftConfig
+    snapshot: SnapshotOptions | schema.SnapshotConfig
+    exposure: ExposureOptions | schema.ExposureConfig
+    preflight: PreflightOptions | schema.PreflightConfig
+    untrained: UntrainedOptions | schema.UntrainedConfig
+    probe: ProbeOptions | schema.ProbeConfig
+    confusion: ConfusionOptions | schema.ConfusionConfig
+    neighbors: NeighborsOptions | schema.NeighborsConfig
+    forecast: ForecastOptions | schema.ForecastConfig
+    cadence: CadenceOptions | schema.CadenceConfig
+    echo: EchoOptions | schema.EchoConfig
+    hold: HoldOptions | schema.HoldConfig
+    alerts: Mapping[str, RuleOptions | schema.RuleConfig] | Sequence[NamedRuleOptions]
+    sinks: SinksOptions | schema.SinksConfig
+    log: LogOptions | schema.LogConfig
     on_error: Literal["warn", "raise"]
     run_dir: str | None
     seed: int

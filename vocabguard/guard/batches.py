@@ -220,13 +220,14 @@ class LossMeter:
 
         There is none without targets.
         """
+        # In float64, which adds counts exactly up to 2^53.
         own = [[float(booked.get(name, 0)) for name in _KINDS] for booked in (self._sums, self._counts)]
         self._sums, self._counts = {}, {}
         sums, counts = collective.total(torch.tensor(own, dtype=torch.float64)).tolist()
         return {f"loss/{name}": sums[at] / counts[at] for at, name in enumerate(_KINDS) if counts[at] > 0}
 
     def _book(self, name: str, total: Tensor, count: Tensor) -> None:
-        # On the device: a number on the CPU would wait for it at every batch.
+        # On the device: a number on the CPU would wait for it at every batch. MPS has no float64.
         if name in self._sums:
             self._sums[name] += total.double() if total.device.type != "mps" else total
             self._counts[name] += count

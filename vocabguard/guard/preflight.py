@@ -146,6 +146,7 @@ def examples_of(loader: DataLoader[Any], order: list[int]) -> Iterator[tuple[int
         # Without automatic batching an example of the dataset is a batch.
         yield from ((1, loader.dataset[index]) for index in order)
         return
+    # Samplers of one's own may not say how many examples they put together; 8 is the Hugging Face Trainer's default.
     size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 8
     fetch = getattr(loader.dataset, "__getitems__", None)
     for start in range(0, len(order), size):

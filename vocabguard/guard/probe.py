@@ -48,6 +48,7 @@ def probed_ids(config: ProbeConfig, table: VocabTable, classes: Tensor | None, w
     if config.whole_vocabulary:
         chosen = table.live.nonzero().flatten()
     else:
+        # 8 leaves room for the four exposure classes: a stratum is a pair of group and class.
         strata = table.group.long() * 8 + (0 if classes is None else classes.long())
         chosen = stratified_sample(strata, table.live, config.sample, seed)
     return torch.tensor(sorted({*chosen.tolist(), *watched.tolist()}), dtype=torch.int64)

@@ -24,6 +24,7 @@ from vocabguard.vocabulary.table import GROUPS, VocabTable, build_table, plain_t
 
 Action = Callable[[Transition], None]
 
+# Rows a message: 64 MiB at a width of 4,096 in float32, so that saving needs no second matrix.
 _ROWS_SENT = 4096
 
 
