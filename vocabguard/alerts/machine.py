@@ -56,8 +56,8 @@ class AlertMachine:
         """Take in one check, or what an evaluation brought.
 
         Args:
-            scalars: logged keys, with or without ``vocabguard/``, and their values. A rule whose key is missing or NaN
-                stays as it is, unless it is about that.
+            scalars: by logged key, with or without ``vocabguard/``. A rule whose key is missing or NaN stays as it is,
+                unless it is about that.
             evaluation: follow the rules about an evaluation's keys, and only those; otherwise all others.
             rows: live rows of each script group; a group that is not named has enough. Where there is one group only, a
                 rule over groups is quiet if a rule over all rows says the same.

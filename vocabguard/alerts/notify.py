@@ -21,7 +21,7 @@ from vocabguard.files import plain
 from vocabguard.results import Transition
 
 logger = logging.getLogger("vocabguard")
-# The alerts' own, so that a script can route or silence them apart from what the guard says of itself.
+# The alerts' own: where the console view shows them, it keeps this one from printing them once more.
 alerts_logger = logging.getLogger("vocabguard.alerts")
 
 Wait = Callable[[float], bool]
@@ -215,12 +215,8 @@ class WandbAlerts:
         wandb: Any = sys.modules["wandb"]
         level = "INFO" if change.state == "resolved" else _WANDB_LEVELS[change.level]
         # wandb drops alerts of one title that come within `wait_duration` seconds, for which 0 is its default.
-        wandb.alert(
-            title=f"vocabguard: {change.rule} {change.state}"[:_TITLE],
-            text=full_text(change),
-            level=level,
-            wait_duration=1,
-        )
+        title = f"vocabguard: {change.rule} {change.state}"[:_TITLE]
+        wandb.alert(title=title, text=full_text(change), level=level, wait_duration=1)
 
 
 def full_text(change: Transition) -> str:
@@ -259,11 +255,7 @@ def dispatch(rules: Iterable[AlertRule], transitions: Iterable[Transition]) -> N
 
 
 def run_actions(rule: AlertRule, transition: Transition) -> None:
-    """Run the actions of one rule, in order; one that fails keeps no other from running.
-
-    Raises:
-        ExceptionGroup: of all that the callables raised, each with a note that names the rule, after all have run.
-    """
+    """Run the actions of one rule, in order; raises as `dispatch` does."""
     errors: list[Exception] = []
     for action in rule.actions:
         try:

@@ -114,11 +114,7 @@ def echo_rows(
 def seq2seq_rows(
     ids: Sequence[int], prompts: Sequence[EchoPrompt], *, length: int, list_tokens: int, rng: Random
 ) -> list[EchoRow]:
-    """Rows for an encoder-decoder, one exchange each; see `echo_rows`.
-
-    Raises:
-        ValueError: if there is no prompt.
-    """
+    """Rows for an encoder-decoder, one exchange each; see `echo_rows`."""
     lists = _lists(ids, prompts, length=length, list_tokens=list_tokens, copies=1, rng=rng)
     return [source_and_copy(prompt, part) for prompt, part in lists]
 
