@@ -48,7 +48,6 @@ class ReportRow:
 
     Attributes:
         label: ``all``, a group's name or one of `EXPOSURE_CLASSES`.
-        kind: which part of the table it belongs to.
         mean: mean cosine in [-1, 1].
         minimum: lowest cosine in [-1, 1].
         below_95: share in [0, 1] of live rows with cosine below 0.95.

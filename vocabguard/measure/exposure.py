@@ -16,7 +16,10 @@ from vocabguard.results import EXPOSURE_CLASSES, Exposure
 from vocabguard.vocabulary.table import fit_rows
 
 CLASS_STARTS = (1, 5, 20)
-"""Data targets at which the second and later classes of `results.EXPOSURE_CLASSES` begin."""
+"""Data targets at which the second and later classes of `results.EXPOSURE_CLASSES` begin.
+
+The name of the report that described the failure was a target fewer than 5 times; its remedy gave every token 20.
+"""
 
 _NORM_ELEMENTS = 2**20
 _NORM_ELEMENTS_ACCELERATOR = 2**24

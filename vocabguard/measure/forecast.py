@@ -23,7 +23,8 @@ from vocabguard.results import Forecast, RowDrift, Schedule
 
 Floats = npt.NDArray[np.float32]
 
-# How many pasts are kept, and how far back: by the ratio of the summed rates.
+# How many pasts are kept, and how far back: by the ratio of the summed rates. `track` asks for halves, of which there
+# are four in 16.
 _KEPT, _REACH = 5, 16
 
 
@@ -104,6 +105,7 @@ def angles(drift: RowDrift, norm: Tensor) -> Floats:
         >>> np.degrees(angles(drift, norm=one)).round()  # from (1, 0) to (1, 1)
         array([45.], dtype=float32)
     """
+    # In float64: what is left below is a small difference of numbers near 1.
     ratio = drift.norm_ratio.numpy().astype(np.float64)
     with np.errstate(all="ignore"):
         moved = np.square(drift.l2.numpy() / norm.numpy().astype(np.float64))
@@ -255,6 +257,7 @@ def running_features(
     fading, usual_fading = _fading(half, asked, never)
     rates = _rates(schedule)
     span, _, _, memory = rates
+    # The packaged networks were fitted on these numbers as they are scaled and cut off here: others need another fit.
     columns = [
         moved - of_class,
         size,

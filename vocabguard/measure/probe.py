@@ -173,6 +173,7 @@ def _rows_per_batch(model: nn.Module, length: int, k: int, batch_tokens: int) ->
 def _vocabulary_size(model: nn.Module) -> int:
     output_of = getattr(model, "get_output_embeddings", None)
     weight = getattr(output_of(), "weight", None) if callable(output_of) else None
+    # Unknown: as many as Gemma 3 has, so that a batch is rather too small.
     return len(weight) if isinstance(weight, Tensor) else 2**18
 
 

@@ -112,10 +112,9 @@ class EchoCollator:
 
 
 def data_targets(labels: Tensor, *, seq2seq: bool, echo_mask: Tensor | None = None) -> int:
-    """How many targets of a batch are the data's.
+    """How many targets of a batch, with (B, T) labels, are the data's.
 
     Args:
-        labels: (B, T) int64.
         seq2seq: whether labels stand apart from inputs; else nothing predicts a row's first label.
         echo_mask: (B,) bool, or (1, T) where all rows are joined into one; None where there are no echo rows yet.
 

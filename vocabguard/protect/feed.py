@@ -14,6 +14,7 @@ from vocabguard.results import EchoPlan
 _SLOTS = 2
 _VERSION, _FIRST, _OFFSET, _COUNT, _CYCLE, _SEED, _LIST, _MODE = range(8)
 _EPOCH, _BASE, _RANK, _WORLD, _FAILED, _RUN = range(6)
+# One for the training process and 256 for workers; more of them share.
 _CLOCKS = 257
 _NO_LIMIT = 2**31
 

@@ -51,7 +51,6 @@ def hold_rows(weight: Tensor, before: Tensor, held: Tensor, mode: HoldMode, stat
         weight: (V, D) parameter after the step.
         before: (V, D) its rows before the step, on the CPU.
         held: (V,) bool on the weight's device.
-        mode: ``freeze`` or ``shared``.
         state: the optimizer's state of the parameter: tensors of V rows are moments by row, others are left alone.
 
     Example:
