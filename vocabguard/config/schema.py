@@ -143,6 +143,9 @@ def default_rules() -> dict[str, RuleConfig]:
     """The rules of every run; each can be changed or switched off by its name.
 
     A `resolve_at` some way back from the threshold keeps a value that wavers about it from flapping.
+
+    >>> {name: rule.threshold for name, rule in default_rules().items() if rule.level == "critical"}
+    {'head_severe': 0.02, 'tokens_forgotten': 0.95, 'watched_forgotten': 1.0, 'broken_rows': 0.0}
     """
     return {
         "at_risk": RuleConfig("forecast/below_0.95", ">", 0.02, resolve_at=0.016),
