@@ -83,7 +83,7 @@ def is_main() -> bool:
 
 
 def open_line() -> None:
-    """Begin to talk: a run begins, and earlier faults are forgotten.
+    """Initialise the guard's process group: a run begins, and earlier faults are forgotten.
 
     Raises:
         RuntimeError: if the other processes do not open theirs within `PATIENCE`, or torch is built without gloo.
@@ -118,11 +118,7 @@ def tell_fault() -> None:
 
 
 def heed_faults() -> None:
-    """Find out whether all guards are well.
-
-    Raises:
-        PeerFaultError: if one is not.
-    """
+    """Raise `PeerFaultError` if the guard of any process has failed."""
     if world_size() == 1:
         return
     line = _line()
@@ -136,10 +132,7 @@ def heed_faults() -> None:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """Sum over all ranks.
-
-    Args:
-        tensor: any shape, an integer or floating dtype; the same shape and dtype on every rank.
+    """Sum over all ranks of a tensor of any shape, of an integer or floating dtype, the same on every rank.
 
     Returns:
         A new tensor of the same shape, dtype and device, the same on every rank.
@@ -158,26 +151,19 @@ def total_exposure(exposure: Exposure) -> Exposure:
     Gradients are averaged before they are read, so every rank has the whole, or, of a sharded matrix, its own rows and
     zeros: they are never summed.
 
-    Returns:
-        ``inputs``, ``data_target`` and ``echo_target`` summed, the latest ``last_target``, the largest ``pull``,
-        ``push`` and ``input_only``, the rest as given.
+    ``inputs``, ``data_target`` and ``echo_target`` are summed; of ``last_target``, ``pull``, ``push`` and
+    ``input_only`` the largest are taken; the rest is as given.
     """
     if world_size() == 1:
         return exposure
     counts = total(torch.stack([exposure.inputs, exposure.data_target, exposure.echo_target]))
     inputs, data_target, echo_target = counts.unbind()
     last_target = largest(exposure.last_target)
-    norms = largest(torch.stack([exposure.pull, exposure.push, exposure.input_only]))
+    pull, push, input_only = largest(torch.stack([exposure.pull, exposure.push, exposure.input_only])).unbind()
     return replace(
-        exposure,
-        inputs=inputs,
-        data_target=data_target,
-        echo_target=echo_target,
-        last_target=last_target,
-        pull=norms[0],
-        push=norms[1],
-        input_only=norms[2],
-    )
+        exposure, inputs=inputs, data_target=data_target, echo_target=echo_target, last_target=last_target,
+        pull=pull, push=push, input_only=input_only,
+    )  # fmt: skip
 
 
 def any_of(mask: Tensor) -> Tensor:

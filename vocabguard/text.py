@@ -30,18 +30,8 @@ LARGE_GROUP = 20
 """Live tokens from which a group is large enough for its share to be named in a sentence."""
 
 WORST_COLUMNS = (
-    "id",
-    "token",
-    "group",
-    "class",
-    "cosine",
-    "residual",
-    "targets",
-    "inputs",
-    "since target",
-    "prob.",
-    "says instead",
-)
+    "id", "token", "group", "class", "cosine", "residual", "targets", "inputs", "since target", "prob.", "says instead",
+)  # fmt: skip
 """Headings of the table of worst tokens; `token_cells` gives the cells in this order."""
 
 _MISSING = "-"
@@ -58,7 +48,6 @@ class ReportRow:
 
     Attributes:
         label: ``all``, a group's name or one of `EXPOSURE_CLASSES`.
-        kind: which part of the table it belongs to.
         mean: mean cosine in [-1, 1].
         minimum: lowest cosine in [-1, 1].
         below_95: share in [0, 1] of live rows with cosine below 0.95.
@@ -172,11 +161,7 @@ def preflight_sentences(preflight: Preflight | NotApplicable, table: VocabTable)
 
 
 def verdict(result: CheckResult, groups: Collection[str] | None = None) -> str:
-    """One line for one check; what was not measured is left out.
-
-    Args:
-        groups: names that may be given as the worst groups; None allows all.
-    """
+    """One line for one check; what was not measured is left out. Only `groups` are named as the worst, or any."""
     scalars = result.scalars
     parts = [_drift_part(result, groups)]
     broken = _finite(scalars, f"vocabguard/{measured_matrix(result) or 'head'}/nonfinite_rows")
@@ -207,8 +192,7 @@ def report_rows(
 ) -> tuple[ReportRow, ...]:
     """Rows of the closing table: all, the groups (worst first), the exposure classes; as far as they were measured.
 
-    Args:
-        matrix: whose drift; None gives only what the probe found.
+    Without a matrix there is only what the probe found.
     """
     every = _report_row(result.scalars, matrix, None, "all")
     groups = [_report_row(result.scalars, matrix, name, "group") for name in group_names]

@@ -17,11 +17,7 @@ class AlertMachine:
 
     Rules about ``alerts/firing`` are followed last and count the other rules that fire after this very check.
 
-    Args:
-        rules: the rules, in the order in which their transitions are reported.
-
-    Raises:
-        ValueError: if two rules have the same name.
+    Transitions are reported in the rules' order. A ValueError if two rules have the same name.
 
     Example:
         >>> machine = AlertMachine([AlertRule("head_degraded", "head/below_0.95", ">", 0.01)])
@@ -56,8 +52,8 @@ class AlertMachine:
         """Take in one check, or what an evaluation brought.
 
         Args:
-            scalars: logged keys, with or without ``vocabguard/``, and their values. A rule whose key is missing or NaN
-                stays as it is, unless it is about that.
+            scalars: by logged key, with or without ``vocabguard/``. A rule whose key is missing or NaN stays as it is,
+                unless it is about that.
             evaluation: follow the rules about an evaluation's keys, and only those; otherwise all others.
             rows: live rows of each script group; a group that is not named has enough. Where there is one group only, a
                 rule over groups is quiet if a rule over all rows says the same.
@@ -98,13 +94,9 @@ class AlertMachine:
         return {rule.name: as_dict(rule, self._standings[rule.name]) for rule in self.rules}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state.
+        """Go on from a saved state; a ValueError if a rule's is none of ``ok``, ``pending``, ``firing``.
 
-        Rules that the state does not know, or knows for another metric, start ok; unknown rules and fields in it are
-        ignored.
-
-        Raises:
-            ValueError: if a rule's saved state is none of ``ok``, ``pending``, ``firing``.
+        Rules that it does not know, or knows for another metric, start ok; unknown rules and fields are ignored.
         """
         self._standings = {rule.name: from_dict(rule, state.get(rule.name) or {}) for rule in self.rules}
 

@@ -21,7 +21,7 @@ from vocabguard.files import plain
 from vocabguard.results import Transition
 
 logger = logging.getLogger("vocabguard")
-# The alerts' own, so that a script can route or silence them apart from what the guard says of itself.
+# The alerts' own: where the console view shows them, it keeps this one from printing them once more.
 alerts_logger = logging.getLogger("vocabguard.alerts")
 
 Wait = Callable[[float], bool]
@@ -46,7 +46,6 @@ class Courier:
     Nothing here raises or waits but `close`. What cannot be delivered is told once a receiver, and counted in the end.
 
     Args:
-        receivers: each gets every transition.
         least_level: news of rules below it is not sent: ``info``, ``warning`` or ``critical``.
         waiting: transitions that may wait; what comes beyond is dropped.
         finish_seconds: how long `close` waits.
@@ -125,8 +124,10 @@ class Courier:
 
 
 _LONGEST_WAIT = 60.0
+# Answers below 500 that another attempt may change.
 _TRANSIENT = (408, 425, 429)
 _WANDB_LEVELS = {"info": "INFO", "warning": "WARN", "critical": "ERROR"}
+# wandb takes titles of less than 64 characters.
 _TITLE = 63
 
 
@@ -136,8 +137,6 @@ class Webhook:
     ``text`` is what Slack, Mattermost, Google Chat and others show.
 
     Args:
-        url: http or https.
-        run: what the run is called.
         timeout: seconds that connecting, and each answer, may take.
         retries: further attempts where nobody answers, or with 408, 425, 429 or 5xx.
         backoff: seconds before the first of them, doubled each time; a ``Retry-After`` may ask for more.
@@ -155,11 +154,7 @@ class Webhook:
         return True
 
     def send(self, change: Transition, wait: Wait) -> None:
-        """Post, and try again.
-
-        Raises:
-            OSError: for the last attempt's failure, or an answer that another attempt would not change.
-        """
+        """Post, and try again; an OSError for the last failure, or an answer that another attempt would not change."""
         body = {"id": uuid.uuid4().hex, "run": self._run, **plain(change), "text": full_text(change)}
         # A lone surrogate in a token's text is no UTF-8; as an escape, JSON can hold it.
         content = json.dumps(body, allow_nan=False).encode("ascii")
@@ -215,12 +210,8 @@ class WandbAlerts:
         wandb: Any = sys.modules["wandb"]
         level = "INFO" if change.state == "resolved" else _WANDB_LEVELS[change.level]
         # wandb drops alerts of one title that come within `wait_duration` seconds, for which 0 is its default.
-        wandb.alert(
-            title=f"vocabguard: {change.rule} {change.state}"[:_TITLE],
-            text=full_text(change),
-            level=level,
-            wait_duration=1,
-        )
+        title = f"vocabguard: {change.rule} {change.state}"[:_TITLE]
+        wandb.alert(title=title, text=full_text(change), level=level, wait_duration=1)
 
 
 def full_text(change: Transition) -> str:
@@ -259,11 +250,7 @@ def dispatch(rules: Iterable[AlertRule], transitions: Iterable[Transition]) -> N
 
 
 def run_actions(rule: AlertRule, transition: Transition) -> None:
-    """Run the actions of one rule, in order; one that fails keeps no other from running.
-
-    Raises:
-        ExceptionGroup: of all that the callables raised, each with a note that names the rule, after all have run.
-    """
+    """Run the actions of one rule, in order; raises as `dispatch` does."""
     errors: list[Exception] = []
     for action in rule.actions:
         try:

@@ -22,33 +22,20 @@ ANY = "*"
 _COSINE, _SHARE, _COUNT = (-1.0, 1.0), (0.0, 1.0), (0.0, math.inf)
 _MATRICES = ("head", "embedding")
 _OF_ROWS = {
-    "cosine_mean": _COSINE,
-    "cosine_min": _COSINE,
-    "cosine_p01": _COSINE,
-    "residual_p01": _COSINE,
-    "below_0.95": _SHARE,
-    "below_0.90": _SHARE,
-    "nonfinite_rows": _COUNT,
-    "zero_rows": _COUNT,
+    **dict.fromkeys(("cosine_mean", "cosine_min", "cosine_p01", "residual_p01"), _COSINE),
+    **dict.fromkeys(("below_0.95", "below_0.90"), _SHARE),
+    **dict.fromkeys(("nonfinite_rows", "zero_rows"), _COUNT),
 }
 _OF_FORECAST = {"below_0.95": _SHARE, "rows": _COUNT}
 _OF_ANSWERS = ("latin", "line_pass", "word_pass")
 _SINGLE = {
-    **{f"exposure/{name}": _SHARE for name in EXPOSURE_CLASSES},
-    "exposure/push_share": _SHARE,
+    **{f"exposure/{name}": _SHARE for name in (*EXPOSURE_CLASSES, "push_share")},
     "exposure/targets": _COUNT,
     "forecast/cosine_mean": _COSINE,
-    "probe/retained": _SHARE,
-    "probe/watch": _SHARE,
-    "probe/probability_mean": _SHARE,
+    **{f"probe/{name}": _SHARE for name in ("retained", "watch", "probability_mean")},
     **{f"confusion/{name}": _SHARE for name in ("foreign", "line_pass", "word_pass")},
-    FIRING: _COUNT,
-    "overhead": _SHARE,
-    "loss/data": _COUNT,
-    "loss/echo": _COUNT,
-    "echo/dose": _COUNT,
-    "echo/targets_per_live_token": _COUNT,
-    "hold/share": _SHARE,
+    **dict.fromkeys((FIRING, "loss/data", "loss/echo", "echo/dose", "echo/targets_per_live_token"), _COUNT),
+    **dict.fromkeys(("overhead", "hold/share"), _SHARE),
 }
 
 
@@ -85,15 +72,8 @@ def metric_range(metric: str) -> tuple[float, float]:
     | ``loss/data``, ``loss/echo``, ``echo/dose``, ``echo/targets_per_live_token`` | [0, inf) |
     | ``alerts/firing`` | [0, inf) |
 
-    Args:
-        metric: a logged key, with or without ``vocabguard/``. A part is not checked here, since the groups are the
-            tokenizer's: see `require_parts`.
-
-    Returns:
-        Lowest and highest value; the highest is ``inf`` for counts.
-
-    Raises:
-        ValueError: for a key that is never logged, with the closest key that is.
+    Keys may be given with ``vocabguard/``. A part is not checked here, since the groups are the tokenizer's: see
+    `require_parts`. A ValueError for a key that is never logged names the closest key that is.
 
     Example:
         >>> metric_range("head/ja/cosine_min")
@@ -132,14 +112,9 @@ def part_of(metric: str) -> str | None:
 
 
 def values_by_part(metric: str, scalars: Mapping[str, float]) -> dict[str, float]:
-    """What was logged of each script group, or language, under a key with ``*``.
+    """What was logged (without ``vocabguard/``) of each script group, or language, under a key with ``*``.
 
-    Args:
-        metric: a key with ``*`` in the place of its part.
-        scalars: logged keys and values, without ``vocabguard/``.
-
-    Returns:
-        Part -> value. Exposure classes are none: their rows would count twice.
+    Exposure classes are no parts: their rows would count twice.
 
     Example:
         >>> values_by_part("head/*/below_0.95", {"head/ja/below_0.95": 0.2, "head/below_0.95": 0.1})
@@ -160,11 +135,7 @@ def require_part(metric: str, groups: Iterable[str], languages: Collection[str])
     """Refuse a key about a script group that the tokenizer does not have, or a language that is not asked in.
 
     Args:
-        groups: names of the tokenizer's script groups.
         languages: ISO 639 codes that are asked in at evaluations; empty where nothing is asked.
-
-    Raises:
-        ValueError: naming the metric and the parts that exist.
 
     Example:
         >>> require_part("probe/jaa/retained", groups=["ja"], languages=[])
@@ -353,15 +324,10 @@ class AlertRule:
         return self.over_checks if self.change is not None else int(self.op == UNCHANGED)
 
     def reading(self, value: float, earlier: Sequence[float]) -> float:
-        """What is compared with the threshold.
+        """What is compared with the threshold, of a value (NaN where missing) and up to `memory` earlier, oldest first.
 
-        Args:
-            value: the metric's value; NaN where it is missing.
-            earlier: up to `memory` earlier values, oldest first.
-
-        Returns:
-            The value; or its change, in the metric's unit or as a ratio; or 1 and 0 for yes and no with ``absent`` and
-            ``unchanged``. NaN where nothing can be said.
+        The value; or its change, in the metric's unit or as a ratio; or 1 and 0 for yes and no with ``absent`` and
+        ``unchanged``. NaN where nothing can be said.
         """
         if self.op == ABSENT:
             return float(math.isnan(value))

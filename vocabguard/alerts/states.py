@@ -68,10 +68,7 @@ class Standing:
 
 
 def advance(rule: AlertRule, now: RuleState, step: int, value: float) -> RuleState:
-    """The state of one part after one check.
-
-    Args:
-        value: the metric's value; NaN, which says nothing, leaves the state as it is (but for ``absent`` rules).
+    """The state of one part after one check; NaN, which says nothing, leaves it as it is (but for ``absent`` rules).
 
     Example:
         >>> rule = AlertRule("degraded", "head/below_0.95", ">", 0.01, for_checks=2)
@@ -102,12 +99,8 @@ def _turned(rule: AlertRule, now: RuleState, step: int, reading: float) -> RuleS
 def follow(rule: AlertRule, before: Standing, step: int, values: Mapping[str, float]) -> tuple[Standing, News | None]:
     """A rule after one check, and whether there is something to tell.
 
-    Args:
-        values: of each part that was measured; a part seen before that is missing here counts as NaN.
-
-    Returns:
-        Where it stands now; ``fires`` and ``resolves`` at the first and after the last part that fires, ``again`` where
-        parts have joined or a reminder is due.
+    ``fires`` and ``resolves`` at the first and after the last part that fires, ``again`` where parts have joined or a
+    reminder is due. A part seen before whose value is missing counts as NaN.
 
     Example:
         >>> rule = AlertRule("groups", "head/*/below_0.95", ">", 0.1)
@@ -145,11 +138,7 @@ def as_dict(rule: AlertRule, standing: Standing) -> dict[str, Any]:
 
 
 def from_dict(rule: AlertRule, saved: Mapping[str, Any]) -> Standing:
-    """A standing from `as_dict`, of this version, an earlier one or a later one; another metric's is a new one.
-
-    Raises:
-        ValueError: if a saved state is none of ``ok``, ``pending``, ``firing``.
-    """
+    """A standing from `as_dict`, of any version; another metric's is a new one, an unknown state a ValueError."""
     if saved.get("metric") != rule.key:
         return Standing()
     parts = saved.get("parts", {}) if rule.by_part else {WHOLE: saved}

@@ -26,13 +26,7 @@ def message_of(
     values: Mapping[str, float],
     rows: Mapping[str, int],
 ) -> str:
-    """What has happened, in one sentence.
-
-    Args:
-        standing: before and after.
-        values: of the parts that were measured.
-        rows: live rows of each script group, where known.
-    """
+    """What has happened, in one sentence, of values before and after and, where known, live rows by script group."""
     before, after = standing
     head = f"{rule.name} ({rule.level})"
     if news == "resolves":
@@ -392,10 +386,7 @@ _ANSWERS = {
 
 
 def alert_story(change: Transition, scene: Scene, tokens: Sequence[str] = ()) -> AlertStory:
-    """The story of an alert that fires.
-
-    Args:
-        tokens: the worst tokens of those concerned by text, worst first.
+    """The story of an alert that fires; `tokens` are the worst of those concerned, as text.
 
     Example:
         >>> change = Transition("degraded", "firing", "warning", "head/below_0.95", 0.02, 120, "", since=100)

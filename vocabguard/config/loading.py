@@ -49,8 +49,7 @@ def load_questions(config: ConfusionConfig) -> dict[str, tuple[str, ...]]:
     """The questions that `confusion` asks: language -> at most ``per_language`` texts, in the file's order.
 
     Raises:
-        ConfigError: for a file that is missing, or is not a mapping of languages to lists of texts; and for a language
-            that it does not have.
+        ConfigError: for a file that is missing, is no mapping of languages to lists of texts, or lacks a language.
 
     Example:
         >>> load_questions(ConfusionConfig(languages=["fr"], per_language=1))

@@ -104,11 +104,7 @@ def mean_shift(
     Of more than ``shift_rows`` rows, so many evenly spaced ones are read. That spares a second pass over the matrix,
     and changes the mean by about the rows' spread over the root of ``shift_rows``: under 1 % of it.
 
-    Returns:
-        (width,) float32 on the CPU; zero if there are no such rows.
-
-    Raises:
-        ValueError: if the widths differ, or ``unexposed`` is not (V,) bool.
+    Returns (width,) float32 on the CPU, zero if there are no such rows; raises as `measure_drift` does.
 
     Example:
         >>> from vocabguard.rows.baselines import CopiedBaseline
@@ -140,15 +136,12 @@ def mean_shift(
 def row_products(
     matrix: RowReader, baseline: Baseline, shift: Tensor, chunk_rows: int = 1024, *, base_too: bool = False
 ) -> RowPass:
-    """The pass over all rows.
+    """The pass over all rows; a ValueError if the widths differ.
 
     Args:
         shift: (width,) float32 on the CPU, see `mean_shift`.
         base_too: measure the baseline's norms in the same pass, instead of asking for ``baseline.norms``, which are
             another one if they are not known yet.
-
-    Raises:
-        ValueError: if the widths differ.
 
     Example:
         >>> from vocabguard.rows.baselines import CopiedBaseline
@@ -202,19 +195,12 @@ def row_drift(found: RowPass) -> RowDrift:
 
 
 def summarise(drift: RowDrift, live: Tensor, parts: Mapping[str, Tensor]) -> dict[str, float]:
-    """Flat scalars of one matrix, over its live, finite, non-zero rows.
+    """Flat scalars of one matrix, over its live, finite, non-zero rows; a ValueError for a mask that is not (V,) bool.
 
     Keys: ``cosine_mean``, ``cosine_min``, ``cosine_p01``, ``residual_p01`` (1 % quantiles by linear interpolation),
     ``below_0.95``, ``below_0.90`` (shares in [0, 1] of rows with a cosine below); ``<part>/...`` the same for each part
-    that has such rows; ``nonfinite_rows`` and ``zero_rows``, counts among the live rows. Without any such row there are
-    only the counts.
-
-    Args:
-        live: (V,) bool.
-        parts: (V,) bool masks by name, such as groups and exposure classes.
-
-    Raises:
-        ValueError: for a mask that is not (V,) bool.
+    (groups, exposure classes) that has such rows; ``nonfinite_rows`` and ``zero_rows``, counts among the live rows.
+    Without any such row there are only the counts.
 
     Example:
         >>> cosine, yes, no = torch.tensor([1.0, 0.9, 0.8]), torch.ones(3).bool(), torch.zeros(3).bool()

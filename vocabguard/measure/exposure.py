@@ -16,17 +16,19 @@ from vocabguard.results import EXPOSURE_CLASSES, Exposure
 from vocabguard.vocabulary.table import fit_rows
 
 CLASS_STARTS = (1, 5, 20)
-"""Data targets at which the second and later classes of `results.EXPOSURE_CLASSES` begin."""
+"""Data targets at which the second and later classes of `results.EXPOSURE_CLASSES` begin.
+
+The name of the report that described the failure was a target fewer than 5 times; its remedy gave every token 20.
+"""
 
 _NORM_ELEMENTS = 2**20
 _NORM_ELEMENTS_ACCELERATOR = 2**24
 
 
 def targets_of(labels: Tensor, shift: bool) -> Tensor:
-    """What the model is asked for.
+    """What the model is asked for, of (B, T) labels that are -100 where the loss ignores the position.
 
     Args:
-        labels: (B, T) int; -100 where the loss ignores the position.
         shift: whether the model predicts ``labels[:, 1:]``, as causal language models do.
 
     Example:
@@ -62,14 +64,9 @@ def add_counts(counts: Tensor, ids: Tensor, *, row: int | Tensor = 0, keep: Tens
 
 
 def count_targets(labels: Tensor, shift: bool, rows: int) -> Tensor:
-    """How often each token is asked for in one batch.
+    """(rows,) int64 on the labels' device: how often each token is asked for in one batch; see `targets_of`.
 
-    Args:
-        labels: (B, T) int; -100 and ids outside [0, rows) are ignored.
-        shift: see `targets_of`.
-
-    Returns:
-        (V,) int64 on the labels' device.
+    Labels outside [0, rows), -100 among them, are ignored.
 
     Example:
         >>> count_targets(torch.tensor([[3, 1, 1, -100]]), shift=True, rows=4)
@@ -107,10 +104,7 @@ def gradient_norms(matrix: Tensor, rows: Tensor | None = None) -> Tensor:
 
 
 def exposure_classes(data_target: Tensor) -> Tensor:
-    """The exposure class of each token by its (V,) int64 data targets so far.
-
-    Returns:
-        (V,) uint8, index into `results.EXPOSURE_CLASSES`.
+    """The class of each token by its (V,) int64 data targets so far: (V,) uint8 index of `results.EXPOSURE_CLASSES`.
 
     Example:
         >>> exposure_classes(torch.tensor([0, 1, 4, 5, 19, 20])).tolist()
@@ -121,13 +115,10 @@ def exposure_classes(data_target: Tensor) -> Tensor:
 
 
 def steps_since_target(exposure: Exposure, step: int | None = None) -> Tensor:
-    """Optimizer steps since each token last was a target, data or echo.
+    """(V,) int64: steps since each token last was a target, data or echo; 0 in the last step, -1 if it never was.
 
     Args:
         step: number of the last step; None takes `Exposure.steps`, which is right where every step was observed.
-
-    Returns:
-        (V,) int64: 0 if it was one in the last step, -1 if it never was.
 
     Example:
         >>> counter = ExposureCounter(rows=3, device="cpu", tied=False)
@@ -339,11 +330,7 @@ class ExposureCounter:
         return state | {"push_samples": self.push_samples, "steps": self.steps, "batches": self.batches}
 
     def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
-        """Continue from what `state_dict` gave; rank 0 takes all counts, so that they are in the sum once.
-
-        Raises:
-            ValueError: if it was taken from another number of rows.
-        """
+        """Continue from what `state_dict` gave, of as many rows; rank 0 takes all counts: they are in the sum once."""
         tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         if len(tensors["data_target"]) != self.rows:
             raise ValueError(f"the saved exposure has {len(tensors['data_target'])} rows; expected {self.rows}")

@@ -2,9 +2,8 @@
 
 The angle between a row and its baseline row grows with the learning rates that are summed, slower than in proportion,
 and how much slower differs between runs and rows. So a row's own past, the past of rows like it, what the data has yet
-to ask of it and the rates to come are turned into scale-free numbers (`row_features`), and a
-small network fitted on whole fine-tunes (`vocabguard.measure.forecast_networks`) gives quantiles of the angle at the
-end.
+to ask of it and the rates to come are turned into scale-free numbers (`running_features`), and a small network fitted
+on whole fine-tunes (`vocabguard.measure.forecast_networks`) gives quantiles of the angle at the end.
 ``tests/benchmarks/early_warning.py`` fits it, and compares it with simpler laws on fine-tunes that it never saw.
 """
 
@@ -24,7 +23,8 @@ from vocabguard.results import Forecast, RowDrift, Schedule
 
 Floats = npt.NDArray[np.float32]
 
-# How many pasts are kept, and how far back: by the ratio of the summed rates.
+# How many pasts are kept, and how far back: by the ratio of the summed rates. `track` asks for halves, of which there
+# are four in 16.
 _KEPT, _REACH = 5, 16
 
 
@@ -93,17 +93,11 @@ class Past:
 
 
 def angles(drift: RowDrift, norm: Tensor) -> Floats:
-    """The angle between each row and its baseline row.
+    """(V,) float32 in [0, pi]: the angle between each row and its baseline row; NaN where bad or of zero length.
 
     It is taken from the displacement, since the cosine of a small angle has lost its digits: with the displacement d
-    and the parts of it along and across the baseline row w0, in units of its length,
+    and the parts of it along and across the baseline row w0, in units of its length (`norm`),
     along = (|w|^2 - |w0|^2 - |d|^2) / (2 |w0|^2).
-
-    Args:
-        norm: (V,) float32, length of the baseline rows.
-
-    Returns:
-        (V,) float32 in [0, pi]; NaN where the row is bad or of zero length.
 
     Example:
         >>> one, no = torch.ones(1), torch.zeros(1, dtype=torch.bool)
@@ -111,6 +105,7 @@ def angles(drift: RowDrift, norm: Tensor) -> Floats:
         >>> np.degrees(angles(drift, norm=one)).round()  # from (1, 0) to (1, 1)
         array([45.], dtype=float32)
     """
+    # In float64: what is left below is a small difference of numbers near 1.
     ratio = drift.norm_ratio.numpy().astype(np.float64)
     with np.errstate(all="ignore"):
         moved = np.square(drift.l2.numpy() / norm.numpy().astype(np.float64))
@@ -135,11 +130,7 @@ def past_of(step: int, rate_sum: float, drift: RowDrift, norm: Tensor, push: Ten
 
 
 def keep(pasts: Sequence[Past], new: Past) -> tuple[Past, ...]:
-    """The pasts with a new one, thinned to a few that lie evenly on a logarithmic scale of summed rates.
-
-    Args:
-        pasts: in order.
-        new: later than all of them, with some rate summed.
+    """The pasts with a new, later one, thinned to a few that lie evenly on a logarithmic scale of summed rates.
 
     Example:
         >>> pasts, none = (), np.zeros(1, dtype=np.float32)
@@ -172,11 +163,7 @@ def halfway(pasts: Sequence[Past], rate_sum: float) -> Past | None:
 def track(pasts: Sequence[Past], now: Past) -> tuple[Past, Past, Past] | None:
     """Now, about half of the summed rates ago, and about a quarter; the earliest stands in where there is none earlier.
 
-    Args:
-        pasts: what `keep` kept, with or without `now`.
-
-    Returns:
-        None if nothing is known from before.
+    Of what `keep` kept, with or without `now`; None if nothing is known from before.
 
     Example:
         >>> none = np.zeros(1, dtype=np.float32)
@@ -193,10 +180,6 @@ def summarise_forecast(forecast: Forecast, live: Tensor, parts: Mapping[str, Ten
 
     Keys: ``below_0.95`` (share in [0, 1] of rows that is expected to end below, the mean of their chances), ``rows``
     (how many that is), ``cosine_mean``; the first two also as ``<part>/...`` for each part that has such rows.
-
-    Args:
-        live: (V,) bool.
-        parts: (V,) bool masks by name, such as groups and exposure classes.
 
     Example:
         >>> cosine, chance = torch.tensor([0.98, 0.94]), torch.tensor([0.1, 0.7])
@@ -274,6 +257,7 @@ def running_features(
     fading, usual_fading = _fading(half, asked, never)
     rates = _rates(schedule)
     span, _, _, memory = rates
+    # The packaged networks were fitted on these numbers as they are scaled and cut off here: others need another fit.
     columns = [
         moved - of_class,
         size,
@@ -370,8 +354,7 @@ def _asked(asked: Asked, schedule: Schedule, never: npt.NDArray[np.bool_]) -> li
 def _fading(half: Past, asked: Asked, never: npt.NDArray[np.bool_]) -> tuple[Floats, float]:
     """Logarithm of a row's push since about half the summed rates over its push before: what pushes it dies out.
 
-    Returns:
-        (V,) float32 beside the median of rows that never were a target, and that median; 0 where it is unknown.
+    (V,) float32 less the median of rows that never were a target, and that median; 0 where it is unknown.
     """
     since = asked.push_samples - half.push_samples
     with np.errstate(all="ignore"):
@@ -385,12 +368,9 @@ def _fading(half: Past, asked: Asked, never: npt.NDArray[np.bool_]) -> tuple[Flo
 
 
 def targets_to_come(asked: Asked, schedule: Schedule) -> npt.NDArray[np.float64]:
-    """Expected targets of each row in the rest of the run, by its share of the targets counted beforehand.
+    """(V,) float64 >= 0: expected targets in the rest of the run, by a row's share of those counted beforehand.
 
     Without a count beforehand, by its share of those so far: 0 for a row that never was one.
-
-    Returns:
-        (V,) float64 >= 0.
 
     Example:
         Half of the run is done; two passes over data with 4 targets of token 0 and none of token 1 make 8.
@@ -436,15 +416,7 @@ def _laws(moved: Floats, growth: Floats, before: Floats, tied: float, rates: lis
     """
     span, coming, _, memory = rates
     growth, before = np.clip(growth, -0.5, 2), np.clip(before, -0.5, 2)
-    return [
-        growth * span,
-        before * span,
-        coming * span,
-        memory * span,
-        tied * span,
-        moved * span,
-        growth * coming,
-    ]
+    return [growth * span, before * span, coming * span, memory * span, tied * span, moved * span, growth * coming]
 
 
 def _memory(schedule: Schedule, steps: int) -> float:

@@ -80,7 +80,7 @@ class QuantileNets:
         past = x @ self.weights[3][member]
         for layer in (0, 1):
             x = x @ self.weights[layer][member] + self.biases[layer][member]
-            x = x / (1 + np.exp(-x))
+            x = x / (1 + np.exp(-x))  # SiLU
         found: Floats = spread(x @ self.weights[2][member] + self.biases[2][member]) + past
         return found
 
@@ -93,6 +93,7 @@ def spread(out: Floats) -> Floats:
         array([[-0.079,  0.614,  1.307,  2.   ,  2.693,  3.386,  4.079]],
               dtype=float32)
     """
+    # As in fitting, see ``tests/benchmarks/early_fit.py``.
     steps = np.logaddexp(0, out - 2).astype(np.float32)
     middle = out[:, _MEDIAN : _MEDIAN + 1]
     below = np.cumsum(steps[:, :_MEDIAN][:, ::-1], axis=1)[:, ::-1]

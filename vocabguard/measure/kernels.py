@@ -40,14 +40,12 @@ _FAST = {"reassoc", "nsz", "contract"}
 def kernel(kind: str) -> Sums | None:
     """The compiled loop for rows of one kind; None where there is no numba, or it fails.
 
-    Compiling takes about a second, once: numba keeps the result beside this file or in the user's cache folder.
+    Compiling takes about a second, once: numba keeps the result beside this file or in the user's cache folder. The
+    loop lets other threads run. It writes w.w, d.d, w.s, d.s and w0.w0 of n rows w and w0, with d = w - w0, accumulated
+    in float32.
 
     Args:
         kind: ``bfloat16`` or ``float32``.
-
-    Returns:
-        A function that lets other threads run. It writes w.w, d.d, w.s, d.s and w0.w0 of n rows w and w0, with
-        d = w - w0, accumulated in float32.
     """
     signature = f"void({_ROWS[kind]}, {_ROWS[kind]}, float32[::1], float32[:,:])"
     try:

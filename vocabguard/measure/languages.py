@@ -68,31 +68,12 @@ _UNSPACED = frozenset({"ja", "zh", "thai", "khmer", "lao", "myanmar", "tibetan"}
 _LANGUAGES_OF = {
     ("latin",): "af az ca cs cy da de en es et eu fi fil fr ga gl hr hu id is it lt lv ms nl no pl pt ro sk sl sq sv "
     "sw tr uz vi",
-    ("cyrillic",): "be bg kk ky mk mn ru tg uk",
-    ("cyrillic", "latin"): "bs sr",
-    ("arabic",): "ar fa ps ur",
-    ("hebrew",): "he yi",
-    ("devanagari",): "hi mr ne sa",
-    ("ja", "zh"): "ja",
-    ("ko",): "ko",
-    ("zh",): "zh yue",
-    ("thai",): "th",
-    ("greek",): "el",
-    ("armenian",): "hy",
-    ("bengali",): "bn as",
-    ("ethiopic",): "am ti",
-    ("georgian",): "ka",
-    ("gujarati",): "gu",
-    ("gurmukhi",): "pa",
-    ("kannada",): "kn",
-    ("khmer",): "km",
-    ("lao",): "lo",
-    ("malayalam",): "ml",
-    ("myanmar",): "my",
-    ("sinhala",): "si",
-    ("tamil",): "ta",
-    ("telugu",): "te",
-    ("tibetan",): "bo",
+    ("cyrillic",): "be bg kk ky mk mn ru tg uk", ("cyrillic", "latin"): "bs sr", ("arabic",): "ar fa ps ur",
+    ("hebrew",): "he yi", ("devanagari",): "hi mr ne sa", ("ja", "zh"): "ja", ("ko",): "ko", ("zh",): "zh yue",
+    ("thai",): "th", ("greek",): "el", ("armenian",): "hy", ("bengali",): "bn as", ("ethiopic",): "am ti",
+    ("georgian",): "ka", ("gujarati",): "gu", ("gurmukhi",): "pa", ("kannada",): "kn", ("khmer",): "km",
+    ("lao",): "lo", ("malayalam",): "ml", ("myanmar",): "my", ("sinhala",): "si", ("tamil",): "ta",
+    ("telugu",): "te", ("tibetan",): "bo",
 }  # fmt: skip
 
 LANGUAGES: Mapping[str, tuple[str, ...]] = dict(
@@ -135,14 +116,10 @@ class Answer:
 
 
 def scripts_of(language: str) -> tuple[str, ...]:
-    """The scripts that a language is written in.
+    """The scripts that a language is written in; a ValueError for one that is not in `LANGUAGES`.
 
-    Raises:
-        ValueError: for a language that is not in `LANGUAGES`.
-
-    Example:
-        >>> scripts_of("ja"), scripts_of("sr")
-        (('ja', 'zh'), ('cyrillic', 'latin'))
+    >>> scripts_of("ja"), scripts_of("sr")
+    (('ja', 'zh'), ('cyrillic', 'latin'))
     """
     if language not in LANGUAGES:
         raise ValueError(f"language is {language!r}; allowed: {', '.join(LANGUAGES)}")
@@ -232,13 +209,10 @@ def count_answers(
     least_words: int = 5,
     english: Collection[str] | None = None,
 ) -> ConfusionCounts:
-    """Count answers by the language expected.
+    """Count answers, (language expected, text) each; see `judge_answer`.
 
     Args:
-        answers: (language, text) of each.
         allow: language -> scripts that belong besides its own, for those where it is not `ALLOWED`.
-        least_words: shorter lines are not judged.
-        english: see `judge_answer`.
 
     Raises:
         ValueError: for a language that is not among `languages`, or a language or script that is not known.
@@ -272,10 +246,9 @@ def count_answers(
 def summarise_confusion(found: ConfusionCounts) -> dict[str, float]:
     """Shares in [0, 1] by language and over all of them; one without an answer behind it is left out.
 
-    Returns:
-        ``<language>``: share of answers with foreign letters; ``<language>/latin``, with Latin letters, in languages
-        not written in them; ``<language>/line_pass``; ``<language>/word_pass``, in the same languages; and ``foreign``,
-        ``line_pass``, ``word_pass``: means over the languages that have them.
+    ``<language>``: share of answers with foreign letters; ``<language>/latin``, with Latin letters, in languages not
+    written in them; ``<language>/line_pass``; ``<language>/word_pass``, in the same languages; and ``foreign``,
+    ``line_pass``, ``word_pass``: means over the languages that have them.
 
     Example:
         >>> found = count_answers([("ko", "네, все хорошо, спасибо большое."), ("fr", "Oui, très bien.")], ["ko", "fr"])

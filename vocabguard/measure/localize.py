@@ -84,13 +84,9 @@ def head_or_body(
 
     Args:
         model: as it is now; see `vocabguard.measure.probe.probe` for it, `contexts`, `seed` and `batch_tokens`.
-        base: the probe at the base.
-        now: the same tokens in the same contexts, later.
+        base: the probe at the base; `now` asked for the same tokens in the same contexts, later.
         embedding: the input rows; None leaves them as they are.
         most: of more forgotten tokens, so many evenly spaced ones are asked for.
-
-    Returns:
-        What came back, or why it cannot be told.
 
     Example:
         >>> from types import SimpleNamespace
@@ -129,8 +125,7 @@ def head_or_body(
 def output_rows_back(head: End, ids: Tensor) -> Iterator[list[bool]]:
     """The model with the base's output rows of some tokens: their logits are made anew from what enters the head.
 
-    Yields:
-        A list that is empty until the head is called.
+    Yields a list that is empty until the head is called.
 
     Example:
         >>> from vocabguard.rows.baselines import CopiedBaseline
@@ -159,10 +154,7 @@ def output_rows_back(head: End, ids: Tensor) -> Iterator[list[bool]]:
 
 @contextlib.contextmanager
 def input_rows_back(embedding: End, ids: Tensor) -> Iterator[None]:
-    """The model with the base's input rows of some tokens, scaled as the model scales its own.
-
-    Args:
-        ids: (n,) int64, ascending.
+    """The model with the base's input rows of some tokens (ascending), scaled as the model scales its own.
 
     Example:
         >>> from vocabguard.rows.baselines import CopiedBaseline

@@ -64,13 +64,7 @@ class TokenExposure(Metric):
         self.register_buffer("live", _mask("live", live, rows), persistent=False)
 
     def update(self, inputs: Tensor, labels: Tensor, shift: bool = True) -> None:
-        """Count one batch.
-
-        Args:
-            inputs: (B, T) int ids.
-            labels: (B, T) int; -100 and ids outside [0, V) are ignored.
-            shift: whether the model predicts ``labels[:, 1:]``, as causal language models do.
-        """
+        """Count one batch of (B, T) inputs and labels; see `measure.exposure.targets_of` for `shift`."""
         add_counts(self.inputs[None], inputs)
         add_counts(self.data_target[None], targets_of(labels, shift))
 
@@ -162,8 +156,8 @@ class LanguageConfusion(Metric):
 
     Args:
         languages: ISO 639 codes of the languages expected; None takes all that are known.
-        allow: language -> scripts that belong besides its own, where Latin letters are not to be allowed or others are,
-            such as ``{"ja": (), "ko": ("latin", "zh")}``.
+        allow: language -> scripts that belong besides its own, in the place of Latin letters alone, such as
+            ``{"ja": (), "ko": ("latin", "zh")}``.
         least_words: lines of fewer words are not judged.
         kwargs: those of `torchmetrics.Metric`.
 
@@ -206,11 +200,7 @@ class LanguageConfusion(Metric):
         self.add_state("into", empty.into, dist_reduce_fx="sum")
 
     def update(self, answers: Sequence[str], language: str | Sequence[str]) -> None:
-        """Count some answers.
-
-        Args:
-            answers: n texts.
-            language: the language expected of all of them, or of each: n codes.
+        """Count some answers, and the language expected of all of them, or of each.
 
         Raises:
             ValueError: for a language that is not among the metric's, or if there are not as many as answers.

@@ -61,15 +61,9 @@ class Neighborhoods:
 def compare_neighbors(
     matrix: RowReader, baseline: Baseline, ids: Tensor, k: int, exclude: Tensor | None = None
 ) -> Neighborhoods:
-    """The k nearest rows of some tokens at the baseline and now.
+    """The k nearest rows of some tokens at the baseline and now; see `nearest_rows`.
 
-    Args:
-        baseline: the rows before; it may have fewer, where rows were added since.
-        ids: (n,) int64.
-        exclude: (V,) bool, rows that are never named, such as padded ones.
-
-    Raises:
-        ValueError: for k < 1, or ids outside the matrix.
+    The baseline may have fewer rows, where some were added since. Raises ValueError for ids outside the matrix.
 
     Example:
         >>> from vocabguard.rows.baselines import CopiedBaseline
@@ -136,16 +130,9 @@ def nearest_rows(rows: RowReader | Baseline, ids: Tensor, k: int, exclude: Tenso
 
 
 def intruders(table: VocabTable, ids: Tensor, near: Tensor) -> Tensor:
-    """Which neighbours do not belong beside a token: control and byte pieces, and letters of another group.
+    """(n, k) bool: neighbours that do not belong beside a token: control and byte pieces, letters of another group.
 
-    Digits, punctuation and code belong beside every group.
-
-    Args:
-        ids: (n,) int64, the tokens.
-        near: (n, k) int64, their neighbours; -1 is none.
-
-    Returns:
-        (n, k) bool.
+    Digits, punctuation and code belong beside every group. `near` is (n, k) int64, -1 for none.
 
     Example:
         >>> from vocabguard.vocabulary.table import GROUPS, plain_table
@@ -163,11 +150,7 @@ def intruders(table: VocabTable, ids: Tensor, near: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pick_rows(rows: RowReader | Baseline, ids: Tensor) -> Tensor:
-    """Some rows: one by one where single rows can be read, else in one pass.
-
-    Args:
-        rows: of any floating dtype, on any device.
-        ids: (n,) int64, on the CPU.
+    """Some rows: one by one where single rows can be read, else in one pass. The (n,) ids are on the CPU.
 
     Returns:
         (n, width) float32 on the rows' device; NaN for an id beyond them.

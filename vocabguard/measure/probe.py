@@ -72,9 +72,8 @@ def probe(
     """Ask for every token once in every context.
 
     The lists depend on the ids, the seed and the context alone, so two probes of one run differ by the model only. The
-    last list is filled up with other ids, whose results are dropped; with fewer than k ids lists are shorter.
-    The model is asked in evaluation mode, without gradients and outside of compiled code. Modes, generators and
-    gradients are left as they were.
+    last list is filled up with other ids, whose results are dropped; with fewer than k ids lists are shorter. The model
+    is asked in evaluation mode, without gradients, outside of compiled code; modes, generators and gradients stay.
 
     Args:
         model: causal language model, called as ``model(input_ids=...)`` and giving ``.logits``.
@@ -146,10 +145,7 @@ def _probe_context(
 
 
 def probe_lists(count: int, context: PromptContext, seed: int) -> Tensor:
-    """The lists in which a probe asks in one context.
-
-    Returns:
-        (lists, k) int64 positions in the `count` probed ids; each of them once, then the fillers at the very end.
+    """(lists, k) int64 positions in the `count` probed ids: each of them once, then the fillers at the very end.
 
     Example:
         >>> lists = probe_lists(5, PromptContext("list", before=(), after=(), k=3), seed=0)
@@ -177,6 +173,7 @@ def _rows_per_batch(model: nn.Module, length: int, k: int, batch_tokens: int) ->
 def _vocabulary_size(model: nn.Module) -> int:
     output_of = getattr(model, "get_output_embeddings", None)
     weight = getattr(output_of(), "weight", None) if callable(output_of) else None
+    # Unknown: as many as Gemma 3 has, so that a batch is rather too small.
     return len(weight) if isinstance(weight, Tensor) else 2**18
 
 
@@ -253,14 +250,10 @@ def said(result: ProbeResult) -> Tensor:
 
 
 def retained(base: ProbeResult, now: ProbeResult, mask: Tensor | None = None) -> float:
-    """Of the tokens said at the base, the share that is said now.
+    """Of the tokens said at the base, the share in [0, 1] that is said now; NaN if the base said none of them.
 
     Args:
-        now: the same tokens in the same contexts, later.
         mask: (n,) bool over the probed tokens, those to look at; None takes all.
-
-    Returns:
-        A share in [0, 1]; NaN if the base said none of them.
 
     Raises:
         ValueError: if the two probes asked for different tokens or in different contexts.
@@ -301,15 +294,11 @@ def stratified_sample(strata: Tensor, eligible: Tensor, size: int, seed: int) ->
     """A sample in which small strata are not lost.
 
     Every stratum gets its share of `size`, but at least ``size / (2 * strata)`` ids, or all it has; the larger strata
-    pay for that.
+    pay for that. Of `size` or fewer eligible ids all are taken.
 
     Args:
         strata: (V,) int64 >= 0, the stratum of each id, such as its group.
         eligible: (V,) bool, the ids that may be drawn.
-        size: ids wanted; all eligible ones if there are no more.
-
-    Returns:
-        (min(size, eligible),) int64, sorted ids.
 
     Example:
         >>> strata = torch.tensor([0] * 96 + [1] * 4)
@@ -350,17 +339,8 @@ def summarise_probe(
 ) -> dict[str, float]:
     """A probe against the base's, as a few numbers; a share is left out where the base said none of its tokens.
 
-    Args:
-        now: the same tokens in the same contexts, later.
-        parts: name -> (V,) bool, such as the groups and the exposure classes.
-        watch: (w,) int64, tokens to report apart.
-
-    Returns:
-        ``retained``, ``<part>/retained`` and ``watch`` (retained of the watched tokens), shares in [0, 1], and
-        ``probability_mean`` in [0, 1] over tokens and contexts.
-
-    Raises:
-        ValueError: if the two probes asked for different tokens or in different contexts.
+    Keys: ``retained``, ``<part>/retained`` and ``watch`` (retained of the (w,) watched ids), shares in [0, 1] as
+    `retained` gives them, and ``probability_mean`` in [0, 1] over tokens and contexts.
 
     Example:
         >>> ids, no = torch.tensor([0, 2]), torch.zeros(2, 1)

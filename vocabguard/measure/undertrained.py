@@ -29,11 +29,7 @@ _FAR_BELOW_BULK = 8.0
 def row_norms(chunks: Chunks, rows: int) -> Tensor:
     """L2 norm of every row: the indicator for input rows that are not tied to the head.
 
-    Returns:
-        (rows,) float32 >= 0 on the CPU; NaN where the row is not finite.
-
-    Raises:
-        ValueError: if the chunks do not cover so many rows.
+    (rows,) float32 on the CPU, NaN where the row is not finite; a ValueError if the chunks do not cover so many rows.
 
     Example:
         >>> row_norms(lambda: [(slice(0, 1), torch.tensor([[3.0, 4.0]])), (slice(1, 2), torch.tensor([[0.0, 2.0]]))], 2)
@@ -102,11 +98,8 @@ def never_trained(
         embedding: the input rows, or None.
         head: the output rows, or None; with tied weights either will do.
         tied: whether both are one matrix now. Matrices that were tied in pre-training may come as untied.
-        candidates: (V,) bool, the rows in question: live tokens.
+        candidates: (V,) bool, the rows in question: live tokens. What is found is a subset.
         known_unused: (V,) bool, padded and unreachable rows; None if there are none.
-
-    Returns:
-        (V,) bool on the CPU, a subset of `candidates`.
 
     Raises:
         ValueError: if there is neither matrix, or masks and chunks do not cover the same V rows.

@@ -18,15 +18,12 @@ PATTERN = "re:"
 def allowed_ids(
     table: VocabTable, tokenizer: Any, exclude: Sequence[int | str] = (), key: str = "echo.exclude"
 ) -> Tensor:
-    """The live tokens without those that are excluded: no control, padded, unreachable or never-trained row.
+    """(m,) int64, ascending: live tokens (no control, padded, unreachable or never-trained row) without the excluded.
 
     Args:
         tokenizer: resolves texts; may be None where nothing is excluded by text.
         exclude: ids, texts that are one token, and ``re:`` patterns that a token's text is searched for.
         key: what messages call them.
-
-    Returns:
-        (m,) int64, ascending.
 
     Raises:
         ValueError: for an exclusion that is no token or no pattern, or if nothing is left.

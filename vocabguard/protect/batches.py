@@ -13,7 +13,7 @@ from vocabguard.protect.rows import IGNORE, EchoRow
 
 
 def add_rows(batch: Any, rows: Sequence[EchoRow], pad: int) -> Tensor:
-    """Append rows to a padded batch, in place.
+    """Append rows to a padded batch, in place, and return where they are: (B + n,) bool on the batch's device.
 
     Rows are padded on the side on which the batch is. A batch whose rows are joined into one (by position ids that
     begin anew, or by sequence lengths) is refused: there, echo rows have to come through the collate function.
@@ -21,9 +21,6 @@ def add_rows(batch: Any, rows: Sequence[EchoRow], pad: int) -> Tensor:
     Args:
         batch: a mapping with ``input_ids`` and ``labels`` (B, T), and what else the model takes.
         pad: id of the padding token.
-
-    Returns:
-        (B + n,) bool, True at echo rows, on the batch's device.
 
     Raises:
         EchoError: if the batch cannot take such rows; it is not changed then.

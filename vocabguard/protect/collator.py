@@ -83,8 +83,7 @@ class EchoCollator:
     def with_echo(self, features: list[Any], ids: Sequence[int], number: int) -> Any:
         """A batch with echo rows, as far as the dose's limit lets it have them; the examples are not changed.
 
-        Raises:
-            EchoError: if the examples or the batch cannot take such rows.
+        An `EchoError` says that the examples or the batch cannot take such rows.
         """
         batch = self._collated(features, ids, number)
         # What the data asks for is known only now: collate functions make labels of their own.
@@ -112,10 +111,9 @@ class EchoCollator:
 
 
 def data_targets(labels: Tensor, *, seq2seq: bool, echo_mask: Tensor | None = None) -> int:
-    """How many targets of a batch are the data's.
+    """How many targets of a batch, with (B, T) labels, are the data's.
 
     Args:
-        labels: (B, T) int64.
         seq2seq: whether labels stand apart from inputs; else nothing predicts a row's first label.
         echo_mask: (B,) bool, or (1, T) where all rows are joined into one; None where there are no echo rows yet.
 
@@ -143,9 +141,6 @@ def _all_as_long(features: list[Any], length: int) -> bool:
     return all(len(example["input_ids"]) == length for example in features)
 
 
-_CONSTANT: Mapping[str, int] = {"token_type_ids": 0, "special_tokens_mask": 0}
-
-
 def _as_example(row: EchoRow, like: Mapping[str, Any], fill: int) -> dict[str, Any]:
     """The row with the keys of the data's examples that mean something for it, filled up to their common length."""
     size = len(row.input_ids)
@@ -159,15 +154,11 @@ def _as_example(row: EchoRow, like: Mapping[str, Any], fill: int) -> dict[str, A
         "completion_mask": target + [0] * spare,
         "assistant_masks": target + [0] * spare,
         "seq_lengths": [size + spare],
-        **{key: [value] * (size + spare) for key, value in _CONSTANT.items()},
+        "token_type_ids": [0] * (size + spare),
+        "special_tokens_mask": [0] * (size + spare),
     }
-    return {key: _like(values, like[key]) for key, values in known.items() if key in like} | _lengths(
-        like, size + spare
-    )
-
-
-def _lengths(like: Mapping[str, Any], size: int) -> dict[str, int]:
-    return {"length": size} if isinstance(like.get("length"), int) else {}
+    found: dict[str, Any] = {key: _like(values, like[key]) for key, values in known.items() if key in like}
+    return found | ({"length": size + spare} if isinstance(like.get("length"), int) else {})
 
 
 def _like(values: list[int], example: Any) -> Any:
@@ -177,8 +168,7 @@ def _like(values: list[int], example: Any) -> Any:
 def _mark(batch: Any, count: int, rows: Sequence[EchoRow], fill: int, *, seq2seq: bool) -> Tensor:
     """Put the labels of the echo rows, which follow `count` examples, right, in place.
 
-    Returns:
-        Where they are: (B,) bool, or (1, T) bool where all rows became one.
+    Where they are is returned: (B,) bool, or (1, T) bool where all rows became one.
     """
     ids, labels = _tensor(batch, "input_ids"), _tensor(batch, "labels")
     if ids.shape[0] == count + len(rows):

@@ -14,6 +14,7 @@ from vocabguard.results import EchoPlan
 _SLOTS = 2
 _VERSION, _FIRST, _OFFSET, _COUNT, _CYCLE, _SEED, _LIST, _MODE = range(8)
 _EPOCH, _BASE, _RANK, _WORLD, _FAILED, _RUN = range(6)
+# One for the training process and 256 for workers; more of them share.
 _CLOCKS = 257
 _NO_LIMIT = 2**31
 
@@ -50,11 +51,7 @@ class EchoFeed:
     # -- the training process writes ---------------------------------------------------------------------------------
 
     def publish(self, plan: EchoPlan) -> None:
-        """Make a plan known; it replaces the one before the last.
-
-        Raises:
-            ValueError: if the plan has more ids than there is room for.
-        """
+        """Make a plan known; it replaces the one before the last. A ValueError if it has too many ids."""
         if len(plan.ids) > self._ids.shape[1]:
             raise ValueError(f"the plan has {len(plan.ids)} ids; allowed: at most {self._ids.shape[1]}")
         slot = plan.version % _SLOTS
@@ -156,18 +153,10 @@ class EchoFeed:
         rate, dose, owed = self._floats[slot].tolist()
         ids: Tensor = self._ids[slot, : numbers[_COUNT]].clone()
         return EchoPlan(
-            version=numbers[_VERSION],
-            first_batch=numbers[_FIRST],
-            mode=MODES[numbers[_MODE]],
-            dose=dose,
-            rate=rate,
-            list_tokens=numbers[_LIST],
-            ids=ids,
-            cycle=numbers[_CYCLE],
-            offset=numbers[_OFFSET],
-            owed=owed,
+            version=numbers[_VERSION], first_batch=numbers[_FIRST], mode=MODES[numbers[_MODE]], dose=dose, rate=rate,
+            list_tokens=numbers[_LIST], ids=ids, cycle=numbers[_CYCLE], offset=numbers[_OFFSET], owed=owed,
             seed=numbers[_SEED],
-        )
+        )  # fmt: skip
 
 
 def _shared(tensor: Tensor) -> Tensor:

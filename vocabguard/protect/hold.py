@@ -51,7 +51,6 @@ def hold_rows(weight: Tensor, before: Tensor, held: Tensor, mode: HoldMode, stat
         weight: (V, D) parameter after the step.
         before: (V, D) its rows before the step, on the CPU.
         held: (V,) bool on the weight's device.
-        mode: ``freeze`` or ``shared``.
         state: the optimizer's state of the parameter: tensors of V rows are moments by row, others are left alone.
 
     Example:
@@ -63,14 +62,14 @@ def hold_rows(weight: Tensor, before: Tensor, held: Tensor, mode: HoldMode, stat
     """
     if not bool(held.any()):
         return
-    shift = _mean_move(weight, before, held) if mode == "shared" else None
+    shift = _held_mean(weight, held, before) if mode == "shared" else None
     for part in _parts(weight):
         old = before[part].to(weight.device, non_blocking=True)
         put = old if shift is None else (old + shift).to(weight.dtype)
         torch.where(held[part, None], put, weight[part], out=weight[part])
     for moment in _moments(weight, state):
         rows = moment if moment.ndim > 1 else moment[:, None]
-        put = _held_sum(rows, held).div_(held.sum()).to(rows.dtype) if mode == "shared" else rows.new_zeros(())
+        put = _held_mean(rows, held).to(rows.dtype) if mode == "shared" else rows.new_zeros(())
         for part in _parts(rows):
             torch.where(held[part, None], put, rows[part], out=rows[part])
 
@@ -78,7 +77,7 @@ def hold_rows(weight: Tensor, before: Tensor, held: Tensor, mode: HoldMode, stat
 def rows_to_hold(
     last_data_target: Tensor, targets_now: Tensor, inputs_now: Tensor | None, step: int, window: int | None
 ) -> Tensor:
-    """Which rows keep still in a step.
+    """(V,) bool: the rows that keep still in a step.
 
     Args:
         last_data_target: (V,) int64, optimizer step in which the row last was a target of the data; -1 if never.
@@ -86,9 +85,6 @@ def rows_to_hold(
         inputs_now: (V,) bool, inputs of this step, for tied weights: their input gradient stays. None where untied.
         step: number of this step.
         window: hold rows without a data target in so many steps; None holds those that never were one.
-
-    Returns:
-        (V,) bool.
 
     Example:
         >>> last, now = torch.tensor([-1, 3, 90, -1]), torch.tensor([False, False, False, True])
@@ -101,22 +97,16 @@ def rows_to_hold(
     return held if inputs_now is None else held & ~inputs_now
 
 
-def _mean_move(weight: Tensor, before: Tensor, held: Tensor) -> Tensor:
-    """(D,) float32: the mean displacement of the held rows."""
-    total = torch.zeros(weight.shape[1], dtype=torch.float32, device=weight.device)
-    for part in _parts(weight):
-        moved = weight[part].float() - before[part].to(weight.device, non_blocking=True).float()
-        # Rows that are not held may hold anything, NaN too.
-        total += moved.masked_fill_(~held[part, None], 0).sum(dim=0)
-    return total / held.sum()
-
-
-def _held_sum(rows: Tensor, held: Tensor) -> Tensor:
-    """(D,) float32: the sum of the held rows."""
+def _held_mean(rows: Tensor, held: Tensor, before: Tensor | None = None) -> Tensor:
+    """(D,) float32: the mean of the held rows, or of what they moved by since before."""
     total = torch.zeros(rows.shape[1], dtype=torch.float32, device=rows.device)
     for part in _parts(rows):
-        total += rows[part].float().masked_fill(~held[part, None], 0).sum(dim=0)
-    return total
+        values = rows[part].float()
+        if before is not None:
+            values = values - before[part].to(rows.device, non_blocking=True).float()
+        # Rows that are not held may hold anything, NaN too.
+        total += values.masked_fill(~held[part, None], 0).sum(dim=0)
+    return total / held.sum()
 
 
 def _moments(weight: Tensor, state: Mapping[Any, Any]) -> Iterator[Tensor]:

@@ -29,10 +29,8 @@ _MIX = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: neighbouring numbers b
 def batch_ids(plan: EchoPlan, batch: int, rank: int = 0, world: int = 1) -> list[int]:
     """The ids that one process echoes in one batch.
 
-    Over the batches and processes of a plan each pass takes every id exactly once.
-
-    Args:
-        batch: the batch's number, counted over the run from 0; at least ``plan.first_batch``.
+    Over the batches and processes of a plan each pass takes every id exactly once. Batches are counted over the run,
+    from 0; a plan has those from ``plan.first_batch`` on.
 
     Example:
         >>> at = {"version": 0, "first_batch": 0, "cycle": 0, "offset": 0, "owed": 0.0, "seed": 0}
@@ -50,6 +48,7 @@ def taken(plan: EchoPlan, turns: int) -> int:
     if turns <= 0 or plan.rate <= 0:
         # Also where what is owed is a list to within rounding: it is the first batch's, or the next plan's.
         return 0
+    # A hair more: rates that were added up fall short of a whole list by rounding.
     return plan.list_tokens * math.floor((plan.owed + turns * plan.rate) / plan.list_tokens + 1e-9)
 
 
@@ -57,11 +56,8 @@ def most_targets(plan: EchoPlan, data_targets: int, limit: float) -> int:
     """Echo targets that one batch may get of a plan, given the data targets that it really has.
 
     A plan's rate comes from the mean of many batches; in a short run, or in a batch of short answers, it would be more
-    than the limit allows. A plan of less than a list a batch gives a list now and then: that one has the room of all
-    the batches that it stands for.
-
-    Args:
-        limit: echo targets per data target, at most.
+    than `limit` echo targets per data target. A plan of less than a list a batch gives a list now and then: that one
+    has the room of all the batches that it stands for.
     """
     if plan.rate <= 0:
         return 0
@@ -86,15 +82,14 @@ def next_plan(plan: EchoPlan, *, first_batch: int, rate: float, world: int = 1, 
 
 
 def least_exposed(allowed: Tensor, exposure: Exposure, cosine: Tensor | None, count: int, step: int) -> Tensor:
-    """The ids that need an echo most: by exposure class, then steps since last a target, then drift.
+    """At most `count` ids that need an echo most: by exposure class, then steps since last a target, then drift.
+
+    The neediest come first; ids alike in all three keep their order.
 
     Args:
         allowed: (m,) int64, ids that may be echoed.
         exposure: echo targets do not change a token's class, but count as "last a target".
         cosine: (V,) float32 of the head rows, if there is a drift.
-
-    Returns:
-        (min(m, count),) int64, neediest first; ids alike in all three keep their order.
     """
     classes = exposure_classes(exposure.data_target)[allowed]
     since = steps_since_target(exposure, step)[allowed]
@@ -109,7 +104,7 @@ def least_exposed(allowed: Tensor, exposure: Exposure, cosine: Tensor | None, co
 
 
 def balanced(allowed: Tensor, exposure: Exposure, count: int, boost: float, seed: int) -> Tensor:
-    """The ids whose turn it is, where tokens that the data asks for seldom get more turns than others.
+    """At most `count` ids, furthest behind their turns first; tokens that the data asks for seldom get more turns.
 
     A token that was never a target can be held still; one with 20 targets or more is kept by the data. Those between
     are neither: a row is let go at its first target, and few more come.
@@ -118,9 +113,6 @@ def balanced(allowed: Tensor, exposure: Exposure, count: int, boost: float, seed
         allowed: (m,) int64, ids that may be echoed.
         boost: how many turns a token with 1 to 19 data targets gets for one of any other.
         seed: of the order of ids whose turn it is alike.
-
-    Returns:
-        (min(m, count),) int64, those furthest behind their share of turns first.
     """
     shuffled = allowed[torch.randperm(len(allowed), generator=torch.Generator().manual_seed(seed))]
     seldom = (exposure.data_target >= CLASS_STARTS[0]) & (exposure.data_target < CLASS_STARTS[-1])

@@ -24,10 +24,6 @@ def render_context(tokenizer: PreTrainedTokenizerBase, name: str, text: str, k: 
     one, it is plain text from the beginning of a document (with the BOS token, if the tokenizer adds one), and the copy
     begins on the next line.
 
-    Args:
-        text: the instruction, with one ``{tokens}``.
-        k: tokens in a list.
-
     Raises:
         ValueError: if the text has not exactly one ``{tokens}``, or the chat template does not render it once.
     """
@@ -41,14 +37,7 @@ def render_echo(tokenizer: PreTrainedTokenizerBase, key: str, text: str) -> Echo
     """The ids around the list, its copy, and the end of the assistant's turn; see `render_context`.
 
     The whole conversation is rendered, as it is for training: some templates put more before an answer than they do
-    where one is to be generated. Without a chat template the end is the EOS token, if there is one.
-
-    Args:
-        key: of the setting, for error messages.
-        text: the instruction, with one ``{tokens}``.
-
-    Raises:
-        ValueError: if the text has not exactly one ``{tokens}``, or the chat template does not render it once.
+    where one is to be generated. Without a chat template the end is the EOS token, if there is one. Errors name `key`.
     """
     if not getattr(tokenizer, "chat_template", None):
         start, rendered = _rendered(tokenizer, key, text)

@@ -85,11 +85,9 @@ def echo_rows(
     fits, a list keeps a few tokens and the row is longer than `length`.
 
     Args:
-        ids: the tokens to repeat, in order.
-        prompts: the ways of asking, drawn from at random; at least one.
+        prompts: the ways of asking, which `rng` draws from; at least one.
         length: longest row, in tokens.
         list_tokens: longest list, in tokens.
-        rng: draws the ways of asking.
         fill: share of `length` from which a row gets no further exchange; 1 packs as much as fits.
 
     Raises:
@@ -114,11 +112,7 @@ def echo_rows(
 def seq2seq_rows(
     ids: Sequence[int], prompts: Sequence[EchoPrompt], *, length: int, list_tokens: int, rng: Random
 ) -> list[EchoRow]:
-    """Rows for an encoder-decoder, one exchange each; see `echo_rows`.
-
-    Raises:
-        ValueError: if there is no prompt.
-    """
+    """Rows for an encoder-decoder, one exchange each; see `echo_rows`."""
     lists = _lists(ids, prompts, length=length, list_tokens=list_tokens, copies=1, rng=rng)
     return [source_and_copy(prompt, part) for prompt, part in lists]
 

@@ -82,11 +82,7 @@ class Spelling:
             return None
 
     def raw(self, piece: str) -> bytes:
-        """The bytes of a byte-level piece.
-
-        Raises:
-            UnicodeEncodeError: if a character of it stands for no byte.
-        """
+        """The bytes of a byte-level piece; a UnicodeEncodeError if a character of it stands for no byte."""
         return self.core(piece).translate(_BYTE_OF).encode("latin-1")
 
     def piece(self, text: str) -> str:

@@ -61,6 +61,7 @@ _CODE = regex.compile(
     regex.VERBOSE,
 )
 _MARKER = regex.compile(r"<\|[^|]+\|>|<｜[^｜]+｜>|<(?:unused|reserved|extra_id)[\w-]*>|\[unused\d+\]")
+# Of added tokens only: ordinary pieces may look like this too, `<div>` or `[0]`.
 _ADDED_MARKER = regex.compile(r"<\|?[^<>\s]+\|?>|\[[^\[\]\s]+\]")
 _HTML = regex.compile(
     r"</?(?:[abipqsu]|h[1-6]|t(?:able|head|body|foot|[rdh])|caption|blockquote|strong|em|su[bp]|code|pre|[uod]l|li|d[td]"
@@ -107,11 +108,7 @@ class VocabTable:
         return replace(self, trained=mask.to(torch.bool))
 
     def mask(self, group_name: str) -> Tensor:
-        """(V,) bool: the rows of a group, live or not.
-
-        Raises:
-            ValueError: for an unknown group.
-        """
+        """(V,) bool: the rows of a group, live or not; a ValueError for an unknown group."""
         if group_name not in self.names:
             raise ValueError(f"unknown group {group_name!r}; allowed: {list(self.names)}")
         return self.group == self.names.index(group_name)
@@ -130,14 +127,9 @@ class VocabTable:
 
 
 def build_table(tokenizer: Any, rows: int) -> VocabTable:
-    """Classify every row of a vocabulary matrix.
+    """Classify every row of a vocabulary matrix; ids that no token has become padded rows.
 
-    Args:
-        tokenizer: a transformers tokenizer, fast or slow (slow ones take longer: they are asked one text at a time).
-        rows: V, rows of the matrix; ids that no token has become padded rows.
-
-    Raises:
-        ValueError: if the tokenizer has ids beyond the matrix.
+    Slow tokenizers take longer: they are asked one text at a time. A ValueError if one has ids beyond the matrix.
 
     Example:
         >>> from tokenizers import Tokenizer, models
@@ -173,15 +165,9 @@ def plain_table(rows: int) -> VocabTable:
 
 
 def fit_rows(values: Tensor, rows: int, fill: float = 0) -> Tensor:
-    """Numbers a row, cut or filled up to another number of rows: a matrix may have other rows than a table or a count.
+    """(..., V) numbers, cut or filled up to another number of rows, in a new tensor of their dtype and device.
 
-    Args:
-        values: (..., V), any dtype.
-        rows: the V wanted.
-        fill: for rows that are new.
-
-    Returns:
-        (..., rows), a new contiguous tensor of the values' dtype and device.
+    A matrix may have other rows than a table or a count.
 
     Example:
         >>> fit_rows(torch.tensor([3, 1]), 4, fill=-1).tolist(), fit_rows(torch.tensor([[3, 1]]), 1).tolist()
