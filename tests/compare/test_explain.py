@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from vocabguard.compare.explain import (
     LOST,
     Emission,
-    Pair,
     RowFacts,
+    Sides,
     contexts_for,
     cut_of,
     emissions,
@@ -54,8 +54,8 @@ def found(tuned: Path, tokenizer: Any) -> Scan:
 
 
 @pytest.fixture(scope="module")
-def pair(found: Scan) -> Pair:
-    return Pair.of(found, (load_model(found.base.path), load_model(found.tuned.path)))
+def pair(found: Scan) -> Sides:
+    return Sides.of(found, (load_model(found.base.path), load_model(found.tuned.path)))
 
 
 def weight(path: Path, name: str) -> Tensor:
@@ -65,7 +65,7 @@ def weight(path: Path, name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("token", [TURNED, 20, 5000])
-def test_row_in_numbers_against_naive(found: Scan, pair: Pair, kit: Any, token: int) -> None:
+def test_row_in_numbers_against_naive(found: Scan, pair: Sides, kit: Any, token: int) -> None:
     facts = row_facts(found, "head", pair.base["head"], token)
     assert isinstance(facts, RowFacts)
     base, now = (weight(path, "head") for path in (found.base.path, found.tuned.path))
@@ -80,7 +80,7 @@ def test_row_in_numbers_against_naive(found: Scan, pair: Pair, kit: Any, token: 
     assert facts.live == 8014
 
 
-def test_neighbours_against_naive(found: Scan, pair: Pair) -> None:
+def test_neighbours_against_naive(found: Scan, pair: Sides) -> None:
     rows = pair.base["head"]
     assert not isinstance(rows, NotApplicable)
     near = neighbours(rows, found, TURNED, 12)
@@ -103,7 +103,7 @@ def test_a_control_token_is_an_intruder(found: Scan) -> None:
     assert (first.id, first.category, first.intruder) == (3, "control", True)
 
 
-def test_emission_is_the_probe_s(found: Scan, pair: Pair, tokenizer: Any) -> None:
+def test_emission_is_the_probe_s(found: Scan, pair: Sides, tokenizer: Any) -> None:
     contexts = contexts_for(tokenizer)
     assert pair.tuned_model is not None
     told = emissions(pair.tuned_model, found, [TURNED, 5000], contexts)
@@ -117,7 +117,7 @@ def test_emission_is_the_probe_s(found: Scan, pair: Pair, tokenizer: Any) -> Non
     assert told[TURNED].instead is not None
 
 
-def test_swap_is_undone(pair: Pair) -> None:
+def test_swap_is_undone(pair: Sides) -> None:
     model = pair.tuned_model
     assert model is not None
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -127,7 +127,7 @@ def test_swap_is_undone(pair: Pair) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_story_of_a_token_lost_in_the_head(pair: Pair, tokenizer: Any) -> None:
+def test_story_of_a_token_lost_in_the_head(pair: Sides, tokenizer: Any) -> None:
     told = story(pair, tokenizer, TURNED, contexts_for(tokenizer))
     json.dumps(told)
     assert told["kind"] == "lost_in_head"
@@ -140,7 +140,7 @@ def test_story_of_a_token_lost_in_the_head(pair: Pair, tokenizer: Any) -> None:
     assert len(told["neighbours"]["then"]) == len(told["neighbours"]["now"]) == 8
 
 
-def test_story_of_a_token_that_is_fine(pair: Pair, tokenizer: Any) -> None:
+def test_story_of_a_token_that_is_fine(pair: Sides, tokenizer: Any) -> None:
     told = story(pair, tokenizer, 5000, contexts_for(tokenizer))
     assert told["kind"] == "fine"
     assert told["emission"].keys() == {"then", "now"}

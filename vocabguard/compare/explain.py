@@ -228,7 +228,7 @@ _MATRICES: tuple[MatrixName, ...] = ("head", "embedding")
 
 
 @dataclass(frozen=True)
-class Pair:
+class Sides:
     """The rows of both sides in the order of the tuned vocabulary, and the models if they could be loaded.
 
     Attributes:
@@ -248,7 +248,7 @@ class Pair:
     no_models: str | None
 
     @classmethod
-    def of(cls, scan: Scan, models: tuple[nn.Module, nn.Module] | str) -> Pair:
+    def of(cls, scan: Scan, models: tuple[nn.Module, nn.Module] | str) -> Sides:
         """From a scan, with both models or why there are none."""
         own = torch.arange(len(scan.table))
         base = {name: fitted(scan.base.matrix(name), scan.match.base_ids) for name in _MATRICES}
@@ -258,11 +258,11 @@ class Pair:
         return cls(scan, base, tuned, *models, None)
 
 
-def story(pair: Pair, tokenizer: Any, token: int, contexts: Sequence[PromptContext]) -> dict[str, Any]:
+def story(sides: Sides, tokenizer: Any, token: int, contexts: Sequence[PromptContext]) -> dict[str, Any]:
     """Everything about one token, JSON-able; what was not measured says why.
 
     Args:
-        pair: both sides.
+        sides: both sides.
         tokenizer: of the tuned vocabulary; None leaves the cut out.
         token: id in that vocabulary.
         contexts: ways of asking; not used without models.
@@ -272,9 +272,9 @@ def story(pair: Pair, tokenizer: Any, token: int, contexts: Sequence[PromptConte
         ``neighbours`` (``then``, ``now``), ``emission`` (``then``, ``now``, ``head_row_back``, ``both_rows_back``),
         ``data_target``, ``kind``, ``diagnosis``, ``advice``.
     """
-    scan = pair.scan
-    rows = {name: row_facts(scan, name, pair.base[name], token) for name in _MATRICES}
-    emission = _asked(pair, token, contexts)
+    scan = sides.scan
+    rows = {name: row_facts(scan, name, sides.base[name], token) for name in _MATRICES}
+    emission = _asked(sides, token, contexts)
     found: dict[str, Any] = {
         "id": token,
         "base_id": int(scan.match.base_ids[token]),
@@ -282,12 +282,12 @@ def story(pair: Pair, tokenizer: Any, token: int, contexts: Sequence[PromptConte
         "category": category_of(scan.table, token),
         "live": bool(scan.live[token]),
         "cut": None if tokenizer is None else cut_of(tokenizer, scan.table.text(token), token),
-        "trained": _trained(pair, token),
+        "trained": _trained(sides, token),
         "head": rows["head"],
         "embedding": rows["embedding"],
-        "neighbours": _neighbours(pair, token),
+        "neighbours": _neighbours(sides, token),
         "emission": emission,
-        "not_asked": pair.no_models,
+        "not_asked": sides.no_models,
         "data_target": None if scan.data_target is None else int(scan.data_target[token]),
     }
     kind = judge(scan, token, rows, emission)
@@ -364,9 +364,9 @@ LOST = frozenset({"drifted", "lost_in_head", "lost_in_rows", "lost_in_body"})
 """Diagnoses that count as findings."""
 
 
-def _asked(pair: Pair, token: int, contexts: Sequence[PromptContext]) -> dict[str, Emission]:
+def _asked(sides: Sides, token: int, contexts: Sequence[PromptContext]) -> dict[str, Emission]:
     """What both models say, and the tuned one with base rows put back if it no longer says the token."""
-    base, tuned, scan = pair.base_model, pair.tuned_model, pair.scan
+    base, tuned, scan = sides.base_model, sides.tuned_model, sides.scan
     if base is None or tuned is None or not contexts or not bool(scan.match.mask[token]):
         return {}
 
@@ -376,7 +376,7 @@ def _asked(pair: Pair, token: int, contexts: Sequence[PromptContext]) -> dict[st
     found = {"then": ask(base), "now": ask(tuned)}
     if found["now"].said or not found["then"].said:
         return found
-    head, embedding = (_row(pair.base[name], token) for name in _MATRICES)
+    head, embedding = (_row(sides.base[name], token) for name in _MATRICES)
     if head is not None:
         with swapped(tuned, "head", token, head):
             found["head_row_back"] = ask(tuned)
@@ -390,11 +390,11 @@ def _row(rows: Baseline | NotApplicable, token: int) -> Tensor | None:
     return None if isinstance(rows, NotApplicable) else rows.chunk(slice(token, token + 1))[0].clone()
 
 
-def _trained(pair: Pair, token: int) -> dict[str, Any]:
+def _trained(sides: Sides, token: int) -> dict[str, Any]:
     """The indicators of "Fishing for Magikarp": norm of the input row, distance of the output row to unused ones."""
-    scan = pair.scan
+    scan = sides.scan
     found: dict[str, Any] = {"trained": bool(scan.table.trained[token])}
-    inputs, outputs = pair.base["embedding"], pair.base["head"]
+    inputs, outputs = sides.base["embedding"], sides.base["head"]
     if not isinstance(inputs, NotApplicable):
         found |= _placed("input_norm", inputs.norms, scan.live, token)
     unused = (scan.table.padded | ~scan.table.reachable) & ~scan.table.control & scan.match.mask
@@ -411,11 +411,11 @@ def _placed(name: str, values: Tensor, live: Tensor, token: int) -> dict[str, fl
     return {name: float(values[token]), f"{name}_quantile": below}
 
 
-def _neighbours(pair: Pair, token: int) -> dict[str, Any]:
-    name = pair.scan.judged or "head"
+def _neighbours(sides: Sides, token: int) -> dict[str, Any]:
+    name = sides.scan.judged or "head"
     found = {}
-    for key, side in (("then", pair.base), ("now", pair.tuned)):
+    for key, side in (("then", sides.base), ("now", sides.tuned)):
         rows = side[name]
         if not isinstance(rows, NotApplicable):
-            found[key] = [asdict(one) for one in neighbours(rows, pair.scan, token)]
+            found[key] = [asdict(one) for one in neighbours(rows, sides.scan, token)]
     return found

@@ -112,7 +112,7 @@ def match_rows(base_tokenizer: Any, tuned_tokenizer: Any, base_rows: int, tuned_
     return Match(ids, "piece", len(now) - len(shared), len(before) - len(shared))
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def folder_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a folder; None where the folder has none, or the path is a file.
 
     Raises:

@@ -351,7 +351,7 @@ def _row(name: str, counts: Tensor) -> GroupRow:
     return GroupRow(name, int(counts.sum()), tuple(counts.tolist()))
 
 
-def summary(coverage: Coverage) -> dict[str, Any]:
+def coverage_totals(coverage: Coverage) -> dict[str, Any]:
     """Totals: ``live`` tokens, ``targets`` and ``inputs`` of the data, ``never_share`` in [0, 1], ``classes``.
 
     Args:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vocabguard.report.data import PageData, Probed, Rows
+from vocabguard.report.data import PageData, Probed, RowNumbers
 from vocabguard.report.sentences import label_of
 from vocabguard.results import DEGRADED
 from vocabguard.text import ReportRow, percent, visible
@@ -119,7 +119,7 @@ def _unmatched(first: PageData, second: PageData) -> str:
     return ""
 
 
-def _rows(data: PageData) -> Rows:
+def _rows(data: PageData) -> RowNumbers:
     assert data.rows is not None
     return data.rows
 

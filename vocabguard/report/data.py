@@ -42,7 +42,7 @@ TextOf = Callable[[int], str]
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowNumbers:
     """Every row's numbers; (V,) arrays, None where not measured.
 
     Attributes:
@@ -193,7 +193,7 @@ class PageData:
     alerts: tuple[Transition, ...] = ()
     rules: tuple[str, ...] = ()
     firing: tuple[str, ...] = ()
-    rows: Rows | None = None
+    rows: RowNumbers | None = None
     probed: Probed | None = None
     tokens: tuple[TokenLine, ...] = ()
     echo: EchoDone | None = None
@@ -202,7 +202,7 @@ class PageData:
     text: TextOf = field(default=lambda token: f"<row {token}>", repr=False)
 
 
-def sizes_of(rows: Rows | None, names: Sequence[str]) -> dict[str, int]:
+def sizes_of(rows: RowNumbers | None, names: Sequence[str]) -> dict[str, int]:
     """Live tokens of all, of each group and of each exposure class, as far as they are known.
 
     Args:
@@ -219,7 +219,7 @@ def sizes_of(rows: Rows | None, names: Sequence[str]) -> dict[str, int]:
     return sizes | dict(zip(EXPOSURE_CLASSES, classes, strict=False))
 
 
-def choose_tokens(rows: Rows, probed: Probed | None, top: int = TOP) -> list[int]:
+def choose_tokens(rows: RowNumbers, probed: Probed | None, top: int = TOP) -> list[int]:
     """Ids to list: lost tokens, least likely first, in at most half of the lines; then those of lowest cosine.
 
     Args:
@@ -242,7 +242,7 @@ def choose_tokens(rows: Rows, probed: Probed | None, top: int = TOP) -> list[int
 
 def token_lines(
     ids: Iterable[int],
-    rows: Rows,
+    rows: RowNumbers,
     probed: Probed | None,
     names: Sequence[str],
     text: TextOf,
@@ -453,7 +453,7 @@ def _result(scalars: Mapping[str, float], last: Mapping[str, Any]) -> CheckResul
     return CheckResult(int(last.get("step", 0)), gone, gone, gone, torch.empty(0, dtype=torch.uint8), None, named)
 
 
-def _rows(vectors: Mapping[str, Tensor], step: int | None, matrix: MatrixName | None, groups: int) -> Rows | None:
+def _rows(vectors: Mapping[str, Tensor], step: int | None, matrix: MatrixName | None, groups: int) -> RowNumbers | None:
     if not vectors:
         return None
     group, live = vectors["group"].numpy(), vectors["live"].numpy()
@@ -468,7 +468,7 @@ def _rows(vectors: Mapping[str, Tensor], step: int | None, matrix: MatrixName | 
 
     # Without counts every class is logged as "never", which says nothing.
     counted = "exposure/data_target" in vectors
-    return Rows(
+    return RowNumbers(
         step=step,
         group=group,
         live=live.astype(bool),
@@ -504,7 +504,12 @@ def _texts(checks: Iterable[Mapping[str, Any]]) -> dict[int, str]:
 
 
 def _tokens(
-    rows: Rows | None, probed: Probed | None, names: Sequence[str], text: TextOf, top: int, last: Mapping[str, Any]
+    rows: RowNumbers | None,
+    probed: Probed | None,
+    names: Sequence[str],
+    text: TextOf,
+    top: int,
+    last: Mapping[str, Any],
 ) -> tuple[TokenLine, ...]:
     """The tokens to list; where no rows were kept, those that the last check names."""
     watched = [int(token["id"]) for token in last.get("watched", ())]
@@ -613,7 +618,7 @@ def _group_names(path: str) -> tuple[str, ...]:
         return tuple(str(name) for name in json.loads(file.metadata()["groups"]))
 
 
-def _scan_rows(vectors: Mapping[str, Tensor], matrix: MatrixName | None) -> Rows:
+def _scan_rows(vectors: Mapping[str, Tensor], matrix: MatrixName | None) -> RowNumbers:
     counts = vectors.get("data_target")
     shapes = {name: tuple(vector.shape) for name, vector in vectors.items() if vector.shape != vectors["live"].shape}
     if shapes:
@@ -622,7 +627,7 @@ def _scan_rows(vectors: Mapping[str, Tensor], matrix: MatrixName | None) -> Rows
     def vector(name: str) -> Any:
         return vectors[name].numpy() if name in vectors else None
 
-    return Rows(
+    return RowNumbers(
         step=None,
         group=vectors["group"].numpy(),
         live=vectors["live"].numpy(),
@@ -667,7 +672,7 @@ def _about(found: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _odd_rows(found: Mapping[str, Any], matrix: MatrixName | None) -> list[str]:
-    """Rows that were never trained, and those whose norm is out of line, by name."""
+    """RowNumbers that were never trained, and those whose norm is out of line, by name."""
     said, untrained = [], found.get("untrained")
     if untrained and untrained["count"]:
         named = listed([visible(name, 24) for name in untrained["texts"]], untrained["count"])
