@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vocabguard.compare.scan import Scan, fitted
 from vocabguard.compare.summary import category_of
 from vocabguard.files import one_line, plain
+from vocabguard.measure.localize import End, input_rows_back, output_rows_back
 from vocabguard.measure.neighbors import intruders, nearest_rows
 from vocabguard.measure.probe import PromptContext, probe, probe_applicable, said
 from vocabguard.measure.undertrained import unused_distances
@@ -193,26 +194,6 @@ def emissions(
     return {token: _emission(result, scan, token) for token in tokens}
 
 
-@contextlib.contextmanager
-def swapped(model: nn.Module, name: MatrixName, token: int, row: Tensor) -> Iterator[None]:
-    """The model with another row in one matrix, and as it was afterwards.
-
-    Args:
-        model: a causal language model.
-        name: ``head`` or ``embedding``; with tied weights either changes both.
-        token: which row.
-        row: (width,) what it is to be.
-    """
-    getter = "get_output_embeddings" if name == "head" else "get_input_embeddings"
-    weight: Tensor = getattr(model, getter)().weight.data
-    before = weight[token].clone()
-    weight[token] = row.to(weight.dtype)
-    try:
-        yield
-    finally:
-        weight[token] = before
-
-
 def _emission(result: ProbeResult, scan: Scan, token: int) -> Emission:
     row = int((result.ids == token).nonzero()[0])
     wrong = result.instead[row][~result.emitted[row]]
@@ -376,18 +357,28 @@ def _asked(sides: Sides, token: int, contexts: Sequence[PromptContext]) -> dict[
     found = {"then": ask(base), "now": ask(tuned)}
     if found["now"].said or not found["then"].said:
         return found
-    head, embedding = (_row(sides.base[name], token) for name in _MATRICES)
-    if head is not None:
-        with swapped(tuned, "head", token, head):
-            found["head_row_back"] = ask(tuned)
-            if embedding is not None and not found["head_row_back"].said and not scan.tuned.tied:
-                with swapped(tuned, "embedding", token, embedding):
-                    found["both_rows_back"] = ask(tuned)
+    ids = torch.tensor([token])
+    head = _end(tuned, "head", sides.base["head"])
+    # In a tied model one row is both: either both are put back or none.
+    embedding = _end(tuned, "embedding", sides.base["head" if scan.tuned.tied else "embedding"])
+    if head is None:
+        return found
+    with output_rows_back(head, ids), contextlib.ExitStack() as inputs:
+        if scan.tuned.tied and embedding is not None:
+            inputs.enter_context(input_rows_back(embedding, ids))
+        found["head_row_back"] = ask(tuned)
+        if embedding is not None and not found["head_row_back"].said and not scan.tuned.tied:
+            inputs.enter_context(input_rows_back(embedding, ids))
+            found["both_rows_back"] = ask(tuned)
     return found
 
 
-def _row(rows: Baseline | NotApplicable, token: int) -> Tensor | None:
-    return None if isinstance(rows, NotApplicable) else rows.chunk(slice(token, token + 1))[0].clone()
+def _end(model: nn.Module, name: MatrixName, base: Baseline | NotApplicable) -> End | None:
+    """One matrix of a model with its base rows; None where there are none."""
+    if isinstance(base, NotApplicable):
+        return None
+    module: nn.Module = getattr(model, "get_output_embeddings" if name == "head" else "get_input_embeddings")()
+    return End(module, base)
 
 
 def _trained(sides: Sides, token: int) -> dict[str, Any]:

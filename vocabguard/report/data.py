@@ -672,7 +672,7 @@ def _about(found: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _odd_rows(found: Mapping[str, Any], matrix: MatrixName | None) -> list[str]:
-    """RowNumbers that were never trained, and those whose norm is out of line, by name."""
+    """Rows that were never trained, and those whose norm is out of line, by name."""
     said, untrained = [], found.get("untrained")
     if untrained and untrained["count"]:
         named = listed([visible(name, 24) for name in untrained["texts"]], untrained["count"])
