@@ -29,9 +29,6 @@ class InputError(ValueError):
 def build(names: tuple[str, ...]) -> typer.Typer:
     """The application with the given commands.
 
-    Args:
-        names: of `COMMANDS`.
-
     Raises:
         KeyError: for a name that is none.
     """

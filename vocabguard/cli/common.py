@@ -86,8 +86,6 @@ class Pair:
     """Two checkpoints and what is known about their vocabulary.
 
     Attributes:
-        base: before training.
-        tuned: after it.
         base_tokenizer: the base's own; None where one tokenizer is taken for both.
         tokenizer: of the tuned vocabulary; None if there is none.
         data_target: (V,) int64, or None.

@@ -70,7 +70,6 @@ def read(path: Path, tokenizer: Path | None = None) -> PageData:
     """Read a run folder or a scan's file.
 
     Args:
-        path: of either.
         tokenizer: a tokenizer's folder; used for run folders, as a scan brings its texts.
 
     Raises:

@@ -40,15 +40,12 @@ class RowFacts:
     """One token's row in one matrix; ranks are among live rows, 0 is the most changed.
 
     Attributes:
-        cosine: with its base row.
         cosine_rank: by cosine, lowest first.
         residual: cosine without the shared shift.
         l2: length of the displacement.
         l2_rank: by it, longest first.
         norm_ratio: norm now over norm at the base.
-        base_norm: norm at the base.
         base_norm_quantile: share in [0, 1] of live rows with a smaller norm at the base.
-        live: live rows.
     """
 
     cosine: float
@@ -68,9 +65,6 @@ class Neighbour:
 
     Attributes:
         id: in the tuned vocabulary.
-        text: what it decodes to.
-        category: of the token.
-        cosine: with the token's row.
         intruder: a control token, a byte or a token of another script than the one looked at.
     """
 
@@ -102,8 +96,6 @@ def row_facts(scan: Scan, name: MatrixName, base: Baseline | NotApplicable, toke
     """A token's row in numbers.
 
     Args:
-        scan: of the pair.
-        name: which matrix.
         base: its base rows, in the order of the tuned vocabulary.
         token: id in that vocabulary.
     """
@@ -133,9 +125,6 @@ def neighbours(rows: Baseline, scan: Scan, token: int, count: int = 8) -> tuple[
 
     Args:
         rows: before or after, in the order of the tuned vocabulary.
-        scan: for texts and groups.
-        token: whose neighbours.
-        count: how many.
     """
     ids = torch.tensor([token])
     near = nearest_rows(rows, ids, min(count, rows.rows), scan.table.padded)
@@ -213,9 +202,6 @@ class Sides:
     """The rows of both sides in the order of the tuned vocabulary, and the models if they could be loaded.
 
     Attributes:
-        scan: of the two checkpoints.
-        base: head and embedding of the base.
-        tuned: those of the tuned checkpoint.
         base_model: None if it could not be loaded, or the ids are not the tuned ones.
         tuned_model: None if it could not be loaded.
         no_models: why not; None if both are there.
@@ -243,7 +229,6 @@ def story(sides: Sides, tokenizer: Any, token: int, contexts: Sequence[PromptCon
     """Everything about one token, JSON-able; what was not measured says why.
 
     Args:
-        sides: both sides.
         tokenizer: of the tuned vocabulary; None leaves the cut out.
         token: id in that vocabulary.
         contexts: ways of asking; not used without models.

@@ -53,8 +53,6 @@ class RowLine:
     Attributes:
         id: in the tuned vocabulary.
         base_id: in the base's; -1 if it has none.
-        text: what it decodes to.
-        category: see `category_of`.
         cosine: of the judged matrix's row with its base row, in [-1, 1].
         residual: the same without the shared shift.
         l2: length of the displacement.
@@ -92,7 +90,6 @@ def summarise_scan(scan: Scan, *, top: int = 30) -> dict[str, Any]:
     """Everything that a scan tells, as JSON-able values; NaN becomes None.
 
     Args:
-        scan: the scan.
         top: tokens in each list.
 
     Returns:

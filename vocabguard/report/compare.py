@@ -42,9 +42,6 @@ class OneSided:
     """One token that only one of the runs lost.
 
     Attributes:
-        id: token id.
-        text: visible text.
-        group: its group's label.
         first: its cosine in run A, NaN if not measured.
         second: its cosine in run B, NaN if not measured.
     """
@@ -83,7 +80,6 @@ def compare(first: PageData, second: PageData) -> Comparison:
     """Compare two runs or scans.
 
     Args:
-        first: run A.
         second: run B; tokens are matched by id, which needs the same rows in the same groups.
     """
     unmatched = _unmatched(first, second)

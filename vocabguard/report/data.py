@@ -99,9 +99,7 @@ class TokenLine:
     """One line of the table of tokens.
 
     Attributes:
-        report: what is known about the token.
         said: whether most contexts of the last probe got it; None if not probed.
-        watched: whether it is on the watch list.
     """
 
     report: TokenReport
@@ -118,8 +116,6 @@ class EchoDone:
         mode: of the newest plan; empty before the first.
         targets: echo targets so far, all processes.
         seconds: time that making rows has taken.
-        by_group: echo targets by script group.
-        by_class: echo targets by exposure class.
     """
 
     on: bool
@@ -151,29 +147,21 @@ class PageData:
 
     Attributes:
         name: the folder or file, for headings.
-        kind: ``run`` or ``scan``.
         step: of the last check; None for a scan.
         end: planned optimizer steps, where a forecast says so; None where that is not known.
         about: sentences on what was measured and what was not.
-        names: the groups.
         matrix: whose drift is shown; None where none was measured.
         live: live tokens; None if not known.
-        table: the closing table's rows.
         embedding: the same for the input embedding, where it is a second matrix; else empty.
         sizes: live tokens by row label of the table; labels that are not known are missing.
         scalars: logged keys without ``vocabguard/`` and their latest values; what is not finite is left out.
         curves: the same keys -> steps and values over the run, NaN where a check had none.
         probe_step: step of the last probe; None if there was none.
         alerts: changes of alerts, in order.
-        rules: names of the rules that were switched on.
-        firing: names of the rules that fire at the end.
         rows: every row's numbers, if they were kept.
-        probed: the last logged probe, if it was kept.
         tokens: lost tokens, worst tokens and watched tokens; lost ones first, then by cosine.
         echo: what echo has done by the last check; None without echo.
         beside: what was found beside the checks, the latest of each kind.
-        settings: dotted keys and values.
-        text: the text of any id.
     """
 
     name: str
@@ -207,7 +195,6 @@ def sizes_of(rows: RowNumbers | None, names: Sequence[str]) -> dict[str, int]:
 
     Args:
         rows: of V rows; None gives nothing.
-        names: the groups.
     """
     if rows is None:
         return {}
@@ -220,13 +207,7 @@ def sizes_of(rows: RowNumbers | None, names: Sequence[str]) -> dict[str, int]:
 
 
 def choose_tokens(rows: RowNumbers, probed: Probed | None, top: int = TOP) -> list[int]:
-    """Ids to list: lost tokens, least likely first, in at most half of the lines; then those of lowest cosine.
-
-    Args:
-        rows: of V rows.
-        probed: the last probe, if it was kept.
-        top: the most ids wanted.
-    """
+    """Ids to list: lost tokens, least likely first, in at most half of the lines; then those of lowest cosine."""
     chosen: list[int] = []
     if probed is not None:
         lost = np.flatnonzero(probed.lost)
@@ -253,12 +234,6 @@ def token_lines(
 
     Args:
         ids: of tokens, each in [0, V).
-        rows: of V rows.
-        probed: the last probe, if it was kept.
-        names: the groups.
-        text: of any id.
-        step: the last optimizer step.
-        watched: ids of the watch list.
     """
     place = {} if probed is None else {token: row for row, token in enumerate(probed.ids.tolist())}
     on_list = set(watched)
@@ -566,10 +541,6 @@ _MATRICES: tuple[MatrixName, ...] = ("head", "embedding")
 def scan_data(path: str | Path, top: int = TOP) -> PageData:
     """What a file of `vocabguard.compare.summary.save_scan` says, as the page needs it.
 
-    Args:
-        path: of the file.
-        top: tokens to list.
-
     Raises:
         ValueError: if it is no scan's file, or of another schema.
     """
@@ -718,11 +689,7 @@ def _plain_story(story: AlertStory) -> AlertStory:
 
 
 def rules_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the rules that the settings of a run switch on; none where they do not tell.
-
-    Args:
-        settings: of the run, as ``run.json`` has them.
-    """
+    """Names of the rules that the settings of a run switch on; none where they do not tell."""
     alerts = settings.get("alerts")
     found = alerts.items() if isinstance(alerts, Mapping) else ()
     return tuple(str(name) for name, rule in found if isinstance(rule, Mapping) and rule.get("enabled", True))
