@@ -49,7 +49,6 @@ def row_vectors(result: CheckResult, group: Tensor, live: Tensor) -> dict[str, T
     """Every row's numbers at a check, by name, for `RunWriter.rows`.
 
     Args:
-        result: the check.
         group: (V,) uint8, index into the group names.
         live: (V,) bool.
 
@@ -90,7 +89,6 @@ class RunWriter:
         """Write ``run.json``, or take up the run that the folder holds.
 
         Args:
-            config: the settings, as a plain mapping.
             watch: what is watched. Its vectors are not written, only their shapes.
             groups: names of the script groups, in the order of the ``group`` vector.
 
@@ -120,9 +118,6 @@ class RunWriter:
     def check(self, result: CheckResult) -> None:
         """Append a check and its transitions.
 
-        Args:
-            result: the check.
-
         Raises:
             RuntimeError: before `start`.
         """
@@ -146,9 +141,6 @@ class RunWriter:
     def alerts(self, transitions: Sequence[Transition]) -> None:
         """Append transitions.
 
-        Args:
-            transitions: at a check or beside it.
-
         Raises:
             RuntimeError: before `start`.
         """
@@ -161,8 +153,6 @@ class RunWriter:
 
         Args:
             kind: the file's name, without ``.jsonl``; one of `NOTES`.
-            step: the optimizer step.
-            content: what was found.
 
         Raises:
             RuntimeError: before `start`.
@@ -176,8 +166,6 @@ class RunWriter:
             step: the optimizer step; a file of the same step is replaced.
             tensors: by name, e.g. from `row_vectors`.
 
-        Returns:
-            The file's path.
 
         Raises:
             RuntimeError: before `start`.
@@ -200,7 +188,6 @@ class RunLog:
     """Reads a run folder, also one that is still being written. Get one with `RunLog.open`.
 
     Attributes:
-        folder: the run folder.
         meta: ``run.json``: ``schema``, ``vocabguard``, ``created``, ``resumed``, ``config``, ``watch``, ``groups``.
     """
 
@@ -210,9 +197,6 @@ class RunLog:
     @classmethod
     def open(cls, folder: str | Path) -> RunLog:
         """Open a run folder.
-
-        Args:
-            folder: the folder that holds ``run.json``.
 
         Raises:
             FileNotFoundError: if there is no ``run.json``.
@@ -239,9 +223,6 @@ class RunLog:
 
     def notes(self, kind: str) -> list[dict[str, Any]]:
         """All findings of a kind, in order: ``attempt``, ``step`` and what was found; none where none was asked for.
-
-        Args:
-            kind: one of `NOTES`.
 
         Raises:
             ValueError: for another kind.

@@ -35,7 +35,7 @@ if "--numpy" in sys.argv:
 from vocabguard.measure import drift, fused
 from vocabguard.rows.checkpoints import open_checkpoint
 from vocabguard.compare.scan import scan
-from vocabguard.compare.summary import summary
+from vocabguard.compare.summary import summarise_scan
 passes, reads, seconds, row_sums = [], [], [], drift.row_sums
 def timed(*args, **options):
     began = time.perf_counter()
@@ -54,7 +54,7 @@ for _ in range(int(sys.argv[4])):
     reads.append(read_once(sys.argv[1:3]) if sys.argv[1].endswith(".safetensors") else 0)
     began = time.perf_counter()
     base = open_checkpoint(sys.argv[1]); tuned = open_checkpoint(sys.argv[2], base=base)
-    told = summary(scan(base, tuned))
+    told = summarise_scan(scan(base, tuned))
     seconds.append(time.perf_counter() - began)
 compiled = fused.kernel("bfloat16") is not None
 print(json.dumps([seconds, {PEAK}, told["head"]["cosine_mean"], reads, passes, compiled]))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from vocabguard.compare import explain
 from vocabguard.compare.explain import (
     LOST,
     Emission,
-    Pair,
     RowFacts,
+    Sides,
     contexts_for,
     cut_of,
     emissions,
@@ -23,7 +26,6 @@ from vocabguard.compare.explain import (
     neighbours,
     row_facts,
     story,
-    swapped,
 )
 from vocabguard.compare.scan import Scan, scan
 from vocabguard.measure.probe import probe
@@ -54,8 +56,8 @@ def found(tuned: Path, tokenizer: Any) -> Scan:
 
 
 @pytest.fixture(scope="module")
-def pair(found: Scan) -> Pair:
-    return Pair.of(found, (load_model(found.base.path), load_model(found.tuned.path)))
+def pair(found: Scan) -> Sides:
+    return Sides.of(found, (load_model(found.base.path), load_model(found.tuned.path)))
 
 
 def weight(path: Path, name: str) -> Tensor:
@@ -65,7 +67,7 @@ def weight(path: Path, name: str) -> Tensor:
 
 
 @pytest.mark.parametrize("token", [TURNED, 20, 5000])
-def test_row_in_numbers_against_naive(found: Scan, pair: Pair, kit: Any, token: int) -> None:
+def test_row_in_numbers_against_naive(found: Scan, pair: Sides, kit: Any, token: int) -> None:
     facts = row_facts(found, "head", pair.base["head"], token)
     assert isinstance(facts, RowFacts)
     base, now = (weight(path, "head") for path in (found.base.path, found.tuned.path))
@@ -80,7 +82,7 @@ def test_row_in_numbers_against_naive(found: Scan, pair: Pair, kit: Any, token: 
     assert facts.live == 8014
 
 
-def test_neighbours_against_naive(found: Scan, pair: Pair) -> None:
+def test_neighbours_against_naive(found: Scan, pair: Sides) -> None:
     rows = pair.base["head"]
     assert not isinstance(rows, NotApplicable)
     near = neighbours(rows, found, TURNED, 12)
@@ -103,7 +105,7 @@ def test_a_control_token_is_an_intruder(found: Scan) -> None:
     assert (first.id, first.category, first.intruder) == (3, "control", True)
 
 
-def test_emission_is_the_probe_s(found: Scan, pair: Pair, tokenizer: Any) -> None:
+def test_emission_is_the_probe_s(found: Scan, pair: Sides, tokenizer: Any) -> None:
     contexts = contexts_for(tokenizer)
     assert pair.tuned_model is not None
     told = emissions(pair.tuned_model, found, [TURNED, 5000], contexts)
@@ -117,17 +119,65 @@ def test_emission_is_the_probe_s(found: Scan, pair: Pair, tokenizer: Any) -> Non
     assert told[TURNED].instead is not None
 
 
-def test_swap_is_undone(pair: Pair) -> None:
+def hooks_of(model: Any) -> int:
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_models_are_asked_and_left_as_they_were(pair: Sides, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = pair.tuned_model
     assert model is not None
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(RuntimeError), swapped(model, "head", 5, torch.ones(128)):  # noqa: PT012
-        assert torch.equal(model.get_output_embeddings().weight[5], torch.ones(128))  # type: ignore[operator]
-        raise RuntimeError
+    contexts = contexts_for(tokenizer)
+    story(pair, tokenizer, TURNED, contexts)
+    asked: list[int] = []
+
+    def fails(asked_model: Any, *rest: Any) -> Any:
+        asked.append(hooks_of(asked_model))
+        if len(asked) == 3:  # with a row put back
+            raise RuntimeError
+        return emissions(asked_model, *rest)
+
+    monkeypatch.setattr(explain, "emissions", fails)
+    with pytest.raises(RuntimeError):
+        story(pair, tokenizer, TURNED, contexts)
+    assert asked == [0, 0, 1]
+    assert hooks_of(model) == 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_story_of_a_token_lost_in_the_head(pair: Pair, tokenizer: Any) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_back_are_rows_written_into_the_model(
+    pair: Sides, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    """What a token comes back with is what a copy of the model says into which the base's rows were written."""
+    model: Any = copy.deepcopy(pair.tuned_model)
+    head, inputs = model.get_output_embeddings(), model.get_input_embeddings()
+    if tied:
+        head.weight = inputs.weight = torch.nn.Parameter(head.weight.detach().clone())
+    scan = replace(pair.scan, tuned=replace(pair.scan.tuned, tied=tied))
+    told: list[Emission] = []
+
+    def said(asked_model: Any, *rest: Any) -> dict[int, Emission]:
+        told.append(emissions(asked_model, *rest)[TURNED])
+        # Lost, and not back with the output row alone: so that all there is to ask is asked.
+        return {TURNED: Emission(len(told) == 1, 0.0, 0.0, None)}
+
+    monkeypatch.setattr(explain, "emissions", said)
+    contexts = contexts_for(tokenizer)
+    story(replace(pair, scan=scan, tuned_model=model), tokenizer, TURNED, contexts)
+    expected = []
+    with torch.no_grad():
+        for module, name in ((head, "head"), (inputs, "embedding"))[: 1 if tied else 2]:
+            rows: Any = pair.base[name]  # type: ignore[index]
+            module.weight[TURNED] = rows.chunk(slice(TURNED, TURNED + 1))[0]
+            expected.append(emissions(model, scan, [TURNED], contexts)[TURNED])
+    assert len(told[2:]) == len(expected)
+    for one, other in zip(told[2:], expected, strict=True):
+        assert (one.said, one.contexts, one.instead) == (other.said, other.contexts, other.instead)
+        assert one.probability == pytest.approx(other.probability, rel=1e-4)
+
+
+def test_story_of_a_token_lost_in_the_head(pair: Sides, tokenizer: Any) -> None:
     told = story(pair, tokenizer, TURNED, contexts_for(tokenizer))
     json.dumps(told)
     assert told["kind"] == "lost_in_head"
@@ -140,7 +190,7 @@ def test_story_of_a_token_lost_in_the_head(pair: Pair, tokenizer: Any) -> None:
     assert len(told["neighbours"]["then"]) == len(told["neighbours"]["now"]) == 8
 
 
-def test_story_of_a_token_that_is_fine(pair: Pair, tokenizer: Any) -> None:
+def test_story_of_a_token_that_is_fine(pair: Sides, tokenizer: Any) -> None:
     told = story(pair, tokenizer, 5000, contexts_for(tokenizer))
     assert told["kind"] == "fine"
     assert told["emission"].keys() == {"then", "now"}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from vocabguard.compare.matching import ReorderedRows, load_tokenizer, match_rows, table_for
+from vocabguard.compare.matching import ReorderedRows, folder_tokenizer, match_rows, table_for
 from vocabguard.rows.baselines import CopiedBaseline
 
 
@@ -61,12 +61,12 @@ def test_reordered_rows_equal_indexing(seed: int) -> None:
 
 
 def test_tokenizers_of_folders(tmp_path: Path, kit: Any) -> None:
-    assert len(load_tokenizer(kit.ASSETS)) == 8160
-    assert load_tokenizer(tmp_path) is None
-    assert load_tokenizer(kit.ASSETS / "model.safetensors") is None
+    assert len(folder_tokenizer(kit.ASSETS)) == 8160
+    assert folder_tokenizer(tmp_path) is None
+    assert folder_tokenizer(kit.ASSETS / "model.safetensors") is None
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="its tokenizer cannot be loaded"):
-        load_tokenizer(tmp_path)
+        folder_tokenizer(tmp_path)
 
 
 def test_table(tokenizer: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vocabguard.compare.scan import Scan, scan
-from vocabguard.compare.summary import category_of, load_scan, matrix_summary, save_scan, summary
+from vocabguard.compare.summary import category_of, load_scan, matrix_summary, save_scan, summarise_scan
 from vocabguard.data.counts import read_counts
 from vocabguard.results import NotApplicable, RowDrift
 from vocabguard.rows.baselines import CopiedBaseline
@@ -91,7 +91,7 @@ def moved_assets(kit: Any, folder: Path) -> Path:
 def test_summary_of_the_embedded_base(tmp_path: Path, kit: Any, tokenizer: Any) -> None:
     tuned = moved_assets(kit, tmp_path / "tuned")
     found = scanned(kit.ASSETS, tuned, tokenizer=tokenizer)
-    told = summary(found, top=7)
+    told = summarise_scan(found, top=7)
     json.dumps(told, allow_nan=False)
     table = build_table(tokenizer, 8192)
     before, now = (load_file(path / "model.safetensors")["lm_head.weight"] for path in (kit.ASSETS, tuned))
@@ -157,7 +157,7 @@ def test_another_order_is_matched_by_piece(tmp_path: Path, kit: Any, tokenizer: 
         for key in ("cosine", "l2", "norm_ratio"):
             now, then = getattr(drift_of(found, name), key), getattr(drift_of(plain, name), key)
             assert torch.allclose(now[order], then[:8160], atol=1e-6, equal_nan=True)
-    told, plainly = summary(found), summary(plain)
+    told, plainly = summarise_scan(found), summarise_scan(plain)
     assert told["head"]["cosine_mean"] == pytest.approx(plainly["head"]["cosine_mean"], abs=1e-7)
     assert {t["text"] for t in told["worst"]} == {t["text"] for t in plainly["worst"]}
 
@@ -168,7 +168,7 @@ def test_vocabularies_of_different_size(tmp_path: Path, kit: Any, rows: tuple[in
     found = scanned(base, tuned)
     assert len(found.table) == rows[1]
     assert int(found.live.sum()) == 96
-    told = summary(found)
+    told = summarise_scan(found)
     assert told["matched"] == {
         "by": "id",
         "rows": 96,
@@ -185,7 +185,7 @@ def test_broken_rows_are_findings(tmp_path: Path, kit: Any) -> None:
     model = kit.llama()
     with torch.no_grad():
         model.lm_head.weight[3], model.lm_head.weight[4], model.lm_head.weight[5, 0] = math.nan, 0, math.inf
-    told = summary(scanned(tmp_path / "base", kit.saved(model, tmp_path / "tuned")))
+    told = summarise_scan(scanned(tmp_path / "base", kit.saved(model, tmp_path / "tuned")))
     assert told["head"]["nonfinite_rows"] == 2
     assert told["head"]["zero_rows"] == 1
     assert told["head"]["cosine_mean"] == pytest.approx(1)
@@ -200,7 +200,7 @@ def test_never_trained_rows_are_told_apart(tmp_path: Path, kit: Any) -> None:
     base = kit.saved(model, tmp_path / "base")
     tuned = kit.saved(kit.nudged(model, 1.0), tmp_path / "tuned")
     found = scanned(base, tuned)
-    assert summary(found)["untrained"]["ids"] == [10, 11, 12]
+    assert summarise_scan(found)["untrained"]["ids"] == [10, 11, 12]
     assert int(found.live.sum()) == kit.ROWS - 3
 
 
@@ -209,7 +209,7 @@ def test_norm_outliers(tmp_path: Path, kit: Any) -> None:
     with torch.no_grad():
         model.lm_head.weight *= 1.02
         model.lm_head.weight[20], model.lm_head.weight[21] = 2 * model.lm_head.weight[20], model.lm_head.weight[21] / 3
-    told = summary(scanned(base, kit.saved(model, tmp_path / "tuned")))["head"]["norm_outliers"]
+    told = summarise_scan(scanned(base, kit.saved(model, tmp_path / "tuned")))["head"]["norm_outliers"]
     assert told["count"] == 2
     assert told["ids"] == [21, 20]
     assert told["median_ratio"] == pytest.approx(1.02, abs=1e-4)
@@ -228,12 +228,12 @@ def test_only_a_head(tmp_path: Path) -> None:
         save_file({"lm_head.weight": rows}, tmp_path / f"{name}.safetensors")
     found = scanned(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     assert isinstance(found.embedding, NotApplicable)
-    assert summary(found)["embedding"] == {"not_applicable": "the checkpoint has no input rows"}
+    assert summarise_scan(found)["embedding"] == {"not_applicable": "the checkpoint has no input rows"}
 
 
 def test_file_of_a_scan(tmp_path: Path, kit: Any, tokenizer: Any) -> None:
     found = scanned(kit.ASSETS, moved_assets(kit, tmp_path / "tuned"), tokenizer=tokenizer)
-    told = summary(found)
+    told = summarise_scan(found)
     save_scan(found, tmp_path / "scan.safetensors", told)
     vectors, again, texts = load_scan(tmp_path / "scan.safetensors")
     assert again == told

@@ -12,7 +12,15 @@ import torch
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from vocabguard.data.coverage import CHUNK, Coverage, at_risk, group_rows, load_coverage, measure_coverage, summary
+from vocabguard.data.coverage import (
+    CHUNK,
+    Coverage,
+    at_risk,
+    coverage_totals,
+    group_rows,
+    load_coverage,
+    measure_coverage,
+)
 from vocabguard.data.encode import TargetEncoder
 from vocabguard.data.readers import Chat, Completion, DataError, Example, Text
 from vocabguard.vocabulary.table import build_table
@@ -280,7 +288,7 @@ def test_report_equals_plain_loops(tokenizer: Any, table: Any) -> None:
         assert rows[group].classes == tuple(classes[group, name] for name in ("never", "1-4", "5-19", "20+"))
     assert rows["all"].live == len(live)
     never = sum(target[i] == 0 for i in live)
-    assert summary(found)["classes"]["never"] == never
+    assert coverage_totals(found)["classes"]["never"] == never
     assert found.never_share == pytest.approx(never / len(live))
     expected = sorted((i for i in live if target[i] < 5), key=lambda i: (target[i], -inputs[i], i))
     assert at_risk(found, 50) == expected[:50]

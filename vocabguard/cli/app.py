@@ -31,9 +31,6 @@ class InputError(VocabGuardError, ValueError):
 def build(names: tuple[str, ...]) -> typer.Typer:
     """The application with the given commands.
 
-    Args:
-        names: of `COMMANDS`.
-
     Raises:
         KeyError: for a name that is none.
     """

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vocabguard.cli.app import InputError
-from vocabguard.data.coverage import Coverage, at_risk, group_rows, measure_coverage, summary
+from vocabguard.cli.common import check_threshold, load_tokenizer, row_progress
+from vocabguard.data.coverage import Coverage, at_risk, coverage_totals, group_rows, measure_coverage
 from vocabguard.data.readers import data_files, read_examples
 from vocabguard.files import one_line
 from vocabguard.results import EXPOSURE_CLASSES
@@ -91,50 +88,8 @@ def coverage(
         raise typer.Exit(1)
 
 
-def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
-    """A tokenizer for a command.
-
-    Args:
-        name: a folder, or a name on the hub.
-        chat_template: file of a template to use instead of its own.
-
-    Raises:
-        InputError: if either cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        with _quiet("huggingface_hub", "transformers"):  # they tell of each try to reach the hub
-            loaded = AutoTokenizer.from_pretrained(name)
-        usable = bool(loaded.get_vocab())
-    except Exception as error:  # by kind of damage, of many types
-        raise InputError(f"{name}: cannot be loaded as a tokenizer ({one_line(error, 400)})") from error
-    if not usable:
-        raise InputError(f"{name}: a tokenizer without any token")
-    if chat_template is not None:
-        try:
-            loaded.chat_template = chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{chat_template}: cannot be read as a chat template ({one_line(error, 400)})") from error
-    return loaded
-
-
-@contextmanager
-def _quiet(*loggers: str) -> Iterator[None]:
-    """Let these loggers tell of errors only."""
-    found = [(logging.getLogger(name), logging.getLogger(name).level) for name in loggers]
-    for logger, _ in found:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in found:
-            logger.setLevel(level)
-
-
 def _check_ranges(threshold: float | None, top: int, workers: int) -> None:
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise InputError(f"--threshold is {threshold}; allowed: a share from 0 to 1")
+    check_threshold(threshold)
     for name, value in (("--top", top), ("--workers", workers)):
         if value < 0:
             raise InputError(f"{name} is {value}; allowed: 0 or more")
@@ -143,20 +98,6 @@ def _check_ranges(threshold: float | None, top: int, workers: int) -> None:
 def _workers_for(files: list[Path]) -> int:
     size = sum(part.stat().st_size for file in files for part in ([file] if file.is_file() else file.rglob("*.arrow")))
     return min(_MOST_WORKERS, os.cpu_count() or 1) if size >= _PARALLEL_FROM else 1
-
-
-@contextmanager
-def row_progress() -> Iterator[Callable[[int], None]]:
-    """A bar on standard error, where that is a terminal; gives what to call with the number of rows done."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        # Not a disabled bar: older versions of rich end that one with an empty line.
-        yield lambda *_: None
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda rows: bar.advance(task, rows)
 
 
 def _tell(result: Coverage, table: VocabTable, watched: list[int], top: int, out: Path | None, as_json: bool) -> None:
@@ -182,7 +123,7 @@ def _as_json(result: Coverage, table: VocabTable, shown: tuple[int, ...], watche
               for row in group_rows(result)}  # fmt: skip
     return {
         "schema": 1,
-        **summary(result),
+        **coverage_totals(result),
         "groups": groups,
         "rows": asdict(result.tally),
         "source": asdict(result.source),
@@ -193,7 +134,7 @@ def _as_json(result: Coverage, table: VocabTable, shown: tuple[int, ...], watche
 
 def _print(result: Coverage, table: VocabTable, shown: tuple[int, ...], watched: int, out: Path | None) -> None:
     console = Console(soft_wrap=True, highlight=False)
-    numbers = summary(result)
+    numbers = coverage_totals(result)
     passes = f", {result.source.epochs} epochs" if result.source.epochs > 1 else ""
     console.print(f"{result.tally.rows:,} rows{passes}: {numbers['targets']:,} targets, {numbers['inputs']:,} inputs.")
     never = f"{numbers['classes']['never']:,} ({percent(result.never_share)})"

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from vocabguard.cli.app import InputError
-from vocabguard.cli.coverage import load_tokenizer
+from vocabguard.cli.common import load_tokenizer
 from vocabguard.config import EchoConfig
 from vocabguard.data.echo_rows import EchoTally, echo_lists, needy_ids, write_chats, write_ids
 from vocabguard.files import one_line

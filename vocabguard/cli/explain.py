@@ -10,9 +10,9 @@ import typer
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from vocabguard.cli import scan as scanning
+from vocabguard.cli import common
 from vocabguard.cli.app import InputError
-from vocabguard.compare.explain import LOST, Pair, contexts_for, load_model, story
+from vocabguard.compare.explain import LOST, Sides, contexts_for, load_model, story
 from vocabguard.compare.scan import Scan
 from vocabguard.text import number, percent, visible
 from vocabguard.views.tables import Column, Grid
@@ -108,16 +108,16 @@ def _neighbour(one: Mapping[str, Any]) -> Text:
 
 
 def explain(
-    base: scanning.Base,
-    tuned: scanning.Tuned,
+    base: common.Base,
+    tuned: common.Tuned,
     tokens: Annotated[list[str], typer.Argument(help="Texts of tokens, or their ids.")],
-    tokenizer: scanning.Tokenizer = None,
-    head: scanning.HeadKey = None,
-    embedding: scanning.EmbeddingKey = None,
-    coverage: scanning.Coverage = None,
-    run: scanning.Run = None,
+    tokenizer: common.Tokenizer = None,
+    head: common.HeadKey = None,
+    embedding: common.EmbeddingKey = None,
+    coverage: common.Coverage = None,
+    run: common.Run = None,
     ask: Annotated[bool, typer.Option(help="Load both models and ask them for the token.")] = True,
-    as_json: scanning.AsJson = False,
+    as_json: common.AsJson = False,
 ) -> None:
     """Investigate single tokens: their rows, their neighbours, and whether they can still be said.
 
@@ -128,13 +128,13 @@ def explain(
         InputError: for input that cannot be used; `main` prints it and ends with 2.
         typer.Exit: with 1, for findings.
     """
-    pair = scanning.open_pair(base, tuned, tokenizer, head, embedding, coverage, run)
+    pair = common.open_pair(base, tuned, tokenizer, head, embedding, coverage, run)
     rows = pair.tuned.rows or pair.base.rows
     ids = [_id(pair.tokenizer, token, rows) for token in tokens]
-    found = scanning.measured(pair)
+    found = common.measured(pair)
     contexts, models = _askable(found, pair.tokenizer) if ask else ([], "--no-ask was given")
     try:
-        both = Pair.of(found, models)
+        both = Sides.of(found, models)
         stories = [story(both, pair.tokenizer, token, contexts) for token in ids]
     except ValueError as error:
         raise InputError(str(error)) from error

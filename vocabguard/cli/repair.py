@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TimeRemainingColumn
 from torch import Tensor, nn
 
-from vocabguard.cli import scan as scanning
+from vocabguard.cli import common
 from vocabguard.cli.app import InputError
 from vocabguard.cli.repair_train import EchoRun, data_rows, train_echo, write_trained
 from vocabguard.compare.explain import load_model
@@ -39,8 +39,8 @@ _RUN = EchoRun()
 
 
 def repair(
-    base: scanning.Base,
-    tuned: scanning.Tuned,
+    base: common.Base,
+    tuned: common.Tuned,
     out: Annotated[Path, typer.Option(help="Folder for the repaired model; new or empty.")],
     method: Annotated[
         str,
@@ -52,11 +52,11 @@ def repair(
     strength: Annotated[float, typer.Option(min=0, max=1, help="Part of the mean shift that is added.")] = STRENGTH,
     cosine_below: Annotated[float, typer.Option(min=-1, max=1, help="Rows to repair, without counts.")] = 0.95,
     targets_below: Annotated[int, typer.Option(min=1, help="Rows to repair, by counts of data targets.")] = 20,
-    tokenizer: scanning.Tokenizer = None,
-    head: scanning.HeadKey = None,
-    embedding: scanning.EmbeddingKey = None,
-    coverage: scanning.Coverage = None,
-    run: scanning.Run = None,
+    tokenizer: common.Tokenizer = None,
+    head: common.HeadKey = None,
+    embedding: common.EmbeddingKey = None,
+    coverage: common.Coverage = None,
+    run: common.Run = None,
     data: Annotated[
         list[str] | None, typer.Option(help="echo: data files or folders to train beside, best those of the fine-tune.")
     ] = None,
@@ -70,7 +70,7 @@ def repair(
     text: Annotated[Path | None, typer.Option(help="A text whose loss is measured before and after.")] = None,
     sample: Annotated[int, typer.Option(min=0, help="Live tokens to ask for before and after; 0: all.")] = 2048,
     ask: Annotated[bool, typer.Option(help="Load the models and measure recall and loss.")] = True,
-    as_json: scanning.AsJson = False,
+    as_json: common.AsJson = False,
 ) -> None:
     """Write a copy of TUNED in which lost tokens can be said again; BASE and TUNED are only read.
 
@@ -81,13 +81,13 @@ def repair(
         InputError: for input that cannot be used; `main` prints it and ends with 2.
     """
     _check_options(method, data, text)
-    pair = scanning.open_pair(base, tuned, tokenizer, head, embedding, coverage, run)
+    pair = common.open_pair(base, tuned, tokenizer, head, embedding, coverage, run)
     wanted = _Wanted(method, strength, cosine_below, targets_below)
     settings = EchoRun(targets, learning_rate, batch, max_length, instructions=tuple(instruction or ()))
     try:
         check_out(pair.tuned, out)
         examples = _readable(data)
-        found = scanning.measured(pair)
+        found = common.measured(pair)
         lost, told = _write(pair, found, wanted, examples, settings, out)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
@@ -124,7 +124,7 @@ def _readable(data: list[str] | None) -> Iterator[Example]:
 
 
 def _write(
-    pair: scanning.Pair, found: Scan, wanted: _Wanted, examples: Iterator[Example], run: EchoRun, out: Path
+    pair: common.Pair, found: Scan, wanted: _Wanted, examples: Iterator[Example], run: EchoRun, out: Path
 ) -> tuple[Tensor, dict[str, Any]]:
     """Write the repaired model: (V,) bool, which rows were taken as lost, and what was done.
 
@@ -143,7 +143,7 @@ def _write(
 
 
 def _echoed(
-    pair: scanning.Pair, found: Scan, plan: Plan, examples: Iterator[Example], run: EchoRun, out: Path
+    pair: common.Pair, found: Scan, plan: Plan, examples: Iterator[Example], run: EchoRun, out: Path
 ) -> dict[str, Any]:
     """Train and write; what was done.
 
@@ -156,20 +156,10 @@ def _echoed(
         raise ValueError(f"there is nothing to repair: no {plan.chosen_by}")
     live = int(found.live.sum())
     rows = data_rows(examples, pair.tokenizer, run.targets * live, run.max_length)
-    with _bar() as tell:
-        model, told = train_echo(pair.tuned.path, plan, live, rows, pair.tokenizer, run, tell)
+    with common.progress_bars(TimeRemainingColumn()) as tell:
+        model, told = train_echo(pair.tuned.path, plan, live, rows, pair.tokenizer, run, partial(tell, "echo"))
     write_trained(model, pair.tuned.path, out)
     return told
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar of training steps on standard error, where that is a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("echo"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task("echo", total=None)
-        yield lambda step, steps: bars.update(task, completed=step, total=steps)
 
 
 def _measured(found: Scan, tokenizer: Any, lost: Tensor, out: Path, text: Path | None, sample: int) -> dict[str, Any]:

@@ -60,9 +60,7 @@ def data_rows(examples: Iterable[Example], tokenizer: Any, targets: float, max_l
 
     Args:
         examples: read until there are enough; the loss is on the assistant's turns, on completions, on all of a text.
-        tokenizer: encodes them.
         targets: targets that are enough.
-        max_length: see `EchoRun`.
 
     Returns:
         ``input_ids`` and ``labels``, rows without targets left out.
@@ -104,10 +102,6 @@ def train_echo(
     Args:
         tuned: its folder; only read.
         plan: the rows it begins with; their tokens are echoed, or all live ones where these are most of them.
-        live: number of live tokens.
-        rows: the data beside.
-        tokenizer: renders the instructions.
-        run: how.
         tell: gets the step and the number of steps.
 
     Returns:

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from vocabguard.cli.app import InputError
-from vocabguard.cli.coverage import load_tokenizer, row_progress
+from vocabguard.cli.common import check_threshold, load_tokenizer, row_progress
 from vocabguard.data.coverage import load_coverage, vocabulary_hash
 from vocabguard.data.encode import TargetEncoder
 from vocabguard.data.readers import Chat, Completion, Example, Text, data_files, read_examples
@@ -51,8 +51,7 @@ def replay(
         InputError: for input that cannot be used; `main` prints it and ends with 2.
         typer.Exit: with 1, for findings.
     """
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise InputError(f"--threshold is {threshold}; allowed: a share from 0 to 1")
+    check_threshold(threshold)
     loaded = load_tokenizer(tokenizer)
     try:
         table = build_table(loaded, 1 + max(loaded.get_vocab().values()))

@@ -70,7 +70,6 @@ def read(path: Path, tokenizer: Path | None = None) -> PageData:
     """Read a run folder or a scan's file.
 
     Args:
-        path: of either.
         tokenizer: a tokenizer's folder; used for run folders, as a scan brings its texts.
 
     Raises:
@@ -92,10 +91,10 @@ def read(path: Path, tokenizer: Path | None = None) -> PageData:
 
 
 def _texts(log: RunLog, folder: Path) -> TextOf:
-    from vocabguard.compare.matching import load_tokenizer
+    from vocabguard.compare.matching import folder_tokenizer
     from vocabguard.vocabulary.table import build_table
 
-    found = load_tokenizer(folder)
+    found = folder_tokenizer(folder)
     if found is None:
         raise InputError(f"--tokenizer {folder}: no tokenizer in this folder")
     watched: dict[str, Any] = log.meta["watch"]

@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
-from torch import Tensor
 
+from vocabguard.cli import common
 from vocabguard.cli.app import InputError
-from vocabguard.compare.matching import load_tokenizer
-from vocabguard.compare.scan import Scan
-from vocabguard.compare.scan import scan as measure
-from vocabguard.compare.summary import save_scan, summary
-from vocabguard.data.counts import read_counts
-from vocabguard.rows.checkpoints import Checkpoint, open_checkpoint
+from vocabguard.compare.summary import save_scan, summarise_scan
 from vocabguard.text import listed, number, percent, visible
 from vocabguard.views.tables import Column, Grid
 
@@ -31,17 +23,17 @@ _LABELS = {"head": "head", "embedding": "input embedding"}
 
 
 def show_scan(console: Console, found: Mapping[str, Any], top: int = 20) -> None:
-    """Print a `vocabguard.compare.summary.summary`: the verdict, the tables, the worst tokens."""
+    """Print a `vocabguard.compare.summary.summarise_scan`: the verdict, the tables, the worst tokens."""
     for part in _parts(found, top):
         console.print(part, highlight=False, soft_wrap=isinstance(part, Text))
 
 
-def label_of_matrix(found: Mapping[str, Any], name: str) -> str:
+def _label(found: Mapping[str, Any], name: str) -> str:
     """What a matrix is called; a tied pair's one matrix is both."""
     return "head = input embedding (tied)" if _tied(found) else _LABELS[name]
 
 
-def verdict_of(found: Mapping[str, Any]) -> str:
+def _verdict(found: Mapping[str, Any]) -> str:
     """One sentence: how many live rows of which matrix drifted how far."""
     judged = found["judged"]
     if judged is None:
@@ -61,7 +53,7 @@ def _tied(found: Mapping[str, Any]) -> bool:
 
 
 def _parts(found: Mapping[str, Any], top: int) -> list[RenderableType]:
-    parts: list[RenderableType] = [Text(verdict_of(found), "bold"), *map(Text, _sentences(found))]
+    parts: list[RenderableType] = [Text(_verdict(found), "bold"), *map(Text, _sentences(found))]
     same = _tied(found)
     for name in ("head",) if same else ("head", "embedding"):
         parts += _matrix(found, name)
@@ -97,7 +89,7 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
 
 def _matrix(found: Mapping[str, Any], name: str) -> list[RenderableType]:
     numbers = found[name]
-    title = Text(f"\n{label_of_matrix(found, name)}", "bold")
+    title = Text(f"\n{_label(found, name)}", "bold")
     if "not_applicable" in numbers:
         return [] if found["judged"] is None else [title, Text(f"not applicable: {numbers['not_applicable']}")]
     if numbers.get("cosine_min", 0.0) >= _UNMOVED:
@@ -170,53 +162,21 @@ def _tokens(tokens: Sequence[Mapping[str, Any]], tied: bool) -> Grid:
     return table
 
 
-Base = Annotated[str, typer.Argument(help="The model before training: a folder, .safetensors, .bin or .ckpt.")]
-Tuned = Annotated[str, typer.Argument(help="The model after training: the same, or a PEFT adapter's folder.")]
-Tokenizer = Annotated[
-    str | None,
-    typer.Option(help="Folder of the tokenizer, where neither model's folder has one (or another is meant)."),
-]
-HeadKey = Annotated[str | None, typer.Option("--head", help="Name of the output rows' tensor, if it is unusual.")]
-EmbeddingKey = Annotated[str | None, typer.Option("--embedding", help="Name of the input rows' tensor.")]
-Coverage = Annotated[str | None, typer.Option(help="Targets of the training data, from `vocabguard coverage`.")]
-Run = Annotated[str | None, typer.Option(help="Run folder of the guarded training: its counts of targets.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two checkpoints and what is known about their vocabulary.
-
-    Attributes:
-        base: before training.
-        tuned: after it.
-        base_tokenizer: the base's own; None where one tokenizer is taken for both.
-        tokenizer: of the tuned vocabulary; None if there is none.
-        data_target: (V,) int64, or None.
-    """
-
-    base: Checkpoint
-    tuned: Checkpoint
-    base_tokenizer: Any
-    tokenizer: Any
-    data_target: Tensor | None
-
-
 def scan(
-    base: Base,
-    tuned: Tuned,
-    tokenizer: Tokenizer = None,
-    head: HeadKey = None,
-    embedding: EmbeddingKey = None,
-    coverage: Coverage = None,
-    run: Run = None,
+    base: common.Base,
+    tuned: common.Tuned,
+    tokenizer: common.Tokenizer = None,
+    head: common.HeadKey = None,
+    embedding: common.EmbeddingKey = None,
+    coverage: common.Coverage = None,
+    run: common.Run = None,
     threshold: Annotated[
         float,
         typer.Option(min=0.0, max=1.0, help="Share of live rows below cosine 0.95 from which the exit code is 1."),
     ] = 0.01,
     top: Annotated[int, typer.Option(min=0, help="Tokens in the list of the worst.")] = 20,
     out: Annotated[Path | None, typer.Option(help="Write every row's numbers to this .safetensors file.")] = None,
-    as_json: AsJson = False,
+    as_json: common.AsJson = False,
 ) -> None:
     """Compare every vocabulary row of TUNED with BASE.
 
@@ -229,9 +189,9 @@ def scan(
     """
     if out is not None and not out.parent.is_dir():
         raise InputError(f"--out {out}: the folder {out.parent} does not exist")
-    pair = open_pair(base, tuned, tokenizer, head, embedding, coverage, run)
-    found = measured(pair)
-    told = summary(found, top=top)
+    pair = common.open_pair(base, tuned, tokenizer, head, embedding, coverage, run)
+    found = common.measured(pair)
+    told = summarise_scan(found, top=top)
     numbers = told[found.judged] if found.judged else {}
     share = numbers.get("below_0.95") or 0.0
     told |= {"threshold": threshold, "findings": share > threshold}
@@ -246,75 +206,3 @@ def scan(
         show_scan(Console(), told, top)
     if share > threshold:
         raise typer.Exit(1)
-
-
-def open_pair(
-    base: str,
-    tuned: str,
-    tokenizer: str | None = None,
-    head: str | None = None,
-    embedding: str | None = None,
-    coverage: str | None = None,
-    run: str | None = None,
-) -> Pair:
-    """Open what the commands about two checkpoints take.
-
-    Raises:
-        InputError: for anything that cannot be used.
-    """
-    if coverage is not None and run is not None:
-        raise InputError("--coverage and --run are both given; allowed: one source of counts")
-    asked = {"head": head, "embedding": embedding}
-    keys: Any = {name: key for name, key in asked.items() if key is not None}
-    try:
-        before = open_checkpoint(base, keys=keys)
-        after = open_checkpoint(tuned, keys=keys, base=before)
-        if tokenizer is not None:
-            own, other = load_tokenizer(tokenizer), None
-            if own is None:
-                raise InputError(f"--tokenizer {tokenizer}: no tokenizer in this folder")
-        else:
-            own, other = load_tokenizer(tuned), load_tokenizer(base)
-        counts, rows = coverage or run, after.rows or before.rows
-        return Pair(before, after, other, own or other, None if counts is None else read_counts(counts, rows))
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from error
-
-
-def measured(pair: Pair) -> Scan:
-    """Scan a pair, with a progress bar on standard error.
-
-    Raises:
-        InputError: if the two do not fit each other.
-    """
-    try:
-        with _bars() as progress:
-            return measure(
-                pair.base,
-                pair.tuned,
-                base_tokenizer=pair.base_tokenizer,
-                tokenizer=pair.tokenizer,
-                data_target=pair.data_target,
-                progress=progress,
-            )
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-@contextmanager
-def _bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar a matrix on standard error, where that is a terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda *_: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def tell(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total)
-            bars.update(tasks[name], completed=done)
-
-        yield tell

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vocabguard.compare.scan import Scan, fitted
 from vocabguard.compare.summary import category_of
 from vocabguard.files import one_line, plain
+from vocabguard.measure.localize import End, input_rows_back, output_rows_back
 from vocabguard.measure.neighbors import intruders, nearest_rows
 from vocabguard.measure.probe import PromptContext, probe, probe_applicable, said
 from vocabguard.measure.undertrained import unused_distances
@@ -39,15 +40,12 @@ class RowFacts:
     """One token's row in one matrix; ranks are among live rows, 0 is the most changed.
 
     Attributes:
-        cosine: with its base row.
         cosine_rank: by cosine, lowest first.
         residual: cosine without the shared shift.
         l2: length of the displacement.
         l2_rank: by it, longest first.
         norm_ratio: norm now over norm at the base.
-        base_norm: norm at the base.
         base_norm_quantile: share in [0, 1] of live rows with a smaller norm at the base.
-        live: live rows.
     """
 
     cosine: float
@@ -67,9 +65,6 @@ class Neighbour:
 
     Attributes:
         id: in the tuned vocabulary.
-        text: what it decodes to.
-        category: of the token.
-        cosine: with the token's row.
         intruder: a control token, a byte or a token of another script than the one looked at.
     """
 
@@ -101,8 +96,6 @@ def row_facts(scan: Scan, name: MatrixName, base: Baseline | NotApplicable, toke
     """A token's row in numbers.
 
     Args:
-        scan: of the pair.
-        name: which matrix.
         base: its base rows, in the order of the tuned vocabulary.
         token: id in that vocabulary.
     """
@@ -132,9 +125,6 @@ def neighbours(rows: Baseline, scan: Scan, token: int, count: int = 8) -> tuple[
 
     Args:
         rows: before or after, in the order of the tuned vocabulary.
-        scan: for texts and groups.
-        token: whose neighbours.
-        count: how many.
     """
     ids = torch.tensor([token])
     near = nearest_rows(rows, ids, min(count, rows.rows), scan.table.padded)
@@ -193,26 +183,6 @@ def emissions(
     return {token: _emission(result, scan, token) for token in tokens}
 
 
-@contextlib.contextmanager
-def swapped(model: nn.Module, name: MatrixName, token: int, row: Tensor) -> Iterator[None]:
-    """The model with another row in one matrix, and as it was afterwards.
-
-    Args:
-        model: a causal language model.
-        name: ``head`` or ``embedding``; with tied weights either changes both.
-        token: which row.
-        row: (width,) what it is to be.
-    """
-    getter = "get_output_embeddings" if name == "head" else "get_input_embeddings"
-    weight: Tensor = getattr(model, getter)().weight.data
-    before = weight[token].clone()
-    weight[token] = row.to(weight.dtype)
-    try:
-        yield
-    finally:
-        weight[token] = before
-
-
 def _emission(result: ProbeResult, scan: Scan, token: int) -> Emission:
     row = int((result.ids == token).nonzero()[0])
     wrong = result.instead[row][~result.emitted[row]]
@@ -228,13 +198,10 @@ _MATRICES: tuple[MatrixName, ...] = ("head", "embedding")
 
 
 @dataclass(frozen=True)
-class Pair:
+class Sides:
     """The rows of both sides in the order of the tuned vocabulary, and the models if they could be loaded.
 
     Attributes:
-        scan: of the two checkpoints.
-        base: head and embedding of the base.
-        tuned: those of the tuned checkpoint.
         base_model: None if it could not be loaded, or the ids are not the tuned ones.
         tuned_model: None if it could not be loaded.
         no_models: why not; None if both are there.
@@ -248,7 +215,7 @@ class Pair:
     no_models: str | None
 
     @classmethod
-    def of(cls, scan: Scan, models: tuple[nn.Module, nn.Module] | str) -> Pair:
+    def of(cls, scan: Scan, models: tuple[nn.Module, nn.Module] | str) -> Sides:
         """From a scan, with both models or why there are none."""
         own = torch.arange(len(scan.table))
         base = {name: fitted(scan.base.matrix(name), scan.match.base_ids) for name in _MATRICES}
@@ -258,11 +225,10 @@ class Pair:
         return cls(scan, base, tuned, *models, None)
 
 
-def story(pair: Pair, tokenizer: Any, token: int, contexts: Sequence[PromptContext]) -> dict[str, Any]:
+def story(sides: Sides, tokenizer: Any, token: int, contexts: Sequence[PromptContext]) -> dict[str, Any]:
     """Everything about one token, JSON-able; what was not measured says why.
 
     Args:
-        pair: both sides.
         tokenizer: of the tuned vocabulary; None leaves the cut out.
         token: id in that vocabulary.
         contexts: ways of asking; not used without models.
@@ -272,9 +238,9 @@ def story(pair: Pair, tokenizer: Any, token: int, contexts: Sequence[PromptConte
         ``neighbours`` (``then``, ``now``), ``emission`` (``then``, ``now``, ``head_row_back``, ``both_rows_back``),
         ``data_target``, ``kind``, ``diagnosis``, ``advice``.
     """
-    scan = pair.scan
-    rows = {name: row_facts(scan, name, pair.base[name], token) for name in _MATRICES}
-    emission = _asked(pair, token, contexts)
+    scan = sides.scan
+    rows = {name: row_facts(scan, name, sides.base[name], token) for name in _MATRICES}
+    emission = _asked(sides, token, contexts)
     found: dict[str, Any] = {
         "id": token,
         "base_id": int(scan.match.base_ids[token]),
@@ -282,12 +248,12 @@ def story(pair: Pair, tokenizer: Any, token: int, contexts: Sequence[PromptConte
         "category": category_of(scan.table, token),
         "live": bool(scan.live[token]),
         "cut": None if tokenizer is None else cut_of(tokenizer, scan.table.text(token), token),
-        "trained": _trained(pair, token),
+        "trained": _trained(sides, token),
         "head": rows["head"],
         "embedding": rows["embedding"],
-        "neighbours": _neighbours(pair, token),
+        "neighbours": _neighbours(sides, token),
         "emission": emission,
-        "not_asked": pair.no_models,
+        "not_asked": sides.no_models,
         "data_target": None if scan.data_target is None else int(scan.data_target[token]),
     }
     kind = judge(scan, token, rows, emission)
@@ -364,9 +330,9 @@ LOST = frozenset({"drifted", "lost_in_head", "lost_in_rows", "lost_in_body"})
 """Diagnoses that count as findings."""
 
 
-def _asked(pair: Pair, token: int, contexts: Sequence[PromptContext]) -> dict[str, Emission]:
+def _asked(sides: Sides, token: int, contexts: Sequence[PromptContext]) -> dict[str, Emission]:
     """What both models say, and the tuned one with base rows put back if it no longer says the token."""
-    base, tuned, scan = pair.base_model, pair.tuned_model, pair.scan
+    base, tuned, scan = sides.base_model, sides.tuned_model, sides.scan
     if base is None or tuned is None or not contexts or not bool(scan.match.mask[token]):
         return {}
 
@@ -376,25 +342,35 @@ def _asked(pair: Pair, token: int, contexts: Sequence[PromptContext]) -> dict[st
     found = {"then": ask(base), "now": ask(tuned)}
     if found["now"].said or not found["then"].said:
         return found
-    head, embedding = (_row(pair.base[name], token) for name in _MATRICES)
-    if head is not None:
-        with swapped(tuned, "head", token, head):
-            found["head_row_back"] = ask(tuned)
-            if embedding is not None and not found["head_row_back"].said and not scan.tuned.tied:
-                with swapped(tuned, "embedding", token, embedding):
-                    found["both_rows_back"] = ask(tuned)
+    ids = torch.tensor([token])
+    head = _end(tuned, "head", sides.base["head"])
+    # In a tied model one row is both: either both are put back or none.
+    embedding = _end(tuned, "embedding", sides.base["head" if scan.tuned.tied else "embedding"])
+    if head is None:
+        return found
+    with output_rows_back(head, ids), contextlib.ExitStack() as inputs:
+        if scan.tuned.tied and embedding is not None:
+            inputs.enter_context(input_rows_back(embedding, ids))
+        found["head_row_back"] = ask(tuned)
+        if embedding is not None and not found["head_row_back"].said and not scan.tuned.tied:
+            inputs.enter_context(input_rows_back(embedding, ids))
+            found["both_rows_back"] = ask(tuned)
     return found
 
 
-def _row(rows: Baseline | NotApplicable, token: int) -> Tensor | None:
-    return None if isinstance(rows, NotApplicable) else rows.chunk(slice(token, token + 1))[0].clone()
+def _end(model: nn.Module, name: MatrixName, base: Baseline | NotApplicable) -> End | None:
+    """One matrix of a model with its base rows; None where there are none."""
+    if isinstance(base, NotApplicable):
+        return None
+    module: nn.Module = getattr(model, "get_output_embeddings" if name == "head" else "get_input_embeddings")()
+    return End(module, base)
 
 
-def _trained(pair: Pair, token: int) -> dict[str, Any]:
+def _trained(sides: Sides, token: int) -> dict[str, Any]:
     """The indicators of "Fishing for Magikarp": norm of the input row, distance of the output row to unused ones."""
-    scan = pair.scan
+    scan = sides.scan
     found: dict[str, Any] = {"trained": bool(scan.table.trained[token])}
-    inputs, outputs = pair.base["embedding"], pair.base["head"]
+    inputs, outputs = sides.base["embedding"], sides.base["head"]
     if not isinstance(inputs, NotApplicable):
         found |= _placed("input_norm", inputs.norms, scan.live, token)
     unused = (scan.table.padded | ~scan.table.reachable) & ~scan.table.control & scan.match.mask
@@ -411,11 +387,11 @@ def _placed(name: str, values: Tensor, live: Tensor, token: int) -> dict[str, fl
     return {name: float(values[token]), f"{name}_quantile": below}
 
 
-def _neighbours(pair: Pair, token: int) -> dict[str, Any]:
-    name = pair.scan.judged or "head"
+def _neighbours(sides: Sides, token: int) -> dict[str, Any]:
+    name = sides.scan.judged or "head"
     found = {}
-    for key, side in (("then", pair.base), ("now", pair.tuned)):
+    for key, side in (("then", sides.base), ("now", sides.tuned)):
         rows = side[name]
         if not isinstance(rows, NotApplicable):
-            found[key] = [asdict(one) for one in neighbours(rows, pair.scan, token)]
+            found[key] = [asdict(one) for one in neighbours(rows, sides.scan, token)]
     return found

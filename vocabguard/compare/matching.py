@@ -52,7 +52,6 @@ class ReorderedRows(RowReader):
     """Base rows in the order of the tuned vocabulary, NaN where there is none; a `Baseline`.
 
     Args:
-        base: the rows of the base.
         ids: (V,) int64, the base row of each row, or -1.
     """
 
@@ -92,7 +91,6 @@ def match_rows(base_tokenizer: Any, tuned_tokenizer: Any, base_rows: int, tuned_
     Args:
         base_tokenizer: a transformers tokenizer, or None.
         tuned_tokenizer: the tuned model's, or None.
-        base_rows: rows of the base.
         tuned_rows: V, rows of the tuned model.
     """
     by_id = torch.arange(tuned_rows)
@@ -112,7 +110,7 @@ def match_rows(base_tokenizer: Any, tuned_tokenizer: Any, base_rows: int, tuned_
     return Match(ids, "piece", len(now) - len(shared), len(before) - len(shared))
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def folder_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a folder; None where the folder has none, or the path is a file.
 
     Raises:

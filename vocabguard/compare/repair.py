@@ -55,7 +55,6 @@ def lost_rows(scan: Scan, cosine_below: float = 0.95, targets_below: int = 20) -
     """Live rows to be repaired: those with few data targets where counts are known, else those of low cosine.
 
     Args:
-        scan: of the pair.
         cosine_below: the bar without counts.
         targets_below: the bar with counts.
 
@@ -81,10 +80,8 @@ def plan_repair(scan: Scan, lost: Tensor, chosen_by: str, method: Method, streng
     exposure class where counts are known, else all lost rows are one class. With ``rows`` it is the base row.
 
     Args:
-        scan: of the pair.
         lost: (V,) bool.
         chosen_by: in words, see `lost_rows`.
-        method: one of `METHODS`.
         strength: that part, from 0 (plain base rows) to 1 (the whole displacement).
 
     Raises:
@@ -110,7 +107,6 @@ def write_repaired(tuned: Checkpoint, plan: Plan, out: Path) -> None:
 
     Args:
         tuned: a folder of safetensors with a head of its own, or a tied one.
-        plan: the new rows.
         out: made if missing; must be empty.
 
     Raises:
@@ -198,8 +194,6 @@ def recall_of(
 
     Args:
         models: ``base``, and others such as ``tuned`` and ``repaired``, all of the tuned vocabulary's ids.
-        scan: for live rows and groups.
-        tokenizer: writes the prompts.
         lost: (V,) bool, rows that were repaired.
         sample: tokens to ask for, stratified by group; 0 asks for all live ones.
 
@@ -232,10 +226,7 @@ def text_loss(model: nn.Module, tokenizer: Any, file: Path, most: int = 2**16) -
     """Mean cross entropy in nats of a text's tokens.
 
     Args:
-        model: a causal language model.
-        tokenizer: cuts the text.
         file: UTF-8 text.
-        most: tokens read.
 
     Raises:
         ValueError: if the file cannot be read or has fewer than two tokens.

@@ -37,9 +37,6 @@ class BaseRows:
     """The base's matrices, in the order of the tuned vocabulary.
 
     Attributes:
-        head: its output rows.
-        embedding: its input rows.
-        tied: whether both are one matrix.
         live: (V,) bool, the rows in question.
         unused: (V,) bool, rows that are known to be unused: padded and unreachable ones.
         chunk: elements to read at a time.
@@ -126,8 +123,6 @@ class Scan:
     """What a scan finds; vectors are in the order of the tuned vocabulary.
 
     Attributes:
-        base: the base.
-        tuned: the tuned checkpoint.
         head: drift of the output rows, or why there is none.
         embedding: drift of the input rows, or why there is none.
         table: groups, texts, and rows that were never trained at the base.
@@ -178,12 +173,9 @@ def scan(
     be known before. Known unused rows (see `vocabguard.compare.scan`) cost a second reading of the base's head.
 
     Args:
-        base: the checkpoint before training.
-        tuned: the one after it.
         base_tokenizer: the base's own tokenizer, if it may differ from the tuned one's.
         tokenizer: the tuned model's; None gives one group without texts.
         data_target: (V,) int64, targets of each token of the tuned vocabulary.
-        progress: told about the rows read.
 
     Raises:
         ValueError: if the widths differ, or the tokenizer or the counts do not fit.
@@ -223,7 +215,6 @@ def fitted(rows: Baseline | NotApplicable, ids: Tensor) -> Baseline | NotApplica
     """The rows in the order of ``ids``.
 
     Args:
-        rows: of a checkpoint, or why there are none.
         ids: (V,) int64, which row comes at each place; -1 gives NaN.
     """
     if isinstance(rows, NotApplicable):

@@ -47,14 +47,12 @@ _TEMPLATE = regex.compile(
 
 
 @dataclass(frozen=True)
-class TokenDrift:
+class RowLine:
     """One token of a scan's tables; NaN where a value was not measured.
 
     Attributes:
         id: in the tuned vocabulary.
         base_id: in the base's; -1 if it has none.
-        text: what it decodes to.
-        category: see `category_of`.
         cosine: of the judged matrix's row with its base row, in [-1, 1].
         residual: the same without the shared shift.
         l2: length of the displacement.
@@ -88,11 +86,10 @@ def category_of(table: VocabTable, token_id: int) -> str:
 
 
 @one_torch_thread()
-def summary(scan: Scan, *, top: int = 30) -> dict[str, Any]:
+def summarise_scan(scan: Scan, *, top: int = 30) -> dict[str, Any]:
     """Everything that a scan tells, as JSON-able values; NaN becomes None.
 
     Args:
-        scan: the scan.
         top: tokens in each list.
 
     Returns:
@@ -117,8 +114,8 @@ def summary(scan: Scan, *, top: int = 30) -> dict[str, Any]:
         "residual_over": "live rows" if scan.data_target is None else "rows that are never a target of the data",
         "judged": scan.judged,
         **{name: matrix_summary(scan, name) for name in _MATRICES},
-        "worst": [asdict(token_drift(scan, i)) for i in worst_ids(scan, top)],
-        "control_moved": [asdict(token_drift(scan, i)) for i in _control_moved(scan, top)],
+        "worst": [asdict(row_line(scan, i)) for i in _worst(scan, top)],
+        "control_moved": [asdict(row_line(scan, i)) for i in _control_moved(scan, top)],
         "seconds": scan.seconds,
     }
     told: dict[str, Any] = plain(found)
@@ -126,7 +123,7 @@ def summary(scan: Scan, *, top: int = 30) -> dict[str, Any]:
 
 
 def matrix_summary(scan: Scan, name: MatrixName) -> dict[str, Any]:
-    """One matrix's part of `summary`."""
+    """One matrix's part of `summarise_scan`."""
     drift = scan.drift(name)
     if isinstance(drift, NotApplicable):
         return {"not_applicable": drift.reason}
@@ -150,7 +147,7 @@ def matrix_summary(scan: Scan, name: MatrixName) -> dict[str, Any]:
     return nested
 
 
-def worst_ids(scan: Scan, top: int) -> list[int]:
+def _worst(scan: Scan, top: int) -> list[int]:
     """The live rows of lowest cosine, lowest first."""
     if scan.judged is None or top < 1:
         return []
@@ -159,12 +156,12 @@ def worst_ids(scan: Scan, top: int) -> list[int]:
     return _lowest(drift.cosine, scan.live, top)
 
 
-def token_drift(scan: Scan, token_id: int) -> TokenDrift:
+def row_line(scan: Scan, token_id: int) -> RowLine:
     """What the scan says about one token."""
     drift = scan.drift(scan.judged) if scan.judged else None
     inputs = scan.embedding
     values = {name: float(getattr(drift, name)[token_id]) if drift is not None else math.nan for name in VECTORS}
-    return TokenDrift(
+    return RowLine(
         id=token_id,
         base_id=int(scan.match.base_ids[token_id]),
         text=scan.table.text(token_id),
@@ -176,7 +173,7 @@ def token_drift(scan: Scan, token_id: int) -> TokenDrift:
 
 
 def save_scan(scan: Scan, path: Path, found: Mapping[str, Any]) -> None:
-    """Write every row's numbers and, as JSON in the header's ``summary``, the whole `summary`.
+    """Write every row's numbers and, as JSON in the header's ``summarise_scan``, the whole `summarise_scan`.
 
     Tensors, all (V,): ``group`` uint8, ``live``, ``control`` and ``trained`` bool, ``base_ids`` int64, ``data_target``
     int64 where known; ``head/`` and ``embedding/`` ``cosine``, ``residual``, ``l2``, ``norm_ratio`` float32, as far as

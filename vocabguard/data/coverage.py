@@ -50,7 +50,6 @@ class CoverageSource:
     Attributes:
         tokenizer: its name or folder.
         vocabulary: SHA-256 of its pieces and ids, hexadecimal.
-        files: names of the data files.
         loss: which tokens of conversations and prompts are targets.
         eos: whether texts got the EOS token.
         max_length: tokens of a row, or None.
@@ -73,7 +72,6 @@ class RowTally:
     """Rows that were read, in one pass.
 
     Attributes:
-        rows: all of them.
         without_targets: those that ask for nothing, e.g. since their answer was cut off; a trainer may drop them.
         cut: those that were longer than the longest allowed.
         turns_exact: assistant turns found exactly, where the template does not mark them; see `TurnTally`.
@@ -101,8 +99,6 @@ class Coverage:
         inputs: (V,) int64, how often the model reads it.
         group: (V,) uint8, index into ``source.groups``.
         live: (V,) bool, tokens that can be asked for; see `VocabTable.live`.
-        tally: the rows, in one pass.
-        source: what was counted.
     """
 
     data_target: Tensor
@@ -146,9 +142,6 @@ class Coverage:
 
 def load_coverage(path: str | Path) -> Coverage:
     """Read what `Coverage.save` wrote.
-
-    Args:
-        path: of the file.
 
     Raises:
         ValueError: if it is missing, damaged, no coverage, or of a newer schema.
@@ -195,13 +188,10 @@ def measure_coverage(
 
     Args:
         examples: read once, in chunks.
-        tokenizer: a transformers tokenizer.
         table: of the same tokenizer.
         name: of the tokenizer, kept with the counts.
         files: names of the data files, kept with the counts.
-        loss: see `TargetEncoder`.
-        eos: see `TargetEncoder`.
-        max_length: see `TargetEncoder`.
+        loss, eos, max_length: see `TargetEncoder`.
         epochs: the counts are multiplied by it.
         workers: processes that encode; 1 is this one, with the tokenizer's own threads.
         progress: gets the rows of each chunk that is done.
@@ -235,7 +225,6 @@ def count_rows(encoder: TargetEncoder, examples: Sequence[Example]) -> _Counted:
     """Counts of a few examples.
 
     Args:
-        encoder: encodes them.
         examples: at least one.
 
     Returns:
@@ -335,11 +324,7 @@ class GroupRow:
 
 
 def group_rows(coverage: Coverage) -> tuple[GroupRow, ...]:
-    """All live tokens, then the groups that have some, those with most tokens that are never a target first.
-
-    Args:
-        coverage: the counts.
-    """
+    """All live tokens, then the groups that have some, those with most tokens that are never a target first."""
     groups, live = coverage.source.groups, coverage.live
     pairs = coverage.group[live].long() * len(EXPOSURE_CLASSES) + coverage.classes[live].long()
     counts = torch.bincount(pairs, minlength=len(groups) * len(EXPOSURE_CLASSES)).view(len(groups), -1)
@@ -351,12 +336,8 @@ def _row(name: str, counts: Tensor) -> GroupRow:
     return GroupRow(name, int(counts.sum()), tuple(counts.tolist()))
 
 
-def summary(coverage: Coverage) -> dict[str, Any]:
-    """Totals: ``live`` tokens, ``targets`` and ``inputs`` of the data, ``never_share`` in [0, 1], ``classes``.
-
-    Args:
-        coverage: the counts.
-    """
+def coverage_totals(coverage: Coverage) -> dict[str, Any]:
+    """Totals: ``live`` tokens, ``targets`` and ``inputs`` of the data, ``never_share`` in [0, 1], ``classes``."""
     return {
         "live": int(coverage.live.sum()),
         "targets": int(coverage.data_target.sum()),
@@ -373,7 +354,6 @@ def at_risk(coverage: Coverage, count: int, below: int = AT_RISK) -> list[int]:
     commoner words.
 
     Args:
-        coverage: the counts.
         count: at most so many.
         below: targets that are enough.
     """

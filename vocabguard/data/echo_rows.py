@@ -30,7 +30,6 @@ class EchoTally:
     """What a written file was found to hold.
 
     Attributes:
-        conversations: its lines.
         targets: token targets in it, of the tokens that were asked for.
         longest: tokens of its longest row.
         survived: share in [0, 1] of the asked targets that are in it; below 1 only where lists are text, since
@@ -49,10 +48,8 @@ def echo_lists(ids: Sequence[int], targets: int, list_tokens: int, rng: Random) 
     """Shuffles of the ids, each cut into lists of nearly one length, so that every id comes up exactly as often.
 
     Args:
-        ids: the tokens to repeat.
         targets: how often each is in a list; at least 1.
         list_tokens: longest list; at least 1.
-        rng: shuffles.
 
     Raises:
         ValueError: if there are no ids, or a number is below 1.
@@ -115,10 +112,8 @@ def write_ids(
     """Write lists as ``input_ids`` and ``labels``; the file is read back and counted before it gets its name.
 
     Args:
-        path: of the JSON lines.
         lists: ids to repeat; not empty.
         prompts: ways of asking, drawn from at random.
-        rng: draws.
 
     Raises:
         ValueError: if the file does not hold every id exactly as often as the lists do.
@@ -150,11 +145,8 @@ def write_chats(
     Tokens that are parts of characters have no text and are left out.
 
     Args:
-        path: of the JSON lines.
         lists: ids to repeat; not empty.
         instructions: ways of asking, each with one ``{tokens}``, drawn from at random.
-        rng: draws.
-        tokenizer: encodes the answers.
         table: texts and control tokens of the same tokenizer.
         separator: between the tokens' texts.
 

@@ -43,11 +43,7 @@ class TurnTally:
 
 
 class ChatRenderer:
-    """A tokenizer's chat template.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-    """
+    """A tokenizer's chat template."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tally = TurnTally()
@@ -58,8 +54,6 @@ class ChatRenderer:
         """The conversation as text.
 
         Args:
-            place: where it was read, for messages.
-            turns: its messages.
             options: further arguments of the template.
             generate: end with what comes before an answer of the assistant.
 
@@ -197,8 +191,6 @@ class Source:
     """What to tokenize.
 
     Attributes:
-        place: where it was read.
-        text: all of it.
         special: whether the tokenizer puts its own special tokens around.
         spans: the targets by characters; None is all of the text.
         prompt: targets begin where the ids of this text end, or part from those of `text`.
@@ -220,7 +212,6 @@ class TargetEncoder:
     - Texts: everything. Texts and completions that are texts get the EOS token if they do not end with it.
 
     Args:
-        tokenizer: a transformers tokenizer.
         loss: which tokens of conversations and prompts are targets.
         eos: whether texts get the EOS token.
         max_length: tokens of a row; the rest is cut off at the end. None cuts nothing.

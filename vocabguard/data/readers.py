@@ -140,7 +140,6 @@ def decode_json(place: str, content: bytes | str) -> Any:
     """The value of a JSON text.
 
     Args:
-        place: where it was read, for messages.
         content: the text; bytes are UTF-8.
 
     Raises:
@@ -289,9 +288,6 @@ class Completion:
     """A prompt and what should follow it: two texts, or two lists of messages.
 
     Attributes:
-        place: where it was read, for messages.
-        prompt: what the model reads.
-        completion: what it should say; of the same type.
         options: further arguments of the chat template, ``tools`` among them.
     """
 
@@ -303,12 +299,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A document.
-
-    Attributes:
-        place: where it was read, for messages.
-        text: all of it.
-    """
+    """A document."""
 
     place: str
     text: str
@@ -324,7 +315,6 @@ def read_examples(files: Iterable[Path], *, kind: Kind | None = None, columns: S
     ``completion``, or ``text``. Empty lines are left out.
 
     Args:
-        files: as `data_files` gives them.
         kind: what the rows hold, where the columns do not tell.
         columns: names of the columns, where they are others: one, or two for prompt and completion.
 

@@ -46,7 +46,6 @@ class Replay:
 
     Attributes:
         chosen: indices of the rows in the corpus, ascending.
-        rows: of the corpus.
         need: (V,) int64, how often each token should be a target; 0 where it is not in need.
         covered: (V,) int64, how often the chosen rows ask for each token in need; 0 for others.
         available: (V,) bool, in need and asked for by some row.
@@ -100,7 +99,6 @@ def find_replay(
 
     Args:
         read: gives the corpus from its beginning.
-        encoder: tells what each row asks for.
         need: (V,) int64.
         pool: candidates hold at least so many times the need, where the corpus does; at least 1.
         progress: gets the number of rows of each chunk that is read.
@@ -134,7 +132,6 @@ def greedy_cover(candidates: Sequence[Candidate], need: Counts) -> list[Candidat
     H(largest gain of a row) times as many rows as the best choice (Wolsey 1982).
 
     Args:
-        candidates: the rows.
         need: (V,) int64.
 
     Returns:
@@ -161,7 +158,6 @@ def written_rows(read: Callable[[], Iterable[Example]], chosen: Sequence[int]) -
     """The chosen rows of the corpus, in its order.
 
     Args:
-        read: gives the corpus from its beginning.
         chosen: indices, ascending.
     """
     wanted = iter(chosen)
@@ -178,8 +174,6 @@ def count_targets_in(examples: Iterable[Example], encoder: TargetEncoder, rows: 
     """(rows,) int64: how often the examples ask for each token.
 
     Args:
-        examples: any.
-        encoder: tells what each asks for.
         rows: V.
     """
     counts = np.zeros(rows, dtype=np.int64)

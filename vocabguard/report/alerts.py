@@ -23,9 +23,7 @@ class Span:
 
     Attributes:
         state: ``pending``: the trouble had begun, and the rule did not fire yet.
-        start: first step.
         end: step at which the state ended; the last that is known where it did not.
-        over: whether it ended.
     """
 
     state: Literal["pending", "firing"]
@@ -39,7 +37,6 @@ class Told:
     """What became of one rule.
 
     Attributes:
-        rule: its name.
         level: one of `LEVELS`.
         firing: whether it fires at the end.
         status: since when, or until when.
@@ -60,11 +57,7 @@ class Told:
 
 
 def told_of(data: PageData) -> tuple[Told, ...]:
-    """What became of each rule that fired: those that fire at the end first, the gravest of them first.
-
-    Args:
-        data: a run.
-    """
+    """What became of each rule that fired: those that fire at the end first, the gravest of them first."""
     by_rule: dict[str, list[Transition]] = {}
     for change in data.alerts:
         by_rule.setdefault(change.rule, []).append(change)
@@ -119,10 +112,6 @@ def spans_of(changes: Iterable[Transition], end: int) -> tuple[Span, ...]:
 
 def alert_timeline(data: PageData, told: Sequence[Told]) -> Figure | None:
     """One bar a rule over the steps of the run: pale while it was pending, full while it fired.
-
-    Args:
-        data: a run.
-        told: from `told_of`.
 
     Returns:
         None where no rule fired.

@@ -28,7 +28,6 @@ class Mark:
         y: top edge, first y or centre.
         x2: width, or second x.
         y2: height, or second y.
-        d: a path's data.
         title: what a pointer that rests on it is told.
     """
 
@@ -58,10 +57,7 @@ class Figure:
     """A whole figure.
 
     Attributes:
-        title: its heading.
         text: one sentence that says what it shows, for those who do not see it.
-        width: of the view box.
-        height: of the view box.
         marks: in drawing order.
         words: tick and other labels.
         legend: CSS class and name of each series.
@@ -83,14 +79,9 @@ class Plot:
     """The plot area and its scales, both linear.
 
     Attributes:
-        width: of the view box.
-        height: of the view box.
         x: lowest and highest value of the horizontal axis.
         y: lowest and highest value of the vertical axis.
-        left: room before the area.
-        right: room after it.
-        top: room above it.
-        bottom: room below it.
+        left, right, top, bottom: room around the area.
     """
 
     width: float
@@ -144,7 +135,6 @@ class Series:
     """One line of a figure.
 
     Attributes:
-        name: what it shows.
         style: its CSS class.
         steps: optimizer steps, ascending.
         values: as many; what is not finite is not drawn.
@@ -248,10 +238,6 @@ def histograms(first: PageData, second: PageData | None = None) -> tuple[Figure,
 
 def exposure_figure(first: PageData, second: PageData | None = None) -> Figure | None:
     """Cosine against the data targets so far: the middle half, the median and the lowest 1 % of each bin.
-
-    Args:
-        first: a run.
-        second: a second run, drawn beside it.
 
     Returns:
         None where the first run did not count targets or did not measure rows.
@@ -463,7 +449,6 @@ def timelines(first: PageData, second: PageData | None = None) -> tuple[Figure, 
     """The course of the run: degraded rows, cosines, retained, exposure, loss, echo; as far as they were logged.
 
     Args:
-        first: a run.
         second: a second run over the first; then each figure has one line a run.
     """
     panels = _panels(first) if second is None else _common_panels(first)
@@ -608,9 +593,6 @@ _EARLY = 0.1
 
 def forecast_figures(data: PageData) -> tuple[Figure, ...]:
     """Rows below cosine 0.95 so far and by each check's forecast of the end: of all, then of the worst groups.
-
-    Args:
-        data: a run.
 
     Returns:
         Nothing where nothing was forecast. Groups are those with the highest share in the latest forecast; small ones,

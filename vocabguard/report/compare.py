@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vocabguard.report.data import PageData, Probed, Rows
+from vocabguard.report.data import PageData, Probed, RowNumbers
 from vocabguard.report.sentences import label_of
 from vocabguard.results import DEGRADED
 from vocabguard.text import ReportRow, percent, visible
@@ -42,9 +42,6 @@ class OneSided:
     """One token that only one of the runs lost.
 
     Attributes:
-        id: token id.
-        text: visible text.
-        group: its group's label.
         first: its cosine in run A, NaN if not measured.
         second: its cosine in run B, NaN if not measured.
     """
@@ -83,7 +80,6 @@ def compare(first: PageData, second: PageData) -> Comparison:
     """Compare two runs or scans.
 
     Args:
-        first: run A.
         second: run B; tokens are matched by id, which needs the same rows in the same groups.
     """
     unmatched = _unmatched(first, second)
@@ -119,7 +115,7 @@ def _unmatched(first: PageData, second: PageData) -> str:
     return ""
 
 
-def _rows(data: PageData) -> Rows:
+def _rows(data: PageData) -> RowNumbers:
     assert data.rows is not None
     return data.rows
 

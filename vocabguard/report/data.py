@@ -42,7 +42,7 @@ TextOf = Callable[[int], str]
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowNumbers:
     """Every row's numbers; (V,) arrays, None where not measured.
 
     Attributes:
@@ -99,9 +99,7 @@ class TokenLine:
     """One line of the table of tokens.
 
     Attributes:
-        report: what is known about the token.
         said: whether most contexts of the last probe got it; None if not probed.
-        watched: whether it is on the watch list.
     """
 
     report: TokenReport
@@ -118,8 +116,6 @@ class EchoDone:
         mode: of the newest plan; empty before the first.
         targets: echo targets so far, all processes.
         seconds: time that making rows has taken.
-        by_group: echo targets by script group.
-        by_class: echo targets by exposure class.
     """
 
     on: bool
@@ -151,29 +147,21 @@ class PageData:
 
     Attributes:
         name: the folder or file, for headings.
-        kind: ``run`` or ``scan``.
         step: of the last check; None for a scan.
         end: planned optimizer steps, where a forecast says so; None where that is not known.
         about: sentences on what was measured and what was not.
-        names: the groups.
         matrix: whose drift is shown; None where none was measured.
         live: live tokens; None if not known.
-        table: the closing table's rows.
         embedding: the same for the input embedding, where it is a second matrix; else empty.
         sizes: live tokens by row label of the table; labels that are not known are missing.
         scalars: logged keys without ``vocabguard/`` and their latest values; what is not finite is left out.
         curves: the same keys -> steps and values over the run, NaN where a check had none.
         probe_step: step of the last probe; None if there was none.
         alerts: changes of alerts, in order.
-        rules: names of the rules that were switched on.
-        firing: names of the rules that fire at the end.
         rows: every row's numbers, if they were kept.
-        probed: the last logged probe, if it was kept.
         tokens: lost tokens, worst tokens and watched tokens; lost ones first, then by cosine.
         echo: what echo has done by the last check; None without echo.
         beside: what was found beside the checks, the latest of each kind.
-        settings: dotted keys and values.
-        text: the text of any id.
     """
 
     name: str
@@ -193,7 +181,7 @@ class PageData:
     alerts: tuple[Transition, ...] = ()
     rules: tuple[str, ...] = ()
     firing: tuple[str, ...] = ()
-    rows: Rows | None = None
+    rows: RowNumbers | None = None
     probed: Probed | None = None
     tokens: tuple[TokenLine, ...] = ()
     echo: EchoDone | None = None
@@ -202,12 +190,11 @@ class PageData:
     text: TextOf = field(default=lambda token: f"<row {token}>", repr=False)
 
 
-def sizes_of(rows: Rows | None, names: Sequence[str]) -> dict[str, int]:
+def sizes_of(rows: RowNumbers | None, names: Sequence[str]) -> dict[str, int]:
     """Live tokens of all, of each group and of each exposure class, as far as they are known.
 
     Args:
         rows: of V rows; None gives nothing.
-        names: the groups.
     """
     if rows is None:
         return {}
@@ -219,14 +206,8 @@ def sizes_of(rows: Rows | None, names: Sequence[str]) -> dict[str, int]:
     return sizes | dict(zip(EXPOSURE_CLASSES, classes, strict=False))
 
 
-def choose_tokens(rows: Rows, probed: Probed | None, top: int = TOP) -> list[int]:
-    """Ids to list: lost tokens, least likely first, in at most half of the lines; then those of lowest cosine.
-
-    Args:
-        rows: of V rows.
-        probed: the last probe, if it was kept.
-        top: the most ids wanted.
-    """
+def choose_tokens(rows: RowNumbers, probed: Probed | None, top: int = TOP) -> list[int]:
+    """Ids to list: lost tokens, least likely first, in at most half of the lines; then those of lowest cosine."""
     chosen: list[int] = []
     if probed is not None:
         lost = np.flatnonzero(probed.lost)
@@ -242,7 +223,7 @@ def choose_tokens(rows: Rows, probed: Probed | None, top: int = TOP) -> list[int
 
 def token_lines(
     ids: Iterable[int],
-    rows: Rows,
+    rows: RowNumbers,
     probed: Probed | None,
     names: Sequence[str],
     text: TextOf,
@@ -253,12 +234,6 @@ def token_lines(
 
     Args:
         ids: of tokens, each in [0, V).
-        rows: of V rows.
-        probed: the last probe, if it was kept.
-        names: the groups.
-        text: of any id.
-        step: the last optimizer step.
-        watched: ids of the watch list.
     """
     place = {} if probed is None else {token: row for row, token in enumerate(probed.ids.tolist())}
     on_list = set(watched)
@@ -453,7 +428,7 @@ def _result(scalars: Mapping[str, float], last: Mapping[str, Any]) -> CheckResul
     return CheckResult(int(last.get("step", 0)), gone, gone, gone, torch.empty(0, dtype=torch.uint8), None, named)
 
 
-def _rows(vectors: Mapping[str, Tensor], step: int | None, matrix: MatrixName | None, groups: int) -> Rows | None:
+def _rows(vectors: Mapping[str, Tensor], step: int | None, matrix: MatrixName | None, groups: int) -> RowNumbers | None:
     if not vectors:
         return None
     group, live = vectors["group"].numpy(), vectors["live"].numpy()
@@ -468,7 +443,7 @@ def _rows(vectors: Mapping[str, Tensor], step: int | None, matrix: MatrixName | 
 
     # Without counts every class is logged as "never", which says nothing.
     counted = "exposure/data_target" in vectors
-    return Rows(
+    return RowNumbers(
         step=step,
         group=group,
         live=live.astype(bool),
@@ -504,7 +479,12 @@ def _texts(checks: Iterable[Mapping[str, Any]]) -> dict[int, str]:
 
 
 def _tokens(
-    rows: Rows | None, probed: Probed | None, names: Sequence[str], text: TextOf, top: int, last: Mapping[str, Any]
+    rows: RowNumbers | None,
+    probed: Probed | None,
+    names: Sequence[str],
+    text: TextOf,
+    top: int,
+    last: Mapping[str, Any],
 ) -> tuple[TokenLine, ...]:
     """The tokens to list; where no rows were kept, those that the last check names."""
     watched = [int(token["id"]) for token in last.get("watched", ())]
@@ -561,10 +541,6 @@ _MATRICES: tuple[MatrixName, ...] = ("head", "embedding")
 def scan_data(path: str | Path, top: int = TOP) -> PageData:
     """What a file of `vocabguard.compare.summary.save_scan` says, as the page needs it.
 
-    Args:
-        path: of the file.
-        top: tokens to list.
-
     Raises:
         ValueError: if it is no scan's file, or of another schema.
     """
@@ -613,7 +589,7 @@ def _group_names(path: str) -> tuple[str, ...]:
         return tuple(str(name) for name in json.loads(file.metadata()["groups"]))
 
 
-def _scan_rows(vectors: Mapping[str, Tensor], matrix: MatrixName | None) -> Rows:
+def _scan_rows(vectors: Mapping[str, Tensor], matrix: MatrixName | None) -> RowNumbers:
     counts = vectors.get("data_target")
     shapes = {name: tuple(vector.shape) for name, vector in vectors.items() if vector.shape != vectors["live"].shape}
     if shapes:
@@ -622,7 +598,7 @@ def _scan_rows(vectors: Mapping[str, Tensor], matrix: MatrixName | None) -> Rows
     def vector(name: str) -> Any:
         return vectors[name].numpy() if name in vectors else None
 
-    return Rows(
+    return RowNumbers(
         step=None,
         group=vectors["group"].numpy(),
         live=vectors["live"].numpy(),
@@ -713,11 +689,7 @@ def _plain_story(story: AlertStory) -> AlertStory:
 
 
 def rules_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the rules that the settings of a run switch on; none where they do not tell.
-
-    Args:
-        settings: of the run, as ``run.json`` has them.
-    """
+    """Names of the rules that the settings of a run switch on; none where they do not tell."""
     alerts = settings.get("alerts")
     found = alerts.items() if isinstance(alerts, Mapping) else ()
     return tuple(str(name) for name, rule in found if isinstance(rule, Mapping) and rule.get("enabled", True))

@@ -41,13 +41,10 @@ def write_report(
     """Write the report page of a run.
 
     Args:
-        log: the run folder.
         path: of the page; its folder is made if missing.
         text: the text of any id, such as `VocabTable.text`; None knows only the tokens that the log names.
         limits: from where on a finding counts; None takes the defaults of `Limits`.
 
-    Returns:
-        The page's path.
 
     Raises:
         FileNotFoundError: if there is no run folder.
@@ -61,11 +58,8 @@ def write_page(page: str, path: str | Path) -> Path:
     """Write a rendered page so that no reader sees half of it.
 
     Args:
-        page: what `render` gave.
         path: of the file; its folder is made if missing.
 
-    Returns:
-        The path.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,8 +71,6 @@ def render(first: PageData, second: PageData | None = None, *, limits: Limits | 
     """The page as text.
 
     Args:
-        first: a run or scan.
-        second: another one to compare with.
         limits: from where on a finding counts; None takes the defaults of `Limits`.
     """
     limits = limits or Limits()

@@ -80,12 +80,7 @@ def beside_label(kind: str) -> str:
 
 
 def verdict_of(data: PageData, limits: Limits) -> Verdict:
-    """What was lost, in one sentence, and whether it is more than allowed.
-
-    Args:
-        data: a run or scan.
-        limits: from where on a finding counts.
-    """
+    """What was lost, in one sentence, and whether it is more than allowed."""
     row = next((row for row in data.table if row.kind == "all"), None)
     forgotten = None if row is None or row.retained is None else 1.0 - row.retained
     degraded = None if row is None else row.below_95
@@ -116,7 +111,6 @@ def at_end(data: PageData, group: str = "all") -> float | None:
     """Share in [0, 1] of live head rows that will be below 0.95 at the end, by the last check's forecast.
 
     Args:
-        data: a run or scan.
         group: one of its groups, or ``all``.
 
     Returns:
@@ -153,12 +147,7 @@ def key_numbers(data: PageData) -> tuple[tuple[str, str], ...]:
 
 
 def as_json(data: PageData, limits: Limits) -> dict[str, Any]:
-    """The verdict and the key numbers as values that JSON can hold; null for what was not measured.
-
-    Args:
-        data: a run or scan.
-        limits: from where on a finding counts.
-    """
+    """The verdict and the key numbers as values that JSON can hold; null for what was not measured."""
     verdict = verdict_of(data, limits)
     rows = {kind: {row.label: _row(data, row) for row in data.table if row.kind == kind} for kind in ("group", "class")}
     whole = next((_row(data, row) for row in data.table if row.kind == "all"), {})
@@ -202,7 +191,6 @@ def _counted(data: PageData, share: float | None, bar: float | None = None) -> s
     """A share of the live tokens, and how many these are.
 
     Args:
-        data: a run or scan.
         share: in [0, 1]; None gives None.
         bar: where the share is of rows with a cosine below it.
     """

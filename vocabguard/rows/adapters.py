@@ -67,11 +67,9 @@ class AdaptedRows:
     """The rows as the forward pass uses them: those of a frozen base with the active adapters on them.
 
     Attributes:
-        kind: of adapter, in words.
         base: (V, width) parameter beneath.
         updates: of the active adapters; none where they are merged or disabled.
         replaced: of the active adapters; none where they are merged or disabled.
-        trained: parameters of the adapters.
     """
 
     kind: str
@@ -118,8 +116,6 @@ def updated_rows(
 
     Args:
         base: (n, width) float32, the rows ``part`` of the base.
-        part: which rows they are.
-        updates: first to last.
         lengths: of each update `column_lengths`, or None where its lengths are not those of columns.
 
     Returns:

@@ -146,10 +146,6 @@ class _Behind:
 class FileBaseline(RowReader):
     """One tensor of a safetensors file; pages that have been read are unmapped again, so that memory stays small.
 
-    Args:
-        path: the file.
-        key: the tensor's name in it.
-
     Raises:
         ValueError: for a file that cannot be read, or a tensor that is missing, not 2-D, empty or not of floats.
     """
@@ -248,9 +244,7 @@ def save_baseline(baseline: Baseline, path: str | Path, key: str) -> FileBaselin
     """Write the rows into a safetensors file of their own.
 
     Args:
-        baseline: the rows.
         path: the file; its folder must exist. Replaced if it is there.
-        key: the tensor's name in it.
 
     Returns:
         The baseline as read from the file, whose `reference` outlives the process.
@@ -308,8 +302,6 @@ def check_rows(what: str, shape: tuple[int, ...], dtype: str, is_float: bool) ->
     """Refuse what is no matrix of rows.
 
     Args:
-        what: named in the message.
-        shape: of the tensor.
         dtype: as it is called where it was found.
         is_float: whether that is one of 16 bits or more.
 

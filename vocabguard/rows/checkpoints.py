@@ -41,7 +41,6 @@ class Checkpoint:
     """The vocabulary rows of one checkpoint.
 
     Attributes:
-        path: where it lies.
         head: the output rows, or why there are none.
         embedding: the input rows, or why there are none.
         keys: the tensors' names, as far as there are tensors of their own.
@@ -201,7 +200,6 @@ class AdaptedBaseline(RowReader):
     """Rows of a base with an adapter on them, in float32 as the forward pass adds them up.
 
     Attributes:
-        base: the rows beneath.
         updates: LoRA's and DoRA's.
         replaced: trained tokens.
     """
@@ -236,7 +234,6 @@ def _open_adapter(folder: Path, base: Checkpoint) -> Checkpoint:
 
     Args:
         folder: with ``adapter_config.json`` and the adapter's tensors.
-        base: the model that it was trained on.
 
     Returns:
         A checkpoint whose rows are `AdaptedBaseline` or, saved as a whole, rows of the adapter's own file. Rows that

@@ -24,7 +24,6 @@ class VocabMatrix:
     kept: each property asks the model again. Rows with an adapter on them are those that the forward pass uses.
 
     Attributes:
-        name: ``head`` or ``embedding``.
         model: the model that holds it, without wrappers such as DistributedDataParallel.
         path: dotted name of its module; None asks the model.
         other_path: the same for the other matrix, to tell whether they are tied.
@@ -143,9 +142,6 @@ class VocabMatrix:
 
     def chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
         """Walk over the rows; of a matrix that is spread over processes, those of this one.
-
-        Args:
-            size: rows a chunk; the last may be shorter.
 
         Yields:
             The rows' slice and a detached (<= size, width) view of them, in the parameter's dtype and on its device.

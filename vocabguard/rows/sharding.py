@@ -100,7 +100,6 @@ class ShardBaseline:
 
     Args:
         tensor: (n, width), on the CPU.
-        shard: which rows they are.
         rows: V.
     """
 

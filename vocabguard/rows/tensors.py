@@ -99,12 +99,7 @@ class SafetensorsStore:
 
 
 class LoadedStore:
-    """Tensors that ``torch.load`` has mapped.
-
-    Args:
-        tensors: by name.
-        path: for messages.
-    """
+    """Tensors that ``torch.load`` has mapped."""
 
     def __init__(self, tensors: Mapping[str, Tensor], path: Path) -> None:
         self.tensors, self.path = dict(tensors), path

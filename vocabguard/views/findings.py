@@ -27,8 +27,6 @@ class Story:
     """Lines of the run log as people read them.
 
     Attributes:
-        sentence: what was found.
-        columns: headings of the table.
         rows: its cells; none where the sentence says all.
     """
 
@@ -46,12 +44,7 @@ class Story:
 
 
 def confusion_finding(step: int, counts: ConfusionCounts) -> Finding:
-    """Answers in many languages.
-
-    Args:
-        step: the optimizer step.
-        counts: of all answers.
-    """
+    """Answers in many languages."""
     shares = summarise_confusion(counts)
     answers = dict(zip(counts.languages, counts.counts[:, 0].tolist(), strict=True))
     line = {"answers": answers, "shares": shares, "into": confusion_matrix(counts)}
@@ -59,14 +52,7 @@ def confusion_finding(step: int, counts: ConfusionCounts) -> Finding:
 
 
 def neighbors_finding(step: int, name: MatrixName, found: Neighborhoods, table: VocabTable) -> Finding:
-    """The nearest rows of some tokens, then and now.
-
-    Args:
-        step: the optimizer step.
-        name: whose rows.
-        found: the neighbours.
-        table: texts and groups.
-    """
+    """The nearest rows of some tokens, then and now."""
     overlap = found.overlap.tolist()
     lines = []
     for place, token in enumerate(found.ids.tolist()):
@@ -77,12 +63,7 @@ def neighbors_finding(step: int, name: MatrixName, found: Neighborhoods, table: 
 
 
 def body_finding(step: int, found: HeadOrBody) -> Finding:
-    """Where forgotten tokens were lost.
-
-    Args:
-        step: the optimizer step.
-        found: which came back with the base's rows.
-    """
+    """Where forgotten tokens were lost."""
     line = {**found.counts, "ids": found.ids.tolist(), "with_head": found.with_head.tolist()}
     line["with_rows"] = found.with_rows.tolist()
     return _finding("head_or_body", step, [line])

@@ -20,7 +20,6 @@ class Column:
     """One column.
 
     Attributes:
-        name: its heading.
         words: whether it holds words, which go to the left and wrap between them, instead of numbers.
         spare: columns with the highest are left out first where all do not fit; 0 is always there.
     """
@@ -35,9 +34,7 @@ class Grid:
     """A table whose columns are chosen by the width that there is.
 
     Attributes:
-        columns: all of them.
         rows: their cells; texts are taken as they are, without markup.
-        styles: of each row.
         ends: rows with a line below them.
     """
 

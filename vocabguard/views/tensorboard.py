@@ -79,8 +79,6 @@ class TensorBoardView:
 
     Args:
         writer: a ``SummaryWriter``; Lightning's ``TensorBoardLogger.experiment`` is one.
-        table: groups and live tokens.
-        histogram: whether to write the histograms.
         owned: whether `close` closes the writer, and whether a layout of charts is written, of which a writer has one.
     """
 
@@ -160,11 +158,6 @@ def open_view(folder: str | Path, *, table: VocabTable, histogram: bool = True) 
     """A view with an event file of its own in `folder`, made if it is missing.
 
     Use a folder beside the trainer's event file, not the same one: TensorBoard reads one live file a folder.
-
-    Args:
-        folder: where the event file goes.
-        table: groups and live tokens.
-        histogram: whether to write the histograms.
     """
     # Imported here: it costs a second that a run without TensorBoard need not spend.
     from torch.utils.tensorboard import SummaryWriter

@@ -1,0 +1,198 @@
+"""What several commands share: options, tokenizers, pairs of checkpoints, progress bars."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from torch import Tensor
+
+from vocabguard.cli.app import InputError
+from vocabguard.compare.matching import folder_tokenizer
+from vocabguard.compare.scan import Scan, scan
+from vocabguard.data.counts import read_counts
+from vocabguard.files import one_line
+from vocabguard.rows.checkpoints import Checkpoint, open_checkpoint
+
+Base = Annotated[str, typer.Argument(help="The model before training: a folder, .safetensors, .bin or .ckpt.")]
+Tuned = Annotated[str, typer.Argument(help="The model after training: the same, or a PEFT adapter's folder.")]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(help="Folder of the tokenizer, where neither model's folder has one (or another is meant)."),
+]
+HeadKey = Annotated[str | None, typer.Option("--head", help="Name of the output rows' tensor, if it is unusual.")]
+EmbeddingKey = Annotated[str | None, typer.Option("--embedding", help="Name of the input rows' tensor.")]
+Coverage = Annotated[str | None, typer.Option(help="Targets of the training data, from `vocabguard coverage`.")]
+Run = Annotated[str | None, typer.Option(help="Run folder of the guarded training: its counts of targets.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def check_threshold(threshold: float | None) -> None:
+    """Refuse what is no share.
+
+    Raises:
+        InputError: with the value.
+    """
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise InputError(f"--threshold is {threshold}; allowed: a share from 0 to 1")
+
+
+def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
+    """A tokenizer for a command.
+
+    Args:
+        name: a folder, or a name on the hub.
+        chat_template: file of a template to use instead of its own.
+
+    Raises:
+        InputError: if either cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet("huggingface_hub", "transformers"):  # they tell of each try to reach the hub
+            loaded = AutoTokenizer.from_pretrained(name)
+        usable = bool(loaded.get_vocab())
+    except Exception as error:  # by kind of damage, of many types
+        raise InputError(f"{name}: cannot be loaded as a tokenizer ({one_line(error, 400)})") from error
+    if not usable:
+        raise InputError(f"{name}: a tokenizer without any token")
+    if chat_template is not None:
+        try:
+            loaded.chat_template = chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{chat_template}: cannot be read as a chat template ({one_line(error, 400)})") from error
+    return loaded
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two checkpoints and what is known about their vocabulary.
+
+    Attributes:
+        base_tokenizer: the base's own; None where one tokenizer is taken for both.
+        tokenizer: of the tuned vocabulary; None if there is none.
+        data_target: (V,) int64, or None.
+    """
+
+    base: Checkpoint
+    tuned: Checkpoint
+    base_tokenizer: Any
+    tokenizer: Any
+    data_target: Tensor | None
+
+
+def open_pair(
+    base: str,
+    tuned: str,
+    tokenizer: str | None = None,
+    head: str | None = None,
+    embedding: str | None = None,
+    coverage: str | None = None,
+    run: str | None = None,
+) -> Pair:
+    """Open what the commands about two checkpoints take.
+
+    Raises:
+        InputError: for anything that cannot be used.
+    """
+    if coverage is not None and run is not None:
+        raise InputError("--coverage and --run are both given; allowed: one source of counts")
+    asked = {"head": head, "embedding": embedding}
+    keys: Any = {name: key for name, key in asked.items() if key is not None}
+    try:
+        before = open_checkpoint(base, keys=keys)
+        after = open_checkpoint(tuned, keys=keys, base=before)
+        if tokenizer is not None:
+            own, other = folder_tokenizer(tokenizer), None
+            if own is None:
+                raise InputError(f"--tokenizer {tokenizer}: no tokenizer in this folder")
+        else:
+            own, other = folder_tokenizer(tuned), folder_tokenizer(base)
+        counts, rows = coverage or run, after.rows or before.rows
+        return Pair(before, after, other, own or other, None if counts is None else read_counts(counts, rows))
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from error
+
+
+def measured(pair: Pair) -> Scan:
+    """Scan a pair, with a progress bar on standard error.
+
+    Raises:
+        InputError: if the two do not fit each other.
+    """
+    try:
+        with progress_bars() as progress:
+            return scan(
+                pair.base,
+                pair.tuned,
+                base_tokenizer=pair.base_tokenizer,
+                tokenizer=pair.tokenizer,
+                data_target=pair.data_target,
+                progress=progress,
+            )
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+@contextmanager
+def progress_bars(*more: ProgressColumn) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar a name on standard error, where that is a terminal; gives what to call with name, done and total."""
+    with _progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *more) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(name: str, done: int, total: int) -> None:
+            if bars is not None:
+                if name not in tasks:
+                    tasks[name] = bars.add_task(name, total=total)
+                bars.update(tasks[name], completed=done)
+
+        yield tell
+
+
+@contextmanager
+def row_progress() -> Iterator[Callable[[int], None]]:
+    """A count on standard error, where that is a terminal; gives what to call with the number of rows done."""
+    with _progress(SpinnerColumn(), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn()) as bars:
+        task = None if bars is None else bars.add_task("", total=None)
+        yield lambda rows: None if bars is None or task is None else bars.advance(task, rows)
+
+
+@contextmanager
+def _progress(*columns: ProgressColumn) -> Iterator[Progress | None]:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        # Not a disabled bar: older versions of rich end that one with an empty line.
+        yield None
+        return
+    with Progress(*columns, console=console, transient=True) as bars:
+        yield bars
+
+
+@contextmanager
+def _quiet(*loggers: str) -> Iterator[None]:
+    """Let these loggers tell of errors only."""
+    found = [(logging.getLogger(name), logging.getLogger(name).level) for name in loggers]
+    for logger, _ in found:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in found:
+            logger.setLevel(level)
