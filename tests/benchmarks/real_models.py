@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
+from vocabguard.files import one_line
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.measure.probe import stratified_sample
 from vocabguard.results import EXPOSURE_CLASSES
-from vocabguard.rows.checkpoints import one_line
 from vocabguard.vocabulary.table import VocabTable, build_table
 
 TOKENS, SAMPLE_SEED = 512, 11
