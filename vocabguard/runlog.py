@@ -97,7 +97,7 @@ class RunWriter:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        meta: dict[str, Any] = {"schema": SCHEMA, "vocabguard": _version(), "created": now, "resumed": []}
+        meta: dict[str, Any] = {"schema": SCHEMA, "vocabguard": installed_version(), "created": now, "resumed": []}
         if (self.folder / _META).exists():
             old = _read_meta(self.folder)
             if old["groups"] != list(groups):
@@ -298,7 +298,8 @@ def _named(prefix: str, source: object, names: Sequence[str]) -> dict[str, Tenso
     return {f"{prefix}/{name}": getattr(source, name) for name in names}
 
 
-def _version() -> str | None:
+def installed_version() -> str | None:
+    """This package's version; None where it is not installed."""
     try:
         return metadata.version("vocabguard")
     except metadata.PackageNotFoundError:

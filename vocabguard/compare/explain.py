@@ -21,6 +21,7 @@ from vocabguard.measure.undertrained import unused_distances
 from vocabguard.protect.prompts import render_context
 from vocabguard.results import DEGRADED, MatrixName, NotApplicable, ProbeResult
 from vocabguard.rows.baselines import Baseline
+from vocabguard.rows.tensors import MATRICES
 
 CONTEXTS = {
     "repeat": "Repeat this: {tokens}",
@@ -194,9 +195,6 @@ def _emission(result: ProbeResult, scan: Scan, token: int) -> Emission:
     )
 
 
-_MATRICES: tuple[MatrixName, ...] = ("head", "embedding")
-
-
 @dataclass(frozen=True)
 class Sides:
     """The rows of both sides in the order of the tuned vocabulary, and the models if they could be loaded.
@@ -218,8 +216,8 @@ class Sides:
     def of(cls, scan: Scan, models: tuple[nn.Module, nn.Module] | str) -> Sides:
         """From a scan, with both models or why there are none."""
         own = torch.arange(len(scan.table))
-        base = {name: fitted(scan.base.matrix(name), scan.match.base_ids) for name in _MATRICES}
-        tuned = {name: fitted(scan.tuned.matrix(name), own) for name in _MATRICES}
+        base = {name: fitted(scan.base.matrix(name), scan.match.base_ids) for name in MATRICES}
+        tuned = {name: fitted(scan.tuned.matrix(name), own) for name in MATRICES}
         if isinstance(models, str):
             return cls(scan, base, tuned, None, None, models)
         return cls(scan, base, tuned, *models, None)
@@ -239,7 +237,7 @@ def story(sides: Sides, tokenizer: Any, token: int, contexts: Sequence[PromptCon
         ``data_target``, ``kind``, ``diagnosis``, ``advice``.
     """
     scan = sides.scan
-    rows = {name: row_facts(scan, name, sides.base[name], token) for name in _MATRICES}
+    rows = {name: row_facts(scan, name, sides.base[name], token) for name in MATRICES}
     emission = _asked(sides, token, contexts)
     found: dict[str, Any] = {
         "id": token,

@@ -56,17 +56,8 @@ class ReorderedRows(RowReader):
     """
 
     def __init__(self, base: Baseline, ids: Tensor) -> None:
+        super().__init__(len(ids), base.width)
         self.base, self.ids = base, torch.where(ids < base.rows, ids, -1)
-
-    @property
-    def rows(self) -> int:
-        """V of the tuned vocabulary."""
-        return len(self.ids)
-
-    @property
-    def width(self) -> int:
-        """Elements a row."""
-        return self.base.width
 
     def chunk(self, part: slice) -> Tensor:
         """Rows ``part``: (n, width) on the CPU, in the base's dtype, new."""

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vocabguard.data.encode import Batch, Loss, Source, TargetEncoder, TurnTally
-from vocabguard.data.readers import Example
+from vocabguard.data.readers import Example, in_chunks
 from vocabguard.files import write_file
 from vocabguard.measure.exposure import CLASS_STARTS, exposure_classes
 from vocabguard.results import EXPOSURE_CLASSES
@@ -249,8 +248,7 @@ def _count_batches(batches: Sequence[Batch], turns: TurnTally) -> _Counted:
 
 
 def _counted(examples: Iterable[Example], tokenizer: Any, options: dict[str, Any], workers: int) -> Iterator[_Counted]:
-    remaining = iter(examples)
-    chunks = iter(lambda: tuple(islice(remaining, CHUNK)), ())
+    chunks = in_chunks(examples, CHUNK)
     encoder = TargetEncoder(tokenizer, **options)  # wrong options are refused here, not in a worker that then breaks
     if workers == 1:
         return _counted_here(chunks, encoder)

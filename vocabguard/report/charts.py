@@ -219,6 +219,12 @@ _TARGETS = (0, 1, 2, 5, 10, 20, 50, 100, 1000)
 _TARGET_LABELS = ("0", "1", "2-4", "5-9", "10-19", "20-49", "50-99", "100-999", "1000+")
 _WIDE, _HIGH = 380.0, 220.0
 
+SHOWN = 8
+"""Groups that have a figure of their forecast."""
+
+# Share of a run from which on its forecast is judged.
+_EARLY = 0.1
+
 
 def histograms(first: PageData, second: PageData | None = None) -> tuple[Figure, ...]:
     """Histograms of the cosines: of all live rows, then of each group, in the table's order; one scale for all.
@@ -230,7 +236,8 @@ def histograms(first: PageData, second: PageData | None = None) -> tuple[Figure,
     shown = [data for data in (first, second) if data is not None and _cosines(data).size]
     if not shown or shown[0] is not first:
         return ()
-    low = min(_lowest_shown(_cosines(data)) for data in shown)
+    # All but the lowest 0.2 %, and always far enough to show the bar at 0.95.
+    low = min(_floor(min(float(np.quantile(_cosines(data), 0.002)), 0.94)) for data in shown)
     edges = _edges(low)
     labels = [row.label for row in first.table if row.kind != "class" and first.sizes.get(row.label)]
     return tuple(_histogram(label, shown, edges) for label in labels)
@@ -282,10 +289,7 @@ def length_figure(first: PageData, second: PageData | None = None) -> Figure | N
     counted = [_shares(lengths, edges) for lengths in shown]
     top = max(float(shares.max()) for shares in counted)
     plot = Plot(2 * _WIDE, _HIGH, (0.0, longest), (0.0, math.sqrt(top)), left=10.0, right=10.0, bottom=36.0)
-    marks = _bars(plot, counted[0], edges, shown[0].size, degraded=-math.inf)
-    if len(counted) == 2:
-        marks.append(Mark("path", "outline", d=_outline(plot, counted[1], edges)))
-    marks.append(Mark("line", "axis", plot.left, plot.base, plot.width - plot.right, plot.base))
+    marks = _bars(plot, counted, edges, shown[0].size, degraded=-math.inf)
     words = plot.x_labels(ticks(0.0, longest, 8), lambda value: f"{value:g}")
     words.append(Word(plot.width / 2, plot.height - 2, "L2 of row now minus base row"))
     middle, last = (float(value) for value in np.quantile(shown[0], (0.5, 0.99)))
@@ -317,11 +321,6 @@ def _cosines(data: PageData, label: str = "all") -> NDArray[np.float32]:
     return found
 
 
-def _lowest_shown(cosines: NDArray[np.float32]) -> float:
-    """Left end of the histograms: under all but the lowest 0.2 %, and always far enough to show the bar at 0.95."""
-    return _floor(min(float(np.quantile(cosines, 0.002)), 0.94))
-
-
 def _edges(low: float, most: int = 50) -> NDArray[np.float64]:
     """Edges of at most about `most` bins from `low` or a little lower up to 1, one of them exactly at 0.95."""
     width = next((width for width in (0.001, 0.0025, 0.005, 0.01, 0.025) if (1 - low) / width <= most), 0.05)
@@ -335,21 +334,17 @@ def _floor(cosine: float) -> float:
 
 def _histogram(label: str, shown: Sequence[PageData], edges: NDArray[np.float64]) -> Figure:
     counted = [_shares(_cosines(data, label), edges) for data in shown]
-    top = max(float(shares.max()) for shares in counted) or 1.0
+    size, top = _cosines(shown[0], label).size, max(float(shares.max()) for shares in counted) or 1.0
     # Heights by the square root: most rows have hardly moved, and the few that have are what one looks for.
     plot = Plot(
         260.0, 120.0, (float(edges[0]), 1.0), (0.0, math.sqrt(top)), left=10.0, right=10.0, top=8.0, bottom=22.0
     )
-    marks = _bars(plot, counted[0], edges, _cosines(shown[0], label).size)
-    if len(counted) == 2:
-        marks.append(Mark("path", "outline", d=_outline(plot, counted[1], edges)))
-    marks.append(Mark("line", "axis", plot.left, plot.base, plot.width - plot.right, plot.base))
+    marks = _bars(plot, counted, edges, size)
     marks.append(Mark("line", "bar95", plot.at_x(DEGRADED), plot.top - 4, plot.at_x(DEGRADED), plot.base))
     words = [Word(plot.at_x(v), plot.base + 15, f"{v:g}") for v in ticks(float(edges[0]), 1.0, 4) if v != 1.0]
     words.append(Word(plot.width - 4, plot.base + 15, "1", "end"))
     lost = [f"{percent(_below(_cosines(data, label)))} below 0.95" for data in shown]
     note = lost[0] if len(lost) == 1 else f"A {lost[0]}, B {lost[1]}"
-    size = _cosines(shown[0], label).size
     title = f"{label_of(label)}, {size:,}"
     return Figure(title, f"{size:,} tokens: {note}", plot.width, plot.height, tuple(marks), tuple(words), note=note)
 
@@ -365,24 +360,26 @@ def _below(cosines: NDArray[np.float32]) -> float | None:
 
 
 def _bars(
-    plot: Plot, shares: NDArray[np.float64], edges: NDArray[np.float64], rows: int, degraded: float = DEGRADED
+    plot: Plot,
+    counted: Sequence[NDArray[np.float64]],
+    edges: NDArray[np.float64],
+    rows: int,
+    degraded: float = DEGRADED,
 ) -> list[Mark]:
+    """The first shares as bars, the second as an outline, and the axis."""
     marks = []
-    for share, left, right in zip(shares.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+    for share, left, right in zip(counted[0].tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         if share > 0:
             x, high = plot.at_x(left), max(1.0, plot.base - plot.at_y(math.sqrt(share)))
             style = "bar low" if (left + right) / 2 < degraded else "bar"
             title = f"{left:.3f} to {right:.3f}: {round(share * rows):,} tokens"
             wide = round(plot.at_x(right) - x - 0.5, 1)
             marks.append(Mark("rect", style, x, round(plot.base - high, 1), wide, round(high, 1), title=title))
-    return marks
-
-
-def _outline(plot: Plot, shares: NDArray[np.float64], edges: NDArray[np.float64]) -> str:
-    parts = [f"M{plot.at_x(edges[0])} {plot.base}"]
-    for share, right in zip(shares.tolist(), edges[1:].tolist(), strict=True):
-        parts.append(f"V{plot.at_y(math.sqrt(share))}H{plot.at_x(right)}")
-    return "".join([*parts, f"V{plot.base}"])
+    for shares in counted[1:]:
+        steps = zip(shares.tolist(), edges[1:].tolist(), strict=True)
+        line = "".join(f"V{plot.at_y(math.sqrt(share))}H{plot.at_x(right)}" for share, right in steps)
+        marks.append(Mark("path", "outline", d=f"M{plot.at_x(edges[0])} {plot.base}{line}V{plot.base}"))
+    return [*marks, Mark("line", "axis", plot.left, plot.base, plot.width - plot.right, plot.base)]
 
 
 @dataclass(frozen=True)
@@ -429,9 +426,6 @@ def _bar_95(plot: Plot) -> Mark:
 
 def _name(place: int, runs: int) -> str:
     return f"run {'AB'[place]}, " if runs == 2 else ""
-
-
-_WIDE, _HIGH = 380.0, 220.0
 
 
 @dataclass(frozen=True)
@@ -550,7 +544,9 @@ def _timeline(panel: _Panel, first: PageData, second: PageData | None) -> Figure
     marks, words = plot.grid(ticks(low, high), tick_percent if panel.label is percent else panel.label)
     words += plot.step_labels()
     if second is None:
-        marks += alert_lines(plot, [alert for alert in first.alerts if _ours(alert.metric, panel.keys)])
+        marks += alert_lines(
+            plot, [alert for alert in first.alerts if alert.metric.removeprefix("vocabguard/") in panel.keys]
+        )
     for one in series:
         marks += line_marks(plot, one, panel.label)
     legend = tuple((one.style, one.name) for one in series) if len(series) > 1 or second is not None else ()
@@ -567,10 +563,6 @@ def alert_lines(plot: Plot, alerts: Sequence[Transition]) -> list[Mark]:
     ]
 
 
-def _ours(metric: str, keys: Sequence[str]) -> bool:
-    return metric.removeprefix("vocabguard/") in keys
-
-
 def _span(values: Sequence[float], label: Label) -> tuple[float, float]:
     """Lowest and highest value of an axis that holds all values, with a little room; a share stays within [0, 1]."""
     low, high = min(values), max(values)
@@ -582,13 +574,6 @@ def _span(values: Sequence[float], label: Label) -> tuple[float, float]:
 
 def _short(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 10 else f"{value:,.1f}"
-
-
-SHOWN = 8
-"""Groups that have a figure of their own."""
-
-_WIDE, _HIGH = 380.0, 220.0
-_EARLY = 0.1
 
 
 def forecast_figures(data: PageData) -> tuple[Figure, ...]:

@@ -30,6 +30,7 @@ from vocabguard.results import (
     Watch,
     WatchedMatrix,
 )
+from vocabguard.rows.tensors import MATRICES
 from vocabguard.runlog import NOTES, RunLog
 from vocabguard.text import ReportRow, listed, number, report_rows, visible, watch_sentences
 from vocabguard.views.findings import Story, story_of
@@ -304,7 +305,7 @@ def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
     last: Mapping[str, Any] = checks[-1] if checks else {}
     known, written = _texts(checks), log.texts()
     say = text or (lambda token: "".join(written[token : token + 1]) or known.get(token, f"<row {token}>"))
-    result = _result(scalars, last)
+    result = _result(scalars)
     tied = isinstance(watch.head, WatchedMatrix) and watch.head.tied
     both = matrix == "head" and not tied and "embedding/cosine_mean" in scalars
     return PageData(
@@ -415,17 +416,16 @@ def _unforeseen(last: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _measured(scalars: Mapping[str, float]) -> MatrixName | None:
-    names: tuple[MatrixName, ...] = ("head", "embedding")
     return next(
-        (name for name in names if f"{name}/nonfinite_rows" in scalars or f"{name}/cosine_mean" in scalars), None
+        (name for name in MATRICES if f"{name}/nonfinite_rows" in scalars or f"{name}/cosine_mean" in scalars), None
     )
 
 
-def _result(scalars: Mapping[str, float], last: Mapping[str, Any]) -> CheckResult:
-    """The check as `report_rows` reads it, which looks at the scalars alone."""
-    gone = NotApplicable("rows are read apart")
+def _result(scalars: Mapping[str, float]) -> CheckResult:
+    """A check as `report_rows` reads it, which looks at the scalars alone."""
+    gone = NotApplicable("only the numbers are read")
     named = {_PREFIX + key: value for key, value in scalars.items()}
-    return CheckResult(int(last.get("step", 0)), gone, gone, gone, torch.empty(0, dtype=torch.uint8), None, named)
+    return CheckResult(0, gone, gone, gone, torch.empty(0, dtype=torch.uint8), None, named)
 
 
 def _rows(vectors: Mapping[str, Tensor], step: int | None, matrix: MatrixName | None, groups: int) -> RowNumbers | None:
@@ -535,9 +535,6 @@ def _flat(settings: Any, before: str = "") -> dict[str, str]:
     return {key: value for name, inner in settings.items() for key, value in _flat(inner, f"{before}{name}.").items()}
 
 
-_MATRICES: tuple[MatrixName, ...] = ("head", "embedding")
-
-
 def scan_data(path: str | Path, top: int = TOP) -> PageData:
     """What a file of `vocabguard.compare.summary.save_scan` says, as the page needs it.
 
@@ -559,7 +556,7 @@ def _scan_data(
 ) -> PageData:
     names, matrix = _group_names(path), found["judged"]
     rows = _scan_rows(vectors, matrix)
-    scalars = {key: value for name in _MATRICES for key, value in _scan_flat(name, found[name])}
+    scalars = {key: value for name in MATRICES for key, value in _scan_flat(name, found[name])}
     tied = found["tied"]["base"] and found["tied"]["tuned"]
     both = matrix == "head" and not tied and "embedding/cosine_mean" in scalars
 
@@ -574,8 +571,8 @@ def _scan_data(
         names=names,
         matrix=matrix,
         live=int(found["tokens"]["live"]),
-        table=_table(scalars, names, matrix),
-        embedding=_table(scalars, names, "embedding") if both else (),
+        table=report_rows(_result(scalars), names, matrix),
+        embedding=report_rows(_result(scalars), names, "embedding") if both else (),
         sizes=sizes_of(rows, names),
         scalars=scalars,
         rows=rows,
@@ -619,19 +616,12 @@ def _scan_flat(name: str, numbers: Mapping[str, Any]) -> Iterator[tuple[str, flo
                 yield f"{name}/{part}/{key}" if part else f"{name}/{key}", float(value)
 
 
-def _table(scalars: Mapping[str, float], names: tuple[str, ...], matrix: MatrixName | None) -> tuple[ReportRow, ...]:
-    gone = NotApplicable("only the numbers are read")
-    named = {f"vocabguard/{key}": value for key, value in scalars.items()}
-    result = CheckResult(0, gone, gone, gone, torch.empty(0, dtype=torch.uint8), None, named)
-    return report_rows(result, names, matrix)
-
-
 def _about(found: Mapping[str, Any]) -> tuple[str, ...]:
     tokens, matched = found["tokens"], found["matched"]
     said = [f"Base: {found['base']}", f"Tuned: {found['tuned']}"]
     said += [
         f"{name.capitalize()} not applicable: {found[name]['not_applicable']}."
-        for name in _MATRICES
+        for name in MATRICES
         if "not_applicable" in found[name]
     ]
     added = f"; {matched['added']:,} have no base row, {matched['removed']:,} of the base are gone"

@@ -13,7 +13,6 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from vocabguard.report.charts import exposure_figure, forecast_figures, histogra
 from vocabguard.report.compare import compare
 from vocabguard.report.data import EchoDone, PageData, TextOf, TokenLine, run_data
 from vocabguard.report.sentences import Limits, at_end, beside_label, key_numbers, label_of, verdict_of
-from vocabguard.runlog import RunLog
+from vocabguard.runlog import RunLog, installed_version
 from vocabguard.text import WORST_COLUMNS, number, percent, token_cells, visible
 
 # Controls that HTML forbids or that reorder the text around them, and halves of surrogate pairs, which UTF-8 has not.
@@ -93,7 +92,7 @@ def render(first: PageData, second: PageData | None = None, *, limits: Limits | 
             lengths=length_figure(first, second),
             forecasts=forecast_figures(first) if second is None else (),
             timelines=timelines(first, second),
-            version=_version(),
+            version=installed_version() or "",
         )
     )
 
@@ -205,10 +204,3 @@ def _part(name: str) -> str:
 
 def _hash(part: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(part.encode('utf-8')).digest()).decode('ascii')}"
-
-
-def _version() -> str:
-    try:
-        return metadata.version("vocabguard")
-    except metadata.PackageNotFoundError:
-        return ""
