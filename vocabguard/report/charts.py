@@ -1,4 +1,4 @@
-"""The report page's figures of the rows: cosines by group, drift against exposure, lengths of the displacements."""
+"""The report page's figures: the rows, the course of the run, what was forecast."""
 
 from __future__ import annotations
 
@@ -118,10 +118,8 @@ class Plot:
     def x_labels(self, values: Sequence[float], label: Label) -> list[Word]:
         """Labels under the horizontal axis; the outermost two stay inside the figure."""
         words = [Word(self.at_x(v), self.base + 16, label(v)) for v in values]
-        if len(words) > 1:
-            words[-1] = (
-                replace(words[-1], anchor="end", x=self.width - 2) if words[-1].x > self.width - 24 else words[-1]
-            )
+        if len(words) > 1 and words[-1].x > self.width - 24:
+            words[-1] = replace(words[-1], anchor="end", x=self.width - 2)
         return words
 
     def step_labels(self) -> list[Word]:
@@ -217,6 +215,7 @@ def thinned(xs: Sequence[int], ys: Sequence[float], most: int = 240) -> tuple[li
 # Left edges of the bins of data targets, and their labels.
 _TARGETS = (0, 1, 2, 5, 10, 20, 50, 100, 1000)
 _TARGET_LABELS = ("0", "1", "2-4", "5-9", "10-19", "20-49", "50-99", "100-999", "1000+")
+_PREFIX = "vocabguard/"
 _WIDE, _HIGH = 380.0, 220.0
 
 SHOWN = 8
@@ -259,9 +258,9 @@ def exposure_figure(first: PageData, second: PageData | None = None) -> Figure |
     words += plot.x_labels(range(len(_TARGETS)), lambda place: _TARGET_LABELS[round(place)])
     words.append(Word(plot.left + (plot.width - plot.left) / 2, plot.height - 2, "data targets so far (tokens below)"))
     for place, of_one in enumerate(boxes):
-        shift, wide = (0.0, 0.28) if len(boxes) == 1 else ((-0.2, 0.2)[place], 0.17)
+        shift, wide, name = (0.0, 0.28, "") if len(boxes) == 1 else ((-0.2, 0.2)[place], 0.17, f"run {'AB'[place]}, ")
         for bin_, box in of_one.items():
-            marks += _box(plot, bin_ + shift, wide, box, f"b{place}", _name(place, len(boxes)))
+            marks += _box(plot, bin_ + shift, wide, box, f"b{place}", name)
     counts = boxes[0]
     words += [Word(plot.at_x(b), plot.base + 31, f"{box.count:,}", style="tick quiet") for b, box in counts.items()]
     marks.append(_bar_95(plot))
@@ -424,10 +423,6 @@ def _bar_95(plot: Plot) -> Mark:
     return Mark("line", "bar95" if plot.y[0] <= DEGRADED else "hidden", plot.left, y, plot.width - plot.right, y)
 
 
-def _name(place: int, runs: int) -> str:
-    return f"run {'AB'[place]}, " if runs == 2 else ""
-
-
 @dataclass(frozen=True)
 class _Panel:
     """One figure of the run's course: keys, and how values read."""
@@ -544,9 +539,7 @@ def _timeline(panel: _Panel, first: PageData, second: PageData | None) -> Figure
     marks, words = plot.grid(ticks(low, high), tick_percent if panel.label is percent else panel.label)
     words += plot.step_labels()
     if second is None:
-        marks += alert_lines(
-            plot, [alert for alert in first.alerts if alert.metric.removeprefix("vocabguard/") in panel.keys]
-        )
+        marks += alert_lines(plot, [one for one in first.alerts if one.metric.removeprefix(_PREFIX) in panel.keys])
     for one in series:
         marks += line_marks(plot, one, panel.label)
     legend = tuple((one.style, one.name) for one in series) if len(series) > 1 or second is not None else ()
@@ -668,7 +661,7 @@ def _alerts(alerts: Sequence[Transition], name: str, keys: Sequence[str]) -> lis
     found: list[Transition] = []
     naming: set[str] = set()
     for change in alerts:
-        metric = change.metric.removeprefix("vocabguard/")
+        metric = change.metric.removeprefix(_PREFIX)
         if metric in keys and not change.again:
             found.append(change)
         elif metric in (key.replace(f"/{name}/", "/*/") for key in keys):
