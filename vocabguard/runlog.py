@@ -75,7 +75,7 @@ def row_vectors(result: CheckResult, group: Tensor, live: Tensor) -> dict[str, T
 
 
 class RunWriter:
-    """Writes a run folder. Only the main process should hold one.
+    """Writes a run folder. Only the main process should hold one; before `start` it raises a RuntimeError.
 
     Args:
         folder: made if missing; a run that is already there is gone on with.
@@ -116,11 +116,7 @@ class RunWriter:
             write_file(self.folder / _TEXTS, json.dumps(list(texts)))
 
     def check(self, result: CheckResult) -> None:
-        """Append a check and its transitions.
-
-        Raises:
-            RuntimeError: before `start`.
-        """
+        """Append a check and its transitions."""
         attempt = self._started()
         line = {
             "attempt": attempt,
@@ -139,11 +135,7 @@ class RunWriter:
         append_line(self.folder / _CHECKS, line)
 
     def alerts(self, transitions: Sequence[Transition]) -> None:
-        """Append transitions.
-
-        Raises:
-            RuntimeError: before `start`.
-        """
+        """Append transitions."""
         attempt = self._started()
         for transition in transitions:
             append_line(self.folder / _ALERTS, {"attempt": attempt, **plain(transition)})
@@ -153,9 +145,6 @@ class RunWriter:
 
         Args:
             kind: the file's name, without ``.jsonl``; one of `NOTES`.
-
-        Raises:
-            RuntimeError: before `start`.
         """
         append_line(self.folder / f"{kind}.jsonl", {"attempt": self._started(), "step": step, **content})
 
@@ -166,9 +155,6 @@ class RunWriter:
             step: the optimizer step; a file of the same step is replaced.
             tensors: by name, e.g. from `row_vectors`.
 
-
-        Raises:
-            RuntimeError: before `start`.
         """
         attempt = self._started()
         path = self.folder / f"rows-{step}.safetensors"

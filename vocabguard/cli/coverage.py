@@ -53,11 +53,6 @@ def coverage(
     found: every data set leaves most of a vocabulary out, and only you know what share is too much.
 
     Exit code 0: fine; 1: a larger share than the threshold allows; 2: bad input.
-
-    \f
-    Raises:
-        InputError: for input that cannot be used; `main` prints it and ends with 2.
-        typer.Exit: with 1, for findings.
     """
     _check_ranges(threshold, top, workers)
     loaded = load_tokenizer(tokenizer, chat_template)

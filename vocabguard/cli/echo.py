@@ -45,10 +45,6 @@ def echo(
     merge when they are encoded again, and the share that survives is counted and said.
 
     Exit code 0: written; 2: bad input.
-
-    \f
-    Raises:
-        InputError: for input that cannot be used; `main` prints it and ends with 2.
     """
     if ids is None and chats is None:
         raise InputError("nothing to write; allowed: --ids FILE, --chats FILE or both")

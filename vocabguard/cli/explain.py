@@ -122,11 +122,6 @@ def explain(
     """Investigate single tokens: their rows, their neighbours, and whether they can still be said.
 
     Exit code 0: none is lost; 1: at least one is; 2: bad input.
-
-    \f
-    Raises:
-        InputError: for input that cannot be used; `main` prints it and ends with 2.
-        typer.Exit: with 1, for findings.
     """
     pair = common.open_pair(base, tuned, tokenizer, head, embedding, coverage, run)
     rows = pair.tuned.rows or pair.base.rows

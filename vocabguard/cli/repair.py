@@ -74,10 +74,6 @@ def repair(
     """Write a copy of TUNED in which lost tokens can be said again; BASE and TUNED are only read.
 
     Exit code 0: written; 2: bad input.
-
-    \f
-    Raises:
-        InputError: for input that cannot be used; `main` prints it and ends with 2.
     """
     _check_options(method, data, text)
     pair = common.open_pair(base, tuned, tokenizer, head, embedding, coverage, run)

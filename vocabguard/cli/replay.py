@@ -45,11 +45,6 @@ def replay(
     """Choose rows of CORPUS so that, mixed into the training data, every live token is a target --targets times.
 
     Exit code 0: written; 1: a larger share than the threshold allows stays in need; 2: bad input.
-
-    \f
-    Raises:
-        InputError: for input that cannot be used; `main` prints it and ends with 2.
-        typer.Exit: with 1, for findings.
     """
     check_threshold(threshold)
     loaded = load_tokenizer(tokenizer)

@@ -170,11 +170,6 @@ def scan(
     """Compare every vocabulary row of TUNED with BASE.
 
     Exit code 0: fine; 1: more live rows below cosine 0.95 than the threshold allows; 2: bad input.
-
-    \f
-    Raises:
-        InputError: for input that cannot be used; `main` prints it and ends with 2.
-        typer.Exit: with 1, for findings.
     """
     if out is not None and not out.parent.is_dir():
         raise InputError(f"--out {out}: the folder {out.parent} does not exist")

@@ -190,6 +190,11 @@ class PageData:
     settings: Mapping[str, str] = field(default_factory=dict)
     text: TextOf = field(default=lambda token: f"<row {token}>", repr=False)
 
+    @property
+    def whole(self) -> ReportRow | None:
+        """The table's row of all live tokens."""
+        return next((row for row in self.table if row.kind == "all"), None)
+
 
 def sizes_of(rows: RowNumbers | None, names: Sequence[str]) -> dict[str, int]:
     """Live tokens of all, of each group and of each exposure class, as far as they are known.
