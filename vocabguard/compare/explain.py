@@ -106,8 +106,7 @@ def row_facts(scan: Scan, name: MatrixName, base: Baseline | NotApplicable, toke
     if isinstance(base, NotApplicable):
         return base
     live = scan.live
-    norms = base.norms
-    others = norms[live & norms.isfinite()]
+    norm = _placed("base_norm", base.norms, live, token)
     return RowFacts(
         cosine=float(drift.cosine[token]),
         cosine_rank=int((drift.cosine[live] < drift.cosine[token]).sum()),
@@ -115,9 +114,8 @@ def row_facts(scan: Scan, name: MatrixName, base: Baseline | NotApplicable, toke
         l2=float(drift.l2[token]),
         l2_rank=int((drift.l2[live] > drift.l2[token]).sum()),
         norm_ratio=float(drift.norm_ratio[token]),
-        base_norm=float(norms[token]),
-        base_norm_quantile=float((others < norms[token]).double().mean()) if len(others) else float("nan"),
         live=int(live.sum()),
+        **norm,
     )
 
 

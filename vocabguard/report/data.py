@@ -300,7 +300,7 @@ def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
     checks, names = log.checks(), tuple(str(name) for name in log.meta["groups"])
     watch = _watch(log.meta["watch"], str(log.folder))
     notes = {kind: found for kind in NOTES if (found := log.notes(kind))}
-    curves = _curves(checks) | _confusion_curves(notes.get("confusion", ()))
+    curves = _curves(checks, notes.get("confusion", ()))
     scalars = _latest(checks) | {key: values[-1] for key, (_, values) in curves.items() if key.startswith(_CONFUSION)}
     matrix = _measured(scalars)
     steps = log.row_steps
@@ -308,6 +308,7 @@ def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
     rows = _rows(vectors, steps[-1] if steps else None, matrix, len(names))
     probed = _probed(vectors)
     last: Mapping[str, Any] = checks[-1] if checks else {}
+    unforeseen = (last.get("forecast") or {}).get("not_applicable")
     known, written = _texts(checks), log.texts()
     say = text or (lambda token: "".join(written[token : token + 1]) or known.get(token, f"<row {token}>"))
     result = _result(scalars)
@@ -318,7 +319,7 @@ def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
         kind="run",
         step=int(last["step"]) if checks else None,
         end=_end(checks, scalars, matrix),
-        about=(*watch_sentences(watch), *_unforeseen(last)),
+        about=(*watch_sentences(watch), *([f"No forecast of the end: {unforeseen}."] if unforeseen else [])),
         names=names,
         matrix=matrix,
         live=watch.live,
@@ -367,25 +368,24 @@ def _value(number: float | None) -> float:
     return math.nan if number is None else float(number)
 
 
-def _curves(checks: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+def _curves(
+    checks: Iterable[Mapping[str, Any]], confusion: Iterable[Mapping[str, Any]]
+) -> dict[str, tuple[list[int], list[float]]]:
+    """Scalars over the checks, and shares of answers with foreign letters, by language and their mean."""
+    points = [
+        (key.removeprefix(_PREFIX), check["step"], value) for check in checks for key, value in check["scalars"].items()
+    ]
+    points += [
+        (_CONFUSION + key, line["step"], share)
+        for line in confusion
+        for key, share in line["shares"].items()
+        if key == "foreign" or key in line["answers"]
+    ]
     found: dict[str, tuple[list[int], list[float]]] = {}
-    for check in checks:
-        for key, value in check["scalars"].items():
-            steps, values = found.setdefault(key.removeprefix(_PREFIX), ([], []))
-            steps.append(int(check["step"]))
-            values.append(_value(value))
-    return found
-
-
-def _confusion_curves(notes: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Shares of answers with foreign letters, by language and their mean, over the evaluations."""
-    found: dict[str, tuple[list[int], list[float]]] = {}
-    for line in notes:
-        for key, share in line["shares"].items():
-            if key == "foreign" or key in line["answers"]:
-                steps, values = found.setdefault(_CONFUSION + key, ([], []))
-                steps.append(int(line["step"]))
-                values.append(_value(share))
+    for key, step, value in points:
+        steps, values = found.setdefault(key, ([], []))
+        steps.append(int(step))
+        values.append(_value(value))
     return found
 
 
@@ -412,12 +412,6 @@ def _end(checks: Sequence[Mapping[str, Any]], scalars: Mapping[str, float], matr
         return totals[-1] if totals else None
     now, then = (scalars.get(f"{owner}/below_0.95", math.nan) for owner in (matrix, "forecast"))
     return int(checks[-1]["step"]) if math.isclose(now, then, abs_tol=1e-9) else None
-
-
-def _unforeseen(last: Mapping[str, Any]) -> tuple[str, ...]:
-    """Why the last check made no forecast, where it says so."""
-    reason = (last.get("forecast") or {}).get("not_applicable")
-    return (f"No forecast of the end: {reason}.",) if reason else ()
 
 
 def _measured(scalars: Mapping[str, float]) -> MatrixName | None:
