@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vocabguard.config import ConfigError, GuardConfig, load_config, presets
 from vocabguard.guard import VocabGuard
 from vocabguard.results import CheckResult, VocabGuardError
-from vocabguard.runlog import RunLog, package_version
+from vocabguard.runlog import RunLog, installed_version
 
 if TYPE_CHECKING:
     from vocabguard.measure.metrics import LanguageConfusion, TokenDrift, TokenExposure
@@ -28,7 +28,7 @@ __all__ = [
     "presets",
 ]
 
-__version__ = package_version() or "0+unknown"
+__version__ = installed_version() or "0+unknown"
 
 
 def __getattr__(name: str) -> Any:

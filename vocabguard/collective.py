@@ -1,6 +1,6 @@
 """The only room that talks between processes.
 
-Every function but `tell_fault` must be called by all ranks together, and is the identity where torch.distributed is
+Every function but `report_failure` must be called by all ranks together, and is the identity where torch.distributed is
 missing, not initialised, or has a world of one.
 
 The guard talks on a gloo group of its own. Before each piece of talk the ranks exchange a flag of health. A rank whose
@@ -82,7 +82,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def open_line() -> None:
+def init_group() -> None:
     """Initialise the guard's process group: a run begins, and earlier faults are forgotten.
 
     Raises:
@@ -99,7 +99,7 @@ def open_line() -> None:
     line.opened, line.failed, line.sent = True, None, None
 
 
-def close_line() -> None:
+def shutdown_group() -> None:
     """The last talk of a run, so that none of its messages is left for the next one. Nothing if none is open."""
     if (line := _open()) is None:
         return
@@ -107,17 +107,17 @@ def close_line() -> None:
         line.sent.wait()
     elif line.failed is None:
         dist.all_reduce(_flag(None), group=line.group)
-    _hang_up()
+    _shutdown()
 
 
-def tell_fault() -> None:
+def report_failure() -> None:
     """This rank's guard has failed: let the others know where they next talk. Does not wait, may be called at will."""
     if (line := _open()) is not None and line.failed is None:
         line.failed = rank()
         line.sent = dist.all_reduce(_flag(rank()), group=line.group, async_op=True)
 
 
-def heed_faults() -> None:
+def raise_if_peer_failed() -> None:
     """Raise `PeerFaultError` if the guard of any process has failed."""
     if world_size() == 1:
         return
@@ -182,7 +182,7 @@ def agree(value: T) -> T:
     """Rank 0's value, small and picklable, on every rank; what the others pass is not looked at."""
     if world_size() == 1:
         return value
-    heed_faults()
+    raise_if_peer_failed()
     box = [value]
     dist.broadcast_object_list(box, src=0, group=_line().group)
     return box[0]
@@ -200,14 +200,14 @@ def _line() -> _Line:
     return _lines[0]
 
 
-def _hang_up() -> None:
+def _shutdown() -> None:
     """Leave the group, here only. Where it lasts until the interpreter ends, its threads may abort the process."""
     if _lines and _lines[0].stands and _initialised():
         dist.destroy_process_group(_lines[0].group)
     _lines.clear()
 
 
-atexit.register(_hang_up)
+atexit.register(_shutdown)
 
 
 def _open() -> _Line | None:
@@ -228,7 +228,7 @@ def _reduced(tensor: Tensor, how: Literal["SUM", "MAX"]) -> Tensor:
     """A new tensor, element by element over all ranks."""
     if world_size() == 1:
         return tensor.detach().clone(memory_format=torch.contiguous_format)
-    heed_faults()
+    raise_if_peer_failed()
     result = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     # By name, since torch.distributed has no ReduceOp where it is not built.
     dist.all_reduce(result, op=getattr(dist.ReduceOp, how), group=_line().group)

@@ -75,7 +75,7 @@ def row_vectors(result: CheckResult, group: Tensor, live: Tensor) -> dict[str, T
 
 
 class RunWriter:
-    """Writes a run folder. Only the main process should hold one.
+    """Writes a run folder. Only the main process should hold one; before `start` it raises a RuntimeError.
 
     Args:
         folder: made if missing; a run that is already there is gone on with.
@@ -97,7 +97,7 @@ class RunWriter:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        meta: dict[str, Any] = {"schema": SCHEMA, "vocabguard": package_version(), "created": now, "resumed": []}
+        meta: dict[str, Any] = {"schema": SCHEMA, "vocabguard": installed_version(), "created": now, "resumed": []}
         if (self.folder / _META).exists():
             old = _read_meta(self.folder)
             if old["groups"] != list(groups):
@@ -116,11 +116,7 @@ class RunWriter:
             write_file(self.folder / _TEXTS, json.dumps(list(texts)))
 
     def check(self, result: CheckResult) -> None:
-        """Append a check and its transitions.
-
-        Raises:
-            RuntimeError: before `start`.
-        """
+        """Append a check and its transitions."""
         attempt = self._started()
         line = {
             "attempt": attempt,
@@ -139,11 +135,7 @@ class RunWriter:
         append_line(self.folder / _CHECKS, line)
 
     def alerts(self, transitions: Sequence[Transition]) -> None:
-        """Append transitions.
-
-        Raises:
-            RuntimeError: before `start`.
-        """
+        """Append transitions."""
         attempt = self._started()
         for transition in transitions:
             append_line(self.folder / _ALERTS, {"attempt": attempt, **plain(transition)})
@@ -153,9 +145,6 @@ class RunWriter:
 
         Args:
             kind: the file's name, without ``.jsonl``; one of `NOTES`.
-
-        Raises:
-            RuntimeError: before `start`.
         """
         append_line(self.folder / f"{kind}.jsonl", {"attempt": self._started(), "step": step, **content})
 
@@ -166,9 +155,6 @@ class RunWriter:
             step: the optimizer step; a file of the same step is replaced.
             tensors: by name, e.g. from `row_vectors`.
 
-
-        Raises:
-            RuntimeError: before `start`.
         """
         attempt = self._started()
         path = self.folder / f"rows-{step}.safetensors"
@@ -298,8 +284,8 @@ def _named(prefix: str, source: object, names: Sequence[str]) -> dict[str, Tenso
     return {f"{prefix}/{name}": getattr(source, name) for name in names}
 
 
-def package_version() -> str | None:
-    """Of the installed vocabguard; None in a folder that is only on the path."""
+def installed_version() -> str | None:
+    """This package's version; None where it is not installed."""
     try:
         return metadata.version("vocabguard")
     except metadata.PackageNotFoundError:

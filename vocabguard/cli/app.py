@@ -19,7 +19,10 @@ COMMANDS = {
     "repair": "vocabguard.cli.repair",
     "report": "vocabguard.cli.report",
 }
-"""Command -> the module whose function of the same name is the command."""
+"""Command -> the module whose function of the same name is the command.
+
+Each raises `InputError` for input that cannot be used, which `main` prints, and ``typer.Exit(1)`` for findings.
+"""
 
 BAD_INPUT = 2
 

@@ -13,13 +13,12 @@ import typer
 from rich.console import Console
 
 from vocabguard.cli.app import InputError
-from vocabguard.cli.common import check_threshold, load_tokenizer, row_progress
+from vocabguard.cli.common import Column, Grid, check_threshold, load_tokenizer, row_progress
 from vocabguard.data.coverage import Coverage, at_risk, coverage_totals, group_rows, measure_coverage
 from vocabguard.data.readers import data_files, read_examples
 from vocabguard.files import one_line
 from vocabguard.results import EXPOSURE_CLASSES
 from vocabguard.text import percent, visible
-from vocabguard.views.tables import Column, Grid
 from vocabguard.vocabulary.table import VocabTable, build_table, resolve_token
 
 _PARALLEL_FROM = 2**26  # bytes of data from which starting processes, some seconds each, pays
@@ -53,11 +52,6 @@ def coverage(
     found: every data set leaves most of a vocabulary out, and only you know what share is too much.
 
     Exit code 0: fine; 1: a larger share than the threshold allows; 2: bad input.
-
-    \f
-    Raises:
-        InputError: for input that cannot be used; `main` prints it and ends with 2.
-        typer.Exit: with 1, for findings.
     """
     _check_ranges(threshold, top, workers)
     loaded = load_tokenizer(tokenizer, chat_template)

@@ -17,7 +17,7 @@ from vocabguard.cli.common import load_tokenizer
 from vocabguard.config import EchoConfig
 from vocabguard.data.echo_rows import EchoTally, echo_lists, needy_ids, write_chats, write_ids
 from vocabguard.files import one_line
-from vocabguard.protect.allowed import allowed_ids
+from vocabguard.protect.plan import allowed_ids
 from vocabguard.protect.prompts import render_echo
 from vocabguard.text import percent
 from vocabguard.vocabulary.table import VocabTable, build_table
@@ -45,10 +45,6 @@ def echo(
     merge when they are encoded again, and the share that survives is counted and said.
 
     Exit code 0: written; 2: bad input.
-
-    \f
-    Raises:
-        InputError: for input that cannot be used; `main` prints it and ends with 2.
     """
     if ids is None and chats is None:
         raise InputError("nothing to write; allowed: --ids FILE, --chats FILE or both")

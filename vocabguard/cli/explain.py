@@ -12,10 +12,10 @@ from rich.text import Text
 
 from vocabguard.cli import common
 from vocabguard.cli.app import InputError
+from vocabguard.cli.common import Column, Grid
 from vocabguard.compare.explain import LOST, Sides, contexts_for, load_model, story
 from vocabguard.compare.scan import Scan
 from vocabguard.text import number, percent, visible
-from vocabguard.views.tables import Column, Grid
 from vocabguard.vocabulary.table import resolve_token
 
 _ASKED = {
@@ -122,11 +122,6 @@ def explain(
     """Investigate single tokens: their rows, their neighbours, and whether they can still be said.
 
     Exit code 0: none is lost; 1: at least one is; 2: bad input.
-
-    \f
-    Raises:
-        InputError: for input that cannot be used; `main` prints it and ends with 2.
-        typer.Exit: with 1, for findings.
     """
     pair = common.open_pair(base, tuned, tokenizer, head, embedding, coverage, run)
     rows = pair.tuned.rows or pair.base.rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -75,20 +74,21 @@ def repair(
     """Write a copy of TUNED in which lost tokens can be said again; BASE and TUNED are only read.
 
     Exit code 0: written; 2: bad input.
-
-    \f
-    Raises:
-        InputError: for input that cannot be used; `main` prints it and ends with 2.
     """
     _check_options(method, data, text)
     pair = common.open_pair(base, tuned, tokenizer, head, embedding, coverage, run)
-    wanted = _Wanted(method, strength, cosine_below, targets_below)
     settings = EchoRun(targets, learning_rate, batch, max_length, instructions=tuple(instruction or ()))
     try:
         check_out(pair.tuned, out)
         examples = _readable(data)
         found = common.measured(pair)
-        lost, told = _write(pair, found, wanted, examples, settings, out)
+        lost, rule = lost_rows(found, cosine_below, targets_below)
+        plan = plan_repair(found, lost, rule, "rows" if method == "rows" else "shift", strength)
+        told: dict[str, Any] = {"out": str(out), "method": method, "rows": len(plan.ids), "chosen_by": rule}
+        if method == "echo":
+            told["echo"] = _echoed(pair, found, plan, examples, settings, out)
+        else:
+            write_repaired(pair.tuned, plan, out)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
     told |= _measured(found, pair.tokenizer, lost, out, text, sample) if ask else {"not_measured": "--no-ask was given"}
@@ -96,16 +96,6 @@ def repair(
         print(json.dumps(told, ensure_ascii=False, allow_nan=False))
     else:
         _show(told)
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """Which rows, and what is to stand in their place; see `repair`."""
-
-    method: str
-    strength: float
-    cosine_below: float
-    targets_below: int
 
 
 def _check_options(method: str, data: list[str] | None, text: Path | None) -> None:
@@ -121,25 +111,6 @@ def _readable(data: list[str] | None) -> Iterator[Example]:
     """The examples; data that cannot be read is refused now, before the models are measured."""
     examples = read_examples(data_files(data)) if data else iter(())
     return chain(list(islice(examples, 1)), examples)
-
-
-def _write(
-    pair: common.Pair, found: Scan, wanted: _Wanted, examples: Iterator[Example], run: EchoRun, out: Path
-) -> tuple[Tensor, dict[str, Any]]:
-    """Write the repaired model: (V,) bool, which rows were taken as lost, and what was done.
-
-    Raises:
-        ValueError: for what the parts refuse.
-        OSError: if it cannot be written.
-    """
-    lost, rule = lost_rows(found, wanted.cosine_below, wanted.targets_below)
-    plan = plan_repair(found, lost, rule, "rows" if wanted.method == "rows" else "shift", wanted.strength)
-    told: dict[str, Any] = {"out": str(out), "method": wanted.method, "rows": len(plan.ids), "chosen_by": rule}
-    if wanted.method == "echo":
-        told["echo"] = _echoed(pair, found, plan, examples, run, out)
-    else:
-        write_repaired(pair.tuned, plan, out)
-    return lost, told
 
 
 def _echoed(

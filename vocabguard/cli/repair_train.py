@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from torch import Tensor, nn
 from vocabguard.compare.explain import CONTEXTS, load_model
 from vocabguard.compare.repair import Plan, weight_files
 from vocabguard.config import EchoConfig, GuardConfig
-from vocabguard.data.encode import Encoded, TargetEncoder
-from vocabguard.data.readers import Example
+from vocabguard.data.encode import TargetEncoder
+from vocabguard.data.readers import Example, in_chunks
 from vocabguard.protect.prompts import PLACE
 from vocabguard.protect.rows import IGNORE
 
@@ -69,7 +70,7 @@ def data_rows(examples: Iterable[Example], tokenizer: Any, targets: float, max_l
         ValueError: for an example that cannot be used, or if there is no target in them.
     """
     encoder, rows, found = TargetEncoder(tokenizer, max_length=max_length), [], 0
-    for encoded in _encoded(encoder, examples):
+    for encoded in chain.from_iterable(map(encoder.encode, in_chunks(examples, _CHUNK))):
         asked = int(encoded.target.sum())
         if asked:
             labels = [i if wanted else IGNORE for i, wanted in zip(encoded.ids.tolist(), encoded.target, strict=True)]
@@ -167,17 +168,6 @@ def own_instructions() -> list[str]:
     """The guard's ways of asking but those in which recall is measured."""
     asked = {text.replace(PLACE, "") for text in CONTEXTS.values()}
     return [text for text in EchoConfig().instructions if text.replace(PLACE, "") not in asked]
-
-
-def _encoded(encoder: TargetEncoder, examples: Iterable[Example]) -> Iterable[Encoded]:
-    chunk: list[Example] = []
-    for example in examples:
-        chunk.append(example)
-        if len(chunk) == _CHUNK:
-            yield from encoder.encode(chunk)
-            chunk = []
-    if chunk:
-        yield from encoder.encode(chunk)
 
 
 def _train(

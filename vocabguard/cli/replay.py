@@ -14,14 +14,13 @@ from rich.console import Console
 from torch import Tensor
 
 from vocabguard.cli.app import InputError
-from vocabguard.cli.common import check_threshold, load_tokenizer, row_progress
+from vocabguard.cli.common import Column, Grid, check_threshold, load_tokenizer, row_progress
 from vocabguard.data.coverage import load_coverage, vocabulary_hash
 from vocabguard.data.encode import TargetEncoder
 from vocabguard.data.readers import Chat, Completion, Example, Text, data_files, read_examples
 from vocabguard.data.replay import Replay, count_targets_in, find_replay, needed_targets, written_rows
 from vocabguard.files import one_line, replacing, write_lines
 from vocabguard.text import percent
-from vocabguard.views.tables import Column, Grid
 from vocabguard.vocabulary.table import VocabTable, build_table
 
 
@@ -45,11 +44,6 @@ def replay(
     """Choose rows of CORPUS so that, mixed into the training data, every live token is a target --targets times.
 
     Exit code 0: written; 1: a larger share than the threshold allows stays in need; 2: bad input.
-
-    \f
-    Raises:
-        InputError: for input that cannot be used; `main` prints it and ends with 2.
-        typer.Exit: with 1, for findings.
     """
     check_threshold(threshold)
     loaded = load_tokenizer(tokenizer)

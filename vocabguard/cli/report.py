@@ -46,11 +46,6 @@ def report(
     """Write one self-contained HTML page about a run folder or a scan, or about two of them side by side.
 
     Exit code 0: nothing over a threshold; 1: a share over one, in either source; 2: bad input.
-
-    \f
-    Raises:
-        InputError: for input that cannot be used; `main` prints it and ends with 2.
-        typer.Exit: with 1, for findings.
     """
     limits = Limits(threshold, threshold_forgotten)
     paths = [source] if other is None else [source, other]

@@ -13,24 +13,13 @@ from rich.text import Text
 
 from vocabguard.cli import common
 from vocabguard.cli.app import InputError
+from vocabguard.cli.common import Column, Grid
 from vocabguard.compare.summary import save_scan, summarise_scan
 from vocabguard.text import listed, number, percent, visible
-from vocabguard.views.tables import Column, Grid
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _UNMOVED = 0.9999
 _LABELS = {"head": "head", "embedding": "input embedding"}
-
-
-def show_scan(console: Console, found: Mapping[str, Any], top: int = 20) -> None:
-    """Print a `vocabguard.compare.summary.summarise_scan`: the verdict, the tables, the worst tokens."""
-    for part in _parts(found, top):
-        console.print(part, highlight=False, soft_wrap=isinstance(part, Text))
-
-
-def _label(found: Mapping[str, Any], name: str) -> str:
-    """What a matrix is called; a tied pair's one matrix is both."""
-    return "head = input embedding (tied)" if _tied(found) else _LABELS[name]
 
 
 def _verdict(found: Mapping[str, Any]) -> str:
@@ -89,7 +78,7 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
 
 def _matrix(found: Mapping[str, Any], name: str) -> list[RenderableType]:
     numbers = found[name]
-    title = Text(f"\n{_label(found, name)}", "bold")
+    title = Text(f"\n{'head = input embedding (tied)' if _tied(found) else _LABELS[name]}", "bold")
     if "not_applicable" in numbers:
         return [] if found["judged"] is None else [title, Text(f"not applicable: {numbers['not_applicable']}")]
     if numbers.get("cosine_min", 0.0) >= _UNMOVED:
@@ -181,11 +170,6 @@ def scan(
     """Compare every vocabulary row of TUNED with BASE.
 
     Exit code 0: fine; 1: more live rows below cosine 0.95 than the threshold allows; 2: bad input.
-
-    \f
-    Raises:
-        InputError: for input that cannot be used; `main` prints it and ends with 2.
-        typer.Exit: with 1, for findings.
     """
     if out is not None and not out.parent.is_dir():
         raise InputError(f"--out {out}: the folder {out.parent} does not exist")
@@ -203,6 +187,7 @@ def scan(
     if as_json:
         print(json.dumps(told, ensure_ascii=False, allow_nan=False))
     else:
-        show_scan(Console(), told, top)
+        for part in _parts(told, top):
+            Console().print(part, highlight=False, soft_wrap=isinstance(part, Text))
     if share > threshold:
         raise typer.Exit(1)

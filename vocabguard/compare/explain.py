@@ -21,6 +21,7 @@ from vocabguard.measure.undertrained import unused_distances
 from vocabguard.protect.prompts import render_context
 from vocabguard.results import DEGRADED, MatrixName, NotApplicable, ProbeResult
 from vocabguard.rows.baselines import Baseline
+from vocabguard.rows.tensors import MATRICES
 
 CONTEXTS = {
     "repeat": "Repeat this: {tokens}",
@@ -36,7 +37,7 @@ _FILLERS = 64
 
 
 @dataclass(frozen=True)
-class RowFacts:
+class RowNumbers:
     """One token's row in one matrix; ranks are among live rows, 0 is the most changed.
 
     Attributes:
@@ -92,7 +93,7 @@ class Emission:
     instead: str | None
 
 
-def row_facts(scan: Scan, name: MatrixName, base: Baseline | NotApplicable, token: int) -> RowFacts | NotApplicable:
+def row_numbers(scan: Scan, name: MatrixName, base: Baseline | NotApplicable, token: int) -> RowNumbers | NotApplicable:
     """A token's row in numbers.
 
     Args:
@@ -105,18 +106,16 @@ def row_facts(scan: Scan, name: MatrixName, base: Baseline | NotApplicable, toke
     if isinstance(base, NotApplicable):
         return base
     live = scan.live
-    norms = base.norms
-    others = norms[live & norms.isfinite()]
-    return RowFacts(
+    norm = _placed("base_norm", base.norms, live, token)
+    return RowNumbers(
         cosine=float(drift.cosine[token]),
         cosine_rank=int((drift.cosine[live] < drift.cosine[token]).sum()),
         residual=float(drift.residual[token]),
         l2=float(drift.l2[token]),
         l2_rank=int((drift.l2[live] > drift.l2[token]).sum()),
         norm_ratio=float(drift.norm_ratio[token]),
-        base_norm=float(norms[token]),
-        base_norm_quantile=float((others < norms[token]).double().mean()) if len(others) else float("nan"),
         live=int(live.sum()),
+        **norm,
     )
 
 
@@ -194,9 +193,6 @@ def _emission(result: ProbeResult, scan: Scan, token: int) -> Emission:
     )
 
 
-_MATRICES: tuple[MatrixName, ...] = ("head", "embedding")
-
-
 @dataclass(frozen=True)
 class Sides:
     """The rows of both sides in the order of the tuned vocabulary, and the models if they could be loaded.
@@ -218,8 +214,8 @@ class Sides:
     def of(cls, scan: Scan, models: tuple[nn.Module, nn.Module] | str) -> Sides:
         """From a scan, with both models or why there are none."""
         own = torch.arange(len(scan.table))
-        base = {name: fitted(scan.base.matrix(name), scan.match.base_ids) for name in _MATRICES}
-        tuned = {name: fitted(scan.tuned.matrix(name), own) for name in _MATRICES}
+        base = {name: fitted(scan.base.matrix(name), scan.match.base_ids) for name in MATRICES}
+        tuned = {name: fitted(scan.tuned.matrix(name), own) for name in MATRICES}
         if isinstance(models, str):
             return cls(scan, base, tuned, None, None, models)
         return cls(scan, base, tuned, *models, None)
@@ -234,12 +230,12 @@ def story(sides: Sides, tokenizer: Any, token: int, contexts: Sequence[PromptCon
         contexts: ways of asking; not used without models.
 
     Returns:
-        ``id``, ``text``, ``category``, ``live``, ``cut``, ``trained``, ``head`` and ``embedding`` (`RowFacts`),
+        ``id``, ``text``, ``category``, ``live``, ``cut``, ``trained``, ``head`` and ``embedding`` (`RowNumbers`),
         ``neighbours`` (``then``, ``now``), ``emission`` (``then``, ``now``, ``head_row_back``, ``both_rows_back``),
         ``data_target``, ``kind``, ``diagnosis``, ``advice``.
     """
     scan = sides.scan
-    rows = {name: row_facts(scan, name, sides.base[name], token) for name in _MATRICES}
+    rows = {name: row_numbers(scan, name, sides.base[name], token) for name in MATRICES}
     emission = _asked(sides, token, contexts)
     found: dict[str, Any] = {
         "id": token,
@@ -275,7 +271,7 @@ def cut_of(tokenizer: Any, text: str, token: int) -> dict[str, Any]:
 
 
 def judge(  # noqa: PLR0911 (one for each diagnosis)
-    scan: Scan, token: int, rows: Mapping[MatrixName, RowFacts | NotApplicable], emission: Mapping[str, Emission]
+    scan: Scan, token: int, rows: Mapping[MatrixName, RowNumbers | NotApplicable], emission: Mapping[str, Emission]
 ) -> str:
     """Which of the diagnoses fits; a key of the sentences below."""
     if not bool(scan.match.mask[token]):
@@ -285,7 +281,7 @@ def judge(  # noqa: PLR0911 (one for each diagnosis)
     if not bool(scan.table.live[token]):
         return "not_live"
     judged = rows[scan.judged] if scan.judged else None
-    drifted = isinstance(judged, RowFacts) and not judged.cosine >= DEGRADED
+    drifted = isinstance(judged, RowNumbers) and not judged.cosine >= DEGRADED
     if "now" not in emission:
         return "drifted" if drifted else "kept"
     if emission["now"].said:

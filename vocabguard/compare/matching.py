@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vocabguard.files import one_line
-from vocabguard.rows.baselines import Baseline, RowReader, one_torch_thread
+from vocabguard.rows.baselines import Baseline, ChunkedRows, one_torch_thread
 from vocabguard.vocabulary.table import VocabTable, build_table, plain_table
 
 _TOKENIZER_FILES = (
@@ -48,7 +48,7 @@ class Match:
         return self.base_ids >= 0
 
 
-class ReorderedRows(RowReader):
+class ReorderedRows(ChunkedRows):
     """Base rows in the order of the tuned vocabulary, NaN where there is none; a `Baseline`.
 
     Args:
@@ -56,17 +56,8 @@ class ReorderedRows(RowReader):
     """
 
     def __init__(self, base: Baseline, ids: Tensor) -> None:
+        super().__init__(len(ids), base.width)
         self.base, self.ids = base, torch.where(ids < base.rows, ids, -1)
-
-    @property
-    def rows(self) -> int:
-        """V of the tuned vocabulary."""
-        return len(self.ids)
-
-    @property
-    def width(self) -> int:
-        """Elements a row."""
-        return self.base.width
 
     def chunk(self, part: slice) -> Tensor:
         """Rows ``part``: (n, width) on the CPU, in the base's dtype, new."""

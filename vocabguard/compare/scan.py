@@ -20,7 +20,7 @@ from vocabguard.measure.undertrained import Chunks, never_trained
 from vocabguard.results import MatrixName, NotApplicable, RowDrift
 from vocabguard.rows.baselines import Baseline, one_torch_thread
 from vocabguard.rows.checkpoints import Checkpoint
-from vocabguard.rows.tensors import COMMON_NAMES
+from vocabguard.rows.tensors import MATRICES
 from vocabguard.vocabulary.table import VocabTable
 
 # Fewer rows known as unused say nothing about what an unused row looks like.
@@ -190,7 +190,7 @@ def scan(
     unexposed = of_base.trained_sample(data_target)
     found: dict[str, RowDrift | NotApplicable] = {}
     norms: dict[str, Tensor] = {}
-    for name in COMMON_NAMES:
+    for name in MATRICES:
         if name == "embedding" and tuned.tied and base.tied:
             found[name] = found["head"]
         else:
@@ -202,7 +202,7 @@ def scan(
 @one_torch_thread()
 def _fitted(checkpoint: Checkpoint, ids: Tensor) -> dict[str, Baseline | NotApplicable]:
     """Both matrices of a checkpoint."""
-    return {name: fitted(checkpoint.matrix(name), ids) for name in COMMON_NAMES}
+    return {name: fitted(checkpoint.matrix(name), ids) for name in MATRICES}
 
 
 @one_torch_thread()

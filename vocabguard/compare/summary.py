@@ -22,6 +22,7 @@ from vocabguard.measure.drift import summarise
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.results import EXPOSURE_CLASSES, MatrixName, NotApplicable, RowDrift
 from vocabguard.rows.baselines import one_torch_thread
+from vocabguard.rows.tensors import MATRICES
 from vocabguard.vocabulary.table import VocabTable
 
 SCHEMA = 1
@@ -30,7 +31,6 @@ SCHEMA = 1
 VECTORS = ("cosine", "residual", "l2", "norm_ratio")
 """(V,) float32 of each matrix in that file, as ``head/cosine`` and so on."""
 
-_MATRICES: tuple[MatrixName, ...] = ("head", "embedding")
 _BINS = 24
 # Odd rows that are named, of those that are listed by id.
 _NAMED = 8
@@ -113,7 +113,7 @@ def summarise_scan(scan: Scan, *, top: int = 30) -> dict[str, Any]:
         "untrained": _untrained(scan),
         "residual_over": "live rows" if scan.data_target is None else "rows that are never a target of the data",
         "judged": scan.judged,
-        **{name: matrix_summary(scan, name) for name in _MATRICES},
+        **{name: matrix_summary(scan, name) for name in MATRICES},
         "worst": [asdict(row_line(scan, i)) for i in _worst(scan, top)],
         "control_moved": [asdict(row_line(scan, i)) for i in _control_moved(scan, top)],
         "seconds": scan.seconds,
@@ -192,7 +192,7 @@ def save_scan(scan: Scan, path: Path, found: Mapping[str, Any]) -> None:
     }
     if scan.data_target is not None:
         vectors["data_target"] = scan.data_target
-    for name in _MATRICES:
+    for name in MATRICES:
         drift = scan.drift(name)
         if isinstance(drift, RowDrift):
             vectors |= {f"{name}/{key}": getattr(drift, key) for key in VECTORS}

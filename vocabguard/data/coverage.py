@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vocabguard.data.encode import Batch, Loss, Source, TargetEncoder, TurnTally
-from vocabguard.data.readers import Example
+from vocabguard.data.readers import Example, in_chunks
 from vocabguard.files import write_file
 from vocabguard.measure.exposure import CLASS_STARTS, exposure_classes
 from vocabguard.results import EXPOSURE_CLASSES
@@ -249,8 +248,7 @@ def _count_batches(batches: Sequence[Batch], turns: TurnTally) -> _Counted:
 
 
 def _counted(examples: Iterable[Example], tokenizer: Any, options: dict[str, Any], workers: int) -> Iterator[_Counted]:
-    remaining = iter(examples)
-    chunks = iter(lambda: tuple(islice(remaining, CHUNK)), ())
+    chunks = in_chunks(examples, CHUNK)
     encoder = TargetEncoder(tokenizer, **options)  # wrong options are refused here, not in a worker that then breaks
     if workers == 1:
         return _counted_here(chunks, encoder)
@@ -263,16 +261,14 @@ def _counted_here(chunks: Iterable[Sequence[Example]], encoder: TargetEncoder) -
     def count(sources: Sequence[Source], turns: TurnTally) -> _Counted:
         return _count_batches(encoder.batches(sources), turns)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="vocabguard") as pool:
-        waiting: deque[Future[_Counted]] = deque()
+    def submitted(pool: ThreadPoolExecutor) -> Iterator[Future[_Counted]]:
         for chunk in chunks:
             encoder.renderer.tally = TurnTally()
             sources = encoder.render(chunk)
-            waiting.append(pool.submit(count, sources, encoder.renderer.tally))
-            if len(waiting) > 2:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            yield pool.submit(count, sources, encoder.renderer.tally)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="vocabguard") as pool:
+        yield from _in_order(submitted(pool), 2)
 
 
 def _counted_elsewhere(
@@ -281,18 +277,23 @@ def _counted_elsewhere(
     # Forked children of a process with running threads may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, options)) as pool:
-        waiting: deque[Future[_Counted]] = deque()
         try:
-            for chunk in chunks:
-                waiting.append(pool.submit(_count_in_worker, chunk))
-                if len(waiting) > 3 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            yield from _in_order((pool.submit(_count_in_worker, chunk) for chunk in chunks), 3 * workers)
         except BrokenProcessPool as error:
             raise ValueError(f"a worker process ended without an answer ({error}); --workers 1 uses none") from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _in_order(futures: Iterable[Future[_Counted]], most: int) -> Iterator[_Counted]:
+    """Results in order, of which so many may be on their way: the data need not fit in memory."""
+    waiting: deque[Future[_Counted]] = deque()
+    for future in futures:
+        waiting.append(future)
+        if len(waiting) > most:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _start_worker(tokenizer: Any, options: dict[str, Any]) -> None:

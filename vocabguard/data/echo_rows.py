@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vocabguard.data.readers import in_chunks
 from vocabguard.files import replacing, write_lines
 from vocabguard.protect.prompts import PLACE
 from vocabguard.protect.rows import IGNORE, EchoPrompt, exchange
@@ -204,23 +205,13 @@ def _count_ids(path: Path) -> tuple[dict[int, int], int]:
 def _count_texts(path: Path, tokenizer: Any, rows: int) -> tuple[NDArray[np.int64], int]:
     """(rows,) int64 how often each id is in the answers of a file as they are encoded again, and the longest answer."""
     counts, longest = np.zeros(rows, dtype=np.int64), 0
-    for texts in _answers(path):
-        for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-            counts += np.bincount(np.array(ids, dtype=np.int64), minlength=rows)
-            longest = max(longest, len(ids))
-    return counts, longest
-
-
-def _answers(path: Path) -> Iterator[list[str]]:
-    batch: list[str] = []
     with path.open(encoding="utf-8") as file:
-        for line in file:
-            batch.append(json.loads(line)["messages"][-1]["content"])
-            if len(batch) == _BATCH:
-                yield batch
-                batch = []
-    if batch:
-        yield batch
+        for lines in in_chunks(file, _BATCH):
+            texts = [json.loads(line)["messages"][-1]["content"] for line in lines]
+            for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+                counts += np.bincount(np.array(ids, dtype=np.int64), minlength=rows)
+                longest = max(longest, len(ids))
+    return counts, longest
 
 
 def _vectors(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]:

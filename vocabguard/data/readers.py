@@ -13,8 +13,9 @@ import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal, get_args
+from typing import IO, Any, Literal, TypeVar, get_args
 
 from vocabguard.files import one_line
 from vocabguard.results import VocabGuardError
@@ -26,6 +27,7 @@ SUFFIXES = (*_LINES, *_JSON, *_TABLE, *_TEXT)
 Row = tuple[str, Any]
 """(place, value): where a row was read, for messages, and its columns by name or, of plain text, the line."""
 
+_Item = TypeVar("_Item")
 _BATCH_ROWS = 1024
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
 _JSON_CHUNK = 2**18
@@ -134,6 +136,16 @@ def _text_lines(file: Path, _: Collection[str]) -> Iterator[Row]:
             raise DataError(f"{place}: is not UTF-8 ({error.reason} at byte {error.start})") from error
         if not text.isspace():
             yield place, text
+
+
+def in_chunks(items: Iterable[_Item], size: int) -> Iterator[tuple[_Item, ...]]:
+    """The items, so many at a time; the last chunk may be smaller.
+
+    >>> list(in_chunks("abc", 2))
+    [('a', 'b'), ('c',)]
+    """
+    remaining = iter(items)
+    return iter(lambda: tuple(islice(remaining, size)), ())
 
 
 def decode_json(place: str, content: bytes | str) -> Any:

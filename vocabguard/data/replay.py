@@ -11,7 +11,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from vocabguard.data.coverage import CHUNK
 from vocabguard.data.encode import TargetEncoder
-from vocabguard.data.readers import Example
+from vocabguard.data.readers import Example, in_chunks
 
 Counts = NDArray[np.int64]
 
@@ -177,7 +176,7 @@ def count_targets_in(examples: Iterable[Example], encoder: TargetEncoder, rows: 
         rows: V.
     """
     counts = np.zeros(rows, dtype=np.int64)
-    for chunk in _chunks(examples):
+    for chunk in in_chunks(examples, CHUNK):
         for row in encoder.encode(chunk):
             counts += np.bincount(row.ids[row.target], minlength=rows)
     return torch.from_numpy(counts)
@@ -202,17 +201,12 @@ def _without_needless(chosen: list[Candidate], need: Counts) -> list[Candidate]:
     return kept[::-1]
 
 
-def _chunks(examples: Iterable[Example]) -> Iterator[tuple[Example, ...]]:
-    remaining = iter(examples)
-    return iter(lambda: tuple(islice(remaining, CHUNK)), ())
-
-
 def _asked(
     examples: Iterable[Example], encoder: TargetEncoder, need: Counts, progress: Callable[[int], object] | None
 ) -> Iterator[Candidate]:
     """What each row asks for, of the tokens in need."""
     index = 0
-    for chunk in _chunks(examples):
+    for chunk in in_chunks(examples, CHUNK):
         for row in encoder.encode(chunk):
             asked = row.ids[row.target]
             ids, counts = np.unique(asked[need[asked] > 0], return_counts=True)

@@ -182,7 +182,7 @@ class Checker:
         """
         began = time.perf_counter()
         # The model of a sharded run talks in its forward pass: no rank may be missing there.
-        collective.heed_faults()
+        collective.raise_if_peer_failed()
         self._follow_resize()
         probes = self._probe() if with_probe else None
         probe_seconds = time.perf_counter() - began if probes else 0.0
@@ -276,7 +276,7 @@ class Checker:
         if not self.pending:
             return ()
         # Where a guard has failed meanwhile nobody asks: no process may stop without the others.
-        collective.heed_faults()
+        collective.raise_if_peer_failed()
         asked, self.pending = tuple(dict.fromkeys(self.pending)), []
         return asked
 

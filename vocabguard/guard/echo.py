@@ -15,11 +15,20 @@ from vocabguard import collective
 from vocabguard.config import ConfigError, EchoConfig, GuardConfig
 from vocabguard.guard.watched import Watched
 from vocabguard.measure.exposure import ExposureCounter
-from vocabguard.protect.allowed import allowed_ids, ids_in
 from vocabguard.protect.batches import add_rows
 from vocabguard.protect.collator import RowMaker, data_targets
 from vocabguard.protect.feed import EchoFeed
-from vocabguard.protect.plan import BY_NEED, Mode, adjusted_dose, balanced, foreseen, least_exposed, next_plan
+from vocabguard.protect.plan import (
+    BY_NEED,
+    Mode,
+    adjusted_dose,
+    allowed_ids,
+    balanced,
+    foreseen,
+    ids_in,
+    least_exposed,
+    next_plan,
+)
 from vocabguard.protect.prompts import render_echo
 from vocabguard.results import CheckResult, EchoPlan, Exposure, ProbeResult, RowDrift
 

@@ -27,6 +27,7 @@ from vocabguard.results import CheckResult, Finding, MatrixName, NotApplicable, 
 from vocabguard.rows.matrices import VocabMatrix
 from vocabguard.rows.models import core_of, text_config_of, unwrapped
 from vocabguard.views.findings import body_finding, confusion_finding, neighbors_finding
+from vocabguard.vocabulary.table import fit_rows
 
 
 @dataclass(frozen=True)
@@ -290,15 +291,8 @@ def _beside(
     if not len(ids):
         return None
     baseline = watched.baseline_of(name)
-    found = compare_neighbors(matrix, baseline, ids, config.neighbors.k, _nowhere(table.padded, matrix.rows))
+    found = compare_neighbors(matrix, baseline, ids, config.neighbors.k, fit_rows(table.padded, matrix.rows, True))
     return neighbors_finding(step, name, found, table)
-
-
-def _nowhere(padded: Tensor, rows: int) -> Tensor:
-    """(rows,) bool: rows that stand for no token; a matrix may have other rows than the table."""
-    mask = torch.ones(rows, dtype=torch.bool)
-    mask[: len(padded)] = padded[:rows]
-    return mask
 
 
 def _body(model: nn.Module, watched: Watched, prober: Prober, step: int) -> Finding | NotApplicable | None:

@@ -55,7 +55,7 @@ class Faults:
             yield
         except Exception as error:
             # Whatever becomes of it here: the other processes must not wait for this one.
-            collective.tell_fault()
+            collective.report_failure()
             if self._raise or isinstance(error, ConfigError):
                 raise
             self.stand_down(what, error)

@@ -19,6 +19,7 @@ from vocabguard.measure.learning_rates import RateMeter, Rates, group_of, planne
 from vocabguard.results import Exposure, Forecast, NotApplicable, Preflight, RowDrift, Schedule
 from vocabguard.rows.matrices import VocabMatrix
 from vocabguard.rows.sharding import ShardBaseline
+from vocabguard.vocabulary.table import fit_rows
 
 logger = logging.getLogger("vocabguard")
 
@@ -166,13 +167,15 @@ class Forecaster:
         if self._norm is None:
             norms = baseline.norms.float()
             self._norm = baseline.shard.join(norms[None])[0] if isinstance(baseline, ShardBaseline) else norms
-        return RowFacts(_fitted(self._norm, rows, math.nan), table.group, table.live, baseline.width, self.watched.tied)
+        return RowFacts(
+            fit_rows(self._norm, rows, math.nan), table.group, table.live, baseline.width, self.watched.tied
+        )
 
     def _asked(self, exposure: Exposure, step: int) -> Asked:
         targets = exposure.data_target + exposure.echo_target
         prior, complete, per_step = None, False, math.nan
         if isinstance(self.flight, Preflight) and bool(self.flight.data_target.any()):
-            prior, complete = _fitted(self.flight.data_target, len(targets)), self.flight.complete
+            prior, complete = fit_rows(self.flight.data_target, len(targets)), self.flight.complete
             if self.flight.batches:
                 per_step = float(prior.sum()) / self.flight.batches * self.batches
         if step and exposure.steps:
@@ -222,13 +225,5 @@ def _storable(value: Any) -> Any:
 
 
 def _longer(vector: Floats, rows: int) -> Floats:
-    found: Floats = _fitted(torch.from_numpy(vector), rows, math.nan).numpy()
-    return found
-
-
-def _fitted(vector: Tensor, rows: int, fill: float = 0) -> Tensor:
-    """A vector cut, or filled up, to a number of rows."""
-    found = torch.full((rows,), fill, dtype=vector.dtype)
-    kept = min(rows, len(vector))
-    found[:kept] = vector[:kept]
+    found: Floats = fit_rows(torch.from_numpy(vector), rows, math.nan).numpy()
     return found

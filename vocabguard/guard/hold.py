@@ -78,7 +78,7 @@ class Holder:
         self._last = torch.where(data, step, self._last)
         self.held = rows_to_hold(self._last, asked, inputs, step, self._config.window_steps)
         # Rows put back by some processes only would be different weights from here on: once more, is everyone well?
-        collective.heed_faults()
+        collective.raise_if_peer_failed()
         mode = cast(HoldMode, self._config.mode)
         state: Any = optimizer.state.get(weight, {})
         hold_rows(weight, self._keeper.rows, self.held.to(weight.device), mode, state)

@@ -196,7 +196,7 @@ class VocabGuard:
         attached = False
         try:
             with self._faults.contain("attach"):
-                collective.open_line()
+                collective.init_group()
                 require_known(self._resumed)
                 run = Run(model, dataloader, inject, total_steps, batches_per_step, schedule)
                 parts = self._take(run, hook_model, self._targets or targets)
@@ -294,7 +294,7 @@ class VocabGuard:
         if self._observer is not None and not self._faults.down:
             with self._faults.contain("counting a batch"):
                 self._observer.observe(inputs, labels, echo_mask=echo_mask)
-        self._heed_faults()
+        self._heed_failures()
 
     def observe_batch(self, batch: Any) -> None:
         """Count a training batch by its ``labels`` or the ``targets=`` extractor.
@@ -311,7 +311,7 @@ class VocabGuard:
         with self._faults.contain("counting a batch"):
             if not self._observer.batch(batch):
                 self._observer.hook_model(self._checker.model)
-        self._heed_faults()
+        self._heed_failures()
 
     def step(self, step: int) -> CheckResult | None:
         """Tell the guard that optimizer step `step` (counted from 1) is done; gives the check, if one was due."""
@@ -328,7 +328,7 @@ class VocabGuard:
                     result = self._check(step)
                 if self._protection is not None:
                     self._protection.end_step()
-        self._heed_faults()
+        self._heed_failures()
         return result
 
     def check(self, *, at: Moment | None = None) -> CheckResult | None:
@@ -341,7 +341,7 @@ class VocabGuard:
             with self._faults.contain("check"):
                 last = self.last if self.last and self.last.step == self.steps else self._check(self.steps)
                 self.latest.update(self._reporter.findings(self._checker.beside(at, last)))
-            self._heed_faults()
+            self._heed_failures()
         return self.last
 
     def take_requests(self) -> tuple[str, ...]:
@@ -350,7 +350,7 @@ class VocabGuard:
         if self._checker is not None and self._reporter is not None and not self._faults.down:
             with self._faults.contain("asking the trainer"):
                 asked = self._checker.take_requests()
-            self._heed_faults()
+            self._heed_failures()
         return asked
 
     def _check(self, step: int, *, first: bool = False) -> CheckResult:
@@ -372,7 +372,7 @@ class VocabGuard:
             self._protection.follow(self.last, base, self._batches_per_step * (self._cadence.every or 1))
         return self.last
 
-    def _heed_faults(self) -> None:
+    def _heed_failures(self) -> None:
         if self._faults.down:
             self._let_go()
 
@@ -395,7 +395,7 @@ class VocabGuard:
         if self._checker is not None and not self._faults.down:
             with self._faults.contain("state_dict"):
                 saved = self._collect(self._checker)
-            self._heed_faults()
+            self._heed_failures()
         return saved
 
     def _collect(self, checker: Checker) -> dict[str, Any]:
@@ -443,7 +443,7 @@ class VocabGuard:
             if self._reporter is not None:
                 reporter, self._reporter = self._reporter, None
                 log = reporter.finish(self.last)
-            collective.close_line()
+            collective.shutdown_group()
         return log
 
 

@@ -20,7 +20,7 @@ from vocabguard.rows.baselines import Baseline, CopiedBaseline, copy_baseline, r
 from vocabguard.rows.checkpoints import open_baseline
 from vocabguard.rows.matrices import VocabMatrix, find_matrices
 from vocabguard.rows.sharding import ShardBaseline, reshard
-from vocabguard.vocabulary.table import GROUPS, VocabTable, build_table, plain_table
+from vocabguard.vocabulary.table import GROUPS, VocabTable, build_table, fit_rows, plain_table
 
 Action = Callable[[Transition], None]
 
@@ -65,9 +65,7 @@ class Watched:
 
         New rows have no baseline: they count as never trained at the base, and so raise no alarm.
         """
-        trained = torch.zeros(rows, dtype=torch.bool)
-        kept = min(rows, self.rows)
-        trained[:kept] = self.table.trained[:kept]
+        trained = fit_rows(self.table.trained, rows, False)
         self.table = _table(self.tokenizer, rows).with_trained(trained)
         self.rows = rows
 

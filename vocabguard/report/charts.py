@@ -1,4 +1,4 @@
-"""The report page's figures of the rows: cosines by group, drift against exposure, lengths of the displacements."""
+"""The report page's figures: the rows, the course of the run, what was forecast."""
 
 from __future__ import annotations
 
@@ -118,10 +118,8 @@ class Plot:
     def x_labels(self, values: Sequence[float], label: Label) -> list[Word]:
         """Labels under the horizontal axis; the outermost two stay inside the figure."""
         words = [Word(self.at_x(v), self.base + 16, label(v)) for v in values]
-        if len(words) > 1:
-            words[-1] = (
-                replace(words[-1], anchor="end", x=self.width - 2) if words[-1].x > self.width - 24 else words[-1]
-            )
+        if len(words) > 1 and words[-1].x > self.width - 24:
+            words[-1] = replace(words[-1], anchor="end", x=self.width - 2)
         return words
 
     def step_labels(self) -> list[Word]:
@@ -217,7 +215,14 @@ def thinned(xs: Sequence[int], ys: Sequence[float], most: int = 240) -> tuple[li
 # Left edges of the bins of data targets, and their labels.
 _TARGETS = (0, 1, 2, 5, 10, 20, 50, 100, 1000)
 _TARGET_LABELS = ("0", "1", "2-4", "5-9", "10-19", "20-49", "50-99", "100-999", "1000+")
+_PREFIX = "vocabguard/"
 _WIDE, _HIGH = 380.0, 220.0
+
+SHOWN = 8
+"""Groups that have a figure of their forecast."""
+
+# Share of a run from which on its forecast is judged.
+_EARLY = 0.1
 
 
 def histograms(first: PageData, second: PageData | None = None) -> tuple[Figure, ...]:
@@ -230,7 +235,8 @@ def histograms(first: PageData, second: PageData | None = None) -> tuple[Figure,
     shown = [data for data in (first, second) if data is not None and _cosines(data).size]
     if not shown or shown[0] is not first:
         return ()
-    low = min(_lowest_shown(_cosines(data)) for data in shown)
+    # All but the lowest 0.2 %, and always far enough to show the bar at 0.95.
+    low = min(_floor(min(float(np.quantile(_cosines(data), 0.002)), 0.94)) for data in shown)
     edges = _edges(low)
     labels = [row.label for row in first.table if row.kind != "class" and first.sizes.get(row.label)]
     return tuple(_histogram(label, shown, edges) for label in labels)
@@ -252,9 +258,9 @@ def exposure_figure(first: PageData, second: PageData | None = None) -> Figure |
     words += plot.x_labels(range(len(_TARGETS)), lambda place: _TARGET_LABELS[round(place)])
     words.append(Word(plot.left + (plot.width - plot.left) / 2, plot.height - 2, "data targets so far (tokens below)"))
     for place, of_one in enumerate(boxes):
-        shift, wide = (0.0, 0.28) if len(boxes) == 1 else ((-0.2, 0.2)[place], 0.17)
+        shift, wide, name = (0.0, 0.28, "") if len(boxes) == 1 else ((-0.2, 0.2)[place], 0.17, f"run {'AB'[place]}, ")
         for bin_, box in of_one.items():
-            marks += _box(plot, bin_ + shift, wide, box, f"b{place}", _name(place, len(boxes)))
+            marks += _box(plot, bin_ + shift, wide, box, f"b{place}", name)
     counts = boxes[0]
     words += [Word(plot.at_x(b), plot.base + 31, f"{box.count:,}", style="tick quiet") for b, box in counts.items()]
     marks.append(_bar_95(plot))
@@ -282,10 +288,7 @@ def length_figure(first: PageData, second: PageData | None = None) -> Figure | N
     counted = [_shares(lengths, edges) for lengths in shown]
     top = max(float(shares.max()) for shares in counted)
     plot = Plot(2 * _WIDE, _HIGH, (0.0, longest), (0.0, math.sqrt(top)), left=10.0, right=10.0, bottom=36.0)
-    marks = _bars(plot, counted[0], edges, shown[0].size, degraded=-math.inf)
-    if len(counted) == 2:
-        marks.append(Mark("path", "outline", d=_outline(plot, counted[1], edges)))
-    marks.append(Mark("line", "axis", plot.left, plot.base, plot.width - plot.right, plot.base))
+    marks = _bars(plot, counted, edges, shown[0].size, degraded=-math.inf)
     words = plot.x_labels(ticks(0.0, longest, 8), lambda value: f"{value:g}")
     words.append(Word(plot.width / 2, plot.height - 2, "L2 of row now minus base row"))
     middle, last = (float(value) for value in np.quantile(shown[0], (0.5, 0.99)))
@@ -317,11 +320,6 @@ def _cosines(data: PageData, label: str = "all") -> NDArray[np.float32]:
     return found
 
 
-def _lowest_shown(cosines: NDArray[np.float32]) -> float:
-    """Left end of the histograms: under all but the lowest 0.2 %, and always far enough to show the bar at 0.95."""
-    return _floor(min(float(np.quantile(cosines, 0.002)), 0.94))
-
-
 def _edges(low: float, most: int = 50) -> NDArray[np.float64]:
     """Edges of at most about `most` bins from `low` or a little lower up to 1, one of them exactly at 0.95."""
     width = next((width for width in (0.001, 0.0025, 0.005, 0.01, 0.025) if (1 - low) / width <= most), 0.05)
@@ -335,21 +333,17 @@ def _floor(cosine: float) -> float:
 
 def _histogram(label: str, shown: Sequence[PageData], edges: NDArray[np.float64]) -> Figure:
     counted = [_shares(_cosines(data, label), edges) for data in shown]
-    top = max(float(shares.max()) for shares in counted) or 1.0
+    size, top = _cosines(shown[0], label).size, max(float(shares.max()) for shares in counted) or 1.0
     # Heights by the square root: most rows have hardly moved, and the few that have are what one looks for.
     plot = Plot(
         260.0, 120.0, (float(edges[0]), 1.0), (0.0, math.sqrt(top)), left=10.0, right=10.0, top=8.0, bottom=22.0
     )
-    marks = _bars(plot, counted[0], edges, _cosines(shown[0], label).size)
-    if len(counted) == 2:
-        marks.append(Mark("path", "outline", d=_outline(plot, counted[1], edges)))
-    marks.append(Mark("line", "axis", plot.left, plot.base, plot.width - plot.right, plot.base))
+    marks = _bars(plot, counted, edges, size)
     marks.append(Mark("line", "bar95", plot.at_x(DEGRADED), plot.top - 4, plot.at_x(DEGRADED), plot.base))
     words = [Word(plot.at_x(v), plot.base + 15, f"{v:g}") for v in ticks(float(edges[0]), 1.0, 4) if v != 1.0]
     words.append(Word(plot.width - 4, plot.base + 15, "1", "end"))
     lost = [f"{percent(_below(_cosines(data, label)))} below 0.95" for data in shown]
     note = lost[0] if len(lost) == 1 else f"A {lost[0]}, B {lost[1]}"
-    size = _cosines(shown[0], label).size
     title = f"{label_of(label)}, {size:,}"
     return Figure(title, f"{size:,} tokens: {note}", plot.width, plot.height, tuple(marks), tuple(words), note=note)
 
@@ -365,24 +359,26 @@ def _below(cosines: NDArray[np.float32]) -> float | None:
 
 
 def _bars(
-    plot: Plot, shares: NDArray[np.float64], edges: NDArray[np.float64], rows: int, degraded: float = DEGRADED
+    plot: Plot,
+    counted: Sequence[NDArray[np.float64]],
+    edges: NDArray[np.float64],
+    rows: int,
+    degraded: float = DEGRADED,
 ) -> list[Mark]:
+    """The first shares as bars, the second as an outline, and the axis."""
     marks = []
-    for share, left, right in zip(shares.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+    for share, left, right in zip(counted[0].tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         if share > 0:
             x, high = plot.at_x(left), max(1.0, plot.base - plot.at_y(math.sqrt(share)))
             style = "bar low" if (left + right) / 2 < degraded else "bar"
             title = f"{left:.3f} to {right:.3f}: {round(share * rows):,} tokens"
             wide = round(plot.at_x(right) - x - 0.5, 1)
             marks.append(Mark("rect", style, x, round(plot.base - high, 1), wide, round(high, 1), title=title))
-    return marks
-
-
-def _outline(plot: Plot, shares: NDArray[np.float64], edges: NDArray[np.float64]) -> str:
-    parts = [f"M{plot.at_x(edges[0])} {plot.base}"]
-    for share, right in zip(shares.tolist(), edges[1:].tolist(), strict=True):
-        parts.append(f"V{plot.at_y(math.sqrt(share))}H{plot.at_x(right)}")
-    return "".join([*parts, f"V{plot.base}"])
+    for shares in counted[1:]:
+        steps = zip(shares.tolist(), edges[1:].tolist(), strict=True)
+        line = "".join(f"V{plot.at_y(math.sqrt(share))}H{plot.at_x(right)}" for share, right in steps)
+        marks.append(Mark("path", "outline", d=f"M{plot.at_x(edges[0])} {plot.base}{line}V{plot.base}"))
+    return [*marks, Mark("line", "axis", plot.left, plot.base, plot.width - plot.right, plot.base)]
 
 
 @dataclass(frozen=True)
@@ -425,13 +421,6 @@ def _box(plot: Plot, x: float, half: float, box: _Box, style: str, name: str) ->
 def _bar_95(plot: Plot) -> Mark:
     y = plot.at_y(DEGRADED)
     return Mark("line", "bar95" if plot.y[0] <= DEGRADED else "hidden", plot.left, y, plot.width - plot.right, y)
-
-
-def _name(place: int, runs: int) -> str:
-    return f"run {'AB'[place]}, " if runs == 2 else ""
-
-
-_WIDE, _HIGH = 380.0, 220.0
 
 
 @dataclass(frozen=True)
@@ -550,7 +539,7 @@ def _timeline(panel: _Panel, first: PageData, second: PageData | None) -> Figure
     marks, words = plot.grid(ticks(low, high), tick_percent if panel.label is percent else panel.label)
     words += plot.step_labels()
     if second is None:
-        marks += alert_lines(plot, [alert for alert in first.alerts if _ours(alert.metric, panel.keys)])
+        marks += alert_lines(plot, [one for one in first.alerts if one.metric.removeprefix(_PREFIX) in panel.keys])
     for one in series:
         marks += line_marks(plot, one, panel.label)
     legend = tuple((one.style, one.name) for one in series) if len(series) > 1 or second is not None else ()
@@ -567,10 +556,6 @@ def alert_lines(plot: Plot, alerts: Sequence[Transition]) -> list[Mark]:
     ]
 
 
-def _ours(metric: str, keys: Sequence[str]) -> bool:
-    return metric.removeprefix("vocabguard/") in keys
-
-
 def _span(values: Sequence[float], label: Label) -> tuple[float, float]:
     """Lowest and highest value of an axis that holds all values, with a little room; a share stays within [0, 1]."""
     low, high = min(values), max(values)
@@ -582,13 +567,6 @@ def _span(values: Sequence[float], label: Label) -> tuple[float, float]:
 
 def _short(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 10 else f"{value:,.1f}"
-
-
-SHOWN = 8
-"""Groups that have a figure of their own."""
-
-_WIDE, _HIGH = 380.0, 220.0
-_EARLY = 0.1
 
 
 def forecast_figures(data: PageData) -> tuple[Figure, ...]:
@@ -683,7 +661,7 @@ def _alerts(alerts: Sequence[Transition], name: str, keys: Sequence[str]) -> lis
     found: list[Transition] = []
     naming: set[str] = set()
     for change in alerts:
-        metric = change.metric.removeprefix("vocabguard/")
+        metric = change.metric.removeprefix(_PREFIX)
         if metric in keys and not change.again:
             found.append(change)
         elif metric in (key.replace(f"/{name}/", "/*/") for key in keys):

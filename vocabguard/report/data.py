@@ -30,6 +30,7 @@ from vocabguard.results import (
     Watch,
     WatchedMatrix,
 )
+from vocabguard.rows.tensors import MATRICES
 from vocabguard.runlog import NOTES, RunLog
 from vocabguard.text import ReportRow, listed, number, report_rows, visible, watch_sentences
 from vocabguard.views.findings import Story, story_of
@@ -189,6 +190,11 @@ class PageData:
     settings: Mapping[str, str] = field(default_factory=dict)
     text: TextOf = field(default=lambda token: f"<row {token}>", repr=False)
 
+    @property
+    def whole(self) -> ReportRow | None:
+        """The table's row of all live tokens."""
+        return next((row for row in self.table if row.kind == "all"), None)
+
 
 def sizes_of(rows: RowNumbers | None, names: Sequence[str]) -> dict[str, int]:
     """Live tokens of all, of each group and of each exposure class, as far as they are known.
@@ -294,7 +300,7 @@ def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
     checks, names = log.checks(), tuple(str(name) for name in log.meta["groups"])
     watch = _watch(log.meta["watch"], str(log.folder))
     notes = {kind: found for kind in NOTES if (found := log.notes(kind))}
-    curves = _curves(checks) | _confusion_curves(notes.get("confusion", ()))
+    curves = _curves(checks, notes.get("confusion", ()))
     scalars = _latest(checks) | {key: values[-1] for key, (_, values) in curves.items() if key.startswith(_CONFUSION)}
     matrix = _measured(scalars)
     steps = log.row_steps
@@ -302,9 +308,10 @@ def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
     rows = _rows(vectors, steps[-1] if steps else None, matrix, len(names))
     probed = _probed(vectors)
     last: Mapping[str, Any] = checks[-1] if checks else {}
+    unforeseen = (last.get("forecast") or {}).get("not_applicable")
     known, written = _texts(checks), log.texts()
     say = text or (lambda token: "".join(written[token : token + 1]) or known.get(token, f"<row {token}>"))
-    result = _result(scalars, last)
+    result = _result(scalars)
     tied = isinstance(watch.head, WatchedMatrix) and watch.head.tied
     both = matrix == "head" and not tied and "embedding/cosine_mean" in scalars
     return PageData(
@@ -312,7 +319,7 @@ def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
         kind="run",
         step=int(last["step"]) if checks else None,
         end=_end(checks, scalars, matrix),
-        about=(*watch_sentences(watch), *_unforeseen(last)),
+        about=(*watch_sentences(watch), *([f"No forecast of the end: {unforeseen}."] if unforeseen else [])),
         names=names,
         matrix=matrix,
         live=watch.live,
@@ -361,25 +368,24 @@ def _value(number: float | None) -> float:
     return math.nan if number is None else float(number)
 
 
-def _curves(checks: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+def _curves(
+    checks: Iterable[Mapping[str, Any]], confusion: Iterable[Mapping[str, Any]]
+) -> dict[str, tuple[list[int], list[float]]]:
+    """Scalars over the checks, and shares of answers with foreign letters, by language and their mean."""
+    points = [
+        (key.removeprefix(_PREFIX), check["step"], value) for check in checks for key, value in check["scalars"].items()
+    ]
+    points += [
+        (_CONFUSION + key, line["step"], share)
+        for line in confusion
+        for key, share in line["shares"].items()
+        if key == "foreign" or key in line["answers"]
+    ]
     found: dict[str, tuple[list[int], list[float]]] = {}
-    for check in checks:
-        for key, value in check["scalars"].items():
-            steps, values = found.setdefault(key.removeprefix(_PREFIX), ([], []))
-            steps.append(int(check["step"]))
-            values.append(_value(value))
-    return found
-
-
-def _confusion_curves(notes: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
-    """Shares of answers with foreign letters, by language and their mean, over the evaluations."""
-    found: dict[str, tuple[list[int], list[float]]] = {}
-    for line in notes:
-        for key, share in line["shares"].items():
-            if key == "foreign" or key in line["answers"]:
-                steps, values = found.setdefault(_CONFUSION + key, ([], []))
-                steps.append(int(line["step"]))
-                values.append(_value(share))
+    for key, step, value in points:
+        steps, values = found.setdefault(key, ([], []))
+        steps.append(int(step))
+        values.append(_value(value))
     return found
 
 
@@ -408,24 +414,17 @@ def _end(checks: Sequence[Mapping[str, Any]], scalars: Mapping[str, float], matr
     return int(checks[-1]["step"]) if math.isclose(now, then, abs_tol=1e-9) else None
 
 
-def _unforeseen(last: Mapping[str, Any]) -> tuple[str, ...]:
-    """Why the last check made no forecast, where it says so."""
-    reason = (last.get("forecast") or {}).get("not_applicable")
-    return (f"No forecast of the end: {reason}.",) if reason else ()
-
-
 def _measured(scalars: Mapping[str, float]) -> MatrixName | None:
-    names: tuple[MatrixName, ...] = ("head", "embedding")
     return next(
-        (name for name in names if f"{name}/nonfinite_rows" in scalars or f"{name}/cosine_mean" in scalars), None
+        (name for name in MATRICES if f"{name}/nonfinite_rows" in scalars or f"{name}/cosine_mean" in scalars), None
     )
 
 
-def _result(scalars: Mapping[str, float], last: Mapping[str, Any]) -> CheckResult:
-    """The check as `report_rows` reads it, which looks at the scalars alone."""
-    gone = NotApplicable("rows are read apart")
+def _result(scalars: Mapping[str, float]) -> CheckResult:
+    """A check as `report_rows` reads it, which looks at the scalars alone."""
+    gone = NotApplicable("only the numbers are read")
     named = {_PREFIX + key: value for key, value in scalars.items()}
-    return CheckResult(int(last.get("step", 0)), gone, gone, gone, torch.empty(0, dtype=torch.uint8), None, named)
+    return CheckResult(0, gone, gone, gone, torch.empty(0, dtype=torch.uint8), None, named)
 
 
 def _rows(vectors: Mapping[str, Tensor], step: int | None, matrix: MatrixName | None, groups: int) -> RowNumbers | None:
@@ -535,9 +534,6 @@ def _flat(settings: Any, before: str = "") -> dict[str, str]:
     return {key: value for name, inner in settings.items() for key, value in _flat(inner, f"{before}{name}.").items()}
 
 
-_MATRICES: tuple[MatrixName, ...] = ("head", "embedding")
-
-
 def scan_data(path: str | Path, top: int = TOP) -> PageData:
     """What a file of `vocabguard.compare.summary.save_scan` says, as the page needs it.
 
@@ -559,7 +555,7 @@ def _scan_data(
 ) -> PageData:
     names, matrix = _group_names(path), found["judged"]
     rows = _scan_rows(vectors, matrix)
-    scalars = {key: value for name in _MATRICES for key, value in _scan_flat(name, found[name])}
+    scalars = {key: value for name in MATRICES for key, value in _scan_flat(name, found[name])}
     tied = found["tied"]["base"] and found["tied"]["tuned"]
     both = matrix == "head" and not tied and "embedding/cosine_mean" in scalars
 
@@ -574,8 +570,8 @@ def _scan_data(
         names=names,
         matrix=matrix,
         live=int(found["tokens"]["live"]),
-        table=_table(scalars, names, matrix),
-        embedding=_table(scalars, names, "embedding") if both else (),
+        table=report_rows(_result(scalars), names, matrix),
+        embedding=report_rows(_result(scalars), names, "embedding") if both else (),
         sizes=sizes_of(rows, names),
         scalars=scalars,
         rows=rows,
@@ -619,19 +615,12 @@ def _scan_flat(name: str, numbers: Mapping[str, Any]) -> Iterator[tuple[str, flo
                 yield f"{name}/{part}/{key}" if part else f"{name}/{key}", float(value)
 
 
-def _table(scalars: Mapping[str, float], names: tuple[str, ...], matrix: MatrixName | None) -> tuple[ReportRow, ...]:
-    gone = NotApplicable("only the numbers are read")
-    named = {f"vocabguard/{key}": value for key, value in scalars.items()}
-    result = CheckResult(0, gone, gone, gone, torch.empty(0, dtype=torch.uint8), None, named)
-    return report_rows(result, names, matrix)
-
-
 def _about(found: Mapping[str, Any]) -> tuple[str, ...]:
     tokens, matched = found["tokens"], found["matched"]
     said = [f"Base: {found['base']}", f"Tuned: {found['tuned']}"]
     said += [
         f"{name.capitalize()} not applicable: {found[name]['not_applicable']}."
-        for name in _MATRICES
+        for name in MATRICES
         if "not_applicable" in found[name]
     ]
     added = f"; {matched['added']:,} have no base row, {matched['removed']:,} of the base are gone"

@@ -26,7 +26,7 @@ from vocabguard.report.charts import exposure_figure, forecast_figures, histogra
 from vocabguard.report.compare import compare
 from vocabguard.report.data import EchoDone, PageData, TextOf, TokenLine, run_data
 from vocabguard.report.sentences import Limits, at_end, beside_label, key_numbers, label_of, verdict_of
-from vocabguard.runlog import RunLog, package_version
+from vocabguard.runlog import RunLog, installed_version
 from vocabguard.text import WORST_COLUMNS, number, percent, token_cells, visible
 
 # Controls that HTML forbids or that reorder the text around them, and halves of surrogate pairs, which UTF-8 has not.
@@ -41,7 +41,6 @@ def write_report(
     """Write the report page of a run.
 
     Args:
-        path: of the page; its folder is made if missing.
         text: the text of any id, such as `VocabTable.text`; None knows only the tokens that the log names.
         limits: from where on a finding counts; None takes the defaults of `Limits`.
 
@@ -55,12 +54,7 @@ def write_report(
 
 
 def write_page(page: str, path: str | Path) -> Path:
-    """Write a rendered page so that no reader sees half of it.
-
-    Args:
-        path: of the file; its folder is made if missing.
-
-    """
+    """Write a rendered page; its folder is made if missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, page)
@@ -80,7 +74,7 @@ def render(first: PageData, second: PageData | None = None, *, limits: Limits | 
         _environment()
         .get_template(_TEMPLATE)
         .render(
-            title=_title(shown),
+            title=f"vocabguard: {' and '.join(Path(data.name).name or data.name for data in shown)}",
             policy=f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
             "img-src data:; base-uri 'none'; form-action 'none'",
             script=Markup(script),
@@ -92,7 +86,7 @@ def render(first: PageData, second: PageData | None = None, *, limits: Limits | 
             lengths=length_figure(first, second),
             forecasts=forecast_figures(first) if second is None else (),
             timelines=timelines(first, second),
-            version=package_version() or "",
+            version=installed_version() or "",
         )
     )
 
@@ -165,11 +159,6 @@ def _echo_rows(echo: EchoDone | None) -> list[tuple[str, int]]:
         return []
     groups = sorted(echo.by_group.items(), key=lambda pair: -pair[1])
     return [(name, count) for name, count in (*groups, *echo.by_class.items()) if count]
-
-
-def _title(shown: tuple[PageData, ...]) -> str:
-    names = [Path(data.name).name or data.name for data in shown]
-    return f"vocabguard: {' and '.join(names)}"
 
 
 @cache

@@ -81,7 +81,7 @@ def beside_label(kind: str) -> str:
 
 def verdict_of(data: PageData, limits: Limits) -> Verdict:
     """What was lost, in one sentence, and whether it is more than allowed."""
-    row = next((row for row in data.table if row.kind == "all"), None)
+    row = data.whole
     forgotten = None if row is None or row.retained is None else 1.0 - row.retained
     degraded = None if row is None else row.below_95
     findings = []
@@ -123,7 +123,7 @@ def at_end(data: PageData, group: str = "all") -> float | None:
 
 def key_numbers(data: PageData) -> tuple[tuple[str, str], ...]:
     """Names and values of the numbers under the verdict; what was not measured is left out."""
-    row = next((row for row in data.table if row.kind == "all"), None)
+    row = data.whole
     found: list[tuple[str, str | None]] = [("live tokens", None if data.live is None else f"{data.live:,}")]
     if row is not None:
         found += [
@@ -150,7 +150,7 @@ def as_json(data: PageData, limits: Limits) -> dict[str, Any]:
     """The verdict and the key numbers as values that JSON can hold; null for what was not measured."""
     verdict = verdict_of(data, limits)
     rows = {kind: {row.label: _row(data, row) for row in data.table if row.kind == kind} for kind in ("group", "class")}
-    whole = next((_row(data, row) for row in data.table if row.kind == "all"), {})
+    whole = {} if data.whole is None else _row(data, data.whole)
     return {
         "source": data.name,
         "kind": data.kind,

@@ -65,18 +65,16 @@ class Baseline(Protocol):
         """(rows,) float32 L2 norms on the CPU, not finite where a row is not. Computed once: the rows never change."""
 
 
-class RowReader:
-    """What a `Baseline` with a `chunk` of its own need not write again."""
+class ChunkedRows:
+    """What a `Baseline` with a `chunk` of its own need not write again.
 
-    @property
-    def rows(self) -> int:
-        """Rows held."""
-        raise NotImplementedError
+    Args:
+        rows: V.
+        width: elements a row.
+    """
 
-    @property
-    def width(self) -> int:
-        """Elements a row."""
-        raise NotImplementedError
+    def __init__(self, rows: int, width: int) -> None:
+        self.rows, self.width = rows, width
 
     def chunk(self, part: slice) -> Tensor:
         """See `Baseline`."""
@@ -104,7 +102,7 @@ class RowReader:
         return _norms_of(self)
 
 
-class CopiedBaseline(RowReader):
+class CopiedBaseline(ChunkedRows):
     """Rows in memory, in the model's dtype.
 
     Args:
@@ -113,17 +111,8 @@ class CopiedBaseline(RowReader):
     """
 
     def __init__(self, tensor: Tensor, place: str = "") -> None:
+        super().__init__(*tensor.shape)
         self.tensor, self._place = tensor, place
-
-    @property
-    def rows(self) -> int:
-        """Rows held."""
-        return self.tensor.shape[0]
-
-    @property
-    def width(self) -> int:
-        """Elements a row."""
-        return self.tensor.shape[1]
 
     def chunk(self, part: slice) -> Tensor:
         """Rows ``part``: (n, width) view on the CPU. Not to be written to."""
@@ -143,7 +132,7 @@ class _Behind:
     rows: int = 0
 
 
-class FileBaseline(RowReader):
+class FileBaseline(ChunkedRows):
     """One tensor of a safetensors file; pages that have been read are unmapped again, so that memory stays small.
 
     Raises:
@@ -158,7 +147,7 @@ class FileBaseline(RowReader):
         start, entries = _header(path)
         shape, dtype = tuple(entries[key]["shape"]), entries[key]["dtype"]
         check_rows(f"{path}: tensor {key!r}", shape, dtype, dtype in FLOATS)
-        self._rows, self._width = int(shape[0]), int(shape[1])
+        super().__init__(*shape)
         self.dtype = FLOATS[dtype]
         self._row_bytes = self.width * self.dtype.itemsize
         self._offset = start + int(entries[key]["data_offsets"][0])
@@ -166,16 +155,6 @@ class FileBaseline(RowReader):
             # A private mapping: torch asks for a writable buffer, the file itself cannot be written to through it.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self._behind: defaultdict[int, _Behind] = defaultdict(_Behind)  # by thread
-
-    @property
-    def rows(self) -> int:
-        """Rows held."""
-        return self._rows
-
-    @property
-    def width(self) -> int:
-        """Elements a row."""
-        return self._width
 
     def chunk(self, part: slice) -> Tensor:
         """Rows ``part``: (n, width) on the CPU, in the file's dtype, valid as long as these rows. Not to be written to.
@@ -336,7 +315,7 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
     return 8 + length, entries
 
 
-def _norms_of(rows: RowReader) -> Tensor:
+def _norms_of(rows: ChunkedRows) -> Tensor:
     """(rows,) float32 L2 norms, by numpy in a few threads; see `vocabguard.measure.kernels` for why not by torch."""
     norms = np.empty(rows.rows, dtype=np.float32)
     size = max(1, _BLOCK // max(1, rows.width))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from torch import Tensor
 from vocabguard.files import read_json, some
 from vocabguard.results import MatrixName, NotApplicable
 from vocabguard.rows.adapters import LowRank, Replaced, replaced_rows, updated_rows
-from vocabguard.rows.baselines import Baseline, CopiedBaseline, FileBaseline, RowReader
+from vocabguard.rows.baselines import Baseline, ChunkedRows, CopiedBaseline, FileBaseline
 from vocabguard.rows.matrices import VocabMatrix
 from vocabguard.rows.tensors import (
     ADAPTER_CONFIG,
     COMMON_NAMES,
     INDEX,
+    MATRICES,
     SINGLE,
     TORCH_SUFFIXES,
     TensorStore,
@@ -84,7 +85,7 @@ def open_checkpoint(
             raise ValueError(f"{path} is an adapter, not a model; allowed here: a model's folder or file")
         return _open_adapter(path, base)
     store, config = open_store(path), _read_config(path)
-    found = {name: _key(name, store.names, (keys or {}).get(name), path) for name in COMMON_NAMES}
+    found = {name: _key(name, store.names, (keys or {}).get(name), path) for name in MATRICES}
     embedding_key, head_key = found["embedding"], found["head"]
     if embedding_key is None and head_key is None:
         raise ValueError(
@@ -195,28 +196,18 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config | inner if isinstance(inner, dict) else config
 
 
-@dataclass(frozen=True, eq=False)
-class AdaptedBaseline(RowReader):
+class AdaptedBaseline(ChunkedRows):
     """Rows of a base with an adapter on them, in float32 as the forward pass adds them up.
 
-    Attributes:
+    Args:
+        base: the rows beneath.
         updates: LoRA's and DoRA's.
         replaced: trained tokens.
     """
 
-    base: Baseline
-    updates: tuple[LowRank, ...] = ()
-    replaced: tuple[Replaced, ...] = ()
-
-    @property
-    def rows(self) -> int:
-        """Rows of the base."""
-        return self.base.rows
-
-    @property
-    def width(self) -> int:
-        """Elements a row."""
-        return self.base.width
+    def __init__(self, base: Baseline, updates: Sequence[LowRank] = (), replaced: Sequence[Replaced] = ()) -> None:
+        super().__init__(base.rows, base.width)
+        self.base, self.updates, self.replaced = base, updates, replaced
 
     @torch.no_grad()
     def chunk(self, part: slice) -> Tensor:
@@ -243,9 +234,7 @@ def _open_adapter(folder: Path, base: Checkpoint) -> Checkpoint:
         ValueError: for a damaged adapter, or one of another kind or shape than its base.
     """
     config, store = read_json(folder / ADAPTER_CONFIG), open_adapter_store(folder)
-    found: dict[MatrixName, Baseline | None] = {
-        name: _adapted(name, store, config, base, folder) for name in COMMON_NAMES
-    }
+    found: dict[MatrixName, Baseline | None] = {name: _adapted(name, store, config, base, folder) for name in MATRICES}
     if base.tied and found["head"] is None and config.get("trainable_token_indices"):
         found["head"] = found["embedding"]  # PEFT ties its new rows, too
     untouched = "the adapter leaves the {} rows as they are, so they cannot have drifted"
@@ -302,7 +291,7 @@ def _with_tokens(rows: Baseline, values: Tensor, config: dict[str, Any], module:
     ids = torch.tensor(asked, dtype=torch.int64)
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < rows.rows:
         raise ValueError(f"{folder}: trainable_token_indices go to {int(ids.max())}; the base has {rows.rows} rows")
-    return AdaptedBaseline(rows, replaced=(Replaced(ids, values),))
+    return AdaptedBaseline(rows, replaced=[Replaced(ids, values)])
 
 
 def _with_lora(rows: Baseline, store: TensorStore, here: str, config: dict[str, Any], folder: Path) -> AdaptedBaseline:
@@ -327,7 +316,7 @@ def _with_lora(rows: Baseline, store: TensorStore, here: str, config: dict[str, 
             f"{folder}: LoRA parts of shapes {shapes} do not make the base's {rows.rows} x {rows.width} rows"
         )
     scaling = _scaling(config, here.removeprefix(_PREFIX).rstrip("."), left.shape[1], folder)
-    return AdaptedBaseline(rows, (LowRank(left, right, scaling, magnitude),))
+    return AdaptedBaseline(rows, [LowRank(left, right, scaling, magnitude)])
 
 
 def _scaling(config: dict[str, Any], module: str, rank: int, folder: Path) -> float:

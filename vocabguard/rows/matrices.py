@@ -21,7 +21,8 @@ class VocabMatrix:
     """One matrix with a row per token, the model's current one at every access.
 
     The parameter and even its module are replaced when a model is sharded or its vocabulary resized, so neither is
-    kept: each property asks the model again. Rows with an adapter on them are those that the forward pass uses.
+    kept: each property asks the model again, and raises a RuntimeError once it no longer has rows that can be followed.
+    Rows with an adapter on them are those that the forward pass uses.
 
     Attributes:
         model: the model that holds it, without wrappers such as DistributedDataParallel.
@@ -36,20 +37,12 @@ class VocabMatrix:
 
     @property
     def module(self) -> nn.Module:
-        """The module that holds the rows now; beneath an adapter, the base's.
-
-        Raises:
-            RuntimeError: if the model no longer has it.
-        """
+        """The module that holds the rows now; beneath an adapter, the base's."""
         return plain_module(self.wrapped)
 
     @property
     def adapter(self) -> AdaptedRows | None:
-        """The rows with an adapter on them; None where the rows are a parameter of their own.
-
-        Raises:
-            RuntimeError: if an adapter is there whose rows cannot be read.
-        """
+        """The rows with an adapter on them; None where the rows are a parameter of their own."""
         adapter = adapter_of(self.wrapped)
         if isinstance(adapter, NotApplicable):
             raise RuntimeError(f"the {self.name} can no longer be followed: {adapter.reason}")
@@ -57,11 +50,7 @@ class VocabMatrix:
 
     @property
     def wrapped(self) -> nn.Module:
-        """The module that the forward pass calls: with an adapter's wrappers, where there are any.
-
-        Raises:
-            RuntimeError: if the model no longer has it.
-        """
+        """The module that the forward pass calls: with an adapter's wrappers, where there are any."""
         module = _locate(self.model, self.name, self.path)
         if isinstance(module, NotApplicable):
             raise RuntimeError(f"the {self.name} is no longer in the model: {module.reason}")
@@ -112,11 +101,7 @@ class VocabMatrix:
 
     @property
     def shard(self) -> Shard | None:
-        """The rows that this process has; None where it has all.
-
-        Raises:
-            RuntimeError: if rows are no longer split in a way that can be followed.
-        """
+        """The rows that this process has; None where it has all."""
         shard = shard_of(self.weight)
         if isinstance(shard, NotApplicable):
             raise RuntimeError(f"the {self.name} can no longer be followed: {shard.reason}")

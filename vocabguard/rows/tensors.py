@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -38,16 +38,27 @@ COMMON_NAMES: dict[MatrixName, tuple[str, ...]] = {
 }
 """Names under which well-known models keep their rows."""
 
+MATRICES: tuple[MatrixName, ...] = ("head", "embedding")
+
 # Inside a prefix such a name is some layer's.
 _COMMON_WORDS = ("output.weight", "wte.weight")
 
 
-class TensorStore(Protocol):
-    """The tensors of a checkpoint, by name."""
+class TensorStore:
+    """The tensors of a checkpoint, by name.
+
+    Args:
+        sources: of each the safetensors file that holds it, or what ``torch.load`` has mapped.
+        path: of the checkpoint, for messages.
+    """
+
+    def __init__(self, sources: Mapping[str, Path | Tensor], path: Path) -> None:
+        self._sources, self._path = dict(sources), path
 
     @property
     def names(self) -> Collection[str]:
         """All of them."""
+        return self._sources.keys()
 
     def rows(self, name: str) -> CopiedBaseline | FileBaseline:
         """One 2-D floating-point tensor, as rows.
@@ -55,6 +66,12 @@ class TensorStore(Protocol):
         Raises:
             ValueError: if it is missing, not 2-D, empty or not of floats.
         """
+        found = self._source(name)
+        if isinstance(found, Path):
+            return FileBaseline(found, name)
+        what = f"{self._path}: tensor {name!r}"
+        check_rows(what, tuple(found.shape), str(found.dtype), found.dtype.is_floating_point)
+        return CopiedBaseline(found.detach(), f"{name} in {self._path} (memory map)")
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, whole, on the CPU.
@@ -62,64 +79,19 @@ class TensorStore(Protocol):
         Raises:
             ValueError: if it is missing or cannot be read.
         """
+        found = self._source(name)
+        if isinstance(found, Tensor):
+            return found.detach()
+        if name not in safetensors_names(found):
+            raise ValueError(f"{found}: no tensor {name!r}; its index says it is there")
+        with safe_open(str(found), framework="pt", device="cpu") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
 
-
-class SafetensorsStore:
-    """Tensors of one or more safetensors files.
-
-    Args:
-        files: name -> the file that holds it.
-    """
-
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        self.files = dict(files)
-
-    @property
-    def names(self) -> Collection[str]:
-        """All of them."""
-        return self.files.keys()
-
-    def rows(self, name: str) -> FileBaseline:
-        """One tensor as rows."""
-        return FileBaseline(self._file(name), name)
-
-    def tensor(self, name: str) -> Tensor:
-        """One tensor, whole."""
-        path = self._file(name)
-        if name not in safetensors_names(path):
-            raise ValueError(f"{path}: no tensor {name!r}; its index says it is there")
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            found: Tensor = file.get_tensor(name)
-        return found
-
-    def _file(self, name: str) -> Path:
-        if name not in self.files:
-            raise ValueError(f"no tensor {name!r}; there are {some(self.names)}")
-        return self.files[name]
-
-
-class LoadedStore:
-    """Tensors that ``torch.load`` has mapped."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], path: Path) -> None:
-        self.tensors, self.path = dict(tensors), path
-
-    @property
-    def names(self) -> Collection[str]:
-        """All of them."""
-        return self.tensors.keys()
-
-    def rows(self, name: str) -> CopiedBaseline:
-        """One tensor as rows."""
-        found = self.tensor(name)
-        check_rows(f"{self.path}: tensor {name!r}", tuple(found.shape), str(found.dtype), found.dtype.is_floating_point)
-        return CopiedBaseline(found, f"{name} in {self.path} (memory map)")
-
-    def tensor(self, name: str) -> Tensor:
-        """One tensor, whole."""
-        if name not in self.tensors:
-            raise ValueError(f"{self.path}: no tensor {name!r}; it holds {some(self.names)}")
-        return self.tensors[name].detach()
+    def _source(self, name: str) -> Path | Tensor:
+        if name not in self._sources:
+            raise ValueError(f"{self._path}: no tensor {name!r}; it holds {some(self.names)}")
+        return self._sources[name]
 
 
 def open_store(path: Path) -> TensorStore:
@@ -136,9 +108,9 @@ def open_store(path: Path) -> TensorStore:
     if not path.is_file():
         raise ValueError(f"{path}: not found")
     if path.suffix == ".safetensors":
-        return _single_store(path)
+        return TensorStore(dict.fromkeys(safetensors_names(path), path), path)
     if path.suffix in TORCH_SUFFIXES:
-        return LoadedStore(_state_dict(path), path)
+        return TensorStore(_state_dict(path), path)
     raise ValueError(f"{path}: a {path.suffix or 'nameless'} file; allowed: .safetensors, {', '.join(TORCH_SUFFIXES)}")
 
 
@@ -150,9 +122,9 @@ def open_adapter_store(folder: Path) -> TensorStore:
     """
     safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if safe.is_file():
-        return _single_store(safe)
+        return TensorStore(dict.fromkeys(safetensors_names(safe), safe), safe)
     if pickled.is_file():
-        return LoadedStore(_tensors(load_torch_file(pickled)), pickled)
+        return TensorStore(_tensors(load_torch_file(pickled)), pickled)
     raise ValueError(f"{folder}: {ADAPTER_CONFIG} without its tensors; expected {safe.name} or {pickled.name}")
 
 
@@ -221,20 +193,16 @@ def read_index(file: Path) -> dict[str, Path]:
 
 def _folder_store(folder: Path) -> TensorStore:
     if (folder / INDEX).is_file() or (folder / SINGLE).is_file():
-        return SafetensorsStore(safetensors_files(folder))
+        return TensorStore(safetensors_files(folder), folder)
     if (folder / _TORCH_INDEX).is_file():
         shards = sorted(set(read_index(folder / _TORCH_INDEX).values()))
-        return LoadedStore({key: value for shard in shards for key, value in _state_dict(shard).items()}, folder)
+        return TensorStore({key: value for shard in shards for key, value in _state_dict(shard).items()}, folder)
     if (folder / _TORCH_SINGLE).is_file():
-        return LoadedStore(_state_dict(folder / _TORCH_SINGLE), folder / _TORCH_SINGLE)
+        return TensorStore(_state_dict(folder / _TORCH_SINGLE), folder / _TORCH_SINGLE)
     raise ValueError(
         f"{folder}: no checkpoint in this folder; expected {SINGLE}, {INDEX}, {_TORCH_SINGLE}, {_TORCH_INDEX} or "
         f"{ADAPTER_CONFIG}"
     )
-
-
-def _single_store(path: Path) -> SafetensorsStore:
-    return SafetensorsStore(dict.fromkeys(safetensors_names(path), path))
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from vocabguard.views.tables import Column, Grid
+from vocabguard.cli.common import Column, Grid
 
 
 def shown(grid: Grid, width: int) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from vocabguard.protect.allowed import allowed_ids, ids_in
+from vocabguard.protect.plan import allowed_ids, ids_in
 from vocabguard.vocabulary.table import VocabTable, build_table
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
