@@ -141,11 +141,7 @@ class RunWriter:
             append_line(self.folder / _ALERTS, {"attempt": attempt, **plain(transition)})
 
     def note(self, kind: str, step: int, content: Mapping[str, Any]) -> None:
-        """Append a finding that is no check.
-
-        Args:
-            kind: the file's name, without ``.jsonl``; one of `NOTES`.
-        """
+        """Append a finding that is no check. `kind`: the file's name, without ``.jsonl``; one of `NOTES`."""
         append_line(self.folder / f"{kind}.jsonl", {"attempt": self._started(), "step": step, **content})
 
     def rows(self, step: int, tensors: Mapping[str, Tensor]) -> Path:

@@ -16,7 +16,7 @@ from vocabguard.compare import explain
 from vocabguard.compare.explain import (
     LOST,
     Emission,
-    RowNumbers,
+    TokenRow,
     Sides,
     contexts_for,
     cut_of,
@@ -24,7 +24,7 @@ from vocabguard.compare.explain import (
     judge,
     load_model,
     neighbours,
-    row_numbers,
+    token_row,
     story,
 )
 from vocabguard.compare.scan import Scan, scan
@@ -68,8 +68,8 @@ def weight(path: Path, name: str) -> Tensor:
 
 @pytest.mark.parametrize("token", [TURNED, 20, 5000])
 def test_row_in_numbers_against_naive(found: Scan, pair: Sides, kit: Any, token: int) -> None:
-    facts = row_numbers(found, "head", pair.base["head"], token)
-    assert isinstance(facts, RowNumbers)
+    facts = token_row(found, "head", pair.base["head"], token)
+    assert isinstance(facts, TokenRow)
     base, now = (weight(path, "head") for path in (found.base.path, found.tuned.path))
     cosine, live = checkpoint_kit.naive_cosine(now, base), found.live
     assert facts.cosine == pytest.approx(float(cosine[token]), abs=1e-6)
@@ -205,7 +205,7 @@ def test_every_diagnosis(found: Scan) -> None:
     rest = {"base_norm_quantile": 0.5, "live": 9}
 
     def of(cosine: float, token: int = 5000, **asked: bool) -> str:
-        row = RowNumbers(cosine=cosine, **facts, **rest)  # type: ignore[arg-type]
+        row = TokenRow(cosine=cosine, **facts, **rest)  # type: ignore[arg-type]
         emission = {key: Emission(said, 0.0, 0.0, None) for key, said in asked.items()}
         return judge(found, token, {"head": row, "embedding": row}, emission)
 

@@ -37,7 +37,7 @@ _FILLERS = 64
 
 
 @dataclass(frozen=True)
-class RowNumbers:
+class TokenRow:
     """One token's row in one matrix; ranks are among live rows, 0 is the most changed.
 
     Attributes:
@@ -93,7 +93,7 @@ class Emission:
     instead: str | None
 
 
-def row_numbers(scan: Scan, name: MatrixName, base: Baseline | NotApplicable, token: int) -> RowNumbers | NotApplicable:
+def token_row(scan: Scan, name: MatrixName, base: Baseline | NotApplicable, token: int) -> TokenRow | NotApplicable:
     """A token's row in numbers.
 
     Args:
@@ -107,7 +107,7 @@ def row_numbers(scan: Scan, name: MatrixName, base: Baseline | NotApplicable, to
         return base
     live = scan.live
     norm = _placed("base_norm", base.norms, live, token)
-    return RowNumbers(
+    return TokenRow(
         cosine=float(drift.cosine[token]),
         cosine_rank=int((drift.cosine[live] < drift.cosine[token]).sum()),
         residual=float(drift.residual[token]),
@@ -230,12 +230,12 @@ def story(sides: Sides, tokenizer: Any, token: int, contexts: Sequence[PromptCon
         contexts: ways of asking; not used without models.
 
     Returns:
-        ``id``, ``text``, ``category``, ``live``, ``cut``, ``trained``, ``head`` and ``embedding`` (`RowNumbers`),
+        ``id``, ``text``, ``category``, ``live``, ``cut``, ``trained``, ``head`` and ``embedding`` (`TokenRow`),
         ``neighbours`` (``then``, ``now``), ``emission`` (``then``, ``now``, ``head_row_back``, ``both_rows_back``),
         ``data_target``, ``kind``, ``diagnosis``, ``advice``.
     """
     scan = sides.scan
-    rows = {name: row_numbers(scan, name, sides.base[name], token) for name in MATRICES}
+    rows = {name: token_row(scan, name, sides.base[name], token) for name in MATRICES}
     emission = _asked(sides, token, contexts)
     found: dict[str, Any] = {
         "id": token,
@@ -271,7 +271,7 @@ def cut_of(tokenizer: Any, text: str, token: int) -> dict[str, Any]:
 
 
 def judge(  # noqa: PLR0911 (one for each diagnosis)
-    scan: Scan, token: int, rows: Mapping[MatrixName, RowNumbers | NotApplicable], emission: Mapping[str, Emission]
+    scan: Scan, token: int, rows: Mapping[MatrixName, TokenRow | NotApplicable], emission: Mapping[str, Emission]
 ) -> str:
     """Which of the diagnoses fits; a key of the sentences below."""
     if not bool(scan.match.mask[token]):
@@ -281,7 +281,7 @@ def judge(  # noqa: PLR0911 (one for each diagnosis)
     if not bool(scan.table.live[token]):
         return "not_live"
     judged = rows[scan.judged] if scan.judged else None
-    drifted = isinstance(judged, RowNumbers) and not judged.cosine >= DEGRADED
+    drifted = isinstance(judged, TokenRow) and not judged.cosine >= DEGRADED
     if "now" not in emission:
         return "drifted" if drifted else "kept"
     if emission["now"].said:

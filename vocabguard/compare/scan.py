@@ -212,11 +212,7 @@ def _base_rows(before: Mapping[str, Baseline | NotApplicable], tied: bool, table
 
 
 def fitted(rows: Baseline | NotApplicable, ids: Tensor) -> Baseline | NotApplicable:
-    """The rows in the order of ``ids``.
-
-    Args:
-        ids: (V,) int64, which row comes at each place; -1 gives NaN.
-    """
+    """The rows in the order of ``ids``. `ids`: (V,) int64, which row comes at each place; -1 gives NaN."""
     if isinstance(rows, NotApplicable):
         return rows
     in_place = rows.rows == len(ids) and bool((ids == torch.arange(len(ids))).all())

@@ -93,11 +93,7 @@ class BatchContext:
         self._arrived = False
 
     def arrive(self, batch: Any, echo: Tensor | None) -> None:
-        """A training batch, before it reaches the model.
-
-        Args:
-            batch: as the trainer has it, our own keys taken out.
-        """
+        """A training batch, before it reaches the model. `batch`: as the trainer has it, our own keys taken out."""
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         self.labels, self.echo = labels if isinstance(labels, Tensor) else None, echo
         self._arrived = self.labels is not None

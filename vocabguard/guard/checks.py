@@ -175,11 +175,7 @@ class Checker:
         self.group_rows = {name: int((mask & self.watched.table.live).sum()) for name, mask in self.groups.items()}
 
     def run(self, step: int, *, with_probe: bool, overhead: float) -> CheckResult:
-        """Measure now.
-
-        Args:
-            overhead: the guard's share of the time so far, in [0, 1].
-        """
+        """Measure now. `overhead`: the guard's share of the time so far, in [0, 1]."""
         began = time.perf_counter()
         # The model of a sharded run talks in its forward pass: no rank may be missing there.
         collective.raise_if_peer_failed()

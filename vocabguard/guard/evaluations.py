@@ -231,11 +231,7 @@ class Evaluations:
         return self._neighbors(step, drifts) if every and number and number % every == 0 else ()
 
     def at_end(self, last: CheckResult) -> tuple[Finding, ...]:
-        """Neighbours, and where forgotten tokens were lost.
-
-        Args:
-            last: the last check; the weights are still those.
-        """
+        """Neighbours, and where forgotten tokens were lost. `last`: the last check; the weights are still those."""
         found: tuple[Finding, ...] = ()
         if self._last_look != last.step:
             found = self._neighbors(last.step, {"head": last.head, "embedding": last.embedding})

@@ -84,11 +84,7 @@ class Holder:
         hold_rows(weight, self._keeper.rows, self.held.to(weight.device), mode, state)
 
     def share(self, live: Tensor) -> float:
-        """Share in [0, 1] of the live rows that were held in the last step.
-
-        Args:
-            live: (V,) bool on the CPU.
-        """
+        """Share in [0, 1] of the live rows that were held in the last step. `live`: (V,) bool on the CPU."""
         if not self.on or self.held is None or len(self.held) != len(live):
             return 0.0
         return float(self.held.cpu()[live].float().mean())

@@ -133,11 +133,7 @@ class Protection:
             self.echo.catch_up()
 
     def scalars(self, exposure: Exposure | NotApplicable, live: Tensor) -> dict[str, float]:
-        """Logged keys: losses since the last check, echo so far, rows held in the last step.
-
-        Args:
-            live: (V,) bool.
-        """
+        """Logged keys: losses since the last check, echo so far, rows held in the last step. `live`: (V,) bool."""
         found: dict[str, float] = {}
         if self._losses is not None:
             found |= self._losses.take()
@@ -166,11 +162,7 @@ class Protection:
         return EchoReport(self.echo.plan, self.echo.on, total, by_group, by_class, self.echo.source.feed.seconds)
 
     def follow(self, found: CheckResult, base: ProbeResult | None, batches: int) -> None:
-        """Act on a check: switch, then adjust what is on.
-
-        Args:
-            base: the probe at the base, if there is one.
-        """
+        """Act on a check: switch, then adjust what is on. `base`: the probe at the base, if there is one."""
         self.decide(found.firing)
         if self.echo is not None:
             self.echo.revise(found, base, batches)

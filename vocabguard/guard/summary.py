@@ -34,11 +34,7 @@ def group_masks(table: VocabTable) -> dict[str, Tensor]:
 
 
 def class_masks(classes: Tensor) -> dict[str, Tensor]:
-    """(V,) bool of each exposure class, by name.
-
-    Args:
-        classes: (V,) uint8, index into `EXPOSURE_CLASSES`.
-    """
+    """(V,) bool of each exposure class, by name. `classes`: (V,) uint8, index into `EXPOSURE_CLASSES`."""
     return {name: classes == index for index, name in enumerate(EXPOSURE_CLASSES)}
 
 
@@ -96,11 +92,7 @@ def forecast_scalars(
 
 
 def echo_scalars(exposure: Exposure, live: Tensor) -> dict[str, float]:
-    """``echo/dose``, echo targets per data target so far, and ``echo/targets_per_live_token``.
-
-    Args:
-        live: (V,) bool.
-    """
+    """``echo/dose``, echo targets per data target so far, and ``echo/targets_per_live_token``. `live`: (V,) bool."""
     echoed, asked = int(exposure.echo_target.sum()), int(exposure.data_target.sum())
     per_token = float(exposure.echo_target[live].double().mean()) if bool(live.any()) else 0.0
     return {"echo/dose": echoed / asked if asked else 0.0, "echo/targets_per_live_token": per_token}

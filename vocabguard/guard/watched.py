@@ -149,11 +149,7 @@ def describe(
     run_dir: Path | None,
     notes: tuple[str, ...] = (),
 ) -> Watch:
-    """What a user is told before step 1.
-
-    Args:
-        prober: what probes, or the `NotApplicable` that says why nothing does.
-    """
+    """What a user is told before step 1. `prober`: what probes, or the `NotApplicable` that says why nothing does."""
     blind = () if watched.tokenizer is not None else ("no tokenizer: tokens have no groups and no texts",)
     return Watch(
         head=watched.describe("head"),

@@ -97,11 +97,7 @@ class Probed:
 
 @dataclass(frozen=True)
 class TokenLine:
-    """One line of the table of tokens.
-
-    Attributes:
-        said: whether most contexts of the last probe got it; None if not probed.
-    """
+    """One line of the table of tokens. `said`: whether most contexts of the last probe got it; None if not probed."""
 
     report: TokenReport
     said: bool | None
@@ -236,11 +232,7 @@ def token_lines(
     step: int,
     watched: Iterable[int] = (),
 ) -> tuple[TokenLine, ...]:
-    """What is known about the given tokens, in their order.
-
-    Args:
-        ids: of tokens, each in [0, V).
-    """
+    """What is known about the given tokens, in their order. `ids`: of tokens, each in [0, V)."""
     place = {} if probed is None else {token: row for row, token in enumerate(probed.ids.tolist())}
     on_list = set(watched)
 

@@ -24,11 +24,7 @@ Cell = str | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Story:
-    """Lines of the run log as people read them.
-
-    Attributes:
-        rows: its cells; none where the sentence says all.
-    """
+    """Lines of the run log as people read them. `rows`: its cells; none where the sentence says all."""
 
     sentence: str
     columns: tuple[str, ...] = ()
