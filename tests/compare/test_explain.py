@@ -16,16 +16,16 @@ from vocabguard.compare import explain
 from vocabguard.compare.explain import (
     LOST,
     Emission,
-    TokenRow,
     Sides,
+    TokenRow,
     contexts_for,
     cut_of,
     emissions,
     judge,
     load_model,
     neighbours,
-    token_row,
     story,
+    token_row,
 )
 from vocabguard.compare.scan import Scan, scan
 from vocabguard.measure.probe import probe
