@@ -66,12 +66,7 @@ class Baseline(Protocol):
 
 
 class RowReader:
-    """What a `Baseline` with a `chunk` of its own need not write again.
-
-    Args:
-        rows: V.
-        width: elements a row.
-    """
+    """What a `Baseline` with a `chunk` of its own need not write again."""
 
     def __init__(self, rows: int, width: int) -> None:
         self.rows, self.width = rows, width
@@ -103,12 +98,7 @@ class RowReader:
 
 
 class CopiedBaseline(RowReader):
-    """Rows in memory, in the model's dtype.
-
-    Args:
-        tensor: (rows, width), on the CPU.
-        place: where they are kept, in words; empty for a copy.
-    """
+    """(rows, width) on the CPU: a copy in the model's dtype, unless it says that it is kept in another place."""
 
     def __init__(self, tensor: Tensor, place: str = "") -> None:
         super().__init__(*tensor.shape)
