@@ -75,10 +75,9 @@ def row_vectors(result: CheckResult, group: Tensor, live: Tensor) -> dict[str, T
 
 
 class RunWriter:
-    """Writes a run folder. Only the main process should hold one; before `start` it raises a RuntimeError.
+    """Writes a run folder, made if missing; a run that is already there is gone on with.
 
-    Args:
-        folder: made if missing; a run that is already there is gone on with.
+    Only the main process should hold one. Before `start` it raises a RuntimeError.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -141,7 +140,7 @@ class RunWriter:
             append_line(self.folder / _ALERTS, {"attempt": attempt, **plain(transition)})
 
     def note(self, kind: str, step: int, content: Mapping[str, Any]) -> None:
-        """Append a finding that is no check. `kind`: the file's name, without ``.jsonl``; one of `NOTES`."""
+        """Append a finding that is no check; ``kind`` is one of `NOTES`, the file's name without ``.jsonl``."""
         append_line(self.folder / f"{kind}.jsonl", {"attempt": self._started(), "step": step, **content})
 
     def rows(self, step: int, tensors: Mapping[str, Tensor]) -> Path:

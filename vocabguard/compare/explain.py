@@ -62,12 +62,7 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A row near another one.
-
-    Attributes:
-        id: in the tuned vocabulary.
-        intruder: a control token, a byte or a token of another script than the one looked at.
-    """
+    """A row near another one; an intruder is a control token, a byte or a token of another script."""
 
     id: int
     text: str
@@ -93,13 +88,8 @@ class Emission:
     instead: str | None
 
 
-def token_row(scan: Scan, name: MatrixName, base: Baseline | NotApplicable, token: int) -> TokenRow | NotApplicable:
-    """A token's row in numbers.
-
-    Args:
-        base: its base rows, in the order of the tuned vocabulary.
-        token: id in that vocabulary.
-    """
+def row_facts(scan: Scan, name: MatrixName, base: Baseline | NotApplicable, token: int) -> RowFacts | NotApplicable:
+    """A token's row in numbers; ``base`` and ``token`` are in the order of the tuned vocabulary."""
     drift = scan.drift(name)
     if isinstance(drift, NotApplicable):
         return drift
@@ -122,8 +112,7 @@ def token_row(scan: Scan, name: MatrixName, base: Baseline | NotApplicable, toke
 def neighbours(rows: Baseline, scan: Scan, token: int, count: int = 8) -> tuple[Neighbour, ...]:
     """The tokens whose rows point most nearly the same way, chunk by chunk; padded rows are left out.
 
-    Args:
-        rows: before or after, in the order of the tuned vocabulary.
+    The rows are in the order of the tuned vocabulary.
     """
     ids = torch.tensor([token])
     near = nearest_rows(rows, ids, min(count, rows.rows), scan.table.padded)
@@ -195,13 +184,7 @@ def _emission(result: ProbeResult, scan: Scan, token: int) -> Emission:
 
 @dataclass(frozen=True)
 class Sides:
-    """The rows of both sides in the order of the tuned vocabulary, and the models if they could be loaded.
-
-    Attributes:
-        base_model: None if it could not be loaded, or the ids are not the tuned ones.
-        tuned_model: None if it could not be loaded.
-        no_models: why not; None if both are there.
-    """
+    """The rows of both sides in the order of the tuned vocabulary, and the models, or why they cannot be asked."""
 
     scan: Scan
     base: Mapping[MatrixName, Baseline | NotApplicable]

@@ -48,12 +48,8 @@ class Match:
         return self.base_ids >= 0
 
 
-class ReorderedRows(ChunkedRows):
-    """Base rows in the order of the tuned vocabulary, NaN where there is none; a `Baseline`.
-
-    Args:
-        ids: (V,) int64, the base row of each row, or -1.
-    """
+class ReorderedRows(RowReader):
+    """Base rows in the order of (V,) int64 ``ids``, NaN where one is -1; a `Baseline`."""
 
     def __init__(self, base: Baseline, ids: Tensor) -> None:
         super().__init__(len(ids), base.width)

@@ -51,11 +51,7 @@ class BaseRows:
 
     @one_torch_thread()
     def never_trained(self, norms: Mapping[str, Tensor]) -> Tensor:
-        """(V,) bool: the live rows that were never trained.
-
-        Args:
-            norms: (V,) float32 of the rows of ``head`` and ``embedding``, as far as they have been measured.
-        """
+        """(V,) bool: the live rows that were never trained, given the measured (V,) float32 norms by matrix."""
         source = self._source
         if isinstance(source, NotApplicable):
             return torch.zeros_like(self.live)
@@ -68,10 +64,8 @@ class BaseRows:
     def trained_sample(self, targets: Tensor | None) -> Tensor:
         """(V,) bool: at most 8,192 evenly spaced live rows that are no target and not such that were never trained.
 
-        They are judged before the base is read, by as large a sample of all live and of the unused rows.
-
-        Args:
-            targets: (V,) counts of the data's targets; None takes all live rows.
+        They are judged before the base is read, by as large a sample of all live and of the unused rows. Without (V,)
+        counts of targets all live rows may be taken.
         """
         wanted = self.live if targets is None else self.live & (targets == 0)
         of_live, chosen, of_unused = (evenly(np.flatnonzero(m), _SAMPLED) for m in (self.live, wanted, self.unused))
@@ -212,7 +206,7 @@ def _base_rows(before: Mapping[str, Baseline | NotApplicable], tied: bool, table
 
 
 def fitted(rows: Baseline | NotApplicable, ids: Tensor) -> Baseline | NotApplicable:
-    """The rows in the order of ``ids``. `ids`: (V,) int64, which row comes at each place; -1 gives NaN."""
+    """The rows in the order of (V,) int64 ``ids``; -1 gives NaN."""
     if isinstance(rows, NotApplicable):
         return rows
     in_place = rows.rows == len(ids) and bool((ids == torch.arange(len(ids))).all())

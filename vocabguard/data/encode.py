@@ -365,12 +365,7 @@ class TargetEncoder:
 
 
 def common_prefix(prompt: Ids, ids: Ids) -> int:
-    """How many ids two rows have in common at their beginning.
-
-    Args:
-        prompt: (P,) int64.
-        ids: (T,) int64.
-    """
+    """How many ids two rows, (P,) and (T,) int64, have in common at their beginning."""
     shorter = min(len(prompt), len(ids))
     different = np.flatnonzero(prompt[:shorter] != ids[:shorter])
     return int(different[0]) if len(different) else shorter

@@ -297,11 +297,7 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A prompt and what should follow it: two texts, or two lists of messages.
-
-    Attributes:
-        options: further arguments of the chat template, ``tools`` among them.
-    """
+    """A prompt and what should follow it: two texts, or two lists of messages; options as in `Chat`."""
 
     place: str
     prompt: str | list[Turn]

@@ -154,7 +154,7 @@ def greedy_cover(candidates: Sequence[Candidate], need: Counts) -> list[Candidat
 
 
 def written_rows(read: Callable[[], Iterable[Example]], chosen: Sequence[int]) -> Iterator[Example]:
-    """The chosen rows of the corpus, in its order. `chosen`: indices, ascending."""
+    """The chosen rows of the corpus, by ascending indices, in its order."""
     wanted = iter(chosen)
     following = next(wanted, None)
     for index, example in enumerate(read()):
@@ -166,7 +166,7 @@ def written_rows(read: Callable[[], Iterable[Example]], chosen: Sequence[int]) -
 
 
 def count_targets_in(examples: Iterable[Example], encoder: TargetEncoder, rows: int) -> Tensor:
-    """(rows,) int64: how often the examples ask for each token. `rows`: V."""
+    """(rows,) int64: how often the examples ask for each token."""
     counts = np.zeros(rows, dtype=np.int64)
     for chunk in in_chunks(examples, CHUNK):
         for row in encoder.encode(chunk):

@@ -19,11 +19,9 @@ _WIDE, _TRACK, _BAR, _NAME = 380.0, 36.0, 9.0, 46
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of steps that a rule spent in one state.
+    """A stretch of steps that a rule spent in one state; where that goes on, ``end`` is the last step that is known.
 
-    Attributes:
-        state: ``pending``: the trouble had begun, and the rule did not fire yet.
-        end: step at which the state ended; the last that is known where it did not.
+    ``pending``: the trouble had begun, and the rule did not fire yet.
     """
 
     state: Literal["pending", "firing"]
@@ -111,11 +109,7 @@ def spans_of(changes: Iterable[Transition], end: int) -> tuple[Span, ...]:
 
 
 def alert_timeline(data: PageData, told: Sequence[Told]) -> Figure | None:
-    """One bar a rule over the steps of the run: pale while it was pending, full while it fired.
-
-    Returns:
-        None where no rule fired.
-    """
+    """One bar a rule over the steps of the run: pale while it was pending, full while it fired; None where none did."""
     if not told:
         return None
     steps = [step for one in told for span in one.spans for step in (span.start, span.end)]

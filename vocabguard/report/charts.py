@@ -76,13 +76,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Plot:
-    """The plot area and its scales, both linear.
-
-    Attributes:
-        x: lowest and highest value of the horizontal axis.
-        y: lowest and highest value of the vertical axis.
-        left, right, top, bottom: room around the area.
-    """
+    """The plot area and its scales, both linear: lowest and highest values, and the room around the area."""
 
     width: float
     height: float
@@ -130,13 +124,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a figure.
-
-    Attributes:
-        style: its CSS class.
-        steps: optimizer steps, ascending.
-        values: as many; what is not finite is not drawn.
-    """
+    """One line of a figure: its CSS class, ascending steps, as many values; gaps where these are not finite."""
 
     name: str
     style: str
@@ -228,9 +216,7 @@ _EARLY = 0.1
 def histograms(first: PageData, second: PageData | None = None) -> tuple[Figure, ...]:
     """Histograms of the cosines: of all live rows, then of each group, in the table's order; one scale for all.
 
-    Args:
-        first: drawn as bars.
-        second: a second run, drawn as an outline.
+    The first run is drawn as bars, a second as an outline.
     """
     shown = [data for data in (first, second) if data is not None and _cosines(data).size]
     if not shown or shown[0] is not first:
@@ -245,8 +231,7 @@ def histograms(first: PageData, second: PageData | None = None) -> tuple[Figure,
 def exposure_figure(first: PageData, second: PageData | None = None) -> Figure | None:
     """Cosine against the data targets so far: the middle half, the median and the lowest 1 % of each bin.
 
-    Returns:
-        None where the first run did not count targets or did not measure rows.
+    None where the first run did not count targets or did not measure rows.
     """
     shown = [data for data in (first, second) if data is not None and _by_targets(data)]
     if not shown or shown[0] is not first:
@@ -437,8 +422,7 @@ class _Panel:
 def timelines(first: PageData, second: PageData | None = None) -> tuple[Figure, ...]:
     """The course of the run: degraded rows, cosines, retained, exposure, loss, echo; as far as they were logged.
 
-    Args:
-        second: a second run over the first; then each figure has one line a run.
+    With a second run each figure has one line a run.
     """
     panels = _panels(first) if second is None else _common_panels(first)
     drawn = (_timeline(panel, first, second) for panel in panels)
@@ -572,9 +556,8 @@ def _short(value: float) -> str:
 def forecast_figures(data: PageData) -> tuple[Figure, ...]:
     """Rows below cosine 0.95 so far and by each check's forecast of the end: of all, then of the worst groups.
 
-    Returns:
-        Nothing where nothing was forecast. Groups are those with the highest share in the latest forecast; small ones,
-        and those where no share was ever above 0, are left out.
+    Groups are those with the highest share in the latest forecast; small ones, and those where no share was ever above
+    0, are left out. Nothing where nothing was forecast.
     """
     latest = {name: share for name in data.names if (share := _latest_forecast(data, name)) is not None}
     large = [name for name in latest if data.sizes.get(name, LARGE_GROUP) >= LARGE_GROUP and _ever(data, name)]

@@ -39,12 +39,7 @@ class Split:
 
 @dataclass(frozen=True)
 class OneSided:
-    """One token that only one of the runs lost.
-
-    Attributes:
-        first: its cosine in run A, NaN if not measured.
-        second: its cosine in run B, NaN if not measured.
-    """
+    """One token that only one of the runs lost, with its cosines in run A and in run B, NaN if not measured."""
 
     id: int
     text: str
@@ -77,11 +72,7 @@ class Comparison:
 
 
 def compare(first: PageData, second: PageData) -> Comparison:
-    """Compare two runs or scans.
-
-    Args:
-        second: run B; tokens are matched by id, which needs the same rows in the same groups.
-    """
+    """Compare two runs or scans; tokens are matched by id, which needs the same rows in the same groups."""
     unmatched = _unmatched(first, second)
     splits: tuple[Split, ...] = ()
     drifted: tuple[tuple[OneSided, ...], tuple[OneSided, ...]] = ((), ())

@@ -97,7 +97,7 @@ class Probed:
 
 @dataclass(frozen=True)
 class TokenLine:
-    """One line of the table of tokens. `said`: whether most contexts of the last probe got it; None if not probed."""
+    """One line of the table of tokens; ``said`` by most contexts of the last probe, None if not probed."""
 
     report: TokenReport
     said: bool | None
@@ -125,13 +125,7 @@ class EchoDone:
 
 @dataclass(frozen=True)
 class Beside:
-    """What was found beside the checks, of one kind.
-
-    Attributes:
-        kind: one of `vocabguard.runlog.NOTES`.
-        step: at which it was last looked at.
-        story: in words, and as a table.
-    """
+    """What was found beside the checks, of one of `vocabguard.runlog.NOTES`, when it was last looked at."""
 
     kind: str
     step: int
@@ -193,11 +187,7 @@ class PageData:
 
 
 def sizes_of(rows: RowNumbers | None, names: Sequence[str]) -> dict[str, int]:
-    """Live tokens of all, of each group and of each exposure class, as far as they are known.
-
-    Args:
-        rows: of V rows; None gives nothing.
-    """
+    """Live tokens of all, of each group and of each exposure class, as far as they are known; without rows none is."""
     if rows is None:
         return {}
     groups = np.bincount(rows.group[rows.live], minlength=len(names)).tolist()
@@ -232,7 +222,7 @@ def token_lines(
     step: int,
     watched: Iterable[int] = (),
 ) -> tuple[TokenLine, ...]:
-    """What is known about the given tokens, in their order. `ids`: of tokens, each in [0, V)."""
+    """What is known about the given tokens, in their order; ids are in [0, V)."""
     place = {} if probed is None else {token: row for row, token in enumerate(probed.ids.tolist())}
     on_list = set(watched)
 

@@ -62,7 +62,7 @@ def write_page(page: str, path: str | Path) -> Path:
 
 
 def render(first: PageData, second: PageData | None = None, *, limits: Limits | None = None) -> str:
-    """The page as text. `limits`: from where on a finding counts; None takes the defaults of `Limits`."""
+    """The page as text; without limits by the defaults of `Limits`."""
     limits = limits or Limits()
     shown = (first,) if second is None else (first, second)
     script, style = _part("report_script.html.j2"), _part("report_style.html.j2")

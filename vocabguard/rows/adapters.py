@@ -51,12 +51,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Replaced:
-    """Rows that an adapter puts in the place of others.
-
-    Attributes:
-        ids: (n,) int64 on the CPU.
-        rows: (n, width) parameter.
-    """
+    """(n,) int64 ids on the CPU, and the (n, width) rows that an adapter puts in their place."""
 
     ids: Tensor
     rows: Tensor

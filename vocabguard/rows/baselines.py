@@ -65,13 +65,8 @@ class Baseline(Protocol):
         """(rows,) float32 L2 norms on the CPU, not finite where a row is not. Computed once: the rows never change."""
 
 
-class ChunkedRows:
-    """What a `Baseline` with a `chunk` of its own need not write again.
-
-    Args:
-        rows: V.
-        width: elements a row.
-    """
+class RowReader:
+    """What a `Baseline` with a `chunk` of its own need not write again."""
 
     def __init__(self, rows: int, width: int) -> None:
         self.rows, self.width = rows, width
@@ -102,13 +97,8 @@ class ChunkedRows:
         return _norms_of(self)
 
 
-class CopiedBaseline(ChunkedRows):
-    """Rows in memory, in the model's dtype.
-
-    Args:
-        tensor: (rows, width), on the CPU.
-        place: where they are kept, in words; empty for a copy.
-    """
+class CopiedBaseline(RowReader):
+    """(rows, width) on the CPU: a copy in the model's dtype, unless it says that it is kept in another place."""
 
     def __init__(self, tensor: Tensor, place: str = "") -> None:
         super().__init__(*tensor.shape)

@@ -199,10 +199,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 class AdaptedBaseline(ChunkedRows):
     """Rows of a base with an adapter on them, in float32 as the forward pass adds them up.
 
-    Args:
-        base: the rows beneath.
-        updates: LoRA's and DoRA's.
-        replaced: trained tokens.
+    LoRA and DoRA make updates, trained tokens replaced rows.
     """
 
     def __init__(self, base: Baseline, updates: Sequence[LowRank] = (), replaced: Sequence[Replaced] = ()) -> None:

@@ -96,12 +96,7 @@ def reshard(model: nn.Module) -> None:
 
 
 class ShardBaseline:
-    """A copy of one process's rows in memory; see `vocabguard.rows.baselines.Baseline`.
-
-    Args:
-        tensor: (n, width), on the CPU.
-        rows: V.
-    """
+    """A copy of one process's (n, width) rows on the CPU, of V; see `vocabguard.rows.baselines.Baseline`."""
 
     def __init__(self, tensor: Tensor, shard: Shard, rows: int) -> None:
         self.tensor, self.shard, self._rows = tensor, shard, rows

@@ -45,11 +45,9 @@ _TEXT_COLUMNS = frozenset({"token", "group", "says instead"})
 
 
 class ConsoleView:
-    """Prints what a run finds; token texts are never read as markup.
+    """Prints what a run finds, on standard output unless told otherwise; token texts are never read as markup.
 
-    Args:
-        console: where to print; None makes one on standard output.
-        enabled: False prints nothing, as on processes other than the main one.
+    Not enabled, as on processes other than the main one, it prints nothing.
     """
 
     def __init__(self, console: Console | None = None, enabled: bool = True) -> None:

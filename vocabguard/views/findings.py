@@ -24,7 +24,7 @@ Cell = str | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Story:
-    """Lines of the run log as people read them. `rows`: its cells; none where the sentence says all."""
+    """Lines of the run log as people read them: a sentence, and a table where that does not say all."""
 
     sentence: str
     columns: tuple[str, ...] = ()
@@ -66,12 +66,7 @@ def body_finding(step: int, found: HeadOrBody) -> Finding:
 
 
 def story_of(kind: str, lines: Sequence[Mapping[str, Any]]) -> Story:
-    """What the run log's lines of one kind and step say.
-
-    Args:
-        kind: ``confusion``, ``neighbors`` or ``head_or_body``.
-        lines: at least one.
-    """
+    """What the run log's lines of one step and kind say: ``confusion``, ``neighbors`` or ``head_or_body``."""
     if kind == "neighbors":
         return Story(_neighbors_sentence(lines), _NEIGHBORS, tuple(map(_beside, lines)))
     if kind == "head_or_body":

@@ -140,11 +140,7 @@ class TensorBoardView:
 
 
 def _layout(groups: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
-    """Charts of several scalars: all groups on one, and for each group how it is and how it will end.
-
-    Args:
-        groups: that are large enough for a chart of their own.
-    """
+    """Charts of several scalars: all groups on one, and for each large one how it is and how it will end."""
     ends = {}
     for name in ("all", *groups):
         inner = "" if name == "all" else f"{name}/"
