@@ -88,7 +88,7 @@ class Emission:
     instead: str | None
 
 
-def row_facts(scan: Scan, name: MatrixName, base: Baseline | NotApplicable, token: int) -> RowFacts | NotApplicable:
+def token_row(scan: Scan, name: MatrixName, base: Baseline | NotApplicable, token: int) -> TokenRow | NotApplicable:
     """A token's row in numbers; ``base`` and ``token`` are in the order of the tuned vocabulary."""
     drift = scan.drift(name)
     if isinstance(drift, NotApplicable):

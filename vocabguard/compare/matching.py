@@ -48,7 +48,7 @@ class Match:
         return self.base_ids >= 0
 
 
-class ReorderedRows(RowReader):
+class ReorderedRows(ChunkedRows):
     """Base rows in the order of (V,) int64 ``ids``, NaN where one is -1; a `Baseline`."""
 
     def __init__(self, base: Baseline, ids: Tensor) -> None:

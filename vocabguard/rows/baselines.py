@@ -65,7 +65,7 @@ class Baseline(Protocol):
         """(rows,) float32 L2 norms on the CPU, not finite where a row is not. Computed once: the rows never change."""
 
 
-class RowReader:
+class ChunkedRows:
     """What a `Baseline` with a `chunk` of its own need not write again."""
 
     def __init__(self, rows: int, width: int) -> None:
@@ -97,7 +97,7 @@ class RowReader:
         return _norms_of(self)
 
 
-class CopiedBaseline(RowReader):
+class CopiedBaseline(ChunkedRows):
     """(rows, width) on the CPU: a copy in the model's dtype, unless it says that it is kept in another place."""
 
     def __init__(self, tensor: Tensor, place: str = "") -> None:
