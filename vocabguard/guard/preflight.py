@@ -41,7 +41,6 @@ def wanted_preflight(
 
     Args:
         shift: whether the model shifts its labels; None where they are no tokens.
-        targets: the user's extractor, if any, or why labels are no targets of the data here.
         tokenizer: the model's, if known: counts taken beforehand must be of its tokens.
 
     Raises:
@@ -60,15 +59,9 @@ def wanted_preflight(
     if dataloader is None:
         return NotApplicable("preflight needs the training dataloader")
     return preflight(
-        dataloader,
-        rows=rows,
-        shift=bool(shift),
-        targets=targets,
-        max_batches=wanted.max_batches,
-        max_seconds=wanted.max_seconds,
-        seed=config.seed,
-        need_labels=need_labels,
-    )
+        dataloader, rows=rows, shift=bool(shift), targets=targets, max_batches=wanted.max_batches,
+        max_seconds=wanted.max_seconds, seed=config.seed, need_labels=need_labels,
+    )  # fmt: skip
 
 
 def _counted_before(path: str, rows: int, tokenizer: Any) -> Preflight:
@@ -98,8 +91,6 @@ def preflight(
     """Count data targets over batches drawn at random from the dataloader's own dataset and collate function.
 
     Args:
-        dataloader: a `torch.utils.data.DataLoader`, or accelerate's wrapper of one.
-        seed: of the sample's own generator.
         need_labels: whether batches must carry labels; False where the model may get them by another way.
 
     Raises:
@@ -136,12 +127,7 @@ def _sample(loader: DataLoader[Any], seed: int) -> Iterator[tuple[int, Any]]:
 
 
 def examples_of(loader: DataLoader[Any], order: list[int]) -> Iterator[tuple[int, Any]]:
-    """(number of examples, what the collate function gets) for the dataset's examples in the given order.
-
-    Args:
-        loader: of a map-style dataset.
-        order: indices into the dataset.
-    """
+    """(number of examples, what the collate function gets) for the examples of a map-style dataset in an order."""
     if loader.batch_sampler is None:
         # Without automatic batching an example of the dataset is a batch.
         yield from ((1, loader.dataset[index]) for index in order)
@@ -184,10 +170,7 @@ def _parts(owner: Any, depth: int = _DEPTH, seen: set[int] | None = None) -> Ite
 
 @contextmanager
 def untouched_rng(*owners: Any) -> Iterator[None]:
-    """Put random numbers back afterwards: datasets and collators may draw.
-
-    Those are Python's, NumPy's and torch's global generators, and the generators that the owners hold.
-    """
+    """Put Python's, NumPy's, torch's and the owners' generators back afterwards: datasets and collators may draw."""
     put_back: list[Callable[[], object]] = [
         functools.partial(random.setstate, random.getstate()),
         functools.partial(np.random.set_state, np.random.get_state()),

@@ -31,15 +31,9 @@ class Protection:
     """
 
     def __init__(
-        self,
-        config: GuardConfig,
-        rules: Iterable[AlertRule],
-        echo: EchoControl | None,
-        holder: Holder | None,
-        context: BatchContext,
-        *,
-        shift: bool,
-    ) -> None:
+        self, config: GuardConfig, rules: Iterable[AlertRule], echo: EchoControl | None, holder: Holder | None,
+        context: BatchContext, *, shift: bool,
+    ) -> None:  # fmt: skip
         self.echo, self.holder = echo, holder
         self._losses = LossMeter(shift) if echo is not None else None
         self._context = context
@@ -102,12 +96,7 @@ class Protection:
         self._unwrap.append(unwrap)
 
     def join(self, batch: Any, *, inject: bool) -> None:
-        """Take the echo mask out of a batch, or append echo rows to it.
-
-        Args:
-            batch: of tensors, in training.
-            inject: append rows where the batch has none.
-        """
+        """Take the echo mask out of a batch of tensors; where it has none, append rows if they are to be injected."""
         mask = None
         if self.echo is not None and isinstance(batch, Mapping):
             if ECHO_KEY in batch:

@@ -34,24 +34,14 @@ def free_folder(folder: Path) -> Path:
 
 
 def choose_folder(resumed: str | None, suggested: str | Path | None) -> Path | None:
-    """The folder of a run: that of the run that goes on, else a free one by the suggested name; the same on all ranks.
-
-    Args:
-        resumed: folder of the run that is resumed, if any.
-        suggested: where a new run may lie; None writes none.
-    """
+    """The folder of the run that goes on, else a free one by the suggested name, if any; the same on all ranks."""
     if resumed:
         return Path(resumed)
     return None if suggested is None else collective.agree(free_folder(Path(suggested)))
 
 
 def choose_courier(sinks: SinksConfig, folder: Path | None) -> Courier:
-    """What carries news of alerts beyond this machine; without a receiver it does nothing.
-
-    Args:
-        sinks: where to.
-        folder: of the run log: what a webhook is told the run is called.
-    """
+    """What carries news of alerts beyond this machine; without a receiver it does nothing."""
     hook, url = sinks.webhook, webhook_url(sinks.webhook)
     receivers: list[Receiver] = [WandbAlerts()] if sinks.wandb else []
     if url is not None:
@@ -86,11 +76,7 @@ class Reporter:
         writer: Any = None,
     ) -> None:
         main = collective.is_main()
-        self._config = config
-        self._writer = writer
-        self._table = table
-        self._rules = tuple(rules)
-        self._main = main
+        self._config, self._writer, self._table, self._rules, self._main = config, writer, table, tuple(rules), main
         self._courier = choose_courier(config.sinks, folder) if main else None
         self._console = ConsoleView(enabled=main and config.log.console)
         if main and config.log.console:
@@ -112,11 +98,7 @@ class Reporter:
         self._console.watch(watch, self._table)
 
     def check(self, result: CheckResult, table: VocabTable) -> None:
-        """Pass one check on, and run the actions of alerts that changed state.
-
-        Args:
-            table: of as many rows as the result has; another one than before where the matrix was resized.
-        """
+        """Pass one check on, and run the actions of its alerts. `table`: of as many rows as the result has now."""
         if not self._main:
             return
         if table is not self._table:
