@@ -8,7 +8,6 @@ still, unless it is the head.
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vocabguard.compare.explain import CONTEXTS, load_model
-from vocabguard.compare.repair import Plan, weight_files
+from vocabguard.compare.repair import Plan, copy_files, weight_files
 from vocabguard.config import EchoConfig, GuardConfig
 from vocabguard.data.encode import TargetEncoder
 from vocabguard.data.readers import Example, in_chunks
@@ -143,11 +142,7 @@ def write_trained(model: Any, tuned: Path, out: Path) -> None:
     Raises:
         OSError: if it cannot be written.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    weights = weight_files(tuned)
-    for item in sorted(tuned.iterdir()):
-        if item.is_file() and item not in weights:
-            shutil.copyfile(item, out / item.name)
+    copy_files(tuned, out, but=weight_files(tuned))
     model.save_pretrained(out)
 
 

@@ -8,7 +8,7 @@ shift lies between: it gives back the most for its price.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -115,16 +115,21 @@ def write_repaired(tuned: Checkpoint, plan: Plan, out: Path) -> None:
     check_out(tuned, out)
     key = head_key(tuned)
     file = safetensors_files(tuned.path)[key]
-    out.mkdir(parents=True, exist_ok=True)
-    for item in sorted(tuned.path.iterdir()):
-        if item.is_file() and item != file:
-            shutil.copyfile(item, out / item.name)
+    copy_files(tuned.path, out, but={file})
     with safe_open(str(file), framework="pt", device="cpu") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
         header = opened.metadata()
     head = tensors[key].clone()
     head[plan.ids] = plan.rows.to(head.dtype)
     save_file(tensors | {key: head}, str(out / file.name), metadata=header)
+
+
+def copy_files(folder: Path, out: Path, but: Collection[Path]) -> None:
+    """Copy the files of a folder, and nothing below it, into another one, which is made if missing."""
+    out.mkdir(parents=True, exist_ok=True)
+    for item in sorted(folder.iterdir()):
+        if item.is_file() and item not in but:
+            shutil.copyfile(item, out / item.name)
 
 
 def weight_files(folder: Path) -> set[Path]:

@@ -247,23 +247,14 @@ def _check_counts(data_target: Tensor | None, rows: int) -> None:
         )
 
 
-@dataclass(frozen=True)
 class _Told:
     """Rows that tell how far their reader has come."""
 
-    inner: RowReader
-    name: str
-    tell: Progress
-
-    @property
-    def rows(self) -> int:
-        return self.inner.rows
-
-    @property
-    def width(self) -> int:
-        return self.inner.width
+    def __init__(self, inner: RowReader, name: str, tell: Progress) -> None:
+        self._inner, self._name, self._tell = inner, name, tell
+        self.rows, self.width = inner.rows, inner.width
 
     def chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
-        for part, rows in self.inner.chunks(size):
-            self.tell(self.name, part.stop, self.rows)
+        for part, rows in self._inner.chunks(size):
+            self._tell(self._name, part.stop, self.rows)
             yield part, rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,33 +43,6 @@ _TEMPLATE = regex.compile(
     """,
     regex.VERBOSE | regex.IGNORECASE,
 )
-
-
-@dataclass(frozen=True)
-class RowLine:
-    """One token of a scan's tables; NaN where a value was not measured.
-
-    Attributes:
-        id: in the tuned vocabulary.
-        base_id: in the base's; -1 if it has none.
-        cosine: of the judged matrix's row with its base row, in [-1, 1].
-        residual: the same without the shared shift.
-        l2: length of the displacement.
-        norm_ratio: norm now over norm at the base.
-        embedding_cosine: of the input row.
-        data_target: targets of the data; None if unknown.
-    """
-
-    id: int
-    base_id: int
-    text: str
-    category: str
-    cosine: float
-    residual: float
-    l2: float
-    norm_ratio: float
-    embedding_cosine: float
-    data_target: int | None
 
 
 def category_of(table: VocabTable, token_id: int) -> str:
@@ -114,8 +86,8 @@ def summarise_scan(scan: Scan, *, top: int = 30) -> dict[str, Any]:
         "residual_over": "live rows" if scan.data_target is None else "rows that are never a target of the data",
         "judged": scan.judged,
         **{name: matrix_summary(scan, name) for name in MATRICES},
-        "worst": [asdict(row_line(scan, i)) for i in _worst(scan, top)],
-        "control_moved": [asdict(row_line(scan, i)) for i in _control_moved(scan, top)],
+        "worst": [_row_line(scan, i) for i in _worst(scan, top)],
+        "control_moved": [_row_line(scan, i) for i in _control_moved(scan, top)],
         "seconds": scan.seconds,
     }
     told: dict[str, Any] = plain(found)
@@ -156,20 +128,22 @@ def _worst(scan: Scan, top: int) -> list[int]:
     return _lowest(drift.cosine, scan.live, top)
 
 
-def row_line(scan: Scan, token_id: int) -> RowLine:
-    """What the scan says about one token."""
+def _row_line(scan: Scan, token_id: int) -> dict[str, Any]:
+    """One token of the tables; NaN where a value was not measured, no base row is -1.
+
+    But for ``embedding_cosine`` the numbers are those of the judged matrix.
+    """
     drift = scan.drift(scan.judged) if scan.judged else None
     inputs = scan.embedding
-    values = {name: float(getattr(drift, name)[token_id]) if drift is not None else math.nan for name in VECTORS}
-    return RowLine(
-        id=token_id,
-        base_id=int(scan.match.base_ids[token_id]),
-        text=scan.table.text(token_id),
-        category=category_of(scan.table, token_id),
-        **values,
-        embedding_cosine=float(inputs.cosine[token_id]) if isinstance(inputs, RowDrift) else math.nan,
-        data_target=None if scan.data_target is None else int(scan.data_target[token_id]),
-    )
+    return {
+        "id": token_id,
+        "base_id": int(scan.match.base_ids[token_id]),
+        "text": scan.table.text(token_id),
+        "category": category_of(scan.table, token_id),
+        **{name: float(getattr(drift, name)[token_id]) if drift is not None else math.nan for name in VECTORS},
+        "embedding_cosine": float(inputs.cosine[token_id]) if isinstance(inputs, RowDrift) else math.nan,
+        "data_target": None if scan.data_target is None else int(scan.data_target[token_id]),
+    }
 
 
 def save_scan(scan: Scan, path: Path, found: Mapping[str, Any]) -> None:

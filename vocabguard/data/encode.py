@@ -38,9 +38,6 @@ class TurnTally:
     by_text: int = 0
     missing: int = 0
 
-    def __add__(self, other: TurnTally) -> TurnTally:
-        return TurnTally(self.exact + other.exact, self.by_text + other.by_text, self.missing + other.missing)
-
 
 class ChatRenderer:
     """A tokenizer's chat template."""
@@ -365,7 +362,11 @@ class TargetEncoder:
 
 
 def common_prefix(prompt: Ids, ids: Ids) -> int:
-    """How many ids two rows, (P,) and (T,) int64, have in common at their beginning."""
+    """How many ids two rows, (P,) and (T,) int64, have in common at their beginning.
+
+    >>> common_prefix(np.array([5, 6, 7]), np.array([5, 6, 8, 9]))
+    2
+    """
     shorter = min(len(prompt), len(ids))
     different = np.flatnonzero(prompt[:shorter] != ids[:shorter])
     return int(different[0]) if len(different) else shorter

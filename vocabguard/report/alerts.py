@@ -71,16 +71,14 @@ def _told(changes: Sequence[Transition], end: int) -> Told | None:
     spans = spans_of(changes, end)
     fired = [span for span in spans if span.state == "firing"]
     firing = not fired[-1].over
-    began = f"{fired[-1].start:,}" + (f" (trouble since step {news[0].since:,})" if _waited(news[0], fired[-1]) else "")
+    began, since = f"{fired[-1].start:,}", news[0].since
+    if since is not None and since < fired[-1].start:
+        began += f" (trouble since step {since:,})"
     status = f"fires since step {began}" if firing else f"fired at step {began}, resolved at step {fired[-1].end:,}"
     times = f"; {len(fired)} times in all" if len(fired) > 1 else ""
     level = news[0].level if news[0].level in LEVELS else "warning"
     earlier = tuple(news[1 : EARLIER + 1])
     return Told(changes[0].rule, level, firing, status + times, news[0], earlier, spans, tuple(changes))
-
-
-def _waited(change: Transition, fired: Span) -> bool:
-    return change.since is not None and change.since < fired.start
 
 
 def spans_of(changes: Iterable[Transition], end: int) -> tuple[Span, ...]:
@@ -114,15 +112,8 @@ def alert_timeline(data: PageData, told: Sequence[Told]) -> Figure | None:
         return None
     steps = [step for one in told for span in one.spans for step in (span.start, span.end)]
     steps += [data.step or 0, data.end or 0, *(logged[0] for logged, _ in data.curves.values())]
-    plot = Plot(
-        _WIDE,
-        34 + _TRACK * len(told),
-        (min(steps), max(steps)),
-        (0.0, float(len(told))),
-        left=12.0,
-        top=4.0,
-        bottom=30.0,
-    )
+    room = {"left": 12.0, "top": 4.0, "bottom": 30.0}
+    plot = Plot(_WIDE, 34 + _TRACK * len(told), (min(steps), max(steps)), (0.0, float(len(told))), **room)
     marks: list[Mark] = []
     words = plot.x_labels(ticks(*plot.x), lambda value: f"{value:,.0f}")
     words.append(Word(plot.left + (plot.width - plot.left) / 2, plot.height - 2, "step"))

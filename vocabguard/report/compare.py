@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vocabguard.report.data import PageData, Probed, RowNumbers
+from vocabguard.report.data import PageData, RowNumbers
 from vocabguard.report.sentences import label_of
 from vocabguard.results import DEGRADED
 from vocabguard.text import ReportRow, percent, visible
@@ -78,7 +78,7 @@ def compare(first: PageData, second: PageData) -> Comparison:
     drifted: tuple[tuple[OneSided, ...], tuple[OneSided, ...]] = ((), ())
     unsaid = drifted
     if not unmatched:
-        below_first, below_second, live = _below(first), _below(second), _both_live(first, second)
+        below_first, below_second, live = _below(first), _below(second), _rows(first).live & _rows(second).live
         splits = _splits(first, below_first, below_second, live)
         pairs = ((below_first & ~below_second, first), (below_second & ~below_first, second))
         only_first, only_second = (_lowest(mask & live, data) for mask, data in pairs)
@@ -120,10 +120,6 @@ def _cosine(data: PageData) -> NDArray[np.float32]:
 def _below(data: PageData) -> NDArray[np.bool_]:
     with np.errstate(invalid="ignore"):
         return np.asarray(_cosine(data) < DEGRADED)
-
-
-def _both_live(first: PageData, second: PageData) -> NDArray[np.bool_]:
-    return _rows(first).live & _rows(second).live
 
 
 def _splits(
@@ -169,13 +165,9 @@ def _unsaid(first: PageData, second: PageData) -> tuple[tuple[OneSided, ...], tu
     if first.probed is None or second.probed is None:
         return ((), ())
     shared = np.intersect1d(first.probed.ids, second.probed.ids)
-    lost = [set(_lost(data.probed)) & set(shared.tolist()) for data in (first, second) if data.probed is not None]
+    lost = [set(shared.tolist()) & set(probed.ids[probed.lost].tolist()) for probed in (first.probed, second.probed)]
     only = [sorted(lost[0] - lost[1])[:LISTED], sorted(lost[1] - lost[0])[:LISTED]]
     return _named(only[0], first, second), _named(only[1], first, second)
-
-
-def _lost(probed: Probed) -> list[int]:
-    return [int(token) for token in probed.ids[probed.lost]]
 
 
 def _pair_rows(first: PageData, second: PageData) -> tuple[PairRow, ...]:
@@ -194,11 +186,11 @@ def _differing(first: PageData, second: PageData) -> tuple[tuple[str, str, str],
 
 def _sentence(first: PageData, second: PageData, splits: tuple[Split, ...]) -> str:
     parts = []
-    row = next((row for row in _pair_rows(first, second) if row.kind == "all"), None)
-    if row is not None and row.first is not None and row.second is not None:
+    one_row, other_row = first.whole, second.whole
+    if one_row is not None and other_row is not None:
         for name, one, other in (
-            ("still said (retained)", row.first.retained, row.second.retained),
-            ("below cosine 0.95", row.first.below_95, row.second.below_95),
+            ("still said (retained)", one_row.retained, other_row.retained),
+            ("below cosine 0.95", one_row.below_95, other_row.below_95),
         ):
             if one is not None and other is not None:
                 parts.append(f"{name}: {percent(one)} in A, {percent(other)} in B")

@@ -302,17 +302,12 @@ def _with_lora(rows: Baseline, store: TensorStore, here: str, config: dict[str, 
     else:
         left = store.tensor(f"{here}lora_B.weight").float()
         right = store.tensor(f"{here}lora_A.weight").float()
-    shapes = list(left.shape), list(right.shape)
-    if (
-        left.ndim != 2
-        or right.ndim != 2
-        or left.shape[1] != right.shape[0]
-        or (left.shape[0], right.shape[1]) != (rows.rows, rows.width)
-    ):
+    shapes, rank = (list(left.shape), list(right.shape)), left.shape[-1]
+    if shapes != ([rows.rows, rank], [rank, rows.width]):
         raise ValueError(
             f"{folder}: LoRA parts of shapes {shapes} do not make the base's {rows.rows} x {rows.width} rows"
         )
-    scaling = _scaling(config, here.removeprefix(_PREFIX).rstrip("."), left.shape[1], folder)
+    scaling = _scaling(config, here.removeprefix(_PREFIX).rstrip("."), rank, folder)
     return AdaptedBaseline(rows, [LowRank(left, right, scaling, magnitude)])
 
 

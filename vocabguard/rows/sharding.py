@@ -99,18 +99,9 @@ class ShardBaseline:
     """A copy of one process's (n, width) rows on the CPU, of V; see `vocabguard.rows.baselines.Baseline`."""
 
     def __init__(self, tensor: Tensor, shard: Shard, rows: int) -> None:
-        self.tensor, self.shard, self._rows = tensor, shard, rows
+        self.tensor, self.shard = tensor, shard
+        self.rows, self.width = rows, tensor.shape[1]
         self.saved: dict[str, str] = {}
-
-    @property
-    def rows(self) -> int:
-        """Rows held by all processes."""
-        return self._rows
-
-    @property
-    def width(self) -> int:
-        """Elements a row."""
-        return self.tensor.shape[1]
 
     def chunk(self, part: slice) -> Tensor:
         """Rows ``part``: (n, width) view on the CPU.
