@@ -1,4 +1,4 @@
-"""Real processes that train together, each running the same script of `tests/processes`."""
+"""What all rooms' tests share: how they are spread over processes, the tokenizer, processes that train together."""
 
 from __future__ import annotations
 
@@ -15,10 +15,72 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE / "kits"))
 collect_ignore = ["processes", "kits"]  # scripts and helpers, no tests
+
+# Before torch is imported, for the workers and what they start too: tiny models are slower on several threads, and
+# several processes that each take all cores are slowest.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# -- how tests are spread over processes -----------------------------------------------------------------------------
+
+SEVERAL_PROCESSES = (
+    "integrations/test_killed.py",
+    "guard/test_strategies.py",
+    "guard/test_spread.py",
+    "integrations/test_faults_two_processes.py",
+    "integrations/test_alerts_two_processes.py",
+    "integrations/test_protection_two_processes.py",
+    "guard/test_probe.py",
+)
+"""Files whose tests start processes that train together: one worker runs them all, so that they never compete."""
+
+LONGEST = ("test_examples.py",)
+"""Files that take longest begin first, so that no worker is left alone with one in the end."""
+
+
+class ByFile(LoadFileScheduling):
+    """Gives each file to one worker, which keeps its fixtures, and all of `SEVERAL_PROCESSES` to the same.
+
+    Groups (``--dist loadgroup``) would do it too, but their names become part of each test's id.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "processes" if file.endswith(SEVERAL_PROCESSES) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """A single file is run in this process: what starts a worker takes longer than it saves."""
+    files = {argument.split("::")[0] for argument in config.args}
+    return 0 if len(files) == 1 and files.pop().endswith(".py") else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In workers, the files that take longest first; all others keep their order."""
+    if hasattr(config, "workerinput"):
+        order = [*SEVERAL_PROCESSES, *LONGEST]
+        place = {HERE / name: number for number, name in enumerate(order)}
+        items.sort(key=lambda item: place.get(item.path, len(order)))
+
+
+# -- fixtures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The example's tokenizer: 8,160 tokens for 8,192 rows."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(HERE.parent / "examples" / "assets")
 
 
 @pytest.fixture(scope="session")

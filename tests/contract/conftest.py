@@ -3,10 +3,8 @@
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from vocabguard.guard import watched as setup
 
@@ -14,12 +12,6 @@ BUILD_TABLE = cache(setup.build_table)
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))
 collect_ignore = [path.name for path in HERE.glob("*.py") if not path.name.startswith("test_")]
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    """The example's tokenizer: 8,160 tokens for 8,192 rows."""
-    return AutoTokenizer.from_pretrained(HERE.parents[1] / "examples" / "assets")
 
 
 @pytest.fixture(autouse=True)

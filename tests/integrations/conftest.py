@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
-    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     DataCollatorForSeq2Seq,
@@ -38,12 +37,6 @@ ROWS = 8192
 BATCH = 4
 CLIP = 0.05
 QUIET = {"log": {"console": False}, "on_error": "raise"}
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    """The example's tokenizer: 8,160 tokens for 8,192 rows."""
-    return AutoTokenizer.from_pretrained(ASSETS)
 
 
 def tiny_model(kind: str = "llama", *, tied: bool = False, rows: int = ROWS) -> nn.Module:
