@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import socket
 import subprocess
@@ -72,6 +74,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: place.get(item.path, len(order)))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Spare garbage collection what imports have made: trainers collect when they start, a third of a second each."""
+    gc.collect()
+    gc.freeze()
+
+
 # -- fixtures ----------------------------------------------------------------------------------------------------------
 
 
@@ -81,6 +90,25 @@ def tokenizer() -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(HERE.parent / "examples" / "assets")
+
+
+@pytest.fixture(scope="session")
+def shared_tables() -> Iterator[None]:
+    """From here on a guard's table is built once for each tokenizer: it is never changed, and takes as long as a run.
+
+    A tokenizer that has got new tokens since gets a new table.
+    """
+    from vocabguard.guard import watched
+
+    build = watched.build_table
+
+    @functools.cache
+    def built(tokenizer: Any, rows: int, _length: int) -> Any:
+        return build(tokenizer, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watched, "build_table", lambda tokenizer, rows: built(tokenizer, rows, len(tokenizer)))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,11 @@ TOKENIZER_ROWS = 8192
 QUIET: dict[str, Any] = {"log": {"console": False, "tensorboard": False}, "on_error": "raise"}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def tables(shared_tables: None) -> None:
+    """Guards share the table of the example's vocabulary."""
+
+
 def llama(rows: int = ROWS, *, tied: bool = False) -> Any:
     """A random causal language model."""
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,11 +33,19 @@ from transformers import (
 from vocabguard.integrations import huggingface
 from vocabguard.integrations import lightning as lightning_adapter
 
+# Trainers collect garbage when they start; what imports have made, here and in the scripts that import this, is none.
+gc.freeze()
+
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 ROWS = 8192
 BATCH = 4
 CLIP = 0.05
 QUIET = {"log": {"console": False}, "on_error": "raise"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tables(shared_tables: None) -> None:
+    """Guards share the table of the example's vocabulary."""
 
 
 def tiny_model(kind: str = "llama", *, tied: bool = False, rows: int = ROWS) -> nn.Module:
