@@ -30,29 +30,42 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # -- how tests are spread over processes -----------------------------------------------------------------------------
 
 SEVERAL_PROCESSES = (
-    "integrations/test_killed.py",
-    "guard/test_strategies.py",
-    "guard/test_spread.py",
-    "integrations/test_faults_two_processes.py",
-    "integrations/test_alerts_two_processes.py",
-    "integrations/test_protection_two_processes.py",
-    "guard/test_probe.py",
+    "tests/integrations/test_killed.py",
+    "tests/integrations/test_faults_two_processes.py",
+    "tests/integrations/test_alerts_two_processes.py",
+    "tests/integrations/test_protection_two_processes.py",
+    "tests/guard/test_strategies.py",
+    "tests/guard/test_spread.py",
+    "tests/guard/test_probe.py",
+    "tests/test_collective.py",
 )
 """Files whose tests start processes that train together: one worker runs them all, so that they never compete."""
 
-LONGEST = ("test_examples.py",)
-"""Files that take longest begin first, so that no worker is left alone with one in the end."""
+BY_TEST = ("tests/test_examples.py",)
+"""Files whose tests share nothing and take minutes each: any worker takes any of them."""
+
+LONGEST = (
+    *SEVERAL_PROCESSES,
+    "tests/test_examples.py::test_the_main_example",
+    "tests/compare/test_repair.py",
+    "tests/test_examples.py",
+    "tests/integrations/test_protection_resume.py",
+    "tests/contract",
+    "tests/integrations",
+)
+"""What takes longest begins first, so that no worker is left alone with it in the end."""
 
 
 class ByFile(LoadFileScheduling):
     """Gives each file to one worker, which keeps its fixtures, and all of `SEVERAL_PROCESSES` to the same.
 
-    Groups (``--dist loadgroup``) would do it too, but their names become part of each test's id.
+    Groups (``--dist loadgroup``) would do it too, but their names become part of each test's id: ``--lf`` and a copied
+    id would find nothing.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file: str = super()._split_scope(nodeid)
-        return "processes" if file.endswith(SEVERAL_PROCESSES) else file
+        return "processes" if file in SEVERAL_PROCESSES else nodeid if file in BY_TEST else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
@@ -67,11 +80,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In workers, the files that take longest first; all others keep their order."""
+    """In workers, what takes longest first; all else keeps its order."""
     if hasattr(config, "workerinput"):
-        order = [*SEVERAL_PROCESSES, *LONGEST]
-        place = {HERE / name: number for number, name in enumerate(order)}
-        items.sort(key=lambda item: place.get(item.path, len(order)))
+        items.sort(key=lambda item: next((n for n, name in enumerate(LONGEST) if item.nodeid.startswith(name)), 99))
 
 
 @pytest.hookimpl(tryfirst=True)
