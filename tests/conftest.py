@@ -1,7 +1,9 @@
-"""Real processes that train together, each running the same script of `tests/processes`."""
+"""What all rooms' tests share: how they are spread over processes, the tokenizer, processes that train together."""
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import socket
 import subprocess
@@ -15,10 +17,109 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE / "kits"))
 collect_ignore = ["processes", "kits"]  # scripts and helpers, no tests
+
+# Before torch is imported, for the workers and what they start too: tiny models are slower on several threads, and
+# several processes that each take all cores are slowest.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# -- how tests are spread over processes -----------------------------------------------------------------------------
+
+SEVERAL_PROCESSES = (
+    "tests/integrations/test_killed.py",
+    "tests/integrations/test_faults_two_processes.py",
+    "tests/integrations/test_alerts_two_processes.py",
+    "tests/integrations/test_protection_two_processes.py",
+    "tests/guard/test_strategies.py",
+    "tests/guard/test_spread.py",
+    "tests/guard/test_probe.py",
+    "tests/test_collective.py",
+)
+"""Files whose tests start processes that train together: one worker runs them all, so that they never compete."""
+
+BY_TEST = ("tests/test_examples.py",)
+"""Files whose tests share nothing and take minutes each: any worker takes any of them."""
+
+LONGEST = (
+    *SEVERAL_PROCESSES,
+    "tests/test_examples.py::test_the_main_example",
+    "tests/compare/test_repair.py",
+    "tests/test_examples.py",
+    "tests/integrations/test_protection_resume.py",
+    "tests/contract",
+    "tests/integrations",
+)
+"""What takes longest begins first, so that no worker is left alone with it in the end."""
+
+
+class ByFile(LoadFileScheduling):
+    """Gives each file to one worker, which keeps its fixtures, and all of `SEVERAL_PROCESSES` to the same.
+
+    Groups (``--dist loadgroup``) would do it too, but their names become part of each test's id: ``--lf`` and a copied
+    id would find nothing.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return "processes" if file in SEVERAL_PROCESSES else nodeid if file in BY_TEST else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """A single file is run in this process: what starts a worker takes longer than it saves."""
+    files = {argument.split("::")[0] for argument in config.args}
+    return 0 if len(files) == 1 and files.pop().endswith(".py") else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In workers, what takes longest first; all else keeps its order."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: next((n for n, name in enumerate(LONGEST) if item.nodeid.startswith(name)), 99))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Spare garbage collection what imports have made: trainers collect when they start, a third of a second each."""
+    gc.collect()
+    gc.freeze()
+
+
+# -- fixtures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The example's tokenizer: 8,160 tokens for 8,192 rows."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(HERE.parent / "examples" / "assets")
+
+
+@pytest.fixture(scope="session")
+def shared_tables() -> Iterator[None]:
+    """From here on a guard's table is built once for each tokenizer: it is never changed, and takes as long as a run.
+
+    A tokenizer that has got new tokens since gets a new table.
+    """
+    from vocabguard.guard import watched
+
+    build = watched.build_table
+
+    @functools.cache
+    def built(tokenizer: Any, rows: int, _length: int) -> Any:
+        return build(tokenizer, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watched, "build_table", lambda tokenizer, rows: built(tokenizer, rows, len(tokenizer)))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="a folder for the models, else a temporary one")
     parser.add_argument("--methods", default="shift,rows,echo")
+    parser.add_argument("--strength", type=float, help="only this part of the mean shift")
     parser.add_argument("--counts", choices=["known", "unknown", "both"], default="both")
     parser.add_argument("--targets", type=float, default=EchoRun().targets)
     parser.add_argument("--learning-rate", type=float, default=EchoRun().learning_rate)
@@ -95,7 +96,7 @@ def main() -> None:
             before, loss = retained(said, recall(tuned, tokenizer, found.table)), validation_loss(tuned, tokenizer)
             print(f"tuned: retained {before:.4f}, validation loss {loss:.4f}", flush=True)
             for method in arguments.methods.split(","):
-                for strength in STRENGTHS[method]:
+                for strength in STRENGTHS[method] if arguments.strength is None else (arguments.strength,):
                     plan = plan_repair(found, *lost_rows(found), "rows" if method == "rows" else "shift", strength)
                     began = time.perf_counter()
                     model = repaired(method, strength, found, plan, tokenizer, folder, run)

@@ -1,3 +1,3 @@
-from checkpoint_kit import kit, tokenizer
+from checkpoint_kit import kit
 
-__all__ = ["kit", "tokenizer"]
+__all__ = ["kit"]

@@ -199,7 +199,7 @@ def test_the_example_s_loss_returns() -> None:
     """The main example's control arm, 300 steps: most of its loss comes back for next to no validation loss."""
     script = Path(__file__).parents[1] / "benchmarks" / "repair_quality.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--methods", "shift,echo", "--counts", "known"],
+        [sys.executable, str(script), "--methods", "shift,echo", "--strength", "0.6", "--counts", "known"],
         capture_output=True,
         text=True,
         check=True,

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import processors
-from transformers import AutoTokenizer
 
 from vocabguard.data.coverage import (
     CHUNK,
@@ -37,11 +36,6 @@ FORGETFUL = (
     "{% if m.role == 'assistant' and loop.last %}<think>thoughts</think>{% endif %}{{ m.content | trim }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(ASSETS)
 
 
 @pytest.fixture(scope="module")

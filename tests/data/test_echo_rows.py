@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoTokenizer
 
 from vocabguard.data.echo_rows import echo_lists, needy_ids, write_chats, write_ids
 from vocabguard.protect import rows as protect_rows
@@ -18,11 +17,6 @@ from vocabguard.vocabulary.table import build_table
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 WAYS = ["Repeat: {tokens}", "{tokens}\nOnce more."]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(ASSETS)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from vocabguard.data.encode import TargetEncoder
 from vocabguard.data.readers import Text
@@ -17,11 +16,6 @@ from vocabguard.data.replay import Candidate, count_targets_in, find_replay, gre
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 Bag = Counter[int]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(ASSETS)
 
 
 def bags(rng: Random, count: int, vocabulary: int) -> list[Bag]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 ROWS = 64
@@ -18,10 +18,9 @@ TOKENIZER_ROWS = 8192
 QUIET: dict[str, Any] = {"log": {"console": False, "tensorboard": False}, "on_error": "raise"}
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    """The example's tokenizer: 8,160 tokens for 8,192 rows."""
-    return AutoTokenizer.from_pretrained(ASSETS)
+@pytest.fixture(scope="session", autouse=True)
+def tables(shared_tables: None) -> None:
+    """Guards share the table of the example's vocabulary."""
 
 
 def llama(rows: int = ROWS, *, tied: bool = False) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import (
-    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     DataCollatorForSeq2Seq,
@@ -33,6 +33,9 @@ from transformers import (
 from vocabguard.integrations import huggingface
 from vocabguard.integrations import lightning as lightning_adapter
 
+# Trainers collect garbage when they start; what imports have made, here and in the scripts that import this, is none.
+gc.freeze()
+
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 ROWS = 8192
 BATCH = 4
@@ -40,10 +43,9 @@ CLIP = 0.05
 QUIET = {"log": {"console": False}, "on_error": "raise"}
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    """The example's tokenizer: 8,160 tokens for 8,192 rows."""
-    return AutoTokenizer.from_pretrained(ASSETS)
+@pytest.fixture(scope="session", autouse=True)
+def tables(shared_tables: None) -> None:
+    """Guards share the table of the example's vocabulary."""
 
 
 def tiny_model(kind: str = "llama", *, tied: bool = False, rows: int = ROWS) -> nn.Module:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 ROWS, WIDTH = 96, 16
@@ -66,11 +66,6 @@ def shuffled_tokenizer(folder: Path, order: list[int]) -> None:
     for token in state["added_tokens"]:
         token["id"] = order[token["id"]]
     file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(ASSETS)
 
 
 @pytest.fixture

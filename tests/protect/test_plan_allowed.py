@@ -7,17 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from vocabguard.protect.plan import allowed_ids, ids_in
 from vocabguard.vocabulary.table import VocabTable, build_table
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(ASSETS)
 
 
 @pytest.fixture(scope="module")
