@@ -26,7 +26,8 @@ ADDED: dict[str, tuple[str, ...]] = {
     "signatures": (
         "__all__: VocabGuardError",
         "VocabGuardError.*",
-        "ConfigError.VocabGuardError",
+        "__all__: __version__",
+        "__version__",
         "VocabGuard.table",
         "VocabGuard.failure",
         "VocabGuard.timings",
