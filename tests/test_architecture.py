@@ -26,6 +26,17 @@ TWO_HOMES = {
 }
 """Public names that two modules define, and why."""
 
+SET_FROM_OUTSIDE = {
+    # What trainers and other libraries are told by.
+    "control.should_save", "control.should_training_stop", "trainer.should_stop", "loader.collate_fn",
+    "loaded.chat_template", "environment.filters", "self._backend.encode_special_tokens", "module.training",
+    "model.dropout", "model.ignore_merges", "stand.defaults", "moved.optimizer", "moved._step_count",
+    "moved._schedulers",
+    # Records of the module that sets them: the process group's state, a reader's place, counts of turns.
+    "line.opened", "line.failed", "line.sent", "behind.rows",
+    "self.tally.exact", "self.tally.by_text", "self.tally.missing",
+}  # fmt: skip
+
 
 def modules() -> list[Path]:
     package = [path for path in (TOP / "vocabguard").rglob("*.py") if "integrations" not in path.parts]
@@ -89,6 +100,23 @@ def test_one_home_for_a_public_name() -> None:
                 homes[node.name].add(name_of(path))
     assert {name: where for name, where in homes.items() if len(where) > 1 and name not in TWO_HOMES} == {}
     assert all(len(homes[name]) > 1 for name in TWO_HOMES), "an exception that is none any more"
+
+
+def set_from_outside(path: Path) -> set[str]:
+    """Attributes that a file sets of anything but `self`, as ``owner.attribute``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for target in (one for group in targets for one in (group.elts if isinstance(group, ast.Tuple) else [group])):
+            if isinstance(target, ast.Attribute) and ast.unparse(target.value) not in ("self", "cls"):
+                found.add(ast.unparse(target))
+    return found
+
+
+def test_nobody_sets_another_objects_attribute() -> None:
+    found = {one for path in modules() for one in set_from_outside(path)}
+    assert found <= SET_FROM_OUTSIDE, found - SET_FROM_OUTSIDE
+    assert found >= SET_FROM_OUTSIDE, "an exception that is none any more"
 
 
 def test_public_face_is_small_and_brings_no_trainer() -> None:

@@ -232,8 +232,8 @@ def count_rows(encoder: TargetEncoder, examples: Sequence[Example]) -> _Counted:
     Raises:
         DataError: for an example that cannot be used.
     """
-    encoder.renderer.tally = TurnTally()
-    return _count_batches(encoder.batches(encoder.render(examples)), encoder.renderer.tally)
+    sources = encoder.render(examples)
+    return _count_batches(encoder.batches(sources), encoder.renderer.take_tally())
 
 
 def _count_batches(batches: Sequence[Batch], turns: TurnTally) -> _Counted:
@@ -263,9 +263,8 @@ def _counted_here(chunks: Iterable[Sequence[Example]], encoder: TargetEncoder) -
 
     def submitted(pool: ThreadPoolExecutor) -> Iterator[Future[_Counted]]:
         for chunk in chunks:
-            encoder.renderer.tally = TurnTally()
             sources = encoder.render(chunk)
-            yield pool.submit(count, sources, encoder.renderer.tally)
+            yield pool.submit(count, sources, encoder.renderer.take_tally())
 
     with ThreadPoolExecutor(1, thread_name_prefix="vocabguard") as pool:
         yield from _in_order(submitted(pool), 2)

@@ -47,6 +47,11 @@ class ChatRenderer:
         self._tokenizer = tokenizer
         self._special: dict[str, Any] = dict(tokenizer.special_tokens_map)
 
+    def take_tally(self) -> TurnTally:
+        """How turns were found since the last call."""
+        taken, self.tally = self.tally, TurnTally()
+        return taken
+
     def text(self, place: str, turns: Sequence[Turn], options: Mapping[str, Any], *, generate: bool = False) -> str:
         """The conversation as text.
 

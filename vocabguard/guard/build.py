@@ -131,14 +131,8 @@ def _pace(config: GuardConfig, run: Run) -> Pace:
     collates = run.route == "collate" or isinstance(getattr(run.loader, "collate_fn", None), EchoCollator)
     if lag is None:
         lag = _prefetched(run) if collates else 0
-    pace = Pace(
-        data_per_batch=per_batch,
-        batches=batches,
-        lag=lag,
-        running=collates and run.route != "collate",
-    )
     # Each process has looked at its own part of the data.
-    return collective.agree(pace)
+    return collective.agree(Pace(per_batch, batches, lag, running=collates and run.route != "collate"))
 
 
 def _prefetched(run: Run) -> int:
@@ -299,19 +293,10 @@ def put_together(
         )  # fmt: skip
     asks = prober if isinstance(prober, Prober) else None
     checker = Checker(
-        run.model,
-        watched,
-        counter,
-        asks,
-        AlertMachine(rules),
-        config.drift.chunk_rows,
-        config.log.top_k,
-        protection=protection,
-        uncounted=uncounted,
-        evaluations=Evaluations(config, run.model, watched, asks),
-        total_steps=run.total_steps,
-        forecaster=_forecaster(config, run, watched),
-    )
+        run.model, watched, counter, asks, AlertMachine(rules), config.drift.chunk_rows, config.log.top_k,
+        protection=protection, uncounted=uncounted, total_steps=run.total_steps,
+        evaluations=Evaluations(config, run.model, watched, asks), forecaster=_forecaster(config, run, watched),
+    )  # fmt: skip
     return Parts(observer, checker, protection, flight, prober)
 
 

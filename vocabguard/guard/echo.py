@@ -123,22 +123,15 @@ class EchoControl:
     """
 
     def __init__(
-        self,
-        config: GuardConfig,
-        source: EchoSource,
-        watched: Watched,
-        watch: Tensor,
-        pace: Pace,
+        self, config: GuardConfig, source: EchoSource, watched: Watched, watch: Tensor, pace: Pace,
         counter: ExposureCounter,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.config: EchoConfig = config.echo
-        self.source = source
+        self.source, self.pace = source, pace
         self.on = False
         self.plan: EchoPlan | None = None
         self.dose = config.echo.dose
-        self.pace = pace
-        self._seed = config.seed
-        self._counter = counter
+        self._seed, self._counter = config.seed, counter
         try:
             self.allowed = allowed_ids(watched.table, watched.tokenizer, self.config.exclude)
         except ValueError as error:

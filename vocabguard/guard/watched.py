@@ -60,6 +60,10 @@ class Watched:
         """The rows before; those of a pair that was tied at the start are kept once, as the head's."""
         return self.baselines[name] if name in self.baselines else self.baselines["head"]
 
+    def mark_trained(self, trained: Tensor) -> None:
+        """Tell rows that were never trained at the base apart. `trained`: (V,) bool."""
+        self.table = self.table.with_trained(trained)
+
     def resize(self, rows: int) -> None:
         """Follow a matrix that was resized in mid-run.
 
@@ -96,15 +100,8 @@ class Watched:
         matrix = self.matrices[name]
         if isinstance(matrix, NotApplicable):
             return matrix
-        return WatchedMatrix(
-            name=name,
-            rows=matrix.rows,
-            width=matrix.width,
-            dtype=str(matrix.dtype).removeprefix("torch."),
-            tied=matrix.tied,
-            bias=matrix.has_bias,
-            baseline=self.baseline_of(name).describe(),
-        )
+        dtype, kept = str(matrix.dtype).removeprefix("torch."), self.baseline_of(name).describe()
+        return WatchedMatrix(name, matrix.rows, matrix.width, dtype, matrix.tied, matrix.has_bias, kept)
 
 
 def _save_shards(baseline: ShardBaseline, path: Path, key: str) -> None:
@@ -113,7 +110,7 @@ def _save_shards(baseline: ShardBaseline, path: Path, key: str) -> None:
         return
     parts = [rows for _, rows in baseline.chunks(_ROWS_SENT) if collective.is_main()]
     saved = save_baseline(CopiedBaseline(torch.cat(parts)), path, key).reference() if parts else {}
-    baseline.saved = collective.agree(saved)
+    baseline.keep_reference(collective.agree(saved))
 
 
 def watch_model(model: nn.Module, tokenizer: Any, config: GuardConfig, resumed: Mapping[str, Any]) -> Watched:
@@ -136,9 +133,9 @@ def watch_model(model: nn.Module, tokenizer: Any, config: GuardConfig, resumed: 
         raise ConfigError(str(error)) from error
     watched = Watched(matrices, baselines, table, rows, tokenizer)
     if "trained" in resumed:
-        watched.table = table.with_trained(resumed["trained"])
+        watched.mark_trained(resumed["trained"])
     elif config.untrained.enabled:
-        watched.table = table.with_trained(~untrained_mask(watched, config.drift.chunk_rows))
+        watched.mark_trained(~untrained_mask(watched, config.drift.chunk_rows))
     return watched
 
 

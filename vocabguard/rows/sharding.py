@@ -132,6 +132,10 @@ class ShardBaseline:
         megabytes = self.tensor.nbytes / 2**20
         return f"copy in memory (rows {own.start:,} to {own.stop:,} in this process, {megabytes:.0f} MiB)"
 
+    def keep_reference(self, saved: dict[str, str]) -> None:
+        """Remember where the rows of all processes have been saved."""
+        self.saved = saved
+
     def reference(self) -> dict[str, str]:
         """Where the rows of all processes have been saved; empty before."""
         return self.saved
