@@ -293,14 +293,10 @@ def _report_row(
         return None if matrix is None else _finite(scalars, f"vocabguard/{matrix}/{inner}{name}")
 
     return ReportRow(
-        label=part or "all",
-        kind=kind,
-        mean=drift("cosine_mean"),
-        minimum=drift("cosine_min"),
-        below_95=drift("below_0.95"),
-        below_90=drift("below_0.90"),
+        label=part or "all", kind=kind, mean=drift("cosine_mean"), minimum=drift("cosine_min"),
+        below_95=drift("below_0.95"), below_90=drift("below_0.90"),
         retained=_finite(scalars, f"vocabguard/probe/{inner}retained"),
-    )
+    )  # fmt: skip
 
 
 def _measured(row: ReportRow) -> bool:

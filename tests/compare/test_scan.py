@@ -15,7 +15,7 @@ from vocabguard.compare.scan import Scan, scan
 from vocabguard.compare.summary import category_of, load_scan, matrix_summary, save_scan, summarise_scan
 from vocabguard.data.counts import read_counts
 from vocabguard.results import NotApplicable, RowDrift
-from vocabguard.rows.baselines import CopiedBaseline
+from vocabguard.rows.baselines import CopiedBaseline, norms_of
 from vocabguard.rows.checkpoints import open_checkpoint
 from vocabguard.vocabulary.table import build_table
 
@@ -72,7 +72,7 @@ def test_wide_rows_near_and_far(tmp_path: Path, kit: Any, dtype: torch.dtype) ->
 def test_norms(dtype: torch.dtype) -> None:
     rows = torch.randn(300, 4096, generator=torch.Generator().manual_seed(0)).to(dtype)
     rows[7], rows[8] = 0, math.nan
-    found, naive = CopiedBaseline(rows).norms.double(), rows.double().norm(dim=1)
+    found, naive = norms_of(CopiedBaseline(rows)).double(), rows.double().norm(dim=1)
     assert torch.allclose(found, naive, rtol=3e-7, atol=0, equal_nan=True)
 
 

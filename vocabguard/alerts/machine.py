@@ -42,13 +42,9 @@ class AlertMachine:
         return tuple(rule.name for rule in self.rules if self._standings[rule.name].firing)
 
     def update(
-        self,
-        step: int,
-        scalars: Mapping[str, float],
-        *,
-        evaluation: bool = False,
+        self, step: int, scalars: Mapping[str, float], *, evaluation: bool = False,
         rows: Mapping[str, int] | None = None,
-    ) -> tuple[Transition, ...]:
+    ) -> tuple[Transition, ...]:  # fmt: skip
         """Take in one check, or what an evaluation brought.
 
         Args:
@@ -118,13 +114,9 @@ def _about_alerts(rule: AlertRule) -> bool:
 
 
 def _transition(
-    rule: AlertRule,
-    news: News,
-    standing: tuple[Standing, Standing],
-    step: int,
-    values: Mapping[str, float],
+    rule: AlertRule, news: News, standing: tuple[Standing, Standing], step: int, values: Mapping[str, float],
     rows: Mapping[str, int],
-) -> Transition:
+) -> Transition:  # fmt: skip
     before, after = standing
     message = message_of(rule, news, standing, values, rows)
     if news == "resolves":

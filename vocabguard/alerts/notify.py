@@ -52,13 +52,9 @@ class Courier:
     """
 
     def __init__(
-        self,
-        receivers: Sequence[Receiver],
-        *,
-        least_level: str = "warning",
-        waiting: int = 100,
+        self, receivers: Sequence[Receiver], *, least_level: str = "warning", waiting: int = 100,
         finish_seconds: float = 10,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._receivers = tuple(receivers)
         self._levels = LEVELS[LEVELS.index(least_level) :]
         self._most = waiting

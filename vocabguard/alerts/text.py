@@ -20,12 +20,9 @@ _SAFE_WORDS = {">": "at or under", ">=": "under", "<": "at or over", "<=": "over
 
 
 def message_of(
-    rule: AlertRule,
-    news: News,
-    standing: tuple[Standing, Standing],
-    values: Mapping[str, float],
+    rule: AlertRule, news: News, standing: tuple[Standing, Standing], values: Mapping[str, float],
     rows: Mapping[str, int],
-) -> str:
+) -> str:  # fmt: skip
     """What has happened, in one sentence, of values before and after and, where known, live rows by script group."""
     before, after = standing
     head = f"{rule.name} ({rule.level})"
@@ -55,12 +52,9 @@ def worst_first(rule: AlertRule, names: tuple[str, ...], values: Mapping[str, fl
 
 
 def _parts(
-    rule: AlertRule,
-    news: News,
-    standing: tuple[Standing, Standing],
-    values: Mapping[str, float],
+    rule: AlertRule, news: News, standing: tuple[Standing, Standing], values: Mapping[str, float],
     rows: Mapping[str, int],
-) -> str:
+) -> str:  # fmt: skip
     before, after = standing
     firing = worst_first(rule, after.firing, values)
     joined = set(after.firing) - set(before.told) if news == "again" else set()
@@ -397,15 +391,10 @@ def alert_story(change: Transition, scene: Scene, tokens: Sequence[str] = ()) ->
     about = about_of(change, scene)
     nothing: Callable[[About], str] = lambda about: ""  # noqa: E731, ARG005
     return AlertStory(
-        what=_WHAT.get(about.kind, nothing)(about),
-        where=_WHERE.get(about.kind, nothing)(about),
-        rows=about.lost,
-        share=about.share,
-        tokens=tuple(tokens),
-        since=_since(change),
-        outlook=_outlook(about),
+        what=_WHAT.get(about.kind, nothing)(about), where=_WHERE.get(about.kind, nothing)(about), rows=about.lost,
+        share=about.share, tokens=tuple(tokens), since=_since(change), outlook=_outlook(about),
         advice=advice_of(about),
-    )
+    )  # fmt: skip
 
 
 def _degraded(about: About) -> str:

@@ -106,14 +106,9 @@ class Pair:
 
 
 def open_pair(
-    base: str,
-    tuned: str,
-    tokenizer: str | None = None,
-    head: str | None = None,
-    embedding: str | None = None,
-    coverage: str | None = None,
-    run: str | None = None,
-) -> Pair:
+    base: str, tuned: str, tokenizer: str | None = None, head: str | None = None, embedding: str | None = None,
+    coverage: str | None = None, run: str | None = None,
+) -> Pair:  # fmt: skip
     """Open what the commands about two checkpoints take.
 
     Raises:
@@ -147,13 +142,9 @@ def measured(pair: Pair) -> Scan:
     try:
         with progress_bars() as progress:
             return scan(
-                pair.base,
-                pair.tuned,
-                base_tokenizer=pair.base_tokenizer,
-                tokenizer=pair.tokenizer,
-                data_target=pair.data_target,
-                progress=progress,
-            )
+                pair.base, pair.tuned, base_tokenizer=pair.base_tokenizer, tokenizer=pair.tokenizer,
+                data_target=pair.data_target, progress=progress,
+            )  # fmt: skip
     except ValueError as error:
         raise InputError(str(error)) from error
 

@@ -108,17 +108,13 @@ def _neighbour(one: Mapping[str, Any]) -> Text:
 
 
 def explain(
-    base: common.Base,
-    tuned: common.Tuned,
+    base: common.Base, tuned: common.Tuned,
     tokens: Annotated[list[str], typer.Argument(help="Texts of tokens, or their ids.")],
-    tokenizer: common.Tokenizer = None,
-    head: common.HeadKey = None,
-    embedding: common.EmbeddingKey = None,
-    coverage: common.Coverage = None,
-    run: common.Run = None,
+    tokenizer: common.Tokenizer = None, head: common.HeadKey = None, embedding: common.EmbeddingKey = None,
+    coverage: common.Coverage = None, run: common.Run = None,
     ask: Annotated[bool, typer.Option(help="Load both models and ask them for the token.")] = True,
     as_json: common.AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """Investigate single tokens: their rows, their neighbours, and whether they can still be said.
 
     Exit code 0: none is lost; 1: at least one is; 2: bad input.

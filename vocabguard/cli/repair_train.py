@@ -89,14 +89,9 @@ def steps_for(rows: Sequence[_Row], echo_targets: float, batch: int) -> int:
 
 
 def train_echo(
-    tuned: Path,
-    plan: Plan,
-    live: int,
-    rows: Sequence[_Row],
-    tokenizer: Any,
-    run: EchoRun,
+    tuned: Path, plan: Plan, live: int, rows: Sequence[_Row], tokenizer: Any, run: EchoRun,
     tell: Callable[[int, int], None],
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
     """Fine-tune a model in float32.
 
     Args:
@@ -177,19 +172,11 @@ def _train(
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=run.batch,
-            learning_rate=run.learning_rate,
-            lr_scheduler_type="linear",
-            seed=run.seed,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=run.batch,
+            learning_rate=run.learning_rate, lr_scheduler_type="linear", seed=run.seed, logging_strategy="no",
+            save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=torch.cuda.is_available(),
             remove_unused_columns=False,
-        )
+        )  # fmt: skip
         trainer = Trainer(
             model=model,
             args=arguments,

@@ -35,14 +35,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print verdict and key numb
 
 
 def report(
-    source: Source,
-    other: Other = None,
-    out: Out = None,
-    tokenizer: Tokenizer = None,
-    threshold: Threshold = Limits.degraded,
-    threshold_forgotten: Forgotten = Limits.forgotten,
+    source: Source, other: Other = None, out: Out = None, tokenizer: Tokenizer = None,
+    threshold: Threshold = Limits.degraded, threshold_forgotten: Forgotten = Limits.forgotten,
     as_json: AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """Write one self-contained HTML page about a run folder or a scan, or about two of them side by side.
 
     Exit code 0: nothing over a threshold; 1: a share over one, in either source; 2: bad input.

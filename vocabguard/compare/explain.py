@@ -20,7 +20,7 @@ from vocabguard.measure.probe import PromptContext, probe, probe_applicable, sai
 from vocabguard.measure.undertrained import unused_distances
 from vocabguard.protect.prompts import render_context
 from vocabguard.results import DEGRADED, MatrixName, NotApplicable, ProbeResult
-from vocabguard.rows.baselines import Baseline
+from vocabguard.rows.baselines import Baseline, norms_of
 from vocabguard.rows.tensors import MATRICES
 
 CONTEXTS = {
@@ -96,17 +96,13 @@ def token_row(scan: Scan, name: MatrixName, base: Baseline | NotApplicable, toke
     if isinstance(base, NotApplicable):
         return base
     live = scan.live
-    norm = _placed("base_norm", base.norms, live, token)
+    norm = _placed("base_norm", norms_of(base), live, token)
     return TokenRow(
-        cosine=float(drift.cosine[token]),
-        cosine_rank=int((drift.cosine[live] < drift.cosine[token]).sum()),
-        residual=float(drift.residual[token]),
-        l2=float(drift.l2[token]),
-        l2_rank=int((drift.l2[live] > drift.l2[token]).sum()),
-        norm_ratio=float(drift.norm_ratio[token]),
-        live=int(live.sum()),
-        **norm,
-    )
+        cosine=float(drift.cosine[token]), cosine_rank=int((drift.cosine[live] < drift.cosine[token]).sum()),
+        residual=float(drift.residual[token]), l2=float(drift.l2[token]),
+        l2_rank=int((drift.l2[live] > drift.l2[token]).sum()), norm_ratio=float(drift.norm_ratio[token]),
+        live=int(live.sum()), **norm,
+    )  # fmt: skip
 
 
 def neighbours(rows: Baseline, scan: Scan, token: int, count: int = 8) -> tuple[Neighbour, ...]:
@@ -351,7 +347,7 @@ def _trained(sides: Sides, token: int) -> dict[str, Any]:
     found: dict[str, Any] = {"trained": bool(scan.table.trained[token])}
     inputs, outputs = sides.base["embedding"], sides.base["head"]
     if not isinstance(inputs, NotApplicable):
-        found |= _placed("input_norm", inputs.norms, scan.live, token)
+        found |= _placed("input_norm", norms_of(inputs), scan.live, token)
     unused = (scan.table.padded | ~scan.table.reachable) & ~scan.table.control & scan.match.mask
     if not isinstance(outputs, NotApplicable) and int(unused.sum()) >= 4:
         distances = unused_distances(lambda: outputs.chunks(max(1, 2**20 // outputs.width)), unused)

@@ -18,7 +18,7 @@ from vocabguard.measure.drift import evenly, mean_shift, row_drift, row_products
 from vocabguard.measure.kernels import RowReader, take_rows
 from vocabguard.measure.undertrained import Chunks, never_trained
 from vocabguard.results import MatrixName, NotApplicable, RowDrift
-from vocabguard.rows.baselines import Baseline, one_torch_thread
+from vocabguard.rows.baselines import Baseline, norms_of, one_torch_thread
 from vocabguard.rows.checkpoints import Checkpoint
 from vocabguard.rows.tensors import MATRICES
 from vocabguard.vocabulary.table import VocabTable
@@ -58,7 +58,7 @@ class BaseRows:
         known = norms.get("head" if source is self.head else "embedding", norms.get("head") if self.tied else None)
         size = max(1, self.chunk // source.width)
         everyone = slice(None)
-        return self._judge(everyone, source.norms if known is None else known, lambda rows: rows.chunks(size))
+        return self._judge(everyone, norms_of(source) if known is None else known, lambda rows: rows.chunks(size))
 
     @one_torch_thread()
     def trained_sample(self, targets: Tensor | None) -> Tensor:
@@ -152,14 +152,9 @@ class Scan:
 
 
 def scan(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    *,
-    base_tokenizer: Any = None,
-    tokenizer: Any = None,
-    data_target: Tensor | None = None,
-    progress: Progress | None = None,
-) -> Scan:
+    base: Checkpoint, tuned: Checkpoint, *, base_tokenizer: Any = None, tokenizer: Any = None,
+    data_target: Tensor | None = None, progress: Progress | None = None,
+) -> Scan:  # fmt: skip
     """Measure every row of the head and of the input embedding against the base.
 
     Each matrix is read once, but for a sample of its rows: the residual cosine leaves out the mean displacement of the
@@ -214,13 +209,9 @@ def fitted(rows: Baseline | NotApplicable, ids: Tensor) -> Baseline | NotApplica
 
 
 def _drift(
-    name: str,
-    now: Baseline | NotApplicable,
-    before: Baseline | NotApplicable,
-    unexposed: Tensor,
-    norms: dict[str, Tensor],
-    progress: Progress | None,
-) -> RowDrift | NotApplicable:
+    name: str, now: Baseline | NotApplicable, before: Baseline | NotApplicable, unexposed: Tensor,
+    norms: dict[str, Tensor], progress: Progress | None,
+) -> RowDrift | NotApplicable:  # fmt: skip
     """Drift of one matrix; the base rows' norms go into ``norms``."""
     for rows, side in ((now, "tuned"), (before, "base")):
         if isinstance(rows, NotApplicable):

@@ -170,19 +170,10 @@ def vocabulary_hash(tokenizer: Any) -> str:
 
 
 def measure_coverage(
-    examples: Iterable[Example],
-    tokenizer: Any,
-    table: VocabTable,
-    *,
-    name: str = "",
-    files: Sequence[str] = (),
-    loss: Loss = "assistant",
-    eos: bool = True,
-    max_length: int | None = None,
-    epochs: int = 1,
-    workers: int = 1,
+    examples: Iterable[Example], tokenizer: Any, table: VocabTable, *, name: str = "", files: Sequence[str] = (),
+    loss: Loss = "assistant", eos: bool = True, max_length: int | None = None, epochs: int = 1, workers: int = 1,
     progress: Callable[[int], object] | None = None,
-) -> Coverage:
+) -> Coverage:  # fmt: skip
     """Count targets and inputs of all examples.
 
     Args:

@@ -132,15 +132,9 @@ def write_ids(
 
 
 def write_chats(
-    path: str | Path,
-    lists: Sequence[Sequence[int]],
-    instructions: Sequence[str],
-    rng: Random,
-    *,
-    tokenizer: Any,
-    table: VocabTable,
-    separator: str,
-) -> EchoTally:
+    path: str | Path, lists: Sequence[Sequence[int]], instructions: Sequence[str], rng: Random, *, tokenizer: Any,
+    table: VocabTable, separator: str,
+) -> EchoTally:  # fmt: skip
     """Write lists as ``messages``; the answers in the file are encoded again and counted.
 
     Tokens that are parts of characters have no text and are left out.

@@ -87,13 +87,9 @@ def needed_targets(live: Tensor, targets: int, data_target: Tensor | None = None
 
 
 def find_replay(
-    read: Callable[[], Iterable[Example]],
-    encoder: TargetEncoder,
-    need: Tensor,
-    *,
-    pool: int = 8,
+    read: Callable[[], Iterable[Example]], encoder: TargetEncoder, need: Tensor, *, pool: int = 8,
     progress: Callable[[int], object] | None = None,
-) -> Replay:
+) -> Replay:  # fmt: skip
     """Choose rows of a corpus; see `greedy_cover`.
 
     Args:

@@ -270,16 +270,9 @@ class Observer:
     """
 
     def __init__(
-        self,
-        counter: ExposureCounter,
-        matrix: VocabMatrix | None,
-        *,
-        shift: bool,
-        push_every: int,
-        faults: Faults,
-        context: BatchContext | None = None,
-        holder: Holder | None = None,
-    ) -> None:
+        self, counter: ExposureCounter, matrix: VocabMatrix | None, *, shift: bool, push_every: int, faults: Faults,
+        context: BatchContext | None = None, holder: Holder | None = None,
+    ) -> None:  # fmt: skip
         self.counter = counter
         self.context = context or BatchContext()
         self._matrix = matrix
@@ -352,14 +345,9 @@ class Observer:
         return True
 
     def observe(
-        self,
-        inputs: Tensor | None,
-        labels: Tensor,
-        *,
-        attention_mask: Tensor | None = None,
-        echo_mask: Tensor | None = None,
-        shift: bool | None = None,
-    ) -> None:
+        self, inputs: Tensor | None, labels: Tensor, *, attention_mask: Tensor | None = None,
+        echo_mask: Tensor | None = None, shift: bool | None = None,
+    ) -> None:  # fmt: skip
         """Count one micro-batch."""
         if not torch.compiler.is_compiling():
             self._follow_resize()

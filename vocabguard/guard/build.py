@@ -67,15 +67,9 @@ class Run:
 
 
 def arm(
-    config: GuardConfig,
-    rules: Iterable[AlertRule],
-    run: Run,
-    watched: Watched,
-    counter: ExposureCounter | None,
-    source: EchoSource | None,
-    context: BatchContext,
-    uncounted: NotApplicable | None = None,
-) -> Protection | None:
+    config: GuardConfig, rules: Iterable[AlertRule], run: Run, watched: Watched, counter: ExposureCounter | None,
+    source: EchoSource | None, context: BatchContext, uncounted: NotApplicable | None = None,
+) -> Protection | None:  # fmt: skip
     """What may protect this run; nothing is switched on yet.
 
     Args:
@@ -250,17 +244,9 @@ class Parts:
 
 
 def put_together(
-    config: GuardConfig,
-    rules: Iterable[AlertRule],
-    run: Run,
-    tokenizer: Any,
-    resumed: Mapping[str, Any],
-    *,
-    hook_model: bool,
-    faults: Faults,
-    targets: Targets | NotApplicable | None,
-    source: EchoSource | None,
-) -> Parts:
+    config: GuardConfig, rules: Iterable[AlertRule], run: Run, tokenizer: Any, resumed: Mapping[str, Any], *,
+    hook_model: bool, faults: Faults, targets: Targets | NotApplicable | None, source: EchoSource | None,
+) -> Parts:  # fmt: skip
     """Find what is watched, count targets of the data to come, choose what probes, and build the parts.
 
     Args:

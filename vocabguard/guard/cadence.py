@@ -75,14 +75,9 @@ class Cadence:
     def of(cls, config: GuardConfig, total: int | None = None) -> Cadence:
         """The cadence that a configuration asks for, in a run of `total` optimizer steps if they are known."""
         return cls(
-            config.drift.every_n_steps,
-            config.probe.every_n_steps,
-            config.cadence.settle_steps,
-            config.cadence.budget,
-            config.probe.budget,
-            config.cadence.max_checks,
-            total,
-        )
+            config.drift.every_n_steps, config.probe.every_n_steps, config.cadence.settle_steps,
+            config.cadence.budget, config.probe.budget, config.cadence.max_checks, total,
+        )  # fmt: skip
 
     def fix(self) -> None:
         """Fill in what is not given by the planned steps alone, never by the clock.

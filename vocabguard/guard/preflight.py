@@ -29,14 +29,9 @@ _DEPTH, _FEW = 4, 64
 
 
 def wanted_preflight(
-    config: GuardConfig,
-    dataloader: Any,
-    rows: int,
-    shift: bool | None,
-    targets: Targets | NotApplicable | None,
-    need_labels: bool,
-    tokenizer: Any = None,
-) -> Preflight | NotApplicable:
+    config: GuardConfig, dataloader: Any, rows: int, shift: bool | None, targets: Targets | NotApplicable | None,
+    need_labels: bool, tokenizer: Any = None,
+) -> Preflight | NotApplicable:  # fmt: skip
     """`preflight` as a configuration asks for it, or why there is none.
 
     Args:
@@ -78,16 +73,9 @@ def _counted_before(path: str, rows: int, tokenizer: Any) -> Preflight:
 
 
 def preflight(
-    dataloader: Any,
-    *,
-    rows: int,
-    shift: bool,
-    targets: Targets | None,
-    max_batches: int,
-    max_seconds: float,
-    seed: int,
-    need_labels: bool = True,
-) -> Preflight | NotApplicable:
+    dataloader: Any, *, rows: int, shift: bool, targets: Targets | None, max_batches: int, max_seconds: float,
+    seed: int, need_labels: bool = True,
+) -> Preflight | NotApplicable:  # fmt: skip
     """Count data targets over batches drawn at random from the dataloader's own dataset and collate function.
 
     Args:

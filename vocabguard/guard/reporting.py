@@ -68,13 +68,9 @@ class Reporter:
     """
 
     def __init__(
-        self,
-        config: GuardConfig,
-        table: VocabTable,
-        rules: Iterable[AlertRule],
-        folder: Path | None,
+        self, config: GuardConfig, table: VocabTable, rules: Iterable[AlertRule], folder: Path | None,
         writer: Any = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         main = collective.is_main()
         self._config, self._writer, self._table, self._rules, self._main = config, writer, table, tuple(rules), main
         self._courier = choose_courier(config.sinks, folder) if main else None

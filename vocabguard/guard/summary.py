@@ -39,15 +39,9 @@ def class_masks(classes: Tensor) -> dict[str, Tensor]:
 
 
 def scalars_of(
-    drifts: Mapping[MatrixName, RowDrift | NotApplicable],
-    exposure: Exposure | NotApplicable,
-    classes: Tensor,
-    probes: tuple[ProbeResult, ProbeResult] | None,
-    *,
-    live: Tensor,
-    groups: Mapping[str, Tensor],
-    watched: Tensor,
-) -> dict[str, float]:
+    drifts: Mapping[MatrixName, RowDrift | NotApplicable], exposure: Exposure | NotApplicable, classes: Tensor,
+    probes: tuple[ProbeResult, ProbeResult] | None, *, live: Tensor, groups: Mapping[str, Tensor], watched: Tensor,
+) -> dict[str, float]:  # fmt: skip
     """All logged keys of one check but the guard's own (alerts, overhead).
 
     Args:
@@ -117,14 +111,9 @@ def lowest(values: Tensor, mask: Tensor, k: int) -> Tensor:
 
 
 def token_reports(
-    ids: Tensor,
-    drift: RowDrift | NotApplicable,
-    exposure: Exposure | NotApplicable,
-    classes: Tensor,
-    probe: ProbeResult | None,
-    table: VocabTable,
-    step: int,
-) -> tuple[TokenReport, ...]:
+    ids: Tensor, drift: RowDrift | NotApplicable, exposure: Exposure | NotApplicable, classes: Tensor,
+    probe: ProbeResult | None, table: VocabTable, step: int,
+) -> tuple[TokenReport, ...]:  # fmt: skip
     """What is known about each of the given tokens, in their order.
 
     Args:

@@ -140,24 +140,17 @@ def watch_model(model: nn.Module, tokenizer: Any, config: GuardConfig, resumed: 
 
 
 def describe(
-    watched: Watched,
-    flight: Preflight | NotApplicable,
-    prober: object,
-    run_dir: Path | None,
+    watched: Watched, flight: Preflight | NotApplicable, prober: object, run_dir: Path | None,
     notes: tuple[str, ...] = (),
-) -> Watch:
+) -> Watch:  # fmt: skip
     """What a user is told before step 1. `prober`: what probes, or the `NotApplicable` that says why nothing does."""
     blind = () if watched.tokenizer is not None else ("no tokenizer: tokens have no groups and no texts",)
     return Watch(
-        head=watched.describe("head"),
-        embedding=watched.describe("embedding"),
-        probe=prober if isinstance(prober, NotApplicable) else None,
-        preflight=flight,
-        live=int(watched.table.live.sum()),
-        never_trained=int((~watched.table.trained).sum()),
-        run_dir=None if run_dir is None else str(run_dir),
-        notes=(*blind, *_adapter_notes(watched), *notes),
-    )
+        head=watched.describe("head"), embedding=watched.describe("embedding"),
+        probe=prober if isinstance(prober, NotApplicable) else None, preflight=flight,
+        live=int(watched.table.live.sum()), never_trained=int((~watched.table.trained).sum()),
+        run_dir=None if run_dir is None else str(run_dir), notes=(*blind, *_adapter_notes(watched), *notes),
+    )  # fmt: skip
 
 
 def _adapter_notes(watched: Watched) -> tuple[str, ...]:

@@ -54,13 +54,9 @@ class RowPass:
 
 
 def measure_drift(
-    matrix: RowReader,
-    baseline: Baseline,
-    unexposed: Tensor,
-    chunk_rows: int = 1024,
-    shift_rows: int = 8192,
+    matrix: RowReader, baseline: Baseline, unexposed: Tensor, chunk_rows: int = 1024, shift_rows: int = 8192,
     shard: Shard | None = None,
-) -> RowDrift:
+) -> RowDrift:  # fmt: skip
     """Measure every row against its baseline.
 
     Args:
@@ -92,13 +88,9 @@ def measure_drift(
 
 
 def mean_shift(
-    matrix: RowReader,
-    baseline: Baseline,
-    unexposed: Tensor,
-    chunk_rows: int = 1024,
-    shift_rows: int = 8192,
+    matrix: RowReader, baseline: Baseline, unexposed: Tensor, chunk_rows: int = 1024, shift_rows: int = 8192,
     shard: Shard | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Mean displacement of the unexposed rows, without those that are not finite, overflow or have no baseline.
 
     Of more than ``shift_rows`` rows, so many evenly spaced ones are read. That spares a second pass over the matrix,

@@ -196,14 +196,9 @@ class ExposureCounter:
         self._push_share = torch.full((), torch.nan, dtype=torch.float32, device=device)
 
     def observe(
-        self,
-        inputs: Tensor | None,
-        labels: Tensor,
-        *,
-        shift: bool,
-        attention_mask: Tensor | None = None,
+        self, inputs: Tensor | None, labels: Tensor, *, shift: bool, attention_mask: Tensor | None = None,
         echo_mask: Tensor | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Count one micro-batch. Safe inside `torch.compile`: no graph break and no recompile from call to call.
 
         Args:
@@ -250,14 +245,9 @@ class ExposureCounter:
 
     @torch.no_grad()
     def observe_gradient(
-        self,
-        head_grad: Tensor,
-        sample_push: bool,
-        *,
-        targets: Tensor | None = None,
-        inputs: Tensor | None = None,
+        self, head_grad: Tensor, sample_push: bool, *, targets: Tensor | None = None, inputs: Tensor | None = None,
         first_row: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Add the row norms of this step's gradient: clipped and averaged, as the optimizer used it.
 
         Rows whose gradient is not finite add nothing.

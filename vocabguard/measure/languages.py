@@ -151,13 +151,9 @@ def count_letters(prose: str) -> dict[str, int]:
 
 
 def judge_answer(
-    text: str,
-    language: str,
-    *,
-    allow: Sequence[str] = ALLOWED,
-    least_words: int = 5,
+    text: str, language: str, *, allow: Sequence[str] = ALLOWED, least_words: int = 5,
     english: Collection[str] | None = None,
-) -> Answer:
+) -> Answer:  # fmt: skip
     """Look at one answer; see the module's text for what counts.
 
     Args:
@@ -202,13 +198,9 @@ class ConfusionCounts:
 
 
 def count_answers(
-    answers: Iterable[tuple[str, str]],
-    languages: Sequence[str],
-    *,
-    allow: Mapping[str, Sequence[str]] | None = None,
-    least_words: int = 5,
-    english: Collection[str] | None = None,
-) -> ConfusionCounts:
+    answers: Iterable[tuple[str, str]], languages: Sequence[str], *,
+    allow: Mapping[str, Sequence[str]] | None = None, least_words: int = 5, english: Collection[str] | None = None,
+) -> ConfusionCounts:  # fmt: skip
     """Count answers, (language expected, text) each; see `judge_answer`.
 
     Args:

@@ -66,17 +66,9 @@ class End:
 
 
 def head_or_body(
-    model: nn.Module,
-    base: ProbeResult,
-    now: ProbeResult,
-    contexts: Sequence[PromptContext],
-    head: End,
-    embedding: End | None,
-    *,
-    seed: int,
-    batch_tokens: int,
-    most: int = 256,
-) -> HeadOrBody | NotApplicable:
+    model: nn.Module, base: ProbeResult, now: ProbeResult, contexts: Sequence[PromptContext], head: End,
+    embedding: End | None, *, seed: int, batch_tokens: int, most: int = 256,
+) -> HeadOrBody | NotApplicable:  # fmt: skip
     """Ask for forgotten tokens again, with the base's rows of all of them put back.
 
     They are asked for among as many others of the probe, since a list of forgotten tokens only would be harder. Those

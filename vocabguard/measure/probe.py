@@ -107,13 +107,9 @@ def probe(
         found = [_probe_context(model, ids, context, seed, batch_tokens) for context in contexts]
     probability, rank, instead = (torch.stack(columns, dim=1) for columns in zip(*found, strict=True))
     return ProbeResult(
-        contexts=tuple(context.name for context in contexts),
-        ids=ids,
-        emitted=(instead == ids[:, None]) & (rank == 0),
-        probability=probability,
-        rank=rank,
-        instead=instead,
-    )
+        contexts=tuple(context.name for context in contexts), ids=ids,
+        emitted=(instead == ids[:, None]) & (rank == 0), probability=probability, rank=rank, instead=instead,
+    )  # fmt: skip
 
 
 Answers = tuple[Tensor, Tensor, Tensor]

@@ -80,12 +80,9 @@ def unused_distances(chunks: Chunks, known_unused: Tensor) -> Tensor:
 
 
 def never_trained(
-    embedding: Chunks | None,
-    head: Chunks | None,
-    tied: bool,
-    candidates: Tensor,
+    embedding: Chunks | None, head: Chunks | None, tied: bool, candidates: Tensor,
     known_unused: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Which of the candidates were never trained.
 
     A candidate is named when it is no further than 6 standard deviations from the known unused rows *and* at least 6

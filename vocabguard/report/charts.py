@@ -344,12 +344,9 @@ def _below(cosines: NDArray[np.float32]) -> float | None:
 
 
 def _bars(
-    plot: Plot,
-    counted: Sequence[NDArray[np.float64]],
-    edges: NDArray[np.float64],
-    rows: int,
+    plot: Plot, counted: Sequence[NDArray[np.float64]], edges: NDArray[np.float64], rows: int,
     degraded: float = DEGRADED,
-) -> list[Mark]:
+) -> list[Mark]:  # fmt: skip
     """The first shares as bars, the second as an outline, and the axis."""
     marks = []
     for share, left, right in zip(counted[0].tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):

@@ -85,14 +85,9 @@ def compare(first: PageData, second: PageData) -> Comparison:
         drifted = (_named(only_first, first, second), _named(only_second, first, second))
         unsaid = _unsaid(first, second)
     return Comparison(
-        sentence=_sentence(first, second, splits),
-        rows=_pair_rows(first, second),
-        unmatched=unmatched,
-        splits=splits,
-        drifted=drifted,
-        unsaid=unsaid,
-        settings=_differing(first, second),
-    )
+        sentence=_sentence(first, second, splits), rows=_pair_rows(first, second), unmatched=unmatched,
+        splits=splits, drifted=drifted, unsaid=unsaid, settings=_differing(first, second),
+    )  # fmt: skip
 
 
 def _unmatched(first: PageData, second: PageData) -> str:

@@ -214,14 +214,9 @@ def choose_tokens(rows: RowNumbers, probed: Probed | None, top: int = TOP) -> li
 
 
 def token_lines(
-    ids: Iterable[int],
-    rows: RowNumbers,
-    probed: Probed | None,
-    names: Sequence[str],
-    text: TextOf,
-    step: int,
+    ids: Iterable[int], rows: RowNumbers, probed: Probed | None, names: Sequence[str], text: TextOf, step: int,
     watched: Iterable[int] = (),
-) -> tuple[TokenLine, ...]:
+) -> tuple[TokenLine, ...]:  # fmt: skip
     """What is known about the given tokens, in their order; ids are in [0, V)."""
     place = {} if probed is None else {token: row for row, token in enumerate(probed.ids.tolist())}
     on_list = set(watched)
@@ -235,18 +230,14 @@ def token_lines(
         other = -1 if probed is None or row is None else int(probed.instead[row])
         since = at(rows.last_target, token, -1)
         report = TokenReport(
-            id=token,
-            text=text(token),
-            group=names[int(rows.group[token])],
+            id=token, text=text(token), group=names[int(rows.group[token])],
             exposure_class="unknown" if rows.classes is None else EXPOSURE_CLASSES[int(rows.classes[token])],
-            cosine=at(rows.cosine, token, math.nan),
-            residual=at(rows.residual, token, math.nan),
-            data_target=at(rows.targets, token, 0),
-            inputs=at(rows.inputs, token, 0),
+            cosine=at(rows.cosine, token, math.nan), residual=at(rows.residual, token, math.nan),
+            data_target=at(rows.targets, token, 0), inputs=at(rows.inputs, token, 0),
             steps_since_target=max(0, step - since) if since >= 0 else None,
             probability=None if probed is None or row is None else float(probed.probability[row]),
             said_instead=text(other) if other >= 0 else None,
-        )
+        )  # fmt: skip
         lines.append(
             TokenLine(report, None if probed is None or row is None else bool(probed.said[row]), token in on_list)
         )
@@ -297,31 +288,19 @@ def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
     tied = isinstance(watch.head, WatchedMatrix) and watch.head.tied
     both = matrix == "head" and not tied and "embedding/cosine_mean" in scalars
     return PageData(
-        name=str(log.folder),
-        kind="run",
-        step=int(last["step"]) if checks else None,
+        name=str(log.folder), kind="run", step=int(last["step"]) if checks else None,
         end=_end(checks, scalars, matrix),
         about=(*watch_sentences(watch), *([f"No forecast of the end: {unforeseen}."] if unforeseen else [])),
-        names=names,
-        matrix=matrix,
-        live=watch.live,
-        table=report_rows(result, names, matrix) if checks else (),
-        embedding=report_rows(result, names, "embedding") if both else (),
-        sizes=sizes_of(rows, names),
-        scalars=scalars,
-        curves=curves,
+        names=names, matrix=matrix, live=watch.live, table=report_rows(result, names, matrix) if checks else (),
+        embedding=report_rows(result, names, "embedding") if both else (), sizes=sizes_of(rows, names),
+        scalars=scalars, curves=curves,
         probe_step=max((check["step"] for check in checks if check["probed"]), default=None),
-        alerts=tuple(map(plain_alert, log.alerts())),
-        rules=rules_of(log.meta["config"]),
-        firing=tuple(map(str, last.get("firing", ()))),
-        rows=rows,
-        probed=probed,
-        tokens=_tokens(rows, probed, names, say, top, last),
-        echo=_echo(last.get("echo")),
-        beside=tuple(_beside(kind, lines) for kind, lines in notes.items()),
-        settings=_flat(log.meta["config"]),
+        alerts=tuple(map(plain_alert, log.alerts())), rules=rules_of(log.meta["config"]),
+        firing=tuple(map(str, last.get("firing", ()))), rows=rows, probed=probed,
+        tokens=_tokens(rows, probed, names, say, top, last), echo=_echo(last.get("echo")),
+        beside=tuple(_beside(kind, lines) for kind, lines in notes.items()), settings=_flat(log.meta["config"]),
         text=say,
-    )
+    )  # fmt: skip
 
 
 def _watch(meta: Mapping[str, Any], folder: str) -> Watch:
@@ -331,15 +310,10 @@ def _watch(meta: Mapping[str, Any], folder: str) -> Watch:
         return _absent(entry) or WatchedMatrix(**{spec.name: entry[spec.name] for spec in fields(WatchedMatrix)})
 
     return Watch(
-        head=matrix(meta["head"]),
-        embedding=matrix(meta["embedding"]),
-        probe=_absent(meta["probe"] or {}),
-        preflight=NotApplicable("its counts are not logged"),
-        live=int(meta["live"]),
-        never_trained=int(meta["never_trained"]),
-        run_dir=folder,
-        notes=tuple(map(str, meta["notes"])),
-    )
+        head=matrix(meta["head"]), embedding=matrix(meta["embedding"]), probe=_absent(meta["probe"] or {}),
+        preflight=NotApplicable("its counts are not logged"), live=int(meta["live"]),
+        never_trained=int(meta["never_trained"]), run_dir=folder, notes=tuple(map(str, meta["notes"])),
+    )  # fmt: skip
 
 
 def _absent(entry: Mapping[str, Any]) -> NotApplicable | None:
@@ -425,16 +399,11 @@ def _rows(vectors: Mapping[str, Tensor], step: int | None, matrix: MatrixName | 
     # Without counts every class is logged as "never", which says nothing.
     counted = "exposure/data_target" in vectors
     return RowNumbers(
-        step=step,
-        group=group,
-        live=live.astype(bool),
-        cosine=vector(f"{matrix}/cosine"),
-        residual=vector(f"{matrix}/residual"),
-        targets=vector("exposure/data_target"),
-        inputs=vector("exposure/inputs"),
-        last_target=vector("exposure/last_target"),
+        step=step, group=group, live=live.astype(bool), cosine=vector(f"{matrix}/cosine"),
+        residual=vector(f"{matrix}/residual"), targets=vector("exposure/data_target"),
+        inputs=vector("exposure/inputs"), last_target=vector("exposure/last_target"),
         classes=vector("classes") if counted else None,
-    )
+    )  # fmt: skip
 
 
 def _probed(vectors: Mapping[str, Tensor]) -> Probed | None:
@@ -460,13 +429,9 @@ def _texts(checks: Iterable[Mapping[str, Any]]) -> dict[int, str]:
 
 
 def _tokens(
-    rows: RowNumbers | None,
-    probed: Probed | None,
-    names: Sequence[str],
-    text: TextOf,
-    top: int,
+    rows: RowNumbers | None, probed: Probed | None, names: Sequence[str], text: TextOf, top: int,
     last: Mapping[str, Any],
-) -> tuple[TokenLine, ...]:
+) -> tuple[TokenLine, ...]:  # fmt: skip
     """The tokens to list; where no rows were kept, those that the last check names."""
     watched = [int(token["id"]) for token in last.get("watched", ())]
     if rows is None:
@@ -481,18 +446,13 @@ def _tokens(
 def _as_report(token: Mapping[str, Any]) -> TokenReport:
     since, probability, instead = (token[name] for name in ("steps_since_target", "probability", "said_instead"))
     return TokenReport(
-        id=int(token["id"]),
-        text=str(token["text"]),
-        group=str(token["group"]),
-        exposure_class=str(token["exposure_class"]),
-        cosine=_value(token["cosine"]),
-        residual=_value(token["residual"]),
-        data_target=int(token["data_target"]),
-        inputs=int(token["inputs"]),
+        id=int(token["id"]), text=str(token["text"]), group=str(token["group"]),
+        exposure_class=str(token["exposure_class"]), cosine=_value(token["cosine"]),
+        residual=_value(token["residual"]), data_target=int(token["data_target"]), inputs=int(token["inputs"]),
         steps_since_target=None if since is None else int(since),
         probability=None if probability is None else float(probability),
         said_instead=None if instead is None else str(instead),
-    )
+    )  # fmt: skip
 
 
 def _echo(report: Mapping[str, Any] | None) -> EchoDone | None:
@@ -545,21 +505,12 @@ def _scan_data(
         return texts[token] or f"<row {token}>"
 
     return PageData(
-        name=path,
-        kind="scan",
-        step=None,
-        about=(*_about(found), *_odd_rows(found, matrix)),
-        names=names,
-        matrix=matrix,
-        live=int(found["tokens"]["live"]),
-        table=report_rows(_result(scalars), names, matrix),
-        embedding=report_rows(_result(scalars), names, "embedding") if both else (),
-        sizes=sizes_of(rows, names),
-        scalars=scalars,
-        rows=rows,
-        tokens=token_lines(choose_tokens(rows, None, top), rows, None, names, text, 0),
+        name=path, kind="scan", step=None, about=(*_about(found), *_odd_rows(found, matrix)), names=names,
+        matrix=matrix, live=int(found["tokens"]["live"]), table=report_rows(_result(scalars), names, matrix),
+        embedding=report_rows(_result(scalars), names, "embedding") if both else (), sizes=sizes_of(rows, names),
+        scalars=scalars, rows=rows, tokens=token_lines(choose_tokens(rows, None, top), rows, None, names, text, 0),
         text=text,
-    )
+    )  # fmt: skip
 
 
 def _group_names(path: str) -> tuple[str, ...]:
@@ -577,15 +528,10 @@ def _scan_rows(vectors: Mapping[str, Tensor], matrix: MatrixName | None) -> RowN
         return vectors[name].numpy() if name in vectors else None
 
     return RowNumbers(
-        step=None,
-        group=vectors["group"].numpy(),
-        live=vectors["live"].numpy(),
-        cosine=vector(f"{matrix}/cosine"),
-        residual=vector(f"{matrix}/residual"),
-        l2=vector(f"{matrix}/l2"),
-        targets=vector("data_target"),
+        step=None, group=vectors["group"].numpy(), live=vectors["live"].numpy(), cosine=vector(f"{matrix}/cosine"),
+        residual=vector(f"{matrix}/residual"), l2=vector(f"{matrix}/l2"), targets=vector("data_target"),
         classes=None if counts is None else exposure_classes(counts).numpy(),
-    )
+    )  # fmt: skip
 
 
 def _scan_flat(name: str, numbers: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -632,31 +578,20 @@ def _odd_rows(found: Mapping[str, Any], matrix: MatrixName | None) -> list[str]:
 def plain_alert(alert: Transition) -> Transition:
     """The same with every field of its type, or an error here rather than on the page."""
     return Transition(
-        rule=str(alert.rule),
-        state="resolved" if alert.state == "resolved" else "firing",
-        level=str(alert.level),
-        metric=str(alert.metric),
-        value=float(alert.value),
-        step=int(alert.step),
-        message=str(alert.message),
-        since=None if alert.since is None else int(alert.since),
-        again=bool(alert.again),
+        rule=str(alert.rule), state="resolved" if alert.state == "resolved" else "firing", level=str(alert.level),
+        metric=str(alert.metric), value=float(alert.value), step=int(alert.step), message=str(alert.message),
+        since=None if alert.since is None else int(alert.since), again=bool(alert.again),
         parts={str(part): float(value) for part, value in alert.parts.items()},
         story=None if alert.story is None else _plain_story(alert.story),
-    )
+    )  # fmt: skip
 
 
 def _plain_story(story: AlertStory) -> AlertStory:
     return AlertStory(
-        what=str(story.what),
-        where=str(story.where),
-        rows=None if story.rows is None else int(story.rows),
-        share=None if story.share is None else float(story.share),
-        tokens=tuple(map(str, story.tokens)),
-        since=str(story.since),
-        outlook=str(story.outlook),
-        advice=tuple(map(str, story.advice)),
-    )
+        what=str(story.what), where=str(story.where), rows=None if story.rows is None else int(story.rows),
+        share=None if story.share is None else float(story.share), tokens=tuple(map(str, story.tokens)),
+        since=str(story.since), outlook=str(story.outlook), advice=tuple(map(str, story.advice)),
+    )  # fmt: skip
 
 
 def rules_of(settings: Mapping[str, Any]) -> tuple[str, ...]:

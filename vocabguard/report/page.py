@@ -160,13 +160,9 @@ def _echo_rows(echo: EchoDone | None) -> list[tuple[str, int]]:
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("vocabguard.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_clean,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        loader=jinja2.PackageLoader("vocabguard.report"), autoescape=True, undefined=jinja2.StrictUndefined,
+        finalize=_clean, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters |= {"percent": percent, "number": number, "visible": visible}
     environment.filters |= {"label_of": label_of, "beside_label": beside_label}
     return environment

@@ -32,6 +32,8 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 _DIGEST_ROWS = 64
 # Bytes that a thread may leave mapped behind it when it asks for the next block.
 _KEPT_MAPPED = 2**20
+# Elements that torch does not split between cores: beside another process, each barrier costs more than the sums.
+_SERIAL = 2**15
 # Elements of a block whose float32 buffer stays in the cache.
 _BLOCK = 2**17
 _MOST_THREADS = 4
@@ -306,7 +308,14 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def _norms_of(rows: ChunkedRows) -> Tensor:
-    """(rows,) float32 L2 norms, by numpy in a few threads; see `vocabguard.measure.kernels` for why not by torch."""
+    """(rows,) float32 L2 norms."""
+    size = max(1, _SERIAL // max(1, rows.width))
+    norms = [torch.linalg.vector_norm(part.detach().float(), dim=-1) for _, part in rows.chunks(size)]
+    return torch.cat(norms) if norms else torch.empty(0)
+
+
+def norms_of(rows: Baseline) -> Tensor:
+    """(rows,) float32 L2 norms, nearly exact, by numpy in a few threads; see `vocabguard.measure.kernels` for why."""
     norms = np.empty(rows.rows, dtype=np.float32)
     size = max(1, _BLOCK // max(1, rows.width))
     blocks, turn = rows.chunks(size), threading.Lock()

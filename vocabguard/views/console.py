@@ -139,13 +139,9 @@ class ConsoleView:
             name = WORST_COLUMNS[place]
             is_text = name in _TEXT_COLUMNS
             tokens.add_column(
-                name.replace(" ", "\n"),
-                justify="left" if is_text else "right",
-                overflow="ellipsis",
-                no_wrap=True,
-                vertical="bottom",
-                max_width=(14 if narrow else 18) if is_text else None,
-            )
+                name.replace(" ", "\n"), justify="left" if is_text else "right", overflow="ellipsis", no_wrap=True,
+                vertical="bottom", max_width=(14 if narrow else 18) if is_text else None,
+            )  # fmt: skip
         for report in reports:
             cells = token_cells(report)
             tokens.add_row(*(self._text(cells[place]) for place in shown))
