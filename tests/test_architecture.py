@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import vocabguard
+
 TOP = Path(__file__).parents[1]
 FLOORS = {
     "errors": 0, "config": 1, "settings": 1, "results": 1, "vocabulary": 1, "text": 2, "files": 2, "collective": 2,
@@ -129,6 +131,22 @@ def test_public_face_is_small_and_brings_no_trainer() -> None:
         "assert 'integrations' not in sys.modules, 'integrations'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=TOP)
+
+
+UNTRIED = {"kernel", "sums_by_numba"}
+"""Public functions of `measure` without an example: they need numba, which is optional."""
+
+
+def test_what_is_public_can_be_tried_where_it_is_documented() -> None:
+    face = {name: getattr(vocabguard, name) for name in vocabguard.__all__ if name != "__version__"}
+    assert [name for name, one in face.items() if ">>>" not in (one.__doc__ or "")] == []
+    functions = [
+        node
+        for path in (TOP / "vocabguard" / "measure").glob("*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    ]
+    assert {node.name for node in functions if ">>>" not in (ast.get_docstring(node) or "")} == UNTRIED
 
 
 def test_files_stay_short() -> None:

@@ -17,6 +17,13 @@ class VocabGuardError(Exception):
     """Base of the errors that this package raises on purpose, for callers that catch them all.
 
     Each is a `ValueError` or a `RuntimeError` too.
+
+    >>> from vocabguard import VocabGuardError, load_config
+    >>> try:
+    ...     load_config({"drift": {"every_n_steps": 0}})
+    ... except VocabGuardError as error:
+    ...     print(error)
+    drift.every_n_steps is 0; allowed: at least 1
     """
 
 
@@ -416,6 +423,13 @@ class CheckResult:
         echo: what echo has done so far; None where it is not configured.
         findings: what was found beside, where that is due at checks.
         forecast: where the head's rows will end, or why nothing is said.
+
+    Example:
+        >>> import torch
+        >>> off = NotApplicable("the head is frozen")
+        >>> found = CheckResult(20, off, off, off, torch.zeros(4).byte(), None, {"vocabguard/overhead": 0.01})
+        >>> found.scalars["vocabguard/overhead"], found.firing, found.head.reason
+        (0.01, (), 'the head is frozen')
     """
 
     step: int

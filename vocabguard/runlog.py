@@ -170,6 +170,18 @@ class RunLog:
 
     Attributes:
         meta: ``run.json``: ``schema``, ``vocabguard``, ``created``, ``resumed``, ``config``, ``watch``, ``groups``.
+
+    Example:
+        >>> import tempfile
+        >>> from vocabguard.results import NotApplicable
+        >>> off = NotApplicable("not in this example")
+        >>> check = CheckResult(7, off, off, off, Tensor(), None, {"vocabguard/head/below_0.95": 0.25})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     writer = RunWriter(Path(folder))
+        ...     writer.start({}, Watch(off, off, off, off, live=4, never_trained=0, run_dir=folder), ["latin"])
+        ...     writer.check(check)
+        ...     RunLog.open(folder).scalar("head/below_0.95")
+        ([7], [0.25])
     """
 
     folder: Path

@@ -26,7 +26,12 @@ from vocabguard.results import VocabGuardError
 
 
 class ConfigError(VocabGuardError, ValueError):
-    """A setting that cannot be used; the message names the key, the value and what is allowed."""
+    """A setting that cannot be used; the message names the key, the value and what is allowed.
+
+    >>> load_config({"probe": {"sample": -1}})
+    Traceback (most recent call last):
+    vocabguard.config.loading.ConfigError: probe.sample is -1; allowed: at least 0
+    """
 
 
 ConfigSource = str | Path | Mapping[str, Any] | GuardConfig | None
