@@ -40,7 +40,7 @@ FAULTS: dict[str, tuple[str, int]] = {
     "the alerts": ("vocabguard.alerts.machine.AlertMachine.update", 1),
     "writing a check": ("vocabguard.runlog.RunWriter.check", 0),
     "holding rows": ("vocabguard.guard.hold.rows_to_hold", 1),
-    "making a plan": ("vocabguard.guard.echo.follow", 1),
+    "making a plan": ("vocabguard.guard.echo.next_plan", 1),
     "the last rows": ("vocabguard.runlog.RunWriter.rows", 0),
 }
 LATER = {"counting a batch": 3, "reading a gradient": 3, "closing a step": 3, "measuring": 3, "summing up": 2,
