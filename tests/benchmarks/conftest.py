@@ -2,4 +2,4 @@
 
 from pathlib import Path
 
-collect_ignore = [path.name for path in Path(__file__).parent.glob("*.py") if not path.name.startswith("test_")]
+collect_ignore = ["real", *(p.name for p in Path(__file__).parent.glob("*.py") if not p.name.startswith("test_"))]
