@@ -431,3 +431,40 @@ def test_presets_switch_on_what_they_are_named_for() -> None:
     at_risk = VocabGuard("early")._rules[0]
     assert (at_risk.name, at_risk.actions, at_risk.latch) == ("at_risk", ("log", "echo", "hold"), True)
     assert {switched[name] for name in ("watch", "light", "thorough")} == {(False, False)}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"echo": True}, "; to switch it on: echo={'enabled': True}"),
+        ({"hold": False}, "; to switch it off: hold={'enabled': False}"),
+        ({"echo": {"auto": True}}, "; to switch it on: echo={'auto': {'enabled': True}}"),
+        ({"alerts": {"at_risk": None}}, "; to switch it off: alerts={'at_risk': {'enabled': False}}"),
+        ({"drift": True}, "allowed: a section of ['every_n_steps', 'chunk_rows']"),
+    ],
+)
+def test_who_switches_a_section_is_told_how(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_config(options=options)
+    assert str(refusal.value).endswith(said)
+
+
+NO_THRESHOLD: Any = {"metric": "head/below_0.95", "level": "info"}
+
+
+@pytest.mark.parametrize("way", ["options", "list", "file", "overrides"])
+def test_a_rule_without_threshold_is_refused(tmp_path: Path, way: str) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("alerts: {mine: {metric: head/below_0.95}}", encoding="utf-8")
+    given: dict[str, Any] = {
+        "options": {"options": {"alerts": {"mine": NO_THRESHOLD}}},
+        "list": {"options": {"alerts": [{"name": "mine", **NO_THRESHOLD}]}},
+        "file": {"source": file},
+        "overrides": {"overrides": ["alerts.mine.metric=head/below_0.95"]},
+    }[way]
+    with pytest.raises(ConfigError, match=r"^alerts\.mine\.threshold is missing; allowed: what head/below_0\.95 is"):
+        load_config(**given)
+    # Another source may give it; rules about a missing or unmoved value need none.
+    assert load_config(**given | {"overrides": [*given.get("overrides", ()), "alerts.mine.threshold=0.5"]})
+    assert load_config(**given | {"overrides": [*given.get("overrides", ()), "alerts.mine.op=absent"]})
+    assert load_config(overrides=["alerts.head_degraded.level=info"]).alerts["head_degraded"].threshold == 0.01

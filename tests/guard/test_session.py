@@ -312,3 +312,36 @@ def test_zero_3_is_refused_in_words(kit: Any) -> None:
         module.weight.ds_shape = shape
     with pytest.raises(ConfigError, match=r"matrices: DeepSpeed ZeRO stage 3 .* allowed: ZeRO stages 0 to 2, or FSDP2"):
         VocabGuard(**kit.QUIET).attach(model, None)
+
+
+def test_what_a_check_cannot_compute_is_nan_and_not_the_value_before(kit: Any, tmp_path: Path) -> None:
+    model = kit.llama()
+    guard = VocabGuard(drift={"every_n_steps": 1}, **kit.QUIET)
+    guard.attach(model, kit.sgd(model), total_steps=3, run_dir=tmp_path)
+    keys = {key for key in guard.latest if key.startswith("vocabguard/head/") and not key.endswith("_rows")}
+    assert "vocabguard/head/below_0.95" in keys
+    assert not any(math.isnan(guard.latest[key]) for key in keys)
+    with torch.no_grad():
+        kept = model.lm_head.weight.clone()
+        model.lm_head.weight.fill_(math.nan)
+    guard.step(1)
+    assert all(math.isnan(guard.latest[key]) for key in keys)
+    assert guard.latest["vocabguard/head/nonfinite_rows"] == kit.ROWS
+    with torch.no_grad():
+        model.lm_head.weight.copy_(kept)
+    guard.step(2)
+    assert guard.latest["vocabguard/head/below_0.95"] == 0.0
+
+
+@pytest.mark.parametrize("call", ["step", "observe", "observe_batch"])
+def test_a_loop_that_forgot_to_attach_is_told(call: str) -> None:
+    guard = VocabGuard()
+    given = {"step": (1,), "observe": (None, torch.zeros(1, 2).long()), "observe_batch": ({},)}[call]
+    with pytest.raises(ConfigError, match=rf"^{call}\(\) before attach\(\); call guard\.attach\("):
+        getattr(guard, call)(*given)
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", Path("gpt2")])
+def test_a_tokenizers_name_is_no_tokenizer(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^tokenizer is 'gpt2'; .* AutoTokenizer.from_pretrained\('gpt2'\)"):
+        VocabGuard(tokenizer=tokenizer)

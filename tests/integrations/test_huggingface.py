@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -353,3 +354,22 @@ def test_counted_labels_are_not_warned_of(
     kit.assert_counts(guarded.guard.last.exposure, kit.naive_counts(rows, kit.BATCH))
     assert guarded.guard.watch.preflight.data_target.tolist() == kit.naive_counts(rows, kit.BATCH)[0]
     assert [record for record in caplog.records if record.name == "vocabguard"] == []
+
+
+@pytest.mark.parametrize(("dies", "best"), [(1, None), (4, "checkpoint-3")])
+def test_a_dead_model_is_never_the_best(kit: Any, tokenizer: Any, tmp_path: Path, dies: int, best: str | None) -> None:
+    class Kill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            if state.global_step == dies:
+                with torch.no_grad():
+                    model.get_output_embeddings().weight.fill_(math.nan)
+
+    guarded = guard_for(kit, tokenizer, drift={"every_n_steps": 100})
+    run = kit.run_hf(
+        kit.tiny_model(), kit.random_rows(48), tokenizer, tmp_path, steps=9, callbacks=(Kill(), guarded),
+        **best_model_arguments(3),
+    )  # fmt: skip
+    found = run.trainer.state.best_model_checkpoint
+    assert (None if found is None else Path(found).name) == best
+    assert math.isnan(guarded.guard.latest["vocabguard/head/below_0.95"])
+    assert guarded.guard.latest["vocabguard/head/nonfinite_rows"] > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -259,3 +260,18 @@ def test_refused_before_the_first_step(kit: Any, tokenizer: Any, tmp_path: Path,
         )  # fmt: skip
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_a_key_that_a_check_cannot_compute_is_nan(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
+    class Kill(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                with torch.no_grad():
+                    pl_module.model.get_output_embeddings().weight.fill_(math.nan)
+
+    guarded = guard_for(kit, tokenizer, drift={"every_n_steps": 2})
+    run = kit.run_lightning(
+        kit.tiny_model(), kit.random_rows(24), tokenizer, tmp_path, callbacks=(Kill(), guarded)
+    )  # fmt: skip
+    assert math.isnan(float(run.trainer.callback_metrics[KEY]))
+    assert math.isnan(guarded.guard.latest[KEY])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from vocabguard.config.schema import ConfusionConfig, GuardConfig, WebhookConfig
+from vocabguard.config.schema import ConfusionConfig, GuardConfig, RuleConfig, WebhookConfig
 from vocabguard.results import VocabGuardError
 
 
@@ -106,20 +106,39 @@ def load_config(
     try:
         if isinstance(source, GuardConfig):
             _check_kinds(source, GuardConfig, "")
-            merged = OmegaConf.structured(source)
+            base, layers = source, []
         else:
-            merged = OmegaConf.merge(OmegaConf.structured(GuardConfig), _checked(_layer(source)))
-        merged = OmegaConf.merge(merged, _checked(options or {}), _checked(_dotted(overrides)))
-        config = OmegaConf.to_object(merged)
+            base, layers = GuardConfig(), [_checked(_layer(source))]
+        layers += [_checked(options or {}), _checked(_dotted(overrides))]
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), *layers))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
     assert isinstance(config, GuardConfig)
     _check_limits(config, "")
+    _check_thresholds(config, {*base.alerts, *(name for layer in layers for name in _with_threshold(layer))})
     _check_protection(config)
     _check_webhook(config.sinks.webhook)
     if config.confusion.enabled:
         load_questions(config.confusion)
     return config
+
+
+def _with_threshold(layer: Mapping[str, Any]) -> Iterator[str]:
+    """Names of the rules that a source gives a threshold."""
+    for name, rule in (layer.get("alerts") or {}).items():
+        if isinstance(rule, RuleConfig) or "threshold" in rule:
+            yield str(name)
+
+
+def _check_thresholds(config: GuardConfig, given: Collection[str]) -> None:
+    """Refuse new rules that compare with a threshold and have none: 0, the default, would be a guess.
+
+    Raises:
+        ConfigError: with the rule's key.
+    """
+    for name, rule in config.alerts.items():
+        if name not in given and rule.op not in ("absent", "unchanged"):
+            raise ConfigError(f"alerts.{name}.threshold is missing; allowed: what {rule.metric} is compared with")
 
 
 def _check_protection(config: GuardConfig) -> None:
@@ -249,7 +268,8 @@ def _check_kind(value: Any, wanted: Any, key: str) -> None:
             _check_kind(value, inner[0], key)
     elif is_dataclass(wanted):
         if not isinstance(value, (Mapping, wanted)):  # type: ignore[arg-type]
-            raise ConfigError(f"{key} is {value!r}; allowed: a section of {[f.name for f in fields(wanted)]}")
+            allowed = [f.name for f in fields(wanted)]
+            raise ConfigError(f"{key} is {value!r}; allowed: a section of {allowed}{_switch_hint(key, value, allowed)}")
         _check_kinds(value, wanted, f"{key}.")
     elif owner is dict:
         if not isinstance(value, Mapping):
@@ -263,6 +283,17 @@ def _check_kind(value: Any, wanted: Any, key: str) -> None:
             _check_kind(item, inner[0], f"{key}[{place}]")
     elif wanted is not Any and isinstance(value, (Mapping, list, tuple, ListConfig)):
         raise ConfigError(f"{key} is {value!r}; allowed: {_named(wanted)}")
+
+
+def _switch_hint(key: str, value: Any, allowed: Collection[str]) -> str:
+    """How to switch a section on or off, for who tried it with true, false or null."""
+    if "enabled" not in allowed or not (value is None or isinstance(value, bool)):
+        return ""
+    section, *inner = key.split(".")
+    told = f"{{'enabled': {bool(value)}}}"
+    for name in reversed(inner):
+        told = f"{{{name!r}: {told}}}"
+    return f"; to switch it {'on' if value else 'off'}: {section}={told}"
 
 
 def _named(kind: Any) -> str:

@@ -21,6 +21,7 @@ from vocabguard.guard.echo import EchoSource
 from vocabguard.guard.failures import Faults
 from vocabguard.guard.protection import Protection, needed
 from vocabguard.guard.reporting import Reporter, choose_folder
+from vocabguard.guard.summary import outdated
 from vocabguard.guard.watched import Action, build_rules
 from vocabguard.protect.collator import EchoCollator
 from vocabguard.results import CheckResult, NotApplicable, Timings, Watch
@@ -60,7 +61,8 @@ class VocabGuard:
         tokenizer: as given, or the trainer's once attached.
         watch: what `attach` set up; None before.
         last: the latest check; None before the first.
-        latest: the latest value of every logged key; a probe's stay until the next probe.
+        latest: the latest value of every logged key; a probe's stay until the next probe. NaN where the latest check
+            could not compute it.
         run_dir: folder of the run log; None where none is written.
         steps: optimizer steps seen.
 
@@ -95,6 +97,7 @@ class VocabGuard:
         **options: Unpack[Options],
     ) -> None:
         self.config: GuardConfig = load_config(config, overrides, options)
+        _require_tokenizer(tokenizer)
         self.tokenizer = tokenizer
         self._targets = targets
         self._rules = build_rules(self.config, actions or {})
@@ -291,6 +294,7 @@ class VocabGuard:
             labels: (B, T) int64, -100 where there is no target; shifted here as the model shifts them.
             echo_mask: (B,) or (B, T) bool, True at echo rows.
         """
+        self._require_attached("observe")
         if self._observer is not None and not self._faults.down:
             with self._faults.contain("counting a batch"):
                 self._observer.observe(inputs, labels, echo_mask=echo_mask)
@@ -302,6 +306,7 @@ class VocabGuard:
         At the first batch that has neither, the model's forward pass is hooked, and from then on only that is counted.
         Call it before the batch reaches the model.
         """
+        self._require_attached("observe_batch")
         if self._protection is not None:
             # Even when the guard is down: a mask that the model does not know must not reach it.
             with self._faults.contain("adding echo rows"):
@@ -316,6 +321,7 @@ class VocabGuard:
     def step(self, step: int) -> CheckResult | None:
         """Tell the guard that optimizer step `step` (counted from 1) is done; gives the check, if one was due."""
         result = None
+        self._require_attached("step")
         if self._checker is not None and self._reporter is not None and not self._faults.down:
             with self._faults.contain("step"):
                 self.steps = step
@@ -353,12 +359,18 @@ class VocabGuard:
             self._heed_failures()
         return asked
 
+    def _require_attached(self, what: str) -> None:
+        """Refuse a loop of one's own that forgot to attach: nothing would be guarded, and nobody told."""
+        if self._checker is None and not self._faults.down:
+            raise ConfigError(f"{what}() before attach(); call guard.attach(model, optimizer, ...) first")
+
     def _check(self, step: int, *, first: bool = False) -> CheckResult:
         assert self._checker is not None
         assert self._reporter is not None
         with_probe = self._cadence.take_probe(step, first=first)
         self.last = self._checker.run(step, with_probe=with_probe, overhead=self._timer.overhead(self._faults))
-        self.latest.update(self.last.scalars)
+        scalars = self.last.scalars
+        self.latest.update(outdated(self.latest, scalars, probed=self.last.probe is not None) | dict(scalars))
         began = time.perf_counter()
         self._reporter.check(self.last, self._checker.watched.table)
         # To say what was found is a part of what a check costs.
@@ -445,6 +457,12 @@ class VocabGuard:
                 log = reporter.finish(self.last)
             collective.shutdown_group()
         return log
+
+
+def _require_tokenizer(tokenizer: Any) -> None:
+    if isinstance(tokenizer, (str, Path)):
+        loaded = f"AutoTokenizer.from_pretrained({str(tokenizer)!r})"
+        raise ConfigError(f"tokenizer is {str(tokenizer)!r}; allowed: the tokenizer itself, such as {loaded}")
 
 
 def to_go_on(

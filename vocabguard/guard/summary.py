@@ -85,6 +85,20 @@ def forecast_scalars(
     return {f"{PREFIX}forecast/{key}": value for key, value in found.items()}
 
 
+def outdated(latest: Mapping[str, float], found: Mapping[str, float], *, probed: bool) -> dict[str, float]:
+    """NaN for each key of earlier checks that this one should give and could not, as where a row turned NaN.
+
+    A value that is no longer true must not be taken for the model's: best-model selection would keep a dead one. What
+    is measured at other times stays: probes, answers at evaluations, findings, and where the rules stand.
+
+    >>> outdated({"vocabguard/head/below_0.95": 0.0, "vocabguard/probe/retained": 1.0}, {}, probed=False)
+    {'vocabguard/head/below_0.95': nan}
+    """
+    beside = ("alerts/", "confusion/", "neighbors/", "head_or_body/") + (() if probed else ("probe/",))
+    missing = (key for key in latest if key not in found)
+    return {key: float("nan") for key in missing if not key.removeprefix(PREFIX).startswith(beside)}
+
+
 def echo_scalars(exposure: Exposure, live: Tensor) -> dict[str, float]:
     """``echo/dose``, echo targets per data target so far, and ``echo/targets_per_live_token``. `live`: (V,) bool."""
     echoed, asked = int(exposure.echo_target.sum()), int(exposure.data_target.sum())
