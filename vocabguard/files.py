@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -108,6 +109,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, Tensor) and value.ndim > 0:
         return {"shape": list(value.shape), "dtype": str(value.dtype)}
     return _plain_leaf(value.item() if isinstance(value, (Tensor, np.generic)) else value)
+
+
+def why_unwritable(folder: Path) -> str | None:
+    """Why no file can be written to a folder, which is made if missing; None where one can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return one_line(error)
 
 
 def one_line(error: BaseException, limit: int | None = 200) -> str:

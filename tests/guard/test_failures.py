@@ -81,16 +81,6 @@ def in_the_tokenizer(kit: Any, on_error: str, folder: Path) -> Any:
     return guard_of(kit, on_error, tokenizer=BrokenTokenizer()), {}, {}
 
 
-def run_dir_is_a_file(kit: Any, on_error: str, folder: Path) -> Any:
-    (folder / "file").write_text("")
-    return guard_of(kit, on_error), {"run_dir": folder / "file"}, {}
-
-
-def run_dir_below_a_file(kit: Any, on_error: str, folder: Path) -> Any:
-    (folder / "file").write_text("")
-    return guard_of(kit, on_error), {"run_dir": folder / "file" / "run"}, {}
-
-
 def in_observe(kit: Any, on_error: str, folder: Path) -> Any:
     return guard_of(kit, on_error), {}, {1: lambda guard: guard.observe(None, torch.zeros(()))}
 
@@ -122,13 +112,12 @@ def in_finish(kit: Any, on_error: str, folder: Path) -> Any:
 
 
 CASES = [
-    in_attach, in_the_tokenizer, at_the_first_check, in_step, in_the_forward_hook, run_dir_is_a_file,
-    run_dir_below_a_file,
-    in_observe, in_observe_batch, in_check, in_state_dict, in_finish,
+    in_attach, in_the_tokenizer, at_the_first_check, in_step, in_the_forward_hook, in_observe,
+    in_observe_batch, in_check, in_state_dict, in_finish,
 ]  # fmt: skip
 
 
-ATTACHING = (in_attach, in_the_tokenizer, at_the_first_check, run_dir_is_a_file, run_dir_below_a_file)
+ATTACHING = (in_attach, in_the_tokenizer, at_the_first_check)
 
 
 def run(kit: Any, guard: VocabGuard, attach: dict[str, Any], between: dict[int, Any]) -> Any:
@@ -204,7 +193,9 @@ def test_a_folder_that_may_not_be_written(kit: Any, tmp_path: Path, caplog: Any)
     tmp_path.chmod(0o500)
     guard = guard_of(kit, "warn")
     run(kit, guard, {"run_dir": tmp_path / "run"}, {})
-    assert "Permission" in guard.failure
+    assert guard.failure is None
+    assert guard.run_dir is None
+    assert "Permission" in caplog.text
     tmp_path.chmod(0o700)
 
 
@@ -253,3 +244,17 @@ def test_broken_rows_are_counted_and_alert(kit: Any, tmp_path: Path, value: floa
         ("broken_rows", 2, "critical")
     ]
     assert 0.5 < found.scalars["vocabguard/head/cosine_mean"] < 1, "the other rows are measured"
+
+
+@pytest.mark.parametrize("where", ["file", "file/run"])
+def test_a_run_goes_on_without_a_folder_for_its_log(kit: Any, tmp_path: Path, caplog: Any, where: str) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    guard = guard_of(kit, "raise")
+    losses = run(kit, guard, {"run_dir": tmp_path / where}, {})[2]
+    (said,) = [record.getMessage() for record in caplog.records if "no run log" in record.getMessage()]
+    assert said.startswith("vocabguard: no run log is kept, the console alone reports: [Errno")
+    assert str(tmp_path / "file") in said
+    assert (guard.failure, guard.run_dir, guard.last.step) == (None, None, STEPS)
+    assert isinstance(guard.state_dict()["baselines"]["head"], torch.Tensor), "the rows go along: no folder has them"
+    assert losses == run_bare(kit)[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -11,13 +11,7 @@ from rich.console import Console
 from vocabguard.results import VocabGuardError
 
 COMMANDS = {
-    "scan": "vocabguard.cli.scan",
-    "coverage": "vocabguard.cli.coverage",
-    "echo": "vocabguard.cli.echo",
-    "replay": "vocabguard.cli.replay",
-    "explain": "vocabguard.cli.explain",
-    "repair": "vocabguard.cli.repair",
-    "report": "vocabguard.cli.report",
+    name: f"vocabguard.cli.{name}" for name in ("scan", "coverage", "echo", "replay", "explain", "repair", "report")
 }
 """Command -> the module whose function of the same name is the command.
 

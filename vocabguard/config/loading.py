@@ -131,11 +131,7 @@ def _with_threshold(layer: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_thresholds(config: GuardConfig, given: Collection[str]) -> None:
-    """Refuse new rules that compare with a threshold and have none: 0, the default, would be a guess.
-
-    Raises:
-        ConfigError: with the rule's key.
-    """
+    """A ConfigError for a new rule that compares with a threshold and has none: 0, the default, would be a guess."""
     for name, rule in config.alerts.items():
         if name not in given and rule.op not in ("absent", "unchanged"):
             raise ConfigError(f"alerts.{name}.threshold is missing; allowed: what {rule.metric} is compared with")

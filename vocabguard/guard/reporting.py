@@ -13,6 +13,7 @@ from vocabguard import collective
 from vocabguard.alerts.notify import Courier, Receiver, WandbAlerts, Webhook, dispatch
 from vocabguard.alerts.rules import AlertRule
 from vocabguard.config import GuardConfig, SinksConfig, webhook_url
+from vocabguard.files import why_unwritable
 from vocabguard.results import CheckResult, Finding, Transition, Watch
 from vocabguard.runlog import RunLog, RunWriter, row_vectors
 from vocabguard.views.console import ConsoleView
@@ -34,10 +35,12 @@ def free_folder(folder: Path) -> Path:
 
 
 def choose_folder(resumed: str | None, suggested: str | Path | None) -> Path | None:
-    """The folder of the run that goes on, else a free one by the suggested name, if any; the same on all ranks."""
-    if resumed:
-        return Path(resumed)
-    return None if suggested is None else collective.agree(free_folder(Path(suggested)))
+    """The folder of the run that goes on, else a free one by the suggested name; None where nothing can be written."""
+    folder = Path(resumed) if resumed else None if suggested is None else free_folder(Path(suggested))
+    if folder is not None and collective.is_main() and (reason := why_unwritable(folder)) is not None:
+        logger.warning("vocabguard: no run log is kept, the console alone reports: %s", reason)
+        folder = None
+    return collective.agree(folder)
 
 
 def choose_courier(sinks: SinksConfig, folder: Path | None) -> Courier:

@@ -110,7 +110,7 @@ class VocabGuard:
         self._protection: Protection | None = None
         self.run_dir: Path | None = None
         self.latest: dict[str, float] = {}
-        self.steps, self._batches_per_step = 0, 1
+        self.steps, self._batches_per_step, self._attached = 0, 1, False
         self._source: EchoSource | None = None
         self._inject: Route | None = None
         self._reporter: Reporter | None = None
@@ -193,6 +193,7 @@ class VocabGuard:
             ConfigError: for settings that do not fit the model, the tokenizer or the data. Nothing is changed then.
         """
         self._begin_anew(total_steps)
+        self._attached = True
         self.tokenizer = tokenizer if self.tokenizer is None else self.tokenizer
         self._resumed = to_go_on(resumed or self._resumed, run_dir, steps_done, self.config.snapshot.source)
         self._batches_per_step, self._inject = batches_per_step, inject
@@ -361,7 +362,7 @@ class VocabGuard:
 
     def _require_attached(self, what: str) -> None:
         """Refuse a loop of one's own that forgot to attach: nothing would be guarded, and nobody told."""
-        if self._checker is None and not self._faults.down:
+        if not self._attached:
             raise ConfigError(f"{what}() before attach(); call guard.attach(model, optimizer, ...) first")
 
     def _check(self, step: int, *, first: bool = False) -> CheckResult:

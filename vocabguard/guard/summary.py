@@ -88,8 +88,8 @@ def forecast_scalars(
 def outdated(latest: Mapping[str, float], found: Mapping[str, float], *, probed: bool) -> dict[str, float]:
     """NaN for each key of earlier checks that this one should give and could not, as where a row turned NaN.
 
-    A value that is no longer true must not be taken for the model's: best-model selection would keep a dead one. What
-    is measured at other times stays: probes, answers at evaluations, findings, and where the rules stand.
+    Best-model selection would keep a dead model by them. What is measured at other times stays: probes, answers at
+    evaluations, findings, and where the rules stand.
 
     >>> outdated({"vocabguard/head/below_0.95": 0.0, "vocabguard/probe/retained": 1.0}, {}, probed=False)
     {'vocabguard/head/below_0.95': nan}
