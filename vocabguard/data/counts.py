@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vocabguard.files import one_line, read_json
 from vocabguard.runlog import RunLog
+from vocabguard.vocabulary.table import fit_rows
 
 _NAMES = ("data_target", "exposure/data_target")
 
@@ -39,7 +40,7 @@ def read_counts(path: str | Path, rows: int) -> Tensor:
         raise ValueError(
             f"{path}: data_target is {list(found.shape)} {found.dtype}; allowed: whole counts of at most {rows} rows"
         )
-    return torch.nn.functional.pad(found.to(torch.int64), (0, rows - len(found)))
+    return fit_rows(found.to(torch.int64), rows)
 
 
 def _of_run(folder: Path) -> Tensor:

@@ -30,7 +30,7 @@ from vocabguard.data.readers import Example, in_chunks
 from vocabguard.files import write_file
 from vocabguard.measure.exposure import CLASS_STARTS, exposure_classes
 from vocabguard.results import EXPOSURE_CLASSES
-from vocabguard.vocabulary.table import VocabTable
+from vocabguard.vocabulary.table import VocabTable, fit_rows
 
 SCHEMA = 1
 """Version of the file's layout; a newer one is refused."""
@@ -125,7 +125,7 @@ class Coverage:
         """
         if rows < len(self.data_target):
             raise ValueError(f"the coverage is of {len(self.data_target)} ids, the matrix has {rows} rows")
-        return torch.nn.functional.pad(self.data_target, (0, rows - len(self.data_target)))
+        return fit_rows(self.data_target, rows)
 
     def save(self, path: str | Path) -> None:
         """Write the file that `load_coverage` reads.
