@@ -495,7 +495,8 @@ def scaled(job: Job, scale: float = 1024.0) -> Trained:
         torch.nn.utils.clip_grad_norm_(model.parameters(), kit.CLIP)
         scaler.step(found.optimizer)
         scaler.update()
-        guard.step(step + 1)
+        if found.guard is not None:
+            guard.step(step + 1)
         found.optimizer.zero_grad()
     guard.finish()
     return found
