@@ -468,3 +468,10 @@ def test_a_rule_without_threshold_is_refused(tmp_path: Path, way: str) -> None:
     assert load_config(**given | {"overrides": [*given.get("overrides", ()), "alerts.mine.threshold=0.5"]})
     assert load_config(**given | {"overrides": [*given.get("overrides", ()), "alerts.mine.op=absent"]})
     assert load_config(overrides=["alerts.head_degraded.level=info"]).alerts["head_degraded"].threshold == 0.01
+
+
+def test_a_loaded_config_is_nobody_elses() -> None:
+    mine = load_config()
+    mine.probe.sample, mine.alerts["at_risk"].threshold = 7, 0.9
+    del mine.alerts["head_severe"]
+    assert load_config() == GuardConfig()

@@ -26,11 +26,7 @@ class InputError(VocabGuardError, ValueError):
 
 
 def build(names: tuple[str, ...]) -> typer.Typer:
-    """The application with the given commands.
-
-    Raises:
-        KeyError: for a name that is none.
-    """
+    """The application with the given commands, names of `COMMANDS`."""
     app = typer.Typer(
         help="See and prevent the forgetting of sparse tokens.", no_args_is_help=True, add_completion=False
     )

@@ -7,6 +7,7 @@ Sources are merged in this order, the later one winning: the defaults in `schema
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from vocabguard.config.schema import ConfusionConfig, GuardConfig, RuleConfig, WebhookConfig
+from vocabguard.config.schema import ConfusionConfig, GuardConfig, RuleConfig, WebhookConfig, default_rules
 from vocabguard.results import VocabGuardError
 
 
@@ -99,28 +100,31 @@ def load_config(
         >>> config = load_config("light", ["drift.every_n_steps=50"], {"probe": {"watch": [190467]}})
         >>> config.cadence.max_checks, config.drift.every_n_steps, config.probe.watch
         (50, 50, [190467])
-        >>> load_config({"drift": {"every_n_steps": 0}})
-        Traceback (most recent call last):
-        vocabguard.config.loading.ConfigError: drift.every_n_steps is 0; allowed: at least 1
     """
     try:
         if isinstance(source, GuardConfig):
             _check_kinds(source, GuardConfig, "")
-            base, layers = source, []
+            base, rules, layers = OmegaConf.structured(source), source.alerts, []
         else:
-            base, layers = GuardConfig(), [_checked(_layer(source))]
+            base, rules, layers = _defaults(), default_rules(), [_checked(_layer(source))]
         layers += [_checked(options or {}), _checked(_dotted(overrides))]
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(base), *layers))
+        config = OmegaConf.to_object(OmegaConf.merge(base, *layers))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
     assert isinstance(config, GuardConfig)
     _check_limits(config, "")
-    _check_thresholds(config, {*base.alerts, *(name for layer in layers for name in _with_threshold(layer))})
+    _check_thresholds(config, {*rules, *(name for layer in layers for name in _with_threshold(layer))})
     _check_protection(config)
     _check_webhook(config.sinks.webhook)
     if config.confusion.enabled:
         load_questions(config.confusion)
     return config
+
+
+@functools.cache
+def _defaults() -> Any:
+    """The defaults as OmegaConf has them: made once, as it takes most of the time; a merge copies them."""
+    return OmegaConf.structured(GuardConfig())
 
 
 def _with_threshold(layer: Mapping[str, Any]) -> Iterator[str]:
