@@ -7,7 +7,8 @@
 CACHE is a folder outside the repository: converted models, and for every run its weights at each tenth (bfloat16, 3 GB
 a run of SmolLM2). Everything is resumable: what is there is not done again. ``judge`` asks the weights of a run for
 tokens in two ways that nothing else uses (`real.recall`); ``--percent`` asks earlier ones too. Recipes and arms:
-`real.train`. On 2 cores a run of ``tied`` takes 6 to 10 minutes, a judgement 2.
+`real.train`. On 2 cores a run of ``tied`` takes 6 to 10 minutes, a judgement 2. `real/results.json` holds what
+``judge tied lora --json`` found so far.
 """
 
 from __future__ import annotations
@@ -79,7 +80,10 @@ class Judge:
             ids = self.sample(path)
             original = {key: value.clone() for key, value in model.state_dict().items()} if percent is not None else {}
             if percent is not None:
-                model.load_state_dict(load_file(path / f"weights-{percent:03d}.safetensors"), strict=False)
+                # A tied head is saved once, as the input rows: nothing else may be missing.
+                loaded = model.load_state_dict(load_file(path / f"weights-{percent:03d}.safetensors"), strict=False)
+                assert not loaded.unexpected_keys, loaded.unexpected_keys
+                assert set(loaded.missing_keys) <= {"lm_head.weight"}, loaded.missing_keys
             said, nats = ask(model.eval(), tokenizer, ids.tolist(), seed=seed)
             if original:
                 model.load_state_dict(original)
