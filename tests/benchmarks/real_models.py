@@ -45,6 +45,13 @@ def runs(folder: Path, names: list[str]) -> list[Path]:
     return [path.parent for name in names for path in sorted((folder / name).glob("*/run.json"))]
 
 
+@cache
+def told_of(path: Path) -> dict[str, Any]:
+    """What a run wrote down when it ended."""
+    told: dict[str, Any] = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    return told
+
+
 class Judge:
     """Asks the bases and the runs; keeps what it has asked.
 
@@ -63,7 +70,7 @@ class Judge:
 
     def sample(self, path: Path) -> torch.Tensor:
         """(n,) int64, the tokens that a run is asked for: the same in all arms of a seed."""
-        told = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        told = told_of(path)
         recipe = Recipe(**told["recipe"])
         classes = exposure_classes(torch.tensor(told["data_target"]))
         table = self._base(recipe)[2]
@@ -71,22 +78,21 @@ class Judge:
 
     def asked(self, path: Path, percent: int | None, seed: int = 0) -> dict[str, torch.Tensor]:
         """``ids``, ``said`` and ``nats`` of a run's weights; of the base where percent is None."""
-        told = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        told = told_of(path)
         name = f"base-{seed}" if percent is None else f"{percent:03d}"
         kept = path / f"asked-{name}-{self._tokens}.pt"
         if not kept.exists():
             recipe = Recipe(**told["recipe"])
             model, tokenizer, _ = self._base(recipe)
             ids = self.sample(path)
-            original = {key: value.clone() for key, value in model.state_dict().items()} if percent is not None else {}
+            base = {key: value.clone() for key, value in model.state_dict().items()}
             if percent is not None:
                 # A tied head is saved once, as the input rows: nothing else may be missing.
                 loaded = model.load_state_dict(load_file(path / f"weights-{percent:03d}.safetensors"), strict=False)
                 assert not loaded.unexpected_keys, loaded.unexpected_keys
                 assert set(loaded.missing_keys) <= {"lm_head.weight"}, loaded.missing_keys
             said, nats = ask(model.eval(), tokenizer, ids.tolist(), seed=seed)
-            if original:
-                model.load_state_dict(original)
+            model.load_state_dict(base)
             torch.save({"ids": ids, "said": said, "nats": nats}, kept)
         found: dict[str, torch.Tensor] = torch.load(kept, weights_only=True)
         return found
@@ -94,7 +100,7 @@ class Judge:
 
 def verdicts(path: Path, keeper: Judge, percent: int) -> dict[str, Any]:
     """What became of a run's tokens by class, and the base's own noise."""
-    told = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    told = told_of(path)
     base, again, now = keeper.asked(path, None), keeper.asked(path, None, 1), keeper.asked(path, percent)
     classes = exposure_classes(torch.tensor(told["data_target"]))[base["ids"]]
     parts = {"all": torch.ones_like(classes, dtype=torch.bool)}
@@ -114,7 +120,7 @@ def alerts_of(path: Path) -> list[dict[str, Any]]:
 
 def entry_of(path: Path, keeper: Judge) -> dict[str, Any]:
     """A run as the table and the JSON have it."""
-    told = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    told = told_of(path)
     latest = {key.removeprefix("vocabguard/"): value for key, value in (told.get("latest") or {}).items()}
     steps = sorted(cpu for _, cpu in told["step_seconds"])
     return {

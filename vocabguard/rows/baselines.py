@@ -95,8 +95,10 @@ class ChunkedRows:
 
     @cached_property
     def norms(self) -> Tensor:
-        """See `Baseline`."""
-        return _norms_of(self)
+        """See `Baseline`. Of a copy and of its file the same to the last bit: a resumed run goes on alike."""
+        size = max(1, _SERIAL // max(1, self.width))
+        norms = [torch.linalg.vector_norm(part.detach().float(), dim=-1) for _, part in self.chunks(size)]
+        return torch.cat(norms) if norms else torch.empty(0)
 
 
 class CopiedBaseline(ChunkedRows):
@@ -305,13 +307,6 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
         length = int.from_bytes(file.read(8), "little")
         entries: dict[str, Any] = json.loads(file.read(length))
     return 8 + length, entries
-
-
-def _norms_of(rows: ChunkedRows) -> Tensor:
-    """(rows,) float32 L2 norms."""
-    size = max(1, _SERIAL // max(1, rows.width))
-    norms = [torch.linalg.vector_norm(part.detach().float(), dim=-1) for _, part in rows.chunks(size)]
-    return torch.cat(norms) if norms else torch.empty(0)
 
 
 def norms_of(rows: Baseline) -> Tensor:

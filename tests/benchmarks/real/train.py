@@ -89,8 +89,8 @@ class Snapshots(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         wall, work = self._began
         self.seconds.append((time.perf_counter() - wall, time.process_time() - work))
-        tenth, rest = divmod(state.global_step * TENTHS, self._steps)
-        if rest < TENTHS and (not self.seconds[1:] or (state.global_step - 1) * TENTHS // self._steps < tenth):
+        tenth = state.global_step * TENTHS // self._steps
+        if tenth > (state.global_step - 1) * TENTHS // self._steps:
             began = time.perf_counter()
             save_weights(model, self._folder / f"weights-{10 * tenth:03d}.safetensors")
             self.saving += time.perf_counter() - began
