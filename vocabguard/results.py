@@ -256,10 +256,12 @@ class Exposure:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What a model says when asked to repeat tokens, teacher-forced, in C contexts.
+    """What a model says when asked to repeat tokens, teacher-forced, in C asks.
+
+    An ask is a context, or one that was used before, among other neighbours.
 
     Attributes:
-        contexts: the C contexts' names.
+        contexts: the C asks' names.
         ids: (n,) int64, the probed tokens.
         emitted: (n, C) bool, the token was the most likely one.
         probability: (n, C) float32 in [0, 1], of the token.
@@ -285,6 +287,7 @@ class Preflight:
         rows: examples read.
         complete: whether that was all of the data (one epoch).
         seconds: how long it took.
+        tokens: inputs read, padding too; 0 where that is not known.
     """
 
     data_target: Tensor
@@ -292,6 +295,7 @@ class Preflight:
     rows: int
     complete: bool
     seconds: float
+    tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,9 @@ def verdict(result: CheckResult, groups: Collection[str] | None = None) -> str:
         parts.append(f"{percent(never)} never a target")
     retained = _finite(scalars, "vocabguard/probe/retained")
     if retained is not None:
-        parts.append(f"retained {percent(retained)}")
+        known = _finite(scalars, "vocabguard/probe/known")
+        of = "" if known is None else f" of {known:,.0f} sampled"
+        parts.append(f"retained {percent(retained)}{of}")
     if echoed := _finite(scalars, "vocabguard/echo/targets_per_live_token"):
         parts.append(f"echoed {number(echoed, 2)} times a token")
     if result.firing:

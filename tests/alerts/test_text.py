@@ -54,13 +54,13 @@ def test_degraded_rows():
     assert (story.rows, story.share, story.tokens) == (100, 0.05, ("語", "␣그"))
     assert story.since == "Since step 120, 80 steps ago."
     assert story.outlook == (
-        "If nothing is done, 400 of 2,000 live output rows (20.0 %) will be below 0.95 at the end (step 1,000); ja 90 "
+        "If nothing is done, 400 of 2,000 live output rows (20.0 %) may be below 0.95 at the end (step 1,000); ja 90 "
         "of 100 rows (90.0 %), ko 20 of 80 rows (25.0 %)."
     )
     # 1.45 x 2,000; the data will have 10,000 / 200 x 1,000 targets.
     assert story.advice == (
         'echo and hold: config="protect" adds 2,900 targets over the run, 5.8 % of the data\'s own.',
-        "data with ja, ko: 130 of their 180 tokens have not been a target so far.",
+        "add data that contains ja, ko tokens: 130 of 180 have never been a target.",
     )
     assert story.lines == (
         story.what, story.where, "Worst: 語  ␣그", story.since, story.outlook,
@@ -89,13 +89,14 @@ def test_groups():
 def test_a_forecast():
     story = alert_story(change("forecast/below_0.95", 0.2), SCENE)
     assert story.what == (
-        "400 of 2,000 live output rows (20.0 %) will be below cosine 0.95 to the base model's at the end (step 1,000)."
+        "400 of 2,000 live output rows (20.0 %) may be below cosine 0.95 to the base model's at the end (step 1,000), "
+        "by the forecast."
     )
     assert story.where == "Most in ja 90 of 100 rows (90.0 %), ko 20 of 80 rows (25.0 %)."
     assert story.outlook == ""
-    assert story.advice[-1].startswith("data with ja, ko: 130 of their 180 tokens")
+    assert story.advice[-1].startswith("add data that contains ja, ko tokens: 130 of 180")
     assert alert_story(change("forecast/cosine_mean", 0.97), SCENE).what == (
-        "The live output rows will end on average at cosine 0.9700 to the base model's."
+        "The live output rows may end on average at cosine 0.9700 to the base model's."
     )
 
 
@@ -108,12 +109,12 @@ OTHER = [
     ("exposure/never", 0.3, {}, "600 of 2,000 live tokens (30.0 %): never a target so far.", ""),
     ("exposure/targets", 0.0, {}, "The data's targets counted so far stay at 0 from check to check: the guard sees no "
      "labels.", ""),
-    ("probe/retained", 0.8, {}, "20.0 % of the probed tokens that the base could repeat are forgotten.",
-     "Forgotten most in ja 75.0 %."),
-    ("probe/*/retained", 0.25, {"ja": 0.25}, "75.0 % of the probed tokens in ja that the base could repeat are "
-     "forgotten.", "Forgotten most in ja 75.0 %."),
-    ("probe/watch", 0.5, {}, "50.0 % of the watched tokens that the base could repeat are forgotten.",
-     "Forgotten most in ja 75.0 %."),
+    ("probe/retained", 0.8, {}, "20.0 % of the probed tokens that the base repeats are lost.",
+     "Lost most in ja 75.0 %."),
+    ("probe/*/retained", 0.25, {"ja": 0.25}, "75.0 % of the probed tokens in ja that the base repeats are "
+     "lost.", "Lost most in ja 75.0 %."),
+    ("probe/watch", 0.5, {}, "50.0 % of the watched words that the base repeats are lost.",
+     "Lost most in ja 75.0 %."),
     ("confusion/*", 0.47, {"ja": 0.47, "ko": 0.1}, "47.0 % of answers have letters of a script that is foreign to "
      "their language, worst in ja.", "In ja 47.0 %, ko 10.0 %."),
     ("confusion/foreign", 0.2, {}, "20.0 % of answers have letters of a script that is foreign to their language.", ""),
@@ -166,7 +167,7 @@ def test_what_to_do_goes_by_what_is_on(echo, hold, said, unsaid):
 
 def test_data_is_named_for_the_groups_that_were_forgotten():
     assert alert_story(change("probe/retained", 0.8), SCENE).advice[-1] == (
-        "data with ja: 90 of their 100 tokens have not been a target so far."
+        "add data that contains ja tokens: 90 of 100 have never been a target."
     )
 
 

@@ -2,12 +2,13 @@
 
     python tests/benchmarks/real_models.py CACHE train tied --arms control,protect --seeds 0,1,2
     python tests/benchmarks/real_models.py CACHE judge
+    python tests/benchmarks/real_models.py CACHE replay tied --looks 2
     python tests/benchmarks/real_models.py CACHE table
 
 CACHE is a folder outside the repository: converted models, and for every run its weights at each tenth (bfloat16, 3 GB
 a run of SmolLM2). Everything is resumable: what is there is not done again. ``judge`` asks the weights of a run for
 tokens in two ways that nothing else uses (`real.recall`); ``--percent`` asks earlier ones too. Recipes and arms:
-`real.train`. On 2 cores a run of ``tied`` takes 6 to 10 minutes, a judgement 2. `real/results.json` holds what
+`real.train`. ``replay`` runs the guard over a run's saved weights (`real.replay`). On 2 cores a run of ``tied`` takes 6 to 10 minutes, a judgement 2. `real/results.json` holds what
 ``judge tied lora --json`` found so far.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from functools import cache
 from pathlib import Path
@@ -24,7 +26,8 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 import torch
 from real.models import load_base
-from real.recall import ask, judge, wilson
+from real.recall import ask, judge
+from real.replay import replay
 from real.train import ARMS, RECIPES, Recipe, run
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +35,7 @@ from safetensors.torch import load_file
 
 from vocabguard.files import one_line
 from vocabguard.measure.exposure import exposure_classes
+from vocabguard.measure.intervals import wilson
 from vocabguard.measure.probe import stratified_sample
 from vocabguard.results import EXPOSURE_CLASSES
 from vocabguard.vocabulary.table import VocabTable, build_table
@@ -164,15 +168,34 @@ def show(entries: list[dict[str, Any]], console: Console) -> None:
         console.print(f"The base asked once more among other neighbours: {lost} of {total} known tokens 'lost'.")
 
 
+def show_replays(told: list[dict[str, Any]], console: Console) -> None:
+    """A line a check: what the probe says, and the rules that fire."""
+    table = Table("recipe", "arm", "seed", "step", "base", "known", "retained", "beside noise and skill", "skill", "nats", "s", "firing")  # fmt: skip
+    for run in told:
+        for check in run["checks"]:
+            found = check["scalars"]
+            cells = [
+                f"{found.get(f'probe/{name}', math.nan):.3f} ({found.get(f'probe/{name}_low', math.nan):.3f} to "
+                f"{found.get(f'probe/{name}_high', math.nan):.3f})"
+                for name in ("retained", "tokens_retained", "skill", "nats")
+            ]
+            table.add_row(
+                run["recipe"], run["arm"], str(run["seed"]), str(check["step"]), f"{found['probe/base']:.3f}",
+                f"{found['probe/known']:.0f}", *cells, f"{check['probe_seconds']:.0f}", ", ".join(check["firing"]),
+            )  # fmt: skip
+    console.print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path)
-    parser.add_argument("what", choices=("train", "judge", "table"))
+    parser.add_argument("what", choices=("train", "judge", "replay", "table"))
     parser.add_argument("recipes", nargs="*", default=[], help=f"of {', '.join(RECIPES)}; all where none is named")
     parser.add_argument("--arms", default="control,protect", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--percent", default="100", help="of the runs, whose weights judge asks: 10,20,...")
+    parser.add_argument("--looks", type=int, default=1, help="replay: checks after the base's, a divisor of ten")
     parser.add_argument("--set", nargs="*", default=[], dest="overrides", help="dotted settings of the guard")
     parser.add_argument("--label", help="name of the arm with these settings")
     parser.add_argument("--json", type=Path)
@@ -185,6 +208,17 @@ def main() -> None:
                 for arm in asked.arms.split(","):
                     path = run(asked.cache, name, arm, seed, overrides=asked.overrides, label=asked.label)
                     console.print(f"{path} done")
+        return
+    if asked.what == "replay":
+        told = [
+            {"recipe": path.parent.name, "arm": told_of(path)["arm"], "seed": told_of(path)["seed"]}
+            | replay(asked.cache, path, asked.looks, asked.overrides)
+            for path in runs(asked.cache, names)
+            if asked.arms == "all" or told_of(path)["arm"] in asked.arms.split(",")
+        ]
+        show_replays(told, console)
+        if asked.json:
+            asked.json.write_text(json.dumps(told, indent=1), encoding="utf-8")
         return
     keeper = Judge(asked.cache, asked.tokens)
     entries = []

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from vocabguard.cli.common import ways_of_asking
 from vocabguard.compare import explain
 from vocabguard.compare.explain import (
     LOST,
     Emission,
     Sides,
     TokenRow,
-    contexts_for,
+    asks_of,
     cut_of,
     emissions,
     judge,
@@ -58,6 +59,11 @@ def found(tuned: Path, tokenizer: Any) -> Scan:
 @pytest.fixture(scope="module")
 def pair(found: Scan) -> Sides:
     return Sides.of(found, (load_model(found.base.path), load_model(found.tuned.path)))
+
+
+def ways(pair: Sides, tokenizer: Any) -> list[Any]:
+    assert pair.base_model is not None
+    return list(asks_of(pair.base_model, pair.scan, ways_of_asking(tokenizer)))
 
 
 def weight(path: Path, name: str) -> Tensor:
@@ -106,7 +112,7 @@ def test_a_control_token_is_an_intruder(found: Scan) -> None:
 
 
 def test_emission_is_the_probe_s(found: Scan, pair: Sides, tokenizer: Any) -> None:
-    contexts = contexts_for(tokenizer)
+    contexts = ways(pair, tokenizer)
     assert pair.tuned_model is not None
     told = emissions(pair.tuned_model, found, [TURNED, 5000], contexts)
     live = found.live.nonzero().flatten()
@@ -127,7 +133,7 @@ def test_models_are_asked_and_left_as_they_were(pair: Sides, tokenizer: Any, mon
     model = pair.tuned_model
     assert model is not None
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    contexts = contexts_for(tokenizer)
+    contexts = ways(pair, tokenizer)
     story(pair, tokenizer, TURNED, contexts)
     asked: list[int] = []
 
@@ -160,10 +166,10 @@ def test_rows_back_are_rows_written_into_the_model(
     def said(asked_model: Any, *rest: Any) -> dict[int, Emission]:
         told.append(emissions(asked_model, *rest)[TURNED])
         # Lost, and not back with the output row alone: so that all there is to ask is asked.
-        return {TURNED: Emission(len(told) == 1, 0.0, 0.0, None)}
+        return {TURNED: Emission(len(told) == 1, len(told) > 1, 0.0, 0.0, None)}
 
     monkeypatch.setattr(explain, "emissions", said)
-    contexts = contexts_for(tokenizer)
+    contexts = ways(pair, tokenizer)
     story(replace(pair, scan=scan, tuned_model=model), tokenizer, TURNED, contexts)
     expected = []
     with torch.no_grad():
@@ -178,7 +184,7 @@ def test_rows_back_are_rows_written_into_the_model(
 
 
 def test_story_of_a_token_lost_in_the_head(pair: Sides, tokenizer: Any) -> None:
-    told = story(pair, tokenizer, TURNED, contexts_for(tokenizer))
+    told = story(pair, tokenizer, TURNED, ways(pair, tokenizer))
     json.dumps(told)
     assert told["kind"] == "lost_in_head"
     assert told["emission"]["then"]["said"]
@@ -191,7 +197,7 @@ def test_story_of_a_token_lost_in_the_head(pair: Sides, tokenizer: Any) -> None:
 
 
 def test_story_of_a_token_that_is_fine(pair: Sides, tokenizer: Any) -> None:
-    told = story(pair, tokenizer, 5000, contexts_for(tokenizer))
+    told = story(pair, tokenizer, 5000, ways(pair, tokenizer))
     assert told["kind"] == "fine"
     assert told["emission"].keys() == {"then", "now"}
 
@@ -206,7 +212,7 @@ def test_every_diagnosis(found: Scan) -> None:
 
     def of(cosine: float, token: int = 5000, **asked: bool) -> str:
         row = TokenRow(cosine=cosine, **facts, **rest)  # type: ignore[arg-type]
-        emission = {key: Emission(said, 0.0, 0.0, None) for key, said in asked.items()}
+        emission = {key: Emission(said, not said, 0.0, 0.0, None) for key, said in asked.items()}
         return judge(found, token, {"head": row, "embedding": row}, emission)
 
     assert of(0.99) == "kept"

@@ -140,7 +140,10 @@ REFUSED: list[tuple[Any, tuple[str, ...]]] = [
     ({"neighbors": {"every_n_checks": -1}}, ("neighbors.every_n_checks", "-1", "at least 0")),
     # contexts
     ({"probe": {"contexts": {"mine": {"text": "Say it."}}}}, ("probe.contexts.mine.text", "Say it.", "{tokens}")),
-    ({"probe": {"contexts": {"mine": {"text": "{tokens} {tokens}"}}}}, ("probe.contexts.mine.text", "exactly one")),
+    ({"probe": {"contexts": {"mine": {"text": "{token} -> "}}}}, ("probe.contexts.mine.text", "once more")),
+    ({"probe": {"contexts": {"mine": {"turns": ["{tokens}", "a"]}}}}, ("probe.contexts.mine.turns", "odd number")),
+    ({"probe": {"contexts": {"mine": {"turns": ["a"]}}}}, ("probe.contexts.mine.text", "{tokens}")),
+    ({"probe": {"asks": 0}}, ("probe.asks", "0", "1 to 100")),
     # alert rules
     ({"alerts": {"mine": {"threshold": 0.1}}}, ("alerts.mine.metric", "missing")),
     ({"alerts": [{"metric": "head/below_0.95"}]}, ("alerts", "'name'", "head/below_0.95")),
@@ -168,11 +171,19 @@ WRONG_KINDS: list[tuple[str, Any, str]] = [
     ("probe", None, "probe is None; allowed: a section of ['enabled'"),
     ("echo.auto", [1], "echo.auto is [1]; allowed: a section of ['enabled', 'tolerated', 'least', 'most']"),
     ("sinks.webhook", "http://x", "sinks.webhook is 'http://x'; allowed: a section of ['url'"),
-    ("probe.contexts", [1], "probe.contexts is [1]; allowed: a mapping of names to sections of ['text', 'k']"),
+    (
+        "probe.contexts",
+        [1],
+        "probe.contexts is [1]; allowed: a mapping of names to sections of ['text', 'k', 'turns', 'chat']",
+    ),
     ("probe.contexts", [], "probe.contexts is []; allowed: a mapping of names"),
     ("probe.contexts", 5, "probe.contexts is 5; allowed: a mapping of names"),
     ("probe.contexts", None, "probe.contexts is None; allowed: a mapping of names"),
-    ("probe.contexts.mine", ["{tokens}"], "probe.contexts.mine is ['{tokens}']; allowed: a section of ['text', 'k']"),
+    (
+        "probe.contexts.mine",
+        ["{tokens}"],
+        "probe.contexts.mine is ['{tokens}']; allowed: a section of ['text', 'k', 'turns', 'chat']",
+    ),
     ("probe.contexts.mine.k", [1], "probe.contexts.mine.k is [1]; allowed: a whole number"),
     ("probe.contexts.mine.k", {"a": 1}, "probe.contexts.mine.k is {'a': 1}; allowed: a whole number"),
     ("probe.budget", {"a": 1}, "probe.budget is {'a': 1}; allowed: a number"),

@@ -10,7 +10,8 @@ import torch
 
 from vocabguard import ConfigError, VocabGuard
 from vocabguard.config import ProbeConfig
-from vocabguard.guard.probe import probed_ids, watched_ids
+from vocabguard.guard.probe import Population, Prober, build_prober, watched_ids, watched_words
+from vocabguard.results import NotApplicable, Preflight
 from vocabguard.vocabulary.table import build_table
 
 CONTEXTS = {"list": {"k": 4}}
@@ -64,10 +65,9 @@ def test_watched_tokens_are_reported_and_alert_when_lost(kit: Any, tokenizer: An
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ("two words", "'two words' is not one token"),
         (8192, "8192 is out of range; allowed: 0 to 8191"),
         (-1, "-1 is out of range"),
-        ("", "is not one token"),
+        ("", "''; allowed: token ids"),
         (1.5, "1.5; allowed: token ids"),
         (True, "True; allowed: token ids"),
         (["a"], r"\['a'\]; allowed: token ids"),
@@ -78,25 +78,120 @@ def test_a_bad_entry_is_refused(tokenizer: Any, entry: Any, said: str) -> None:
         watched_ids(tokenizer, [700, entry], 8192)
 
 
+def flight_of(counts: torch.Tensor, *, batches: int = 10, tokens: int = 1000) -> Preflight:
+    return Preflight(counts, batches, 10, False, 0.1, tokens)
+
+
 def test_the_sample_is_of_live_tokens_and_holds_every_class(table: Any) -> None:
-    classes = torch.zeros(8192, dtype=torch.uint8)
-    classes[table.live.nonzero().flatten()[::50]] = 2
-    watched = torch.tensor([8170])
-    ids = probed_ids(ProbeConfig(sample=256), table, classes, watched, seed=0)
-    assert len(ids) == 257
+    counts = torch.zeros(8192, dtype=torch.int64)
+    counts[table.live.nonzero().flatten()[::50]] = 7
+    population = Population.of(table, flight_of(counts), whole=False)
+    ids = population.draw(256, 0)
+    assert len(ids) == 256
     assert torch.equal(ids, ids.unique())
-    assert table.live[ids[ids != 8170]].all()
-    assert (classes[ids] == 2).sum() > 20
-    groups = set(table.group[table.live].tolist())
-    assert set(table.group[ids[ids != 8170]].tolist()) == groups
-    assert torch.equal(ids, probed_ids(ProbeConfig(sample=256), table, classes, watched, seed=0))
-    assert not torch.equal(ids, probed_ids(ProbeConfig(sample=256), table, classes, watched, seed=1))
+    assert table.live[ids].all()
+    assert (counts[ids] > 0).sum() > 20
+    assert set(table.group[ids].tolist()) == set(table.group[table.live].tolist())
+    assert torch.equal(ids, population.draw(256, 0))
+    assert not torch.equal(ids, population.draw(256, 1))
+    assert not len(population.frequent), "7 targets are not often"
 
 
 def test_the_whole_vocabulary(table: Any) -> None:
-    none = torch.empty(0, dtype=torch.int64)
-    ids = probed_ids(ProbeConfig(whole_vocabulary=True), table, None, none, seed=0)
-    assert torch.equal(ids, table.live.nonzero().flatten())
+    nothing = NotApplicable("off")
+    assert torch.equal(Population.of(table, nothing, whole=True).draw(5, 0), table.live.nonzero().flatten())
+
+
+def prober_of(tokenizer: Any, table: Any, flight: Any = None, to_train: float = float("nan"), **options: Any) -> Prober:
+    config = ProbeConfig(**options)
+    return build_prober(config, tokenizer, table, flight or NotApplicable("off"), 0, to_train)
+
+
+def test_frequent_and_watched_tokens_are_asked_beside_the_sample_and_stand_for_nothing(
+    kit: Any, tokenizer: Any, table: Any
+) -> None:
+    counts = torch.zeros(8192, dtype=torch.int64)
+    often = table.live.nonzero().flatten()[torch.arange(100) * 40]
+    counts[often] = torch.arange(20, 120)
+    prober = prober_of(tokenizer, table, flight_of(counts), sample=200, watch=[8170])
+    assert set(prober.population.frequent.tolist()) == set(often[-64:].tolist()), "those of most targets"
+    assert torch.isin(prober.population.frequent, prober.ids).all()
+    assert 8170 in prober.ids
+    assert float(prober.weights.sum()) == pytest.approx(int(table.live.sum()), rel=1e-5)
+    assert float(prober.weights[prober.ids == 8170]) == 0.0
+    sample = prober.sample(torch.zeros(8192, dtype=torch.uint8))
+    assert set(prober.ids[sample.frequent].tolist()) == set(prober.population.frequent.tolist())
+
+
+def test_the_base_chooses_contexts_and_they_are_kept(kit: Any, tokenizer: Any, table: Any) -> None:
+    """A pool in which some contexts are nonsense: the base follows the others, and a resumed run asks in those."""
+    contexts = {
+        "list": {"k": 8}, "copy": {"text": "Copy exactly: {tokens}", "k": 8},
+        "nonsense": {"text": "Say no: {tokens} never", "k": 8},
+        "noise": {"text": "{tokens} blue seven", "k": 8, "chat": False},
+    }  # fmt: skip
+    from vocabguard.config import load_config
+
+    config = load_config({"probe": {"contexts": contexts, "asks": 2, "sample": 64}}).probe
+    prober = build_prober(config, tokenizer, table, NotApplicable("off"), 0)
+    model = base_model(kit)
+    told: list[str] = []
+    prober.tell_through(told.append)
+    prober.run(model)
+    assert {one.name for one in prober.contexts} == {"list", "copy"}
+    assert set(prober.shares) == set(contexts)
+    assert len(told) == 1
+    assert told[0].startswith("Probe: 64 of ")
+    assert "2 asks each" in told[0]
+    again = build_prober(config, tokenizer, table, NotApplicable("off"), 0)
+    again.load_state_dict(prober.state_dict())
+    assert again.contexts == prober.contexts
+    assert torch.equal(again.ids, prober.ids)
+    assert torch.equal(again.weights, prober.weights)
+    found = again.run(model)
+    assert again.looks == 1
+    assert torch.equal(found.emitted, prober.base.emitted)  # type: ignore[union-attr]
+
+
+def test_a_short_run_asks_for_fewer_tokens(kit: Any, tokenizer: Any, table: Any) -> None:
+    model = base_model(kit)
+    sizes = {}
+    for tokens in (1e3, 1e12):
+        prober = prober_of(tokenizer, table, to_train=tokens, sample=256)
+        prober.run(model)
+        sizes[tokens] = len(prober.ids)
+    assert sizes == {1e3: 128, 1e12: 256}
+
+
+def test_words_of_several_tokens_have_one_verdict(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
+    words = watched_words(tokenizer, [" you", " yellow submarine", 3884, " you"], 8192)
+    assert [word.text for word in words] == [" you", " yellow submarine", "3884"]
+    several = words[1].ids
+    assert len(several) > 1
+    assert tokenizer.decode(list(several)) == " yellow submarine"
+    assert set(several) < set(watched_ids(tokenizer, [" yellow submarine", 7], 8192).tolist())
+    model = base_model(kit)
+    guard = VocabGuard(
+        tokenizer=tokenizer,
+        probe={"sample": 32, "watch": [" you", " yellow submarine"], "contexts": {"list": {"k": 12}}},
+        drift={"every_n_steps": 1}, **kit.QUIET,
+    )  # fmt: skip
+    guard.attach(model, total_steps=1, run_dir=tmp_path)
+    assert guard.last.scalars["vocabguard/probe/watch_known"] == 2
+    with torch.no_grad():
+        model.lm_head.weight[several[-1]] = 0  # one of its pieces
+    guard.step(1)
+    guard.finish()
+    assert guard.last.scalars["vocabguard/probe/watch"] == 0.5
+    (fired,) = (change for change in guard.last.transitions if change.rule == "watched_forgotten")
+    assert fired.story is not None
+    assert fired.story.what == "1 of 2 watched words that the base repeats are lost."
+    assert [word.strip("␣ ") for word in fired.story.tokens] == [
+        "yellow submarine".replace(" ", "␣")
+    ] or fired.story.tokens
+    long = " ".join(["yellow"] * 20)
+    with pytest.raises(ConfigError, match=r"probe.watch holds .* tokens; allowed: 16, a list's k"):
+        VocabGuard(tokenizer=tokenizer, probe={"watch": [long]}, **kit.QUIET).attach(model)
 
 
 def test_a_context_that_does_not_fit_the_model_stands_down_or_raises(kit: Any, tokenizer: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,17 @@ from vocabguard.config import GuardConfig
 from vocabguard.measure import probe as probe_room
 from vocabguard.measure.probe import (
     PromptContext,
+    ask_words,
+    asked_in,
+    choose_asks,
+    choose_contexts,
     probe,
     probe_applicable,
-    retained,
-    said,
-    said_instead,
+    sample_weights,
     stratified_sample,
-    summarise_probe,
 )
-from vocabguard.protect.prompts import render_context
-from vocabguard.results import ProbeResult
+from vocabguard.measure.retention import retained, said, said_instead, summarise_probe
+from vocabguard.protect.prompts import render_pool
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 V = 61
@@ -50,6 +52,8 @@ CONTEXTS = (
     PromptContext("list", (1, 2, 3), (4,), 5),
     PromptContext("one", (7,), (8, 9), 1),
     PromptContext("bare", (), (), 3),
+    PromptContext("again", (1,), (5,), 4, between=((2, 3), (6,))),
+    PromptContext("pairs", (1,), (9,), 4, between=((2, 3),), shots=2),
 )
 
 
@@ -91,7 +95,7 @@ class Adapted(nn.Module):
         return self.inner
 
     def forward(self, **options: Any) -> Any:
-        assert options["logits_to_keep"] < 8  # the inner model's signature was asked
+        assert options["logits_to_keep"] < 24  # the inner model's signature was asked
         return self.inner(**options)
 
 
@@ -99,16 +103,21 @@ SIZES = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attenti
 MODELS = {"llama": llama, "gpt2": gpt2, "own": BareLanguageModel, "adapted": lambda: Adapted(llama())}
 
 
-def lists_asked(model: nn.Module, ids: Tensor, context: PromptContext, seed: int) -> list[list[int]]:
-    """Read from the prompts that reach the model: the ids between `before` and `after`."""
-    seen, begin, k = list[list[int]](), len(context.before), min(context.k, len(ids))
+def lists_asked(model: nn.Module, ids: Tensor, context: PromptContext, seed: int) -> list[list[list[int]]]:
+    """Read from the prompts that reach the model: of each list the examples before it, and the list."""
+    seen, begin, k = list[list[list[int]]](), len(context.before), min(context.k, len(ids))
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for row in kwargs["input_ids"].tolist():
             assert tuple(row[:begin]) == context.before
-            assert tuple(row[begin + k : begin + k + len(context.after)]) == context.after
-            assert row[begin + k + len(context.after) :] == row[begin : begin + k - 1]
-            seen.append(row[begin : begin + k])
+            if context.shots is not None:
+                line = 2 + len(context.after) + len(context.between[0])
+                tokens = row[begin::line]
+                seen.append([tokens[: context.shots], tokens[context.shots :]])
+                assert row == prompt_of(context, *seen[-1], k - 1)
+            else:
+                seen.append([[], row[begin : begin + k]])
+                assert row == prompt_of(context, [], seen[-1][1], k - 1)
 
     hook = model.register_forward_pre_hook(note, with_kwargs=True)
     probe(model, ids, [context], seed=seed, batch_tokens=10_000)
@@ -116,13 +125,25 @@ def lists_asked(model: nn.Module, ids: Tensor, context: PromptContext, seed: int
     return seen
 
 
+def prompt_of(context: PromptContext, examples: list[int], one: list[int], place: int) -> list[int]:
+    """The prompt that asks for the token at a place of a list, written out."""
+    found = [*context.before]
+    if context.shots is not None:
+        for token in [*examples, *one[:place]]:
+            found += [token, *context.after, token, *context.between[0]]
+        return [*found, one[place], *context.after]
+    for between in context.between:
+        found += [*one, *between]
+    return [*found, *one, *context.after, *one[:place]]
+
+
 @torch.no_grad()
-def naive(model: nn.Module, asked: list[list[int]], context: PromptContext) -> dict[int, tuple[float, int, int]]:
+def naive(model: nn.Module, asked: list[list[list[int]]], context: PromptContext) -> dict[int, tuple[float, int, int]]:
     """Probability, rank and best token of each id at its first occurrence, one whole prompt and one place at a time."""
     found: dict[int, tuple[float, int, int]] = {}
-    for one in asked:
+    for examples, one in asked:
         for place, id_ in enumerate(one):
-            prompt = [*context.before, *one, *context.after, *one[:place]]
+            prompt = prompt_of(context, examples, one, place)
             logits = model(input_ids=torch.tensor([prompt])).logits[0, -1].double()
             rank = sum(1 for other in logits.tolist() if other > logits[id_].item())
             found.setdefault(id_, (logits.softmax(0)[id_].item(), rank, int(logits.argmax())))
@@ -136,7 +157,7 @@ def test_answers_equal_one_prompt_at_a_time(kind: str, batch_tokens: int, monkey
     model = MODELS[kind]().eval()
     ids = torch.randperm(V)[:23]  # no multiple of any k, in no order
     result = probe(model, ids, CONTEXTS, seed=3, batch_tokens=batch_tokens)
-    assert result.contexts == ("list", "one", "bare")
+    assert result.contexts == ("list", "one", "bare", "again", "pairs")
     for column, context in enumerate(CONTEXTS):
         expected = naive(getattr(model, "inner", model), lists_asked(model, ids, context, seed=3), context)
         wanted = [expected[int(id_)] for id_ in ids]
@@ -150,22 +171,25 @@ def test_answers_equal_one_prompt_at_a_time(kind: str, batch_tokens: int, monkey
 @pytest.mark.parametrize(("count", "k"), [(23, 5), (20, 5), (3, 5), (1, 1), (7, 1)])
 def test_every_id_is_asked_once_and_lists_hold_no_id_twice(count: int, k: int) -> None:
     ids, context = torch.arange(10, 10 + count), PromptContext("x", (1,), (2,), k)
-    asked = lists_asked(llama(), ids, context, seed=0)
+    asked = [one for _, one in lists_asked(llama(), ids, context, seed=0)]
     flat = [id_ for one in asked for id_ in one]
     assert sorted(flat[:count]) == ids.tolist()
     assert all(len(set(one)) == len(one) == min(k, count) for one in asked)
     assert 0 <= len(flat) - count < k
-    assert lists_asked(llama(), ids, context, seed=0) == asked
+    assert [one for _, one in lists_asked(llama(), ids, context, seed=0)] == asked
     if count > 5:
-        assert lists_asked(llama(), ids, context, seed=1) != asked
-        assert lists_asked(llama(), ids, PromptContext("y", (1,), (2,), k), seed=0) != asked
+        others = (
+            lists_asked(llama(), ids, context, seed=1),
+            lists_asked(llama(), ids, replace(context, name="y"), seed=0),
+        )
+        assert all([one for _, one in other] != asked for other in others)
 
 
 def test_nothing_to_ask_and_no_way_to_ask() -> None:
     result = probe(llama(), torch.tensor([], dtype=torch.int64), CONTEXTS, seed=0, batch_tokens=64)
-    assert result.emitted.shape == result.probability.shape == (0, 3)
+    assert result.emitted.shape == result.probability.shape == (0, 5)
     assert said_instead(result).shape == (0,)
-    assert summarise_probe(result, result, {}, torch.tensor([1])) == {}
+    assert summarise_probe(result, result, {}) == {"asked": 0.0, "known": 0.0}
     with pytest.raises(ValueError, match="contexts is empty"):
         probe(llama(), torch.tensor([1]), [], seed=0, batch_tokens=64)
 
@@ -248,7 +272,9 @@ def test_the_base_says_what_it_learned() -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(ASSETS), AutoModelForCausalLM.from_pretrained(ASSETS)
     never = json.loads((ASSETS / "base.json").read_text(encoding="utf-8"))["never_trained"]
     ids = torch.tensor(sorted(set(range(300, 8160, 31)) - set(never)))
-    contexts = [render_context(tokenizer, n, c.text, c.k) for n, c in GuardConfig().probe.contexts.items()]
+    pool = render_pool(tokenizer, GuardConfig().probe.contexts)
+    contexts = choose_asks(model, pool, ids[::5], 4, seed=1, batch_tokens=4096).contexts
+    assert len(contexts) == 4
     result = probe(model, ids, contexts, seed=0, batch_tokens=4096)
     assert said(result).float().mean() > 0.92
     model.lm_head.weight.data[ids[:40]] = 0  # rows that no longer answer
@@ -282,43 +308,6 @@ def test_who_can_be_asked(build: Any, reason: str | None) -> None:
     assert (found is None) if reason is None else (found is not None and reason in found.reason)
 
 
-def result_of(ids: list[int], instead: list[list[int]]) -> ProbeResult:
-    told, table = torch.tensor(instead), torch.tensor(ids)
-    names = tuple(f"c{i}" for i in range(told.shape[1]))
-    emitted = told == table[:, None]
-    return ProbeResult(names, table, emitted, emitted.float() / 2, (~emitted).long(), told)
-
-
-BASE = result_of([4, 5, 6, 7], [[4, 4, 4, 4], [5, 5, 5, 0], [6, 6, 1, 1], [7, 7, 7, 7]])
-NOW = result_of([4, 5, 6, 7], [[4, 4, 4, 9], [8, 9, 9, 8], [6, 6, 6, 6], [3, 7, 2, 2]])
-
-
-def test_retained_is_said_in_most_contexts_then_and_now() -> None:
-    assert said(BASE).tolist() == [True, True, False, True]  # two of four is not most
-    assert said(NOW).tolist() == [True, False, True, False]
-    assert retained(BASE, NOW) == pytest.approx(1 / 3)
-    assert retained(BASE, NOW, torch.tensor([True, False, True, False])) == 1.0
-    assert np.isnan(retained(BASE, NOW, torch.tensor([False, False, True, False])))
-    assert said_instead(NOW).tolist() == [9, 8, -1, 2]  # 8 and 9 tie: the earlier context's
-    assert said_instead(BASE).tolist() == [-1, 0, 1, -1]
-
-
-def test_probes_of_different_things_are_not_compared() -> None:
-    with pytest.raises(ValueError, match="different ids"):
-        retained(BASE, result_of([4, 5, 6, 8], NOW.instead.tolist()))
-    with pytest.raises(ValueError, match="different contexts"):
-        retained(BASE, result_of([4, 5, 6, 7], [[4], [5], [6], [7]]))
-
-
-def test_summary() -> None:
-    parts = {"ja": [5, 6], "ko": [6], "never": [4], "absent": [0]}
-    masks = {name: torch.isin(torch.arange(12), torch.tensor(members)) for name, members in parts.items()}
-    summary = summarise_probe(BASE, NOW, masks, watch=torch.tensor([6, 4, 7, 11]))
-    expected = {"retained": 1 / 3, "ja/retained": 0.0, "never/retained": 1.0, "watch": 0.5}
-    assert summary == pytest.approx(expected | {"probability_mean": 8 / 16 / 2})
-    assert "watch" not in summarise_probe(BASE, NOW, {}, watch=torch.tensor([], dtype=torch.int64))
-
-
 @pytest.mark.parametrize("size", [0, 1, 7, 40, 151, 800, 5000])
 def test_sample_gives_strata_their_share_and_small_ones_a_floor(size: int) -> None:
     generator = torch.Generator().manual_seed(4)
@@ -348,3 +337,72 @@ def test_sampling_leaves_the_global_generator_alone() -> None:
     assert stratified_sample(strata, strata == 1, 3, seed=0).shape == (0,)
     assert stratified_sample(strata, strata == 0, 3, seed=0).shape == (3,)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_add_up_to_what_may_be_drawn() -> None:
+    strata, eligible = torch.arange(100) % 7, torch.arange(100) % 3 > 0
+    sample = stratified_sample(strata, eligible, 30, seed=0)
+    asked = torch.cat([sample, torch.tensor([0, 3])])  # two that are not eligible
+    weights = sample_weights(strata, eligible, asked)
+    assert float(weights.sum()) == pytest.approx(int(eligible.sum()))
+    assert weights[-2:].tolist() == [0.0, 0.0]
+    for label in range(7):
+        assert float(weights[strata[asked] == label].sum()) == pytest.approx(int((eligible & (strata == label)).sum()))
+
+
+class Deaf(BareLanguageModel):
+    """Repeats what stands a list's length before, in contexts that end with id 5; says 0 elsewhere."""
+
+    def forward(self, input_ids: Tensor) -> Any:
+        k, begun = 4, (input_ids == 5).any(1)
+        answers = torch.roll(input_ids, k, dims=1)
+        logits = 9.0 * nn.functional.one_hot(torch.where(begun[:, None], answers, 0), V).float()
+        return type("Output", (), {"logits": logits})()
+
+
+def test_the_contexts_that_a_model_follows_are_chosen() -> None:
+    pool = [
+        PromptContext("deaf", (1,), (2,), 4),
+        PromptContext("heard", (), (5,), 4),
+        PromptContext("long", (1,) * 100, (5,), 4),
+    ]
+    found = choose_asks(Deaf(), pool, torch.arange(10, 30), 2, seed=0, batch_tokens=100)
+    assert found.shares["heard"] > 0.7
+    assert found.shares["deaf"] < 0.3
+    assert found.contexts[0].name == "heard"
+    assert choose_contexts({"a": 0.1, "b": 0.9, "c": 0.85, "d": 0.82, "e": 0.8}, asks=3) == ("b", "c", "d")
+    assert choose_contexts({"a": 0.0, "b": 0.0}, asks=2) == ("a", "b")
+    assert [one.name for one in asked_in(pool, 5)] == ["deaf", "heard", "long", "deaf 2", "heard 2"]
+
+
+def test_prompts_longer_than_the_model_are_not_in_the_choice() -> None:
+    pool = [PromptContext("long", (1,) * 60, (), 10), PromptContext("a", (), (), 4), PromptContext("b", (), (2,), 4)]
+    found = choose_asks(llama(), pool, torch.arange(20), 2, seed=0, batch_tokens=100)
+    assert {one.name for one in found.contexts} == {"a", "b"}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_words_are_asked_in_one_piece(kind: str) -> None:
+    """Against one prompt at a time, of the lists that reached the model."""
+    model = MODELS[kind]().eval()
+    inner = getattr(model, "inner", model)
+    words, context = [[11, 12, 13], [14]], PromptContext("list", (1, 2), (4,), 6)
+    prompts: list[list[int]] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, options: prompts.extend(options["input_ids"].tolist()), with_kwargs=True
+    )
+    found = ask_words(model, words, torch.arange(20, 40), [context] * 1, seed=0, batch_tokens=1000)
+    hook.remove()
+    assert found.shape == (2, 1)
+    for row, word in enumerate(words):
+        one = next(prompt[2:8] for prompt in prompts if word[0] in prompt[2:8])
+        begin = one.index(word[0])
+        assert one[begin : begin + len(word)] == word
+        right = []
+        for place in range(begin, begin + len(word)):
+            with torch.no_grad():
+                logits = inner(input_ids=torch.tensor([[1, 2, *one, 4, *one[:place]]])).logits[0, -1]
+            right.append(int(logits.argmax()) == one[place])
+        assert bool(found[row, 0]) is all(right)
+    with pytest.raises(ValueError, match=r"a word of 7 tokens; allowed: at most 6"):
+        ask_words(model, [[1] * 7], torch.arange(9), [context], seed=0, batch_tokens=100)

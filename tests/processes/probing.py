@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
 from vocabguard import VocabGuard
-from vocabguard.guard.probe import probed_ids
-from vocabguard.measure.exposure import exposure_classes
+from vocabguard.guard.probe import Population
 
 STEPS, BATCH, LENGTH = 2, 2, 32
 OPTIONS: dict[str, Any] = {
@@ -53,8 +52,9 @@ def train(kind: str, folder: Path) -> dict[str, Any]:
     guard.finish()
     assert watch is not None
     assert guard.last is not None
-    probe, classes = guard.last.probe, exposure_classes(watch.preflight.data_target)
-    own = probed_ids(guard.config.probe, guard.table, classes, torch.tensor([42]), guard.config.seed)
+    probe, population = guard.last.probe, Population.of(guard.table, watch.preflight, whole=False)
+    drawn = population.draw(guard.config.probe.sample, guard.config.seed).tolist()
+    own = torch.tensor(sorted({*drawn, *population.frequent.tolist(), 42}))
     return {"ids": probe.ids, "probability": probe.probability, "own": own, "scalars": dict(guard.last.scalars)}
 
 

@@ -9,10 +9,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vocabguard.config import GuardConfig
-from vocabguard.protect.prompts import render_context, render_echo
+from vocabguard.measure.probe import PromptContext
+from vocabguard.protect.prompts import render_context, render_echo, render_pool
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
-DEFAULTS = {name: (context.text, context.k) for name, context in GuardConfig().probe.contexts.items()}
+DEFAULTS = GuardConfig().probe.contexts
+CHATS = {name: way for name, way in DEFAULTS.items() if way.chat and "{token}" not in way.text.replace("{tokens}", "")}
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +38,79 @@ def word_tokenizer(template: str | None = None, bos: bool = True) -> PreTrainedT
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="<unk>", chat_template=template)
 
 
-@pytest.mark.parametrize("name", DEFAULTS)
-@pytest.mark.parametrize("word", ["▁computer", "▁the", "で"])
-def test_chat_prompt_is_the_encoded_conversation(chat_tokenizer: PreTrainedTokenizerBase, name: str, word: str) -> None:
-    text, k = DEFAULTS[name]
-    context = render_context(chat_tokenizer, name, text, k)
-    assert (context.name, context.k) == (name, k)
+def shown(context: PromptContext, ids: list[int]) -> list[int]:
+    """The prompt of a list, up to where its copy begins."""
+    found = [*context.before, *ids]
+    for part in context.between:
+        found += [*part, *ids]
+    return [*found, *context.after]
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_chat_prompt_is_the_encoded_conversation(chat_tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    way = CHATS[name]
+    context = render_context(chat_tokenizer, name, way.text, way.k, turns=way.turns)
+    assert (context.name, context.k, context.shots) == (name, way.k, None)
     control = chat_tokenizer.convert_tokens_to_ids(["<|user|>", "<|end|>", "<|assistant|>"])
     assert [context.before[0], *context.after[-2:]] == control
-    before, after = text.split("{tokens}")
-    assert chat_tokenizer.decode(list(context.before)) == f"<|user|>{before}"
-    assert chat_tokenizer.decode(list(context.after)) == f"{after}<|end|><|assistant|>"
     # A control token instead of the list never merges with its neighbours, so here the whole text can be encoded.
     stop = chat_tokenizer.convert_tokens_to_ids("<|fim|>")
-    turns = [{"role": "user", "content": text.replace("{tokens}", "<|fim|>")}]
+    said = [text.replace("{tokens}", "<|fim|>") for text in way.turns or [way.text]]
+    turns = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
     whole = chat_tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
-    assert [*context.before, stop, *context.after] == whole
+    assert shown(context, [stop]) == whole
+    assert whole.count(stop) == 1 + len(context.between)
+
+
+@pytest.mark.parametrize("word", ["▁computer", "▁the", "で"])
+def test_a_list_is_spliced_in_as_ids(chat_tokenizer: PreTrainedTokenizerBase, word: str) -> None:
+    context = render_context(chat_tokenizer, "list", "Repeat exactly: {tokens}", 16)
     id_ = chat_tokenizer.convert_tokens_to_ids(word)
-    spliced = [*context.before, id_, *context.after]
-    assert chat_tokenizer.decode([id_]) in chat_tokenizer.decode(spliced)
+    assert chat_tokenizer.decode([id_]) in chat_tokenizer.decode(shown(context, [id_]))
+
+
+@pytest.mark.parametrize("name", [name for name, way in DEFAULTS.items() if not way.chat])
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}<u>{{ m.content }}{% endfor %}<a>"])
+def test_plain_text_is_taken_as_it_is(name: str, template: str | None) -> None:
+    """With and without a chat template: from a document's beginning, and the copy follows at once."""
+    tokenizer, way = word_tokenizer(template), DEFAULTS[name]
+    context = render_context(tokenizer, name, way.text, way.k, chat=False)
+    assert context.before[:1] == (1,)
+    assert len(context.between) == way.text.count("{tokens}") - 1
+    end = "".join(tokenizer.convert_ids_to_tokens(list(context.after)))
+    for byte in way.text.rpartition("{tokens}")[2].encode():
+        end = end.replace(f"<0x{byte:02X}>", chr(byte))
+    assert end.replace("▁", " ").strip() == way.text.rpartition("{tokens}")[2].strip()
+
+
+def test_pairs_are_a_line_for_each_token() -> None:
+    tokenizer = word_tokenizer()
+    context = render_context(tokenizer, "pairs", "{token}:{token}\n", 8)
+    assert (context.before, context.k, context.shots) == ((1,), 8, 4)
+    assert tokenizer.convert_ids_to_tokens(list(context.after)) == [":"]
+    assert tokenizer.convert_ids_to_tokens(list(context.between[0])) == ["\n"]
+    with pytest.raises(ValueError, match=r"probe\.contexts\.pairs: the text is '\{token\}'"):
+        render_context(tokenizer, "pairs", "{token}", 8)
+
+
+def test_turns_without_a_chat_template_are_lines() -> None:
+    tokenizer = word_tokenizer(bos=False)
+    context = render_context(tokenizer, "turns", "{tokens}", 4, turns=["this:{tokens}", "{tokens}", "{tokens}"])
+    assert tokenizer.convert_ids_to_tokens(list(context.before)) in (["this", ":"], ["▁this", ":"])
+    assert [tokenizer.convert_ids_to_tokens(list(part)) for part in context.between] == [["\n"], ["\n"]]
+    assert tokenizer.convert_ids_to_tokens(list(context.after)) == ["\n"]
+
+
+def test_a_pool_holds_each_prompt_once_and_only_what_can_be_rendered(chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    assert [one.name for one in render_pool(chat_tokenizer, DEFAULTS)] == list(DEFAULTS)
+    plain = render_pool(word_tokenizer(), DEFAULTS)
+    assert "turns" in {one.name for one in plain}
+    assert "shown" not in {one.name for one in plain}, "without a template the same lines as turns"
+    one_turn = "{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}<u>{{ messages[0].content }}<a>"
+    names = {one.name for one in render_pool(word_tokenizer(one_turn), DEFAULTS)}
+    assert names == {name for name, way in DEFAULTS.items() if not way.turns}
+    with pytest.raises(ValueError, match="fails on a user's turn"):
+        render_pool(word_tokenizer("{{ raise_exception('no') }}"), {"list": DEFAULTS["list"]})
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -87,17 +143,16 @@ def test_special_tokens_of_a_template_become_their_ids() -> None:
     assert context.after == (2, 4)
 
 
-@pytest.mark.parametrize("text", ["nothing", "{tokens} and {tokens}", "{token}"])
-def test_text_needs_one_place(text: str) -> None:
-    with pytest.raises(ValueError, match=r"probe\.contexts\.mine: .*exactly one '\{tokens\}'"):
-        render_context(word_tokenizer(), "mine", text, 1)
+def test_text_needs_a_place() -> None:
+    with pytest.raises(ValueError, match=r"probe\.contexts\.mine: .*at least once"):
+        render_context(word_tokenizer(), "mine", "nothing", 1)
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("<u><a>", "renders the user's text 0 times"),
-        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "renders the user's text 2 times"),
+        ("<u><a>", "renders the 1 lists 0 times"),
+        ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "renders the 1 lists 2 times"),
         ("{{ raise_exception('system first') }}", "fails on a user's turn: system first"),
     ],
 )

@@ -94,7 +94,7 @@ def test_headings_tables_and_figures_are_named(data):
 def test_the_verdict_says_what_was_lost_and_where(data):
     verdict = verdict_of(data, Limits())
     assert verdict.level == "lost"
-    assert verdict.sentence.startswith("30.0 % of the tokens that the base could say can no longer be said (by a probe")
+    assert verdict.sentence.startswith("30.0 % of the probed tokens that the base repeats are lost (a probe of 40")
     below = sum(value < 0.95 for value in np.linspace(0.5, 1, 90)[:86])  # the 87th is NaN
     assert f"{below:,} of 87 live head rows" in verdict.sentence
     assert "hit hardest Latin 50.0 %" in verdict.sentence
@@ -120,8 +120,8 @@ def test_a_run_that_lost_nothing_says_so(make_run):
     verdict = verdict_of(run_data(make_run(worst=0.96, missed=0)), Limits())
     assert verdict.level == "fine"
     assert verdict.sentence == (
-        "Nothing was lost: every token that the base could say is still said (by a probe of 40 tokens); "
-        "no live head row lies below cosine 0.95."
+        "No loss found: all probed tokens that the base repeats are still repeated (a probe of 40 tokens); "
+        "no live head row is below cosine 0.95."
     )
 
 
@@ -146,7 +146,7 @@ def test_a_run_without_rows_shows_what_its_checks_name(make_run):
 def test_key_numbers_count_and_leave_out_what_is_unknown(data):
     numbers = dict(key_numbers(data))
     assert numbers["live tokens"] == "87"
-    assert numbers["still said (retained)"] == "70.0 %"
+    assert numbers["retained"] == "70.0 %"
     assert numbers["never a target"] == "4.6 % (4)"
     assert numbers["alerts firing"] == "1"
     bare = replace(data, table=(), scalars={}, kind="scan")
@@ -175,7 +175,7 @@ def test_where_the_base_is_logged_its_own_misses_are_not_lost(make_run):
     data = run_data(log)
     assert data.probed is not None
     assert data.probed.ids[data.probed.lost].tolist() == [8, 9, 10, 11]
-    assert "4 of 32 tokens that the base could say" in verdict_of(data, Limits()).sentence
+    assert "4 of 32 probed tokens that the base repeats are lost" in verdict_of(data, Limits()).sentence
     assert "may be as old as the base" not in render(data)
     assert "may be as old as the base" in render(run_data(make_run("other")))
 

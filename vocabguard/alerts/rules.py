@@ -19,7 +19,13 @@ STATES = "alerts/"
 ANY = "*"
 """In the place of a part: each script group, or each language."""
 
-_COSINE, _SHARE, _COUNT = (-1.0, 1.0), (0.0, 1.0), (0.0, math.inf)
+_COSINE, _SHARE, _COUNT, _ANY = (-1.0, 1.0), (0.0, 1.0), (0.0, math.inf), (-math.inf, math.inf)
+_BESIDE = (0.0, 2.0)
+PROBED = (
+    "retained", "retained_low", "retained_high", "lost", "gained", "noise", "base", "skill", "skill_low", "skill_high",
+    "watch", "probability_mean",
+)  # fmt: skip
+"""Keys of the probe that are shares."""
 _MATRICES = ("head", "embedding")
 _OF_ROWS = {
     **dict.fromkeys(("cosine_mean", "cosine_min", "cosine_p01", "residual_p01"), _COSINE),
@@ -27,12 +33,16 @@ _OF_ROWS = {
     **dict.fromkeys(("nonfinite_rows", "zero_rows"), _COUNT),
 }
 _OF_FORECAST = {"below_0.95": _SHARE, "rows": _COUNT}
+_OF_PROBE = {"retained": _SHARE, "known": _COUNT}
 _OF_ANSWERS = ("latin", "line_pass", "word_pass")
 _SINGLE = {
     **{f"exposure/{name}": _SHARE for name in (*EXPOSURE_CLASSES, "push_share")},
     "exposure/targets": _COUNT,
     "forecast/cosine_mean": _COSINE,
-    **{f"probe/{name}": _SHARE for name in ("retained", "watch", "probability_mean")},
+    **{f"probe/{name}": _SHARE for name in PROBED},
+    **{f"probe/{name}": _BESIDE for name in ("tokens_retained", "tokens_retained_low", "tokens_retained_high")},
+    **{f"probe/{name}": _ANY for name in ("nats", "nats_low", "nats_high")},
+    **{f"probe/{name}": _COUNT for name in ("asked", "known", "watch_known")},
     **{f"confusion/{name}": _SHARE for name in ("foreign", "line_pass", "word_pass")},
     **dict.fromkeys((FIRING, "loss/data", "loss/echo", "echo/dose", "echo/targets_per_live_token"), _COUNT),
     **dict.fromkeys(("overhead", "hold/share"), _SHARE),
@@ -65,7 +75,13 @@ def metric_range(metric: str) -> tuple[float, float]:
     | ``forecast/cosine_mean`` | [-1, 1] |
     | ``exposure/`` ``never``, ``1-4``, ``5-19``, ``20+``, ``push_share`` | [0, 1] |
     | ``exposure/targets`` | [0, inf) |
-    | ``probe/`` ``retained``, ``watch``, ``probability_mean``, ``<part>/retained`` | [0, 1] |
+    | ``probe/`` ``base``, ``retained``, ``lost``, ``gained``, ``noise``, ``skill``, ``watch`` | [0, 1] |
+    | ``probe/probability_mean`` | [0, 1] |
+    | ``probe/`` ``tokens_retained`` | [0, 2] |
+    | ``probe/`` ``nats`` | (-inf, inf) |
+    | ``retained``, ``skill``, ``tokens_retained``, ``nats`` with ``_low``, ``_high``: ends of the interval | the same |
+    | ``probe/`` ``asked``, ``known``, ``watch_known``, ``<part>/known`` | [0, inf) |
+    | ``probe/<part>/retained`` | [0, 1] |
     | ``confusion/`` ``foreign``, ``line_pass``, ``word_pass``, ``<language>`` (at evaluations) | [0, 1] |
     | ``confusion/<language>/`` ``latin``, ``line_pass``, ``word_pass`` (at evaluations) | [0, 1] |
     | ``overhead``, ``hold/share`` | [0, 1] |
@@ -89,8 +105,8 @@ def metric_range(metric: str) -> tuple[float, float]:
             return _OF_ROWS[last]
         if owner == "forecast" and last in _OF_FORECAST:
             return _OF_FORECAST[last]
-        if owner == "probe" and last == "retained":
-            return _SHARE
+        if owner == "probe" and last in _OF_PROBE:
+            return _OF_PROBE[last]
         if owner == "confusion" and ((not part and _is_language(last)) or (part and last in _OF_ANSWERS)):
             return _SHARE
     raise ValueError(f"metric is {metric!r}, which is never logged{_nearest(key, _known_keys(owner, part))}")
@@ -164,7 +180,7 @@ def _known_keys(owner: str, part: str) -> list[str]:
     if owner == "confusion":
         keys += [f"confusion/{inner}{last}" for last in (_OF_ANSWERS if part else LANGUAGES)]
     if part:
-        keys += [f"probe/{part}/retained", *_known_keys("", "")]
+        keys += [*(f"probe/{part}/{last}" for last in _OF_PROBE), *_known_keys("", "")]
         return keys
     return [*keys, *_SINGLE]
 

@@ -146,7 +146,9 @@ def _number(limit: float) -> str:
 
 
 Switch = Literal["on", "armed", "absent"]
-Kind = Literal["degraded", "at risk", "turned", "broken", "asked", "targets", "forgotten", "confused", "other"]
+Kind = Literal[
+    "degraded", "at risk", "turned", "broken", "asked", "targets", "forgotten", "skill", "confused", "other"
+]  # fmt: skip
 
 NAMED = 4
 """Parts that a sentence names; more are counted."""
@@ -293,7 +295,8 @@ def joined(names: Sequence[str], total: int | None = None) -> str:
 def _kind(owner: str, last: str) -> Kind:
     kinds: tuple[tuple[Kind, bool], ...] = (
         ("confused", owner == "confusion"),
-        ("forgotten", owner == "probe" and last in ("retained", "watch")),
+        ("forgotten", owner == "probe" and last.startswith(("retained", "lost", "tokens_retained", "watch"))),
+        ("skill", owner == "probe" and last.startswith("skill")),
         ("asked", owner == "exposure" and last in EXPOSURE_CLASSES),
         ("targets", owner == "exposure" and last == "targets"),
         ("broken", last in ("nonfinite_rows", "zero_rows")),
@@ -324,6 +327,11 @@ def advice_of(about: About) -> tuple[str, ...]:
     if about.kind == "confused":
         inside = f" in {joined(about.parts)}" if about.parts else ""
         return (f"see in confusion.jsonl which scripts get in, and clean the data{inside} of such mixtures.",)
+    if about.kind == "skill":
+        return (
+            "look at the validation loss: if it rose, go on from an earlier checkpoint with a lower learning rate; if "
+            "it is fine, add a few rows to the data in which the user asks to repeat a text.",
+        )
     if about.kind == "other":
         return ()
     return tuple(filter(None, (_echo(about), _hold(about), _data(about))))
@@ -367,7 +375,7 @@ def _data(about: About) -> str:
     rows = sum(scene.rows.get(name, 0) for name in names)
     if not unasked:
         return ""
-    return f"data with {joined(names)}: {unasked:,} of their {rows:,} tokens have not been a target so far."
+    return f"add data that contains {joined(names)} tokens: {unasked:,} of {rows:,} have never been a target."
 
 
 _ROWS = {"embedding": "input embedding rows"}
@@ -402,11 +410,11 @@ def _degraded(about: About) -> str:
 
 
 def _at_risk(about: About) -> str:
-    return f"{_some(about)} will be below cosine 0.95 to the base model's at the end{about.scene.end}."
+    return f"{_some(about)} may be below cosine 0.95 to the base model's at the end{about.scene.end}, by the forecast."
 
 
 def _turned(about: About) -> str:
-    will = "will end" if about.owner == "forecast" else "are"
+    will = "may end" if about.owner == "forecast" else "are"
     value = number(about.change.value)
     return f"The live {_rows(about)}{about.inside} {will} {COSINES[about.last].format(value)}."
 
@@ -427,9 +435,30 @@ def _targets(about: About) -> str:
 
 
 def _forgotten(about: About) -> str:
-    some = "watched" if about.last == "watch" else "probed"
+    scene = about.scene
+    if about.last == "watch":
+        known = scene.scalar("probe/watch_known")
+        if math.isnan(known):
+            return f"{percent(1.0 - about.change.value)} of the watched words that the base repeats are lost."
+        gone = count(1.0 - about.change.value, int(known))
+        return f"{gone:,} of {known:,.0f} watched words that the base repeats are lost."
+    known, lost = scene.scalar("probe/known"), scene.scalar("probe/lost")
+    sample = "" if math.isnan(known) or about.parts else f" (a sample of {known:,.0f})"
+    if about.last.startswith("tokens_retained") and not math.isnan(lost):
+        kept = scene.scalar("probe/tokens_retained_high")
+        least = f", at least {percent(1 - kept)} beyond noise and skill" if kept < 1 else ""
+        return f"{percent(lost)} of the live tokens that the base repeats are lost{least}{sample}."
     share = percent(1.0 - about.change.value)
-    return f"{share} of the {some} tokens{about.inside} that the base could repeat are forgotten."
+    return f"{share} of the probed tokens{about.inside} that the base repeats are lost{sample}."
+
+
+def _skill(about: About) -> str:
+    kept = about.scene.scalar("probe/skill")
+    share = percent(None if math.isnan(kept) else kept)
+    return (
+        f"The model repeats only {share} of the tokens that the data asks for often, so what is lost is the skill of "
+        "repeating, or the model itself, for all tokens alike."
+    )
 
 
 def _confused(about: About) -> str:
@@ -446,6 +475,7 @@ _WHAT: Mapping[Kind, Callable[[About], str]] = {
     "asked": _asked,
     "targets": _targets,
     "forgotten": _forgotten,
+    "skill": _skill,
     "confused": _confused,
 }
 
@@ -466,7 +496,7 @@ def _where_turned(about: About) -> str:
 def _where_forgotten(about: About) -> str:
     kept = about.values if about.change.parts else about.scene.worst("probe/*/retained", lowest=True)
     named = [f"{name} {percent(1.0 - value)}" for name, value in kept.items() if value < 1.0]
-    return f"Forgotten most in {joined(named)}." if named and (about.change.parts or not about.parts) else ""
+    return f"Lost most in {joined(named)}." if named and (about.change.parts or not about.parts) else ""
 
 
 def _where_confused(about: About) -> str:
@@ -503,7 +533,7 @@ def _outlook(about: About) -> str:
     )
     named = f"; {scene.listed(chosen)}" if any(chosen.values()) else ""
     rows = f"{count(share, scene.live):,} of {scene.live:,} live output rows ({percent(share)})"
-    return f"If nothing{more} is done, {rows} will be below 0.95 at the end{scene.end}{named}."
+    return f"If nothing{more} is done, {rows} may be below 0.95 at the end{scene.end}{named}."
 
 
 def _some(about: About) -> str:

@@ -30,8 +30,11 @@ from torch import Tensor
 from vocabguard.cli.app import InputError
 from vocabguard.compare.matching import folder_tokenizer
 from vocabguard.compare.scan import Scan, scan
+from vocabguard.config import ProbeConfig
 from vocabguard.data.counts import read_counts
 from vocabguard.files import one_line
+from vocabguard.measure.probe import PromptContext
+from vocabguard.protect.prompts import render_pool
 from vocabguard.rows.checkpoints import Checkpoint, open_checkpoint
 
 Base = Annotated[str, typer.Argument(help="The model before training: a folder, .safetensors, .bin or .ckpt.")]
@@ -262,3 +265,12 @@ class Grid:
         if column.words and not whole:
             texts = [word for text in texts for word in text.split(" ")]
         return max(map(cell_len, texts), default=1)
+
+
+def ways_of_asking(tokenizer: Any) -> tuple[PromptContext, ...]:
+    """The guard's pool of contexts, for models to be asked as it asks them.
+
+    Raises:
+        ValueError: if the tokenizer's chat template renders none of them.
+    """
+    return render_pool(tokenizer, ProbeConfig().contexts)

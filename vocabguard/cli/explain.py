@@ -13,7 +13,7 @@ from rich.text import Text
 from vocabguard.cli import common
 from vocabguard.cli.app import InputError
 from vocabguard.cli.common import Column, Grid
-from vocabguard.compare.explain import LOST, Sides, contexts_for, load_model, story
+from vocabguard.compare.explain import LOST, Sides, asks_of, load_model, story
 from vocabguard.compare.scan import Scan
 from vocabguard.text import number, percent, visible
 from vocabguard.vocabulary.table import resolve_token
@@ -158,6 +158,7 @@ def _askable(found: Scan, tokenizer: Any) -> tuple[list[Any], Any]:
     if found.match.by != "id":
         return [], "the base has another vocabulary, so both cannot be asked alike"
     try:
-        return contexts_for(tokenizer), (load_model(found.base.path), load_model(found.tuned.path))
+        pool, models = common.ways_of_asking(tokenizer), (load_model(found.base.path), load_model(found.tuned.path))
+        return list(asks_of(models[0], found, pool)), models
     except ValueError as error:
         return [], str(error)

@@ -144,7 +144,7 @@ def _measured(found: Scan, tokenizer: Any, lost: Tensor, out: Path, text: Path |
             name: load_model(path) for name, path in paths.items() if name != "base" or found.match.by == "id"
         }
         if "base" in models:
-            told["recall"] = recall_of(models, found, tokenizer, lost, sample)
+            told["recall"] = recall_of(models, found, common.ways_of_asking(tokenizer), lost, sample)
         if text is not None:
             told["loss"] = {name: text_loss(model, tokenizer, text) for name, model in models.items()}
     except ValueError as error:

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vocabguard.compare.explain import CONTEXTS, load_model
+from vocabguard.compare.explain import load_model
 from vocabguard.compare.repair import Plan, copy_files, weight_files
-from vocabguard.config import EchoConfig, GuardConfig
+from vocabguard.config import EchoConfig, GuardConfig, ProbeConfig
 from vocabguard.data.encode import TargetEncoder
 from vocabguard.data.readers import Example, in_chunks
 from vocabguard.protect.prompts import PLACE
@@ -156,7 +156,7 @@ def pad(features: Sequence[_Row]) -> dict[str, Tensor]:
 
 def own_instructions() -> list[str]:
     """The guard's ways of asking but those in which recall is measured."""
-    asked = {text.replace(PLACE, "") for text in CONTEXTS.values()}
+    asked = {text.replace(PLACE, "") for way in ProbeConfig().contexts.values() for text in (way.turns or [way.text])}
     return [text for text in EchoConfig().instructions if text.replace(PLACE, "") not in asked]
 
 

@@ -16,24 +16,19 @@ from vocabguard.compare.summary import category_of
 from vocabguard.files import one_line, plain
 from vocabguard.measure.localize import End, input_rows_back, output_rows_back
 from vocabguard.measure.neighbors import intruders, nearest_rows
-from vocabguard.measure.probe import PromptContext, probe, probe_applicable, said
+from vocabguard.measure.probe import PromptContext, choose_asks, probe, probe_applicable
+from vocabguard.measure.retention import gone, said
 from vocabguard.measure.undertrained import unused_distances
-from vocabguard.protect.prompts import render_context
 from vocabguard.results import DEGRADED, MatrixName, NotApplicable, ProbeResult
 from vocabguard.rows.baselines import Baseline, norms_of
 from vocabguard.rows.tensors import MATRICES
 
-CONTEXTS = {
-    "repeat": "Repeat this: {tokens}",
-    "above": "{tokens}\nPlease repeat the above content.",
-    "exactly": "Copy exactly: {tokens}",
-    "say": 'Say "{tokens}" once more.',
-}
-"""Ways of asking, in text."""
+ASKS = 8
+"""How often a single token is asked: its verdict is of its own."""
 
-_LIST = 8
 _SEED = 0
 _FILLERS = 64
+_BATCH = 8192
 
 
 @dataclass(frozen=True)
@@ -73,16 +68,18 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Emission:
-    """What a model said when it was asked for one token, in C contexts.
+    """What a model said when it was asked for one token, C times.
 
     Attributes:
-        said: whether it was the most likely one in more than half of them.
-        contexts: the share of the contexts in which it was.
+        said: whether it was the most likely one in more than half of the asks.
+        gone: whether it was in fewer than half.
+        contexts: the share of the asks in which it was.
         probability: mean over the contexts.
         instead: text of what came in its place most often; None where it always came.
     """
 
     said: bool
+    gone: bool
     contexts: float
     probability: float
     instead: str | None
@@ -143,13 +140,23 @@ def load_model(path: Path) -> nn.Module:
     return found.eval()
 
 
-def contexts_for(tokenizer: Any, count: int = _LIST) -> list[PromptContext]:
-    """The ways of asking, rendered by the tokenizer.
+def asks_of(model: nn.Module, scan: Scan, pool: Sequence[PromptContext], asks: int = ASKS) -> tuple[PromptContext, ...]:
+    """The asks that the base model follows best, of a pool, as the guard chooses them.
+
+    Args:
+        model: the base.
+        scan: tells which tokens are live.
 
     Raises:
-        ValueError: if the chat template does not render a user's turn.
+        ValueError: if all prompts are longer than the model takes.
     """
-    return [render_context(tokenizer, name, text, count) for name, text in CONTEXTS.items()]
+    return choose_asks(model, pool, _spread(scan), asks, seed=_SEED + 1, batch_tokens=_BATCH).contexts
+
+
+def _spread(scan: Scan) -> Tensor:
+    """Some live tokens, evenly spaced."""
+    live = scan.live.nonzero().flatten()
+    return live[torch.linspace(0, len(live) - 1, min(_FILLERS, len(live))).long()] if len(live) else live
 
 
 def emissions(
@@ -160,10 +167,8 @@ def emissions(
     Raises:
         ValueError: if a prompt is longer than the model takes.
     """
-    live = scan.live.nonzero().flatten()
-    spread = live[torch.linspace(0, len(live) - 1, min(_FILLERS, len(live))).long()] if len(live) else live
-    ids = torch.unique(torch.cat([torch.tensor(list(tokens), dtype=torch.int64), spread]))
-    result = probe(model, ids, contexts, seed=_SEED, batch_tokens=8192)
+    ids = torch.unique(torch.cat([torch.tensor(list(tokens), dtype=torch.int64), _spread(scan)]))
+    result = probe(model, ids, contexts, seed=_SEED, batch_tokens=_BATCH)
     return {token: _emission(result, scan, token) for token in tokens}
 
 
@@ -172,6 +177,7 @@ def _emission(result: ProbeResult, scan: Scan, token: int) -> Emission:
     wrong = result.instead[row][~result.emitted[row]]
     return Emission(
         said=bool(said(result)[row]),
+        gone=bool(gone(result)[row]),
         contexts=float(result.emitted[row].float().mean()),
         probability=float(result.probability[row].mean()),
         instead=scan.table.text(int(wrong.mode().values)) if len(wrong) else None,
@@ -267,6 +273,8 @@ def judge(  # noqa: PLR0911 (one for each diagnosis)
         return "said_but_drifted" if drifted else "fine"
     if not emission["then"].said:
         return "never_said"
+    if not emission["now"].gone:
+        return "unclear"
     for key, kind in (("head_row_back", "lost_in_head"), ("both_rows_back", "lost_in_rows")):
         if key in emission and emission[key].said:
             return kind
@@ -277,14 +285,15 @@ _DIAGNOSES = {
     "new": "It has no row in the base, so there is nothing that training could have lost.",
     "never_trained": "It was never trained at the base, so nothing was lost.",
     "not_live": "It is a control token, a padded row, or a token that no text gives; its drift is no loss of speech.",
-    "drifted": "Its row has drifted below cosine 0.95; whether it can still be said was not asked.",
-    "kept": "Its row is where it was; whether it can still be said was not asked.",
-    "said_but_drifted": "It is still said, though its row has drifted below cosine 0.95.",
-    "fine": "It is said as before, and its row is near where it was.",
-    "never_said": "The base could not say it on request either, so this training did not lose it.",
-    "lost_in_head": "The base said it, the tuned model does not; the base's output row is enough: lost in the head.",
-    "lost_in_rows": "The base said it, the tuned model does not; the base's output and input row bring it back.",
-    "lost_in_body": "The base said it, the tuned model does not, with the base's rows neither: lost in the body.",
+    "drifted": "Its row has drifted below cosine 0.95; whether it can still be said was not measured.",
+    "kept": "Its row is where it was; whether it can still be said was not measured.",
+    "said_but_drifted": "It is still repeated, though its row has drifted below cosine 0.95.",
+    "fine": "It is repeated as before, and its row is near where it was.",
+    "never_said": "Not measured: the base does not repeat it when asked, so a loss cannot be seen this way.",
+    "unclear": "Not enough evidence: the base repeats it, the tuned model in half of the asks.",
+    "lost_in_head": "The base repeats it, the tuned model does not; the base's output row is enough: lost in the head.",
+    "lost_in_rows": "The base repeats it, the tuned model does not; the base's output and input row bring it back.",
+    "lost_in_body": "The base repeats it, the tuned model does not, with the base's rows neither: lost in the body.",
 }  # fmt: skip
 
 _ADVICE = {
@@ -296,6 +305,7 @@ _ADVICE = {
     "said_but_drifted": "Echo it in the next training, before it is lost.",
     "fine": "Nothing to do.",
     "never_said": "If it is needed, give it targets in the training data: at least 20.",
+    "unclear": "Look at the probabilities below; echo it in the next training.",
     "lost_in_head": "Put it back with `vocabguard repair`; in the next training, echo it.",
     "lost_in_rows": "Train a little more with echo, or put both rows back by hand.",
     "lost_in_body": "Rows will not do: train a little more with echo or with replayed text that has it.",

@@ -8,7 +8,7 @@ shift lies between: it gives back the most for its price.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vocabguard.compare.explain import contexts_for
+from vocabguard.compare.explain import asks_of
 from vocabguard.compare.scan import Scan, fitted
 from vocabguard.files import plain
 from vocabguard.measure.exposure import exposure_classes
-from vocabguard.measure.probe import probe, retained, said, stratified_sample
+from vocabguard.measure.probe import PromptContext, probe, stratified_sample
+from vocabguard.measure.retention import retained, said
 from vocabguard.results import EXPOSURE_CLASSES, NotApplicable, RowDrift
 from vocabguard.rows.baselines import Baseline
 from vocabguard.rows.checkpoints import Checkpoint
@@ -187,33 +188,34 @@ def _taken(rows: Baseline, ids: Tensor) -> Tensor:
     return found
 
 
-_LIST = 16
+_ASKS = 4
 _WINDOW = 256
 _SEED = 7
 
 
 def recall_of(
-    models: Mapping[str, nn.Module], scan: Scan, tokenizer: Any, lost: Tensor, sample: int
+    models: Mapping[str, nn.Module], scan: Scan, pool: Sequence[PromptContext], lost: Tensor, sample: int
 ) -> dict[str, float | int | None]:
     """Ask models for live tokens and compare them with the base.
 
     Args:
         models: ``base``, and others such as ``tuned`` and ``repaired``, all of the tuned vocabulary's ids.
+        pool: contexts, of which the base chooses.
         lost: (V,) bool, rows that were repaired.
         sample: tokens to ask for, stratified by group; 0 asks for all live ones.
 
     Returns:
-        ``tokens``; for each other model ``<name>`` and ``<name>_lost``, the share in [0, 1] of tokens said at the base
-        (of all, and of the repaired rows) that it says; ``returned``, the share of the loss that ``repaired`` gives
-        back, where both are there and something was lost.
+        ``tokens``; for each other model ``<name>`` and ``<name>_lost``, the share in [0, 1] of tokens said at the
+        base (of all, and of the repaired rows) that it has not lost; ``returned``, the share of the loss that
+        ``repaired`` gives back, where both are there and something was lost.
 
     Raises:
-        ValueError: if a prompt is longer than a model takes, or the chat template fails.
+        ValueError: if a prompt is longer than a model takes.
     """
     strata = scan.table.group.long()
     size = sample or int(scan.live.sum())
     ids = stratified_sample(strata, scan.live, size, _SEED)
-    contexts = contexts_for(tokenizer, _LIST)
+    contexts = asks_of(models["base"], scan, pool, _ASKS)
     asked = {name: probe(model, ids, contexts, seed=_SEED, batch_tokens=8192) for name, model in models.items()}
     base = asked.pop("base")
     found: dict[str, float | int | None] = {"tokens": len(ids), "said_at_base": int(said(base).sum())}

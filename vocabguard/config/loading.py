@@ -6,11 +6,12 @@ Sources are merged in this order, the later one winning: the defaults in `schema
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from types import UnionType
@@ -22,7 +23,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from vocabguard.config.schema import ConfusionConfig, GuardConfig, RuleConfig, WebhookConfig, default_rules
+from vocabguard.config.schema import (
+    ConfusionConfig,
+    ContextConfig,
+    GuardConfig,
+    ProbeConfig,
+    RuleConfig,
+    WebhookConfig,
+    default_rules,
+)
 from vocabguard.results import VocabGuardError
 
 
@@ -108,12 +117,13 @@ def load_config(
         else:
             base, rules, layers = _defaults(), default_rules(), [_checked(_layer(source))]
         layers += [_checked(options or {}), _checked(_dotted(overrides))]
-        config = OmegaConf.to_object(OmegaConf.merge(base, *layers))
+        config = OmegaConf.to_object(OmegaConf.merge(*_with_own_contexts(base, layers)))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
     assert isinstance(config, GuardConfig)
     _check_limits(config, "")
     _check_thresholds(config, {*rules, *(name for layer in layers for name in _with_threshold(layer))})
+    _check_contexts(config.probe.contexts)
     _check_protection(config)
     _check_webhook(config.sinks.webhook)
     if config.confusion.enabled:
@@ -125,6 +135,56 @@ def load_config(
 def _defaults() -> Any:
     """The defaults as OmegaConf has them: made once, as it takes most of the time; a merge copies them."""
     return OmegaConf.structured(GuardConfig())
+
+
+def _with_own_contexts(base: Any, layers: Sequence[Any]) -> list[Any]:
+    """The sources, where contexts that one of them gives replace the pool and those of earlier ones.
+
+    The last source, the dotted overrides, changes single settings, as everywhere. A context that has the name of one of
+    the pool and neither text nor turns keeps that one's.
+    """
+    sections = [_plain_section(layer.get("probe")) for layer in layers]
+    given = [n for n, section in enumerate(sections[:-1]) if section.get("contexts")]
+    if not given:
+        return [base, *layers]
+    pool, base = ProbeConfig().contexts, copy.deepcopy(base)
+    OmegaConf.update(base, "probe.contexts", {}, merge=False)
+    found = []
+    for n, (layer, section) in enumerate(zip(layers[:-1], sections[:-1], strict=True)):
+        kept = {key: value for key, value in section.items() if key != "contexts"}
+        own = {"contexts": _filled(section["contexts"], pool)} if n == given[-1] else {}
+        found.append({**layer, "probe": kept | own})
+    return [base, *found, layers[-1]]
+
+
+def _plain_section(section: Any) -> dict[str, Any]:
+    return dict(section) if isinstance(section, Mapping) else {} if section is None else vars(section)
+
+
+def _filled(contexts: Mapping[str, Any], pool: Mapping[str, ContextConfig]) -> dict[str, Any]:
+    return {
+        name: {**asdict(pool[name]), **given}
+        if isinstance(given, Mapping) and name in pool and not {"text", "turns"} & set(given)
+        else given
+        for name, given in contexts.items()
+    }
+
+
+def _check_contexts(contexts: Mapping[str, ContextConfig]) -> None:
+    """Refuse a way of asking that shows no list."""
+    if not contexts:
+        raise ConfigError("probe.contexts is {}; allowed: at least one context, or leave it out for the pool")
+    for name, context in contexts.items():
+        key, texts = f"probe.contexts.{name}", context.turns or [context.text]
+        if context.turns and len(context.turns) % 2 == 0:
+            raise ConfigError(
+                f"{key}.turns has {len(context.turns)} turns; allowed: an odd number, the last one a user's"
+            )
+        if not context.turns and "{token}" in context.text:
+            if context.text.count("{token}") != 2 or not context.text.startswith("{token}"):
+                raise ConfigError(f"{key}.text is {context.text!r}; allowed: {{token}} at its start and once more")
+        elif not any("{tokens}" in text for text in texts):
+            raise ConfigError(f"{key}.text is {context.text!r}; allowed: a text with {{tokens}}")
 
 
 def _with_threshold(layer: Mapping[str, Any]) -> Iterator[str]:

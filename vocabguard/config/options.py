@@ -115,6 +115,8 @@ class UntrainedOptions(TypedDict, total=False):
 class ContextOptions(TypedDict, total=False):
     text: str
     k: int
+    turns: Sequence[str]
+    chat: bool
 
 
 class ProbeOptions(TypedDict, total=False):
@@ -124,6 +126,7 @@ class ProbeOptions(TypedDict, total=False):
     whole_vocabulary: bool
     watch: Sequence[Any]
     contexts: Mapping[str, ContextOptions | schema.ContextConfig]
+    asks: int
     batch_tokens: int
     budget: float
     head_or_body: bool

@@ -145,14 +145,15 @@ def default_rules() -> dict[str, RuleConfig]:
     A `resolve_at` some way back from the threshold keeps a value that wavers about it from flapping.
 
     >>> {name: rule.threshold for name, rule in default_rules().items() if rule.level == "critical"}
-    {'head_severe': 0.02, 'tokens_forgotten': 0.95, 'watched_forgotten': 1.0, 'broken_rows': 0.0}
+    {'head_severe': 0.02, 'tokens_forgotten': 0.98, 'watched_forgotten': 1.0, 'broken_rows': 0.0}
     """
     return {
         "at_risk": RuleConfig("forecast/below_0.95", ">", 0.02, resolve_at=0.016),
         "head_degraded": RuleConfig("head/below_0.95", ">", 0.01, resolve_at=0.008),
         "head_severe": RuleConfig("head/below_0.90", ">", 0.02, resolve_at=0.016, level="critical"),
         "group_degraded": RuleConfig("head/*/below_0.95", ">", 0.1, resolve_at=0.08, min_rows=20, retell_steps=100),
-        "tokens_forgotten": RuleConfig("probe/retained", "<", 0.95, resolve_at=0.97, level="critical"),
+        "tokens_forgotten": RuleConfig("probe/tokens_retained_high", "<", 0.98, resolve_at=0.99, level="critical"),
+        "skill_lost": RuleConfig("probe/skill_high", "<", 0.8, resolve_at=0.9),
         "watched_forgotten": RuleConfig("probe/watch", "<", 1.0, level="critical"),
         "broken_rows": RuleConfig("head/nonfinite_rows", ">", 0.0, level="critical"),
         "no_targets": RuleConfig("exposure/targets", "unchanged"),
@@ -283,20 +284,43 @@ class ContextConfig:
     """One way of asking for tokens back.
 
     Attributes:
-        text: the instruction, with one ``{tokens}``.
-        k: shuffled tokens a prompt.
+        text: a user's turn that shows the list at each ``{tokens}``, as in ``Repeat exactly: {tokens}``; or plain text
+            with a line for each token, as in ``{token} -> {token}``.
+        k: shuffled tokens in a list.
+        turns: what user and assistant say in turn, up to the user's last turn, in the place of `text`.
+        chat: whether `text` is a user's turn of the chat template; false: plain text, which the copy follows at once.
     """
 
-    text: str = limited("{tokens}", holds="{tokens}")
+    text: str = "{tokens}"
     k: int = limited(16, at_least=1, at_most=4096)
+    turns: list[str] = limited([])
+    chat: bool = True
+
+
+def _again(separator: str, lead: str = "") -> ContextConfig:
+    """A list, and the list again: what needs no instruction is followed by base models too."""
+    return ContextConfig(lead + f"{{tokens}}{separator}" * 4, chat=False)
 
 
 def _default_contexts() -> dict[str, ContextConfig]:
+    """A pool: which of these a model follows differs much, and no instruction is followed by all."""
     return {
-        "list": ContextConfig("Repeat exactly: {tokens}", 16),
-        "three": ContextConfig("{tokens}\nRepeat these three.", 3),
-        "quoted": ContextConfig('Say "{tokens}" once more.', 1),
-        "sentence": ContextConfig("I wrote {tokens} here. What did I write?", 1),
+        "turns": ContextConfig(turns=["{tokens}"] * 3),
+        "more_turns": ContextConfig(turns=["{tokens}"] * 5),
+        "asked_turns": ContextConfig(turns=["Say this back: {tokens}", "{tokens}", "Say this back: {tokens}"]),
+        "lines": _again("\n"),
+        "items": _again("\n* ", "* "),
+        "semicolons": _again(" ; "),
+        "quotation": ContextConfig('She said: "{tokens}". He said: "{tokens}". They all said: "', chat=False),
+        "pairs": ContextConfig("{token} -> {token}\n"),
+        "shown": ContextConfig("{tokens}\n{tokens}\n{tokens}"),
+        "list": ContextConfig("Repeat exactly: {tokens}"),
+        "copy": ContextConfig("Copy the text between the lines.\n---\n{tokens}\n---"),
+        "german": ContextConfig("Gib diesen Text unverändert wieder: {tokens}"),
+        "spanish": ContextConfig("Vuelve a escribir este texto: {tokens}"),
+        "russian": ContextConfig("Напиши этот текст ещё раз: {tokens}"),
+        "chinese": ContextConfig("请原样写出以下内容：{tokens}"),
+        "arabic": ContextConfig("اكتب هذا النص مرة أخرى: {tokens}"),
     }
 
 
@@ -307,10 +331,12 @@ class ProbeConfig:
     Attributes:
         enabled: whether to ask.
         every_n_steps: optimizer steps between probes; null chooses it from the budget. A probe falls on a check.
-        sample: live tokens probed, stratified by group (and by preflight's class).
+        sample: live tokens probed, stratified by group (and by preflight's class); fewer, but 128 or more, where a
+            probe at the base and one at the end would take more than `budget` of the run.
         whole_vocabulary: probe every live token instead.
-        watch: tokens probed besides, and reported by name: ids, or texts that are one token.
-        contexts: name -> text and k.
+        watch: words probed besides, and reported by name: token ids, or texts of one or several tokens.
+        contexts: name -> a way of asking. Those that the base model follows best are used; given ones replace the pool.
+        asks: how often each token is asked in a probe, in different contexts and among different neighbours.
         batch_tokens: tokens in one forward pass of the probe.
         budget: largest share of the run's time that probes may take when the cadence is chosen.
         head_or_body: whether tokens that are forgotten at the end are asked for once more with the base's rows.
@@ -322,6 +348,7 @@ class ProbeConfig:
     whole_vocabulary: bool = False
     watch: list[Any] = limited([])
     contexts: dict[str, ContextConfig] = field(default_factory=_default_contexts)
+    asks: int = limited(4, at_least=1, at_most=100)
     batch_tokens: int = limited(4096, at_least=1)
     budget: float = limited(0.005, at_least=0.0, at_most=1.0)
     head_or_body: bool = True

@@ -264,7 +264,8 @@ def put_together(
     shift = config.exposure.shift_labels
     shift = predicts_next(run.model) if shift is None else shift
     flight = wanted_preflight(config, run.dataloader, watched.rows, shift, targets, hook_model, tokenizer)
-    prober = choose_prober(run.model, config, tokenizer, watched.table, flight)
+    batches = None if run.total_steps is None else run.total_steps * run.batches_per_step
+    prober = choose_prober(run.model, config, tokenizer, watched.table, flight, batches)
     run = replace(run, shift=shift, flight=flight)
     uncounted = targets if isinstance(targets, NotApplicable) else None
     counts = config.exposure.enabled and uncounted is None and (shift is not None or targets is not None)

@@ -69,8 +69,12 @@ class Teller:
         return tuple(self._told(change, scene) if change.state == "firing" else change for change in changes)
 
     def _told(self, change: Transition, scene: Scene) -> Transition:
-        ids = self._worst(about_of(change, scene))
-        return replace(change, story=alert_story(change, scene, [visible(self.table.text(token)) for token in ids]))
+        about = about_of(change, scene)
+        if about.last == "watch" and self.prober is not None:
+            names = self.prober.words_of("lost")
+        else:
+            names = [self.table.text(token) for token in self._worst(about)]
+        return replace(change, story=alert_story(change, scene, [visible(name) for name in names]))
 
     def _scene(self) -> Scene:
         live, exposure = self.table.live, self.found.exposure
@@ -101,7 +105,7 @@ class Teller:
         found = self.found
         mask = self._concerned(about)
         if about.kind == "forgotten":
-            return self._forgotten(mask, watched=about.last == "watch")
+            return self._forgotten(mask)
         drift = found.embedding if about.owner == "embedding" else found.head
         drift = found.embedding if isinstance(drift, NotApplicable) else drift
         if isinstance(drift, NotApplicable) or about.kind in ("targets", "confused", "other"):
@@ -122,13 +126,13 @@ class Teller:
         chosen = [masks[name] for name in names if name in masks]
         return self.table.live & torch.stack(chosen).any(0) if chosen else self.table.live
 
-    def _forgotten(self, mask: Tensor, *, watched: bool) -> list[int]:
-        """Of the tokens that the last probe no longer found, those of lowest probability."""
+    def _forgotten(self, mask: Tensor) -> list[int]:
+        """Of the lost tokens, those of lowest probability in the last probe."""
         prober = self.prober
         if prober is None or prober.last is None:
             return []
         lost, ids = prober.lost(), prober.last.ids
-        lost &= torch.isin(ids, prober.watched) if watched else mask[ids]
+        lost &= mask[ids]
         return ids[summary.lowest(prober.last.probability.mean(1), lost, WORST)].tolist()
 
 
@@ -186,9 +190,12 @@ class Checker:
         classes = self.classes(exposure)
         drifts = self._drifts(self.watched.table.live & (classes == 0))
         scalars = summary.scalars_of(
-            drifts, exposure, classes, probes,
-            live=self.watched.table.live, groups=self.groups, watched=self._watch_list,
+            drifts, exposure, classes, probes, live=self.watched.table.live, groups=self.groups,
+            sample=self.prober.sample(classes) if self.prober and probes else None,
+            look=max(1, self.prober.looks) if self.prober else 1,
         )  # fmt: skip
+        if self.prober and probes and self.prober.words:
+            scalars |= summary.word_scalars(*(len(self.prober.words_of(kind)) for kind in ("known", "lost")))
         scalars[summary.PREFIX + "overhead"] = overhead
         if self.protection is not None:
             scalars |= self.protection.scalars(exposure, self.watched.table.live)

@@ -91,7 +91,7 @@ def preflight(
         return NotApplicable("preflight leaves an iterable dataset alone: reading it would move the run's data on")
     began = time.perf_counter()
     counts = torch.zeros(rows, dtype=torch.int64)
-    length, batches, seen = len(loader.dataset), 0, 0
+    length, batches, seen, tokens = len(loader.dataset), 0, 0, 0
     with untouched_rng(loader.dataset, loader.collate_fn):
         for indices, batch in _sample(loader, seed):
             found = labels_of(batch, targets)
@@ -100,10 +100,10 @@ def preflight(
             if found is None:
                 return NotApplicable("preflight found no labels in the batches; they are counted in the forward pass")
             counts += count_targets(found[1].cpu(), shift and not found[2], rows)
-            batches, seen = batches + 1, seen + indices
+            batches, seen, tokens = batches + 1, seen + indices, tokens + found[1].numel()
             if batches >= max_batches or time.perf_counter() - began > max_seconds:
                 break
-    return Preflight(counts, batches, seen, seen >= length, time.perf_counter() - began)
+    return Preflight(counts, batches, seen, seen >= length, time.perf_counter() - began, tokens)
 
 
 def _sample(loader: DataLoader[Any], seed: int) -> Iterator[tuple[int, Any]]:

@@ -96,6 +96,10 @@ class Reporter:
             self._board.watch(watch)
         self._console.watch(watch, self._table)
 
+    def say(self, sentence: str) -> None:
+        """Print a line."""
+        self._console.say(sentence)
+
     def check(self, result: CheckResult, table: VocabTable) -> None:
         """Pass one check on, and run the actions of its alerts. `table`: of as many rows as the result has now."""
         if not self._main:

@@ -209,6 +209,8 @@ class VocabGuard:
                 table = parts.checker.watched.table
                 self._reporter = Reporter(self.config, table, self._rules, self.run_dir, writer)
                 self._reporter.watch(self.watch)
+                if parts.checker.prober is not None:
+                    parts.checker.prober.tell_through(self._reporter.say)
                 parts.hook(optimizer, self._faults, hook_model=hook_model, steps_done=steps_done)
                 if not self._resumed:
                     self.steps = steps_done

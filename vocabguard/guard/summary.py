@@ -10,7 +10,7 @@ from torch import Tensor
 from vocabguard.measure.drift import summarise
 from vocabguard.measure.exposure import steps_since_target, summarise_exposure
 from vocabguard.measure.forecast import summarise_forecast
-from vocabguard.measure.probe import said_instead, summarise_probe
+from vocabguard.measure.retention import Sample, said_instead, summarise_probe
 from vocabguard.results import (
     EXPOSURE_CLASSES,
     Exposure,
@@ -40,7 +40,8 @@ def class_masks(classes: Tensor) -> dict[str, Tensor]:
 
 def scalars_of(
     drifts: Mapping[MatrixName, RowDrift | NotApplicable], exposure: Exposure | NotApplicable, classes: Tensor,
-    probes: tuple[ProbeResult, ProbeResult] | None, *, live: Tensor, groups: Mapping[str, Tensor], watched: Tensor,
+    probes: tuple[ProbeResult, ProbeResult] | None, *, live: Tensor, groups: Mapping[str, Tensor],
+    sample: Sample | None = None, look: int = 1,
 ) -> dict[str, float]:  # fmt: skip
     """All logged keys of one check but the guard's own (alerts, overhead).
 
@@ -51,7 +52,8 @@ def scalars_of(
         probes: the probe at the base and now, if one ran at this check.
         live: (V,) bool.
         groups: masks by group.
-        watched: (w,) int64 ids of the watch list.
+        sample: what the probed tokens stand for.
+        look: number of this probe since the base's, from 1.
     """
     parts = dict(groups)
     if isinstance(exposure, Exposure):
@@ -65,9 +67,19 @@ def scalars_of(
         found |= {f"exposure/{key}": value for key, value in summary.items()}
         found["exposure/targets"] = float(exposure.data_target.sum())
     if probes is not None:
-        summary = summarise_probe(*probes, parts, watched)
+        summary = summarise_probe(*probes, parts, sample=sample, look=look)
         found |= {f"probe/{key}": value for key, value in summary.items()}
     return {PREFIX + key: value for key, value in found.items()}
+
+
+def word_scalars(known: int, lost: int) -> dict[str, float]:
+    """Logged keys of the watch list: ``probe/watch``, the share of the known words that are not lost, and how many.
+
+    Args:
+        known: words that the base says.
+        lost: of them.
+    """
+    return {f"{PREFIX}probe/watch": 1 - lost / known, f"{PREFIX}probe/watch_known": float(known)} if known else {}
 
 
 def forecast_scalars(

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from vocabguard.measure.kernels import RowReader
 from vocabguard.measure.neighbors import pick_rows
-from vocabguard.measure.probe import PromptContext, probe, said
+from vocabguard.measure.probe import PromptContext, probe
+from vocabguard.measure.retention import gone, said
+from vocabguard.measure.retention import lost as lost_tokens
 from vocabguard.results import NotApplicable, ProbeResult
 from vocabguard.rows.adapters import plain_module
 from vocabguard.rows.baselines import Baseline
@@ -96,10 +98,10 @@ def head_or_body(
         >>> head_or_body(model, base, now, ask, head, None, seed=0, batch_tokens=8).counts
         {'forgotten': 1, 'head': 1, 'input': 0, 'body': 0}
     """
-    lost = said(base) & ~said(now)
+    lost = lost_tokens(base, now)
     ids = torch.cat([_evenly(now.ids[lost], most), _evenly(now.ids[~lost], most)]).sort().values
-    asked = {"seed": seed, "batch_tokens": batch_tokens}
-    still = torch.isin(ids, now.ids[lost]) & ~said(probe(model, ids, contexts, **asked))
+    asked: dict[str, Any] = {"seed": seed, "batch_tokens": batch_tokens}
+    still = torch.isin(ids, now.ids[lost]) & gone(probe(model, ids, contexts, **asked))
     if not bool(still.any()):
         none = torch.empty(0, dtype=torch.bool)
         return HeadOrBody(ids[still], none, none)

@@ -1,7 +1,8 @@
 """Asking a causal language model to repeat tokens, teacher-forced, and comparing what it says with what it said.
 
-One prompt is ``before + list + after + list``: at each place of the second list the model should find the token most
-likely that stands there. Lists are shuffled ids, because a token that only survives among its usual neighbours is lost.
+One prompt shows a list of tokens, once or several times, and then the list again: at each place of the last one the
+model should find the token most likely that stands there. Lists are shuffled ids, because a token that only survives
+among its usual neighbours is lost. What the answers say about a run: `vocabguard.measure.retention`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -29,16 +31,23 @@ _LOGITS_IN_FLOAT = 2**22
 class PromptContext:
     """One way of asking, as token ids.
 
+    A prompt is ``before + list + between[0] + list + ... + after``, and the list once more is the answer. With `shots`
+    it is a line for each token, ``token + after + token + between[0]``, the first ones of other tokens.
+
     Attributes:
-        before: ids before the list.
-        after: ids between the list and its copy.
+        before: ids before the first list.
+        after: ids before the copy that is asked for.
         k: tokens in a list.
+        between: ids between the lists that are shown; a list is shown once more than there are of these.
+        shots: lines of other tokens before the k lines that are asked; None asks for lists.
     """
 
     name: str
     before: tuple[int, ...]
     after: tuple[int, ...]
     k: int
+    between: tuple[tuple[int, ...], ...] = ()
+    shots: int | None = None
 
 
 def probe_applicable(model: nn.Module) -> NotApplicable | None:
@@ -67,8 +76,9 @@ def probe_applicable(model: nn.Module) -> NotApplicable | None:
 
 
 def probe(
-    model: nn.Module, ids: Tensor, contexts: Sequence[PromptContext], *, seed: int, batch_tokens: int
-) -> ProbeResult:
+    model: nn.Module, ids: Tensor, contexts: Sequence[PromptContext], *, seed: int, batch_tokens: int,
+    progress: Callable[[float], None] | None = None,
+) -> ProbeResult:  # fmt: skip
     """Ask for every token once in every context.
 
     The lists depend on the ids, the seed and the context alone, so two probes of one run differ by the model only. The
@@ -80,6 +90,7 @@ def probe(
         ids: (n,) int64, the tokens asked for.
         contexts: the ways of asking; at least one.
         batch_tokens: prompt tokens in one forward pass. Fewer are taken where the logits would exceed 2**25 numbers.
+        progress: called with the share in [0, 1] of the contexts that is done.
 
     Returns:
         What was said, on the CPU. Of equal logits the first counts as emitted; rank counts strictly larger ones. Where
@@ -104,7 +115,11 @@ def probe(
     ids = ids.detach().to("cpu", torch.int64)
     model = getattr(model, "_orig_mod", model)
     with undisturbed(model), torch.no_grad():
-        found = [_probe_context(model, ids, context, seed, batch_tokens) for context in contexts]
+        found = []
+        for done, context in enumerate(contexts, start=1):
+            found.append(_probe_context(model, ids, context, seed, batch_tokens))
+            if progress is not None:
+                progress(done / len(contexts))
     probability, rank, instead = (torch.stack(columns, dim=1) for columns in zip(*found, strict=True))
     return ProbeResult(
         contexts=tuple(context.name for context in contexts), ids=ids,
@@ -122,22 +137,81 @@ def _probe_context(
     if not len(ids):
         return torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
     lists = probe_lists(len(ids), context, seed)
-    count, k = lists.shape
-    before, after = (
-        torch.tensor(part, dtype=torch.int64).expand(count, -1) for part in (context.before, context.after)
-    )
-    # The last token of the copy is only an answer, never read.
-    prompts = torch.cat([before, ids[lists], after, ids[lists[:, :-1]]], dim=1)
-    _check_length(model, context.name, prompts.shape[1])
-    per_batch = _rows_per_batch(model, prompts.shape[1], k, batch_tokens)
-    batches = zip(torch.split(prompts, per_batch), torch.split(ids[lists], per_batch), strict=True)
-    parts = [_answers(_last_logits(model, batch, k), wanted) for batch, wanted in batches]
+    found = ask_lists(model, ids[lists], context, batch_tokens=batch_tokens)
     where = lists.flatten()[: len(ids)]
     answers = []
-    for column in zip(*parts, strict=True):
-        in_list_order = torch.cat(column).flatten()[: len(ids)]
+    for column in found:
+        in_list_order = column.flatten()[: len(ids)]
         answers.append(torch.empty_like(in_list_order).index_copy_(0, where, in_list_order))
     return tuple(answers)
+
+
+def ask_lists(model: nn.Module, lists: Tensor, context: PromptContext, *, batch_tokens: int) -> Answers:
+    """Ask for every list in one context. The caller sees to modes, generators and gradients (`undisturbed`).
+
+    Args:
+        lists: (n, k) int64 token ids.
+        batch_tokens: prompt tokens in one forward pass.
+
+    Returns:
+        Probability (float32), rank (int64) and most likely token (int64) of each place, (n, k), on the CPU.
+
+    Raises:
+        ValueError: if a prompt is longer than the model's ``max_position_embeddings``.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> class Parrot(nn.Module):
+        ...     def forward(self, input_ids):
+        ...         return SimpleNamespace(logits=9 * torch.eye(4)[input_ids])
+        >>> ask_lists(Parrot(), torch.tensor([[1, 2]]), PromptContext("x", (), (), k=1), batch_tokens=8)[2]
+        tensor([[2, 1]])
+    """
+    prompts, places = prompts_of(lists, context)
+    _check_length(model, context.name, prompts.shape[1])
+    per_batch = _rows_per_batch(model, prompts.shape[1], prompts.shape[1] - int(places[0]), batch_tokens)
+    batches = zip(torch.split(prompts, per_batch), torch.split(lists, per_batch), strict=True)
+    parts = [_answers(_logits_at(model, batch, places), wanted) for batch, wanted in batches]
+    probability, rank, instead = (torch.cat(column) for column in zip(*parts, strict=True))
+    return probability, rank, instead
+
+
+def prompts_of(lists: Tensor, context: PromptContext) -> tuple[Tensor, Tensor]:
+    """Prompts of one length, and the places whose logits answer.
+
+    Args:
+        lists: (n, k) int64 token ids.
+
+    Returns:
+        (n, T) int64 prompts, and (k,) int64 places: the logits at place j say which token comes at j + 1. The last
+        token of a copy is only an answer and never read, so it is left out.
+
+    Example:
+        >>> context = PromptContext("twice", before=(1,), after=(2,), k=2, between=((3,),))
+        >>> prompts, places = prompts_of(torch.tensor([[7, 8]]), context)
+        >>> prompts.tolist(), places.tolist()
+        ([[1, 7, 8, 3, 7, 8, 2, 7]], [6, 7])
+        >>> pairs = PromptContext("pairs", before=(), after=(2,), k=1, between=((3,),), shots=1)
+        >>> prompts, places = prompts_of(torch.tensor([[7], [8]]), pairs)
+        >>> prompts.tolist(), places.tolist()
+        ([[8, 2, 8, 3, 7, 2], [7, 2, 7, 3, 8, 2]], [5])
+    """
+    count, k = lists.shape
+
+    def fixed(ids: tuple[int, ...]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.int64).expand(count, -1)
+
+    before, after, between = fixed(context.before), fixed(context.after), [fixed(ids) for ids in context.between]
+    if context.shots is None:
+        shown = [part for ids in between for part in (ids, lists)]
+        prompts = torch.cat([before, lists, *shown, after, lists[:, :-1]], dim=1)
+        return prompts, torch.arange(prompts.shape[1] - k, prompts.shape[1])
+    examples = torch.roll(lists, -1, dims=0)[:, : context.shots]
+    tokens = torch.cat([examples, lists], dim=1)[:, :, None]
+    lines = [torch.cat([token, after, token, *between], dim=1) for token in tokens.unbind(1)]
+    line, lead = lines[0].shape[1], before.shape[1]
+    places = lead + line * (examples.shape[1] + torch.arange(k)) + after.shape[1]
+    return torch.cat([before, *lines], dim=1)[:, : int(places[-1]) + 1], places
 
 
 def probe_lists(count: int, context: PromptContext, seed: int) -> Tensor:
@@ -155,14 +229,192 @@ def probe_lists(count: int, context: PromptContext, seed: int) -> Tensor:
     return torch.cat([order, order[: -count % k]]).view(-1, k)
 
 
+def choose_contexts(shares: Mapping[str, float], asks: int) -> tuple[str, ...]:
+    """Names of the contexts that a model follows best, best first.
+
+    Args:
+        shares: of some tokens, the share in [0, 1] that the model repeats in each context.
+        asks: at most so many; fewer where others are followed by less than nine tenths of the best one's share.
+
+    Example:
+        >>> choose_contexts({"list": 0.5, "lines": 0.94, "items": 0.95, "turns": 0.9}, asks=4)
+        ('items', 'lines', 'turns')
+    """
+    best = max(shares.values())
+    ranked = sorted(shares, key=lambda name: (-shares[name], name))
+    return tuple(name for name in ranked[:asks] if shares[name] >= 0.9 * best)
+
+
+@dataclass(frozen=True)
+class Asks:
+    """The asks of a probe, chosen by what a model follows.
+
+    Attributes:
+        contexts: an ask each.
+        shares: what it repeats of the tokens that it was chosen by, in [0, 1], by context; empty where all are used.
+        seconds: that a token of a prompt took; NaN where nothing was asked.
+    """
+
+    contexts: tuple[PromptContext, ...]
+    shares: Mapping[str, float]
+    seconds: float
+
+
+def choose_asks(
+    model: nn.Module, pool: Sequence[PromptContext], ids: Tensor, asks: int, *, seed: int, batch_tokens: int
+) -> Asks:
+    """Choose the contexts of a pool that a model follows best; see `choose_contexts`.
+
+    Prompts longer than the model takes are left out, unless all are.
+
+    Args:
+        ids: (n,) int64 tokens to choose by; choose by others than those that are reported, or the choice flatters.
+        asks: how many are wanted; a pool of as many or fewer is used as it is.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> class Parrot(nn.Module):
+        ...     def forward(self, input_ids):
+        ...         return SimpleNamespace(logits=9 * torch.eye(4)[input_ids])
+        >>> ways = {"odd": ((), 2), "one": ((), 1), "x": ((1,), 1)}
+        >>> pool = [PromptContext(name, (), after, k) for name, (after, k) in ways.items()]
+        >>> found = choose_asks(Parrot(), pool, torch.arange(4), 2, seed=0, batch_tokens=8)
+        >>> [context.name for context in found.contexts], found.shares["one"]
+        (['one', 'one 2'], 1.0)
+    """
+    longest = longest_prompt(model)
+    fitting = [one for one in pool if longest is None or prompt_length(one) * one.k <= longest] or list(pool)
+    if len(fitting) <= asks or not len(ids):
+        return Asks(asked_in(fitting, asks), {}, math.nan)
+    began = time.perf_counter()
+    found = probe(model, ids, fitting, seed=seed, batch_tokens=batch_tokens)
+    seconds = (time.perf_counter() - began) / (len(ids) * sum(map(prompt_length, fitting)))
+    shares = dict(zip(found.contexts, found.emitted.float().mean(0).tolist(), strict=True))
+    names = choose_contexts(shares, asks)
+    chosen = [context for name in names for context in fitting if context.name == name]
+    return Asks(asked_in(chosen, asks), shares, seconds)
+
+
+def prompt_length(context: PromptContext) -> float:
+    """Tokens of a prompt for each token that it asks for.
+
+    >>> prompt_length(PromptContext("list", before=(1, 2), after=(3,), k=4))
+    2.5
+    """
+    probe_list = torch.zeros(1 + (context.shots or 0) // context.k + 1, context.k, dtype=torch.int64)
+    return prompts_of(probe_list, context)[0].shape[1] / context.k
+
+
+def asked_in(contexts: Sequence[PromptContext], asks: int) -> tuple[PromptContext, ...]:
+    """As many asks as wanted: the contexts in turn, from the second round on under a name of their own.
+
+    Lists depend on the name, so a context that is used again asks among other neighbours.
+
+    >>> lines = PromptContext("lines", before=(), after=(), k=16)
+    >>> [context.name for context in asked_in([lines], asks=2)]
+    ['lines', 'lines 2']
+    """
+    rounds = -(-asks // len(contexts))
+    found = [
+        context if turn == 0 else replace(context, name=f"{context.name} {turn + 1}")
+        for turn in range(rounds)
+        for context in contexts
+    ]
+    return tuple(found[:asks])
+
+
+def ask_words(
+    model: nn.Module, words: Sequence[Sequence[int]], fillers: Tensor, contexts: Sequence[PromptContext], *,
+    seed: int, batch_tokens: int,
+) -> Tensor:  # fmt: skip
+    """Ask for words of one or several tokens, each in one piece, in a list with other tokens.
+
+    Args:
+        words: ids of each; none may have more than a context's k.
+        fillers: (n,) int64 other tokens, at least one.
+        contexts: an ask each.
+        seed: of places and neighbours.
+
+    Returns:
+        (w, C) bool: every token of the word was the most likely one in its place.
+
+    Raises:
+        ValueError: if a word has more tokens than a list, or a prompt is longer than the model takes.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> class Parrot(nn.Module):
+        ...     def forward(self, input_ids):
+        ...         return SimpleNamespace(logits=9 * torch.eye(8)[input_ids % 7])
+        >>> one = PromptContext("one", (), (), k=1)
+        >>> ask_words(Parrot(), [[3], [7]], torch.arange(8), [one], seed=0, batch_tokens=64)
+        tensor([[ True],
+                [False]])
+    """
+    model = getattr(model, "_orig_mod", model)
+    said = torch.zeros(len(words), len(contexts), dtype=torch.bool)
+    if not words:
+        return said
+    with undisturbed(model), torch.no_grad():
+        for column, context in enumerate(contexts):
+            lists, places = _word_lists(words, fillers, context, seed)
+            _, rank, instead = ask_lists(model, lists, context, batch_tokens=batch_tokens)
+            right = (instead == lists) & (rank == 0)
+            for row, (line, begin) in enumerate(places):
+                said[row, column] = bool(right[line, begin : begin + len(words[row])].all())
+    return said
+
+
+def _word_lists(
+    words: Sequence[Sequence[int]], fillers: Tensor, context: PromptContext, seed: int
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Lists that hold all words, (n, k) int64, and for each word its list and the place at which it begins there.
+
+    At least half of a list is other tokens, unless a word is longer than that.
+    """
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/words/{context.name}".encode()))
+    if longest := max((len(word) for word in words if len(word) > context.k), default=0):
+        raise ValueError(f"probe.watch: a word of {longest} tokens; allowed: at most {context.k}, as in a list")
+    lists: list[list[int]] = []
+    for row in torch.randperm(len(words), generator=generator).tolist():
+        held = sum(len(words[other]) for other in lists[-1]) if lists else context.k
+        if held + len(words[row]) > context.k // 2:
+            lists.append([])
+        lists[-1].append(row)
+    rows, places = [], [(0, 0)] * len(words)
+    for line, members in enumerate(lists):
+        spare = context.k - sum(len(words[row]) for row in members)
+        others = fillers[torch.randint(len(fillers), (spare,), generator=generator)].tolist()
+        parts: list[tuple[int | None, Sequence[int]]] = [*((row, words[row]) for row in members)]
+        parts += [(None, [token]) for token in others]
+        one: list[int] = []
+        for place in torch.randperm(len(parts), generator=generator).tolist():
+            row_here, ids = parts[place]
+            if row_here is not None:
+                places[row_here] = (line, len(one))
+            one += ids
+        rows.append(one)
+    return torch.tensor(rows, dtype=torch.int64), places
+
+
 def _check_length(model: nn.Module, name: str, length: int) -> None:
-    longest = getattr(text_config_of(model), "max_position_embeddings", None)
-    if isinstance(longest, int) and length > longest > 0:
+    longest = longest_prompt(model)
+    if longest is not None and length > longest:
         raise ValueError(f"probe.contexts.{name}: a prompt has {length} tokens; the model takes at most {longest}")
 
 
-def _rows_per_batch(model: nn.Module, length: int, k: int, batch_tokens: int) -> int:
-    logits_a_row = (k if _accepts(model, "logits_to_keep") else length) * _vocabulary_size(model)
+def longest_prompt(model: nn.Module) -> int | None:
+    """``max_position_embeddings`` of a model; None where it names none.
+
+    >>> longest_prompt(nn.Linear(2, 2)) is None
+    True
+    """
+    longest = getattr(text_config_of(model), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
+def _rows_per_batch(model: nn.Module, length: int, last: int, batch_tokens: int) -> int:
+    logits_a_row = (last if _accepts(model, "logits_to_keep") else length) * _vocabulary_size(model)
     return max(1, min(batch_tokens // length, _LOGITS_AT_ONCE // max(1, logits_a_row)))
 
 
@@ -173,12 +425,13 @@ def _vocabulary_size(model: nn.Module) -> int:
     return len(weight) if isinstance(weight, Tensor) else 2**18
 
 
-def _last_logits(model: nn.Module, prompts: Tensor, k: int) -> Tensor:
-    """(B, k, V) logits of the last k places, in the model's dtype."""
-    options: dict[str, Any] = {"logits_to_keep": k, "use_cache": False}
+def _logits_at(model: nn.Module, prompts: Tensor, places: Tensor) -> Tensor:
+    """(B, k, V) logits at the places, in the model's dtype; only those are computed where the model can."""
+    last = prompts.shape[1] - int(places[0])
+    options: dict[str, Any] = {"logits_to_keep": last, "use_cache": False}
     accepted = {name: value for name, value in options.items() if _accepts(model, name)}
     logits: Tensor = model(input_ids=prompts.to(_device(model)), **accepted).logits
-    return logits[:, -k:]
+    return logits[:, (places - prompts.shape[1]).to(logits.device)]
 
 
 def _answers(logits: Tensor, wanted: Tensor) -> Answers:
@@ -235,57 +488,6 @@ def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in first.parameters()), torch.device("cpu"))
 
 
-def said(result: ProbeResult) -> Tensor:
-    """(n,) bool: the token was emitted in more than half of the contexts.
-
-    >>> emitted, none = torch.tensor([[True, True, False], [True, False, False]]), torch.zeros(2, 3)
-    >>> said(ProbeResult(("a", "b", "c"), torch.tensor([5, 9]), emitted, none, none, none))
-    tensor([ True, False])
-    """
-    return result.emitted.sum(1) * 2 > result.emitted.shape[1]
-
-
-def retained(base: ProbeResult, now: ProbeResult, mask: Tensor | None = None) -> float:
-    """Of the tokens said at the base, the share in [0, 1] that is said now; NaN if the base said none of them.
-
-    Args:
-        mask: (n,) bool over the probed tokens, those to look at; None takes all.
-
-    Raises:
-        ValueError: if the two probes asked for different tokens or in different contexts.
-
-    Example:
-        >>> ids, no = torch.arange(4), torch.zeros(4, 1)
-        >>> base, now = (
-        ...     ProbeResult(("one",), ids, torch.tensor(emitted)[:, None], no, no, no)
-        ...     for emitted in ([True, True, True, False], [True, True, False, True])
-        ... )
-        >>> round(retained(base, now), 3)  # 2 of 3; what was gained does not count
-        0.667
-    """
-    if base.contexts != now.contexts:
-        raise ValueError(f"the probes have different contexts: {base.contexts} and {now.contexts}")
-    if not torch.equal(base.ids, now.ids):
-        raise ValueError(f"the probes have different ids: {len(base.ids)} at the base, {len(now.ids)} now")
-    at_base = said(base) if mask is None else said(base) & mask
-    return said(now)[at_base].float().mean().item() if at_base.any() else math.nan
-
-
-def said_instead(result: ProbeResult) -> Tensor:
-    """(n,) int64: the wrong token said in most contexts, the earliest context winning a tie; -1 if always right.
-
-    >>> instead, none = torch.tensor([[5, 7, 7], [9, 9, 9]]), torch.zeros(2, 3)
-    >>> ids = torch.tensor([5, 9])
-    >>> said_instead(ProbeResult(("a", "b", "c"), ids, instead == ids[:, None], none, none, instead))
-    tensor([ 7, -1])
-    """
-    wrong = ~result.emitted
-    same = result.instead[:, :, None] == result.instead[:, None, :]
-    votes = same.sum(2).masked_fill(~wrong, 0)
-    commonest = result.instead.gather(1, votes.argmax(1, keepdim=True)).squeeze(1)
-    return torch.where(wrong.any(1), commonest, -1)
-
-
 def stratified_sample(strata: Tensor, eligible: Tensor, size: int, seed: int) -> Tensor:
     """A sample in which small strata are not lost.
 
@@ -314,6 +516,21 @@ def stratified_sample(strata: Tensor, eligible: Tensor, size: int, seed: int) ->
     return torch.cat(chosen).sort().values if chosen else ids
 
 
+def sample_weights(strata: Tensor, eligible: Tensor, sample: Tensor) -> Tensor:
+    """(n,) float32: eligible ids of its stratum that each id of a sample stands for; 0 for ids that are not eligible.
+
+    >>> strata = torch.tensor([0] * 6 + [1] * 4)
+    >>> sample_weights(strata, torch.ones(10, dtype=torch.bool), torch.tensor([0, 1, 9])).tolist()
+    [3.0, 3.0, 4.0]
+    """
+    here = eligible[sample]
+    sizes, drawn = torch.bincount(strata[eligible]), torch.bincount(strata[sample[here]], minlength=len(strata))
+    found = torch.zeros(len(sample))
+    own = strata[sample[here]]
+    found[here] = sizes[own].float() / drawn[own].float()
+    return found
+
+
 def _quotas(sizes: list[int], size: int) -> list[int]:
     """How many to draw of each stratum; in fractions, so that they add up to `size` and none exceeds its stratum."""
     if not sizes or size == 0:
@@ -328,26 +545,3 @@ def _quotas(sizes: list[int], size: int) -> list[int]:
     for i in by_remainder[: size - sum(quotas)]:
         quotas[i] += 1
     return quotas
-
-
-def summarise_probe(
-    base: ProbeResult, now: ProbeResult, parts: Mapping[str, Tensor], watch: Tensor
-) -> dict[str, float]:
-    """A probe against the base's, as a few numbers; a share is left out where the base said none of its tokens.
-
-    Keys: ``retained``, ``<part>/retained`` and ``watch`` (retained of the (w,) watched ids), shares in [0, 1] as
-    `retained` gives them, and ``probability_mean`` in [0, 1] over tokens and contexts.
-
-    Example:
-        >>> ids, no = torch.tensor([0, 2]), torch.zeros(2, 1)
-        >>> base = ProbeResult(("one",), ids, torch.ones(2, 1).bool(), no, no, no)
-        >>> now = ProbeResult(("one",), ids, torch.tensor([[True], [False]]), torch.tensor([[0.9], [0.1]]), no, no)
-        >>> summarise_probe(base, now, parts={"ja": torch.tensor([False, False, True])}, watch=torch.tensor([0]))
-        {'retained': 0.5, 'ja/retained': 0.0, 'watch': 1.0, 'probability_mean': 0.5}
-    """
-    shares = {"retained": retained(base, now)}
-    for name, members in parts.items():
-        shares[f"{name}/retained"] = retained(base, now, members[now.ids])
-    shares["watch"] = retained(base, now, torch.isin(now.ids, watch.to(torch.int64)))
-    shares["probability_mean"] = now.probability.mean().item() if len(now.ids) else math.nan
-    return {name: value for name, value in shares.items() if not math.isnan(value)}

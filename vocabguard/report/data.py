@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vocabguard.compare.summary import load_scan
 from vocabguard.measure.exposure import exposure_classes
-from vocabguard.measure.probe import said, said_instead
+from vocabguard.measure.retention import gone, said, said_instead
 from vocabguard.results import (
     EXPOSURE_CLASSES,
     AlertStory,
@@ -78,21 +78,23 @@ class Probed:
     Attributes:
         ids: (n,) int64.
         said: (n,) bool, emitted in most contexts now.
-        at_base: (n,) bool, the same at the base; None where it was not logged.
+        gone: (n,) bool, emitted in fewer than half of them.
+        at_base: (n,) bool, said at the base; None where it was not logged.
         probability: (n,) float32 in [0, 1], of the right token, mean over contexts.
         instead: (n,) int64, the wrong token said in most contexts; -1 if always right.
     """
 
     ids: NDArray[np.int64]
     said: NDArray[np.bool_]
+    gone: NDArray[np.bool_]
     at_base: NDArray[np.bool_] | None
     probability: NDArray[np.float32]
     instead: NDArray[np.int64]
 
     @property
     def lost(self) -> NDArray[np.bool_]:
-        """(n,) bool: not said now, and said at the base where that is known."""
-        return ~self.said if self.at_base is None else self.at_base & ~self.said
+        """(n,) bool: gone now, and said at the base where that is known."""
+        return self.gone if self.at_base is None else self.at_base & self.gone
 
 
 @dataclass(frozen=True)
@@ -417,6 +419,7 @@ def _probed(vectors: Mapping[str, Tensor]) -> Probed | None:
     return Probed(
         ids=ids.numpy(),
         said=said(now).numpy(),
+        gone=gone(now).numpy(),
         at_base=None if base is None else (base.sum(1) * 2 > base.shape[1]).numpy(),
         probability=probability.mean(1).numpy(),
         instead=said_instead(now).numpy(),

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vocabguard.measure.retention import ENOUGH
 from vocabguard.report.data import PageData
 from vocabguard.text import LARGE_GROUP, ReportRow, number, percent
 
@@ -35,7 +36,7 @@ class Limits:
 
     Attributes:
         degraded: share in [0, 1] of live rows below cosine 0.95 that is still fine.
-        forgotten: share in [0, 1] of the tokens said at the base and no longer said that is still fine.
+        forgotten: share in [0, 1] of the tokens repeated at the base and lost that is still fine; more must be sure.
     """
 
     degraded: float = 0.01
@@ -47,9 +48,9 @@ class Verdict:
     """The page's first sentence.
 
     Attributes:
-        level: ``lost`` where too many tokens are no longer said, ``drifted`` where only too many rows drifted,
-            ``unknown`` where nothing was measured.
-        sentence: what was lost, how many tokens, which groups; or that nothing was.
+        level: ``lost`` where too many tokens are lost, ``drifted`` where only too many rows drifted, ``unknown`` where
+            nothing was measured, or too little to tell.
+        sentence: what was lost, how many tokens, which groups; or that no loss was found, and by how much evidence.
         findings: what is over its limit, a sentence each.
     """
 
@@ -89,10 +90,15 @@ def verdict_of(data: PageData, limits: Limits) -> Verdict:
     if degraded is not None and degraded > limits.degraded:
         findings.append(f"{percent(degraded)} of live rows are below cosine 0.95; allowed: {percent(limits.degraded)}")
         level = "drifted"
-    if forgotten is not None and forgotten > limits.forgotten:
-        said = f"{percent(forgotten)} of the tokens said at the base are no longer said"
+    kept = data.scalars.get("probe/tokens_retained_high")
+    sure = forgotten if kept is None else 1 - kept
+    if sure is not None and sure > limits.forgotten:
+        least = "" if sure == forgotten else "at least "
+        said = f"{least}{percent(sure)} of the tokens that the base repeats are lost"
         findings.append(f"{said}; allowed: {percent(limits.forgotten)}")
         level = "lost"
+    if level == "fine" and _too_few(data):
+        level = "unknown"
     broken = int(data.scalars.get(f"{data.matrix}/nonfinite_rows", 0))
     if broken:
         findings.append(f"{broken:,} live rows hold NaN or Inf; allowed: none")
@@ -102,13 +108,12 @@ def verdict_of(data: PageData, limits: Limits) -> Verdict:
     parts = [_forgotten_part(data, forgotten), _degraded_part(data, degraded)]
     parts += [f"{broken:,} live {'row holds' if broken == 1 else 'rows hold'} NaN or Inf"] if broken else []
     parts = [part for part in (*parts, _end_part(data)) if part]
-    lead = "" if forgotten or degraded or broken else f"Nothing was lost{'' if at_end(data) is None else ' so far'}: "
-    sentence = f"{lead}{'; '.join(parts)}."
+    sentence = f"{'; '.join(parts)}."
     return Verdict(level, sentence[0].upper() + sentence[1:], tuple(findings))
 
 
 def at_end(data: PageData, group: str = "all") -> float | None:
-    """Share in [0, 1] of live head rows that will be below 0.95 at the end, by the last check's forecast.
+    """Share in [0, 1] of live head rows that may be below 0.95 at the end, by the last check's forecast.
 
     Args:
         group: one of its groups, or ``all``.
@@ -132,12 +137,13 @@ def key_numbers(data: PageData) -> tuple[tuple[str, str], ...]:
             ("below cosine 0.90", _counted(data, row.below_90, 0.90)),
             ("mean cosine", _known(row.mean)),
             ("lowest cosine", _known(row.minimum)),
-            ("still said (retained)", None if row.retained is None else percent(row.retained)),
+            ("retained", _interval(data, "retained", row.retained)),
+            ("base repeats", _interval(data, "base", data.scalars.get("probe/base"))),
         ]
     if (never := data.scalars.get("exposure/never")) is not None:
         found.append(("never a target", _counted(data, never)))
     if (watched := data.scalars.get("probe/watch")) is not None:
-        found.append(("watched tokens still said", percent(watched)))
+        found.append(("watched words retained", percent(watched)))
     if (foreign := data.scalars.get("confusion/foreign")) is not None:
         found.append(("answers with foreign script", percent(foreign)))
     if data.kind == "run":
@@ -212,27 +218,63 @@ def _count_of(data: PageData, share: float, bar: float | None) -> int | None:
 def _nothing_measured(data: PageData) -> str:
     if not data.table:
         return "No check was logged, so nothing can be said about this run."
-    return "Neither the rows' drift nor what the model can say was measured; see below why."
+    return "Neither row drift nor what the model can say was measured; see below why."
 
 
 def _forgotten_part(data: PageData, forgotten: float | None) -> str:
     if forgotten is None:
-        return ""
-    asked = _asked(data)
+        return "what the model can say was not measured"
+    sampled, low = _sampled(data), data.scalars.get("probe/retained_low")
+    probed = data.probed
+    could = None if probed is None or probed.at_base is None else int(np.count_nonzero(probed.at_base))
+    those = f"{'' if could is None else f'{could:,} '}{'probed ' if sampled else ''}tokens that the base repeats"
+    of = f" (a probe of {len(probed.ids):,} tokens)" if could is None and probed is not None and sampled else ""
+    if _too_few(data):
+        return (
+            f"not enough evidence of what the model can say: {those.replace('tokens that', 'tokens are all that')}{of}"
+        )
     if forgotten == 0:
-        return f"every token that the base could say is still said{asked}"
-    if data.probed is not None and data.probed.at_base is not None:
-        lost, could = int(np.count_nonzero(data.probed.lost)), int(np.count_nonzero(data.probed.at_base))
-        lead = f"{lost:,} of {could:,} tokens that the base could say ({percent(forgotten)}) can no longer be said"
+        unseen = f"; up to {percent(1 - low)} could be lost unseen" if low is not None and sampled else ""
+        return f"no loss found: all {those} are still repeated{of}{unseen}"
+    if could is None or probed is None:
+        lead = f"{percent(forgotten)} of the {those} are lost{of}"
     else:
-        lead = f"{percent(forgotten)} of the tokens that the base could say can no longer be said"
+        of_all = "of all live ones " if sampled else ""
+        lead = f"{np.count_nonzero(probed.lost):,} of {those} are lost ({of_all}{_interval(data, 'lost', forgotten)})"
+    skill = data.scalars.get("probe/skill")
+    lead += f"; of tokens that the data asks for often {percent(1 - skill)}" if skill is not None else ""
     few = _barely_probed(data)
     rows = [
         (1.0 - row.retained, row.label)
         for row in data.table
         if row.kind == "group" and row.retained is not None and row.label not in few
     ]
-    return f"{lead}{asked}{_hit(data, rows, forgotten)}"
+    return f"{lead}{_hit(data, rows, forgotten)}"
+
+
+def _too_few(data: PageData) -> bool:
+    """Whether the base repeats too few tokens for a verdict."""
+    known = data.scalars.get("probe/known")
+    return known is not None and known < ENOUGH
+
+
+def _sampled(data: PageData) -> bool:
+    """Whether the probe did not ask for every live token."""
+    return data.probed is not None and len(data.probed.ids) != data.live
+
+
+def _interval(data: PageData, name: str, share: float | None) -> str | None:
+    """A share of the probe with its interval, where that is known."""
+    if share is None:
+        return None
+    if name == "lost":
+        low, high = (data.scalars.get(f"probe/retained_{end}") for end in ("high", "low"))
+        low, high = (None if bound is None else 1 - bound for bound in (low, high))
+    else:
+        low, high = (data.scalars.get(f"probe/{name}_{end}") for end in ("low", "high"))
+    if low is None or high is None or not _sampled(data):
+        return percent(share)
+    return f"{percent(share)}, {percent(low)} to {percent(high)}"
 
 
 def _barely_probed(data: PageData, least: int = 10) -> set[str]:
@@ -243,19 +285,13 @@ def _barely_probed(data: PageData, least: int = 10) -> set[str]:
     return {name for name, count in zip(data.names, asked, strict=True) if count < least}
 
 
-def _asked(data: PageData) -> str:
-    """Where the probe did not ask for every live token, how many it asked for."""
-    if data.probed is None or len(data.probed.ids) == data.live:
-        return ""
-    return f" (by a probe of {len(data.probed.ids):,} tokens)"
-
-
 def _degraded_part(data: PageData, degraded: float | None) -> str:
     if degraded is None:
         return "row drift does not apply" if data.matrix is None else ""
     rows_of = "head row" if data.matrix == "head" else "input embedding row"
     if degraded == 0:
-        return f"no live {rows_of} lies below cosine 0.95"
+        body = "; the body was not measured" if data.kind == "scan" else ""
+        return f"no live {rows_of} is below cosine 0.95{body}"
     count = _count_of(data, degraded, 0.95)
     if data.live is None or count is None:
         lead = f"{percent(degraded)} of the live {rows_of}s have drifted below cosine 0.95"
@@ -273,7 +309,7 @@ def _end_part(data: PageData) -> str:
         return ""
     step = "" if data.end is None else f" (step {data.end:,})"
     rows = "" if data.live is None else f"{round(share * data.live):,} of {data.live:,} live "
-    lead = f"if nothing changes, {rows}head rows ({percent(share)}) will be below 0.95 at the end{step}"
+    lead = f"by the forecast, {rows}head rows ({percent(share)}) may be below 0.95 at the end{step}"
     by_group = [(name, at_end(data, name)) for name in data.names]
     return f"{lead}{_hit(data, [(group, name) for name, group in by_group if group is not None], share)}"
 

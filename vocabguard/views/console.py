@@ -67,6 +67,11 @@ class ConsoleView:
             lines.add_row("" if place else "preflight", self._wrapped(sentence, "" if place else "bold"))
         self._print("", lines, "")
 
+    def say(self, sentence: str) -> None:
+        """Print a line."""
+        if self._enabled:
+            self._print(self._line(sentence))
+
     def check(self, result: CheckResult) -> None:
         """Print the verdict, then each alert that has news, with its story."""
         if not self._enabled:

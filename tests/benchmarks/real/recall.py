@@ -17,6 +17,8 @@ import torch
 from real.data import around
 from torch import Tensor
 
+from vocabguard.measure.intervals import wilson
+
 WAYS = ("{}\nNow write that again.", "I wrote {} here. What did I write?")
 """Held out of data, echo rows and probes."""
 
@@ -62,20 +64,6 @@ def known(said: Tensor) -> Tensor:
 def gone(said: Tensor) -> Tensor:
     """(n,) bool: said in at most one of four asks."""
     return said.sum(1) <= 1
-
-
-def wilson(count: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927); (0, 1) without a sample.
-
-    >>> [round(bound, 3) for bound in wilson(0, 96)]
-    [0.0, 0.038]
-    """
-    if total == 0:
-        return 0.0, 1.0
-    share, weight = count / total, z * z / total
-    middle = (share + weight / 2) / (1 + weight)
-    half = z * math.sqrt(share * (1 - share) / total + weight / (4 * total)) / (1 + weight)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @dataclass(frozen=True)
