@@ -14,7 +14,8 @@ from finetune import LONGEST_CHAT, collator, validation_rows
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vocabguard.measure.probe import probe, retained, said
+from vocabguard.measure.probe import probe
+from vocabguard.measure.retention import said
 from vocabguard.protect.prompts import render_context
 from vocabguard.results import EXPOSURE_CLASSES, CheckResult, ProbeResult
 from vocabguard.vocabulary.table import VocabTable
@@ -46,6 +47,12 @@ def recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, table: Vo
         for number, template in enumerate(HELD_OUT_TEMPLATES)
     ]
     return probe(model, table.live.nonzero().flatten(), contexts, seed=SEED, batch_tokens=8192)
+
+
+def kept(before: ProbeResult, now: ProbeResult, mask: Tensor | None = None) -> float:
+    """Of the tokens said in both held-out templates before, the share said in both now; stricter than the guard's."""
+    could = said(before) if mask is None else said(before) & mask
+    return said(now)[could].float().mean().item() if could.any() else float("nan")
 
 
 @torch.no_grad()
@@ -168,9 +175,9 @@ def arm_entry(
     return {
         "head": head,
         "retained": {
-            "all": retained(before, now),
-            "groups": {name: retained(before, now, mask[now.ids]) for name, mask in groups.items()},
-            "classes": {name: retained(before, now, mask[now.ids]) for name, mask in classes.items()},
+            "all": kept(before, now),
+            "groups": {name: kept(before, now, mask[now.ids]) for name, mask in groups.items()},
+            "classes": {name: kept(before, now, mask[now.ids]) for name, mask in classes.items()},
         },
         "tokens": {
             "groups": {name: int(mask.sum()) for name, mask in groups.items()},

@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vocabguard.config import presets
-from vocabguard.measure.probe import said, said_instead
+from vocabguard.measure.retention import said, said_instead
 from vocabguard.results import EXPOSURE_CLASSES, ProbeResult
 from vocabguard.vocabulary.table import VocabTable
 

@@ -8,7 +8,8 @@
 CACHE is a folder outside the repository: converted models, and for every run its weights at each tenth (bfloat16, 3 GB
 a run of SmolLM2). Everything is resumable: what is there is not done again. ``judge`` asks the weights of a run for
 tokens in two ways that nothing else uses (`real.recall`); ``--percent`` asks earlier ones too. Recipes and arms:
-`real.train`. ``replay`` runs the guard over a run's saved weights (`real.replay`). On 2 cores a run of ``tied`` takes 6 to 10 minutes, a judgement 2. `real/results.json` holds what
+`real.train`. ``replay`` runs the guard over a run's saved weights (`real.replay`).
+On 2 cores a run of ``tied`` takes 6 to 10 minutes, a judgement 2. `real/results.json` holds what
 ``judge tied lora --json`` found so far.
 """
 
@@ -170,17 +171,18 @@ def show(entries: list[dict[str, Any]], console: Console) -> None:
 
 def show_replays(told: list[dict[str, Any]], console: Console) -> None:
     """A line a check: what the probe says, and the rules that fire."""
-    table = Table("recipe", "arm", "seed", "step", "base", "known", "retained", "beside noise and skill", "skill", "nats", "s", "firing")  # fmt: skip
-    for run in told:
-        for check in run["checks"]:
+    shares = ("retained", "tokens_retained", "skill", "nats")
+    table = Table("recipe", "arm", "seed", "step", "base", "known", *shares, "s", "firing")
+    for one in told:
+        for check in one["checks"]:
             found = check["scalars"]
             cells = [
                 f"{found.get(f'probe/{name}', math.nan):.3f} ({found.get(f'probe/{name}_low', math.nan):.3f} to "
                 f"{found.get(f'probe/{name}_high', math.nan):.3f})"
-                for name in ("retained", "tokens_retained", "skill", "nats")
+                for name in shares
             ]
             table.add_row(
-                run["recipe"], run["arm"], str(run["seed"]), str(check["step"]), f"{found['probe/base']:.3f}",
+                one["recipe"], one["arm"], str(one["seed"]), str(check["step"]), f"{found['probe/base']:.3f}",
                 f"{found['probe/known']:.0f}", *cells, f"{check['probe_seconds']:.0f}", ", ".join(check["firing"]),
             )  # fmt: skip
     console.print(table)

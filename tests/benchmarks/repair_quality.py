@@ -33,7 +33,7 @@ from vocabguard.compare.repair import STRENGTH, Plan, lost_rows, plan_repair, wr
 from vocabguard.compare.scan import Scan, scan
 from vocabguard.data.readers import Chat
 from vocabguard.measure.exposure import count_targets
-from vocabguard.measure.probe import retained
+from vocabguard.measure.retention import retained
 from vocabguard.rows.checkpoints import open_checkpoint
 
 STRENGTHS = {"shift": (1.0, STRENGTH, 0.3), "rows": (0.0,), "echo": (STRENGTH,)}

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from vocabguard.measure.localize import End, HeadOrBody, head_or_body, input_rows_back, output_rows_back
-from vocabguard.measure.probe import PromptContext, probe, said
+from vocabguard.measure.probe import PromptContext, probe
+from vocabguard.measure.retention import said
 from vocabguard.protect.prompts import render_context
 from vocabguard.results import NotApplicable, ProbeResult
 from vocabguard.rows.baselines import CopiedBaseline, copy_baseline
