@@ -22,7 +22,11 @@ from vocabguard import RunLog
 BEFORE = Path(__file__).parent / "data_before"
 
 ADDED: dict[str, tuple[str, ...]] = {
-    "settings": (),
+    "settings": (
+        "default.probe.asks",
+        "default.probe.contexts.*",
+        "default.alerts.skill_lost.*",
+    ),
     "signatures": (
         "__all__: VocabGuardError",
         "VocabGuardError.*",
@@ -43,10 +47,25 @@ ADDED: dict[str, tuple[str, ...]] = {
         "LanguageConfusion.kwargs",
     ),
     "commands": (),
-    "command_line": (),
-    "run": (),
+    "command_line": ("json.explain *: tokens[[]]/emission/*/gone",),
+    "run": ("keys: vocabguard/probe/*", "keys: vocabguard/alerts/skill_lost", "*probe/known", "*/preflight/tokens"),
 }
 """Patterns of what is new since, by part: names as the failing test prints them."""
+
+
+CHANGED: dict[str, dict[str, Any]] = {
+    "settings": {
+        # Of four contexts real models follow one: a pool of sixteen, of which the base chooses.
+        "default.probe.contexts.quoted.*": "gone",
+        "default.probe.contexts.sentence.*": "gone",
+        "default.probe.contexts.three.*": "gone",
+        # A share of few tokens is no evidence: the end of its interval is compared, without noise and lost skill.
+        "default.alerts.tokens_forgotten.metric": "probe/tokens_retained_high",
+        "default.alerts.tokens_forgotten.threshold": 0.98,
+        "default.alerts.tokens_forgotten.resolve_at": 0.99,
+    }
+}
+"""Patterns of what is no longer as it was, and what it is now, with the reason."""
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +74,17 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return kept.facts(tmp_path_factory.mktemp("facts"))
 
 
+def is_meant(name: str, value: Any, meant: dict[str, Any]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) and value == wanted for pattern, wanted in meant.items())
+
+
 @pytest.mark.parametrize("part", ["settings", "signatures", "commands", "run", "command_line"])
 def test_nothing_is_removed_or_renamed(part: str, parts: dict[str, Any]) -> None:
     before = kept.flat(json.loads((BEFORE / f"{part}.json").read_text(encoding="utf-8")))
     now = kept.flat(parts[part]())
-    assert {name: now.get(name, "gone") for name, value in before.items() if now.get(name, "gone") != value} == {}
+    other = {name: now.get(name, "gone") for name, value in before.items() if now.get(name, "gone") != value}
+    meant = CHANGED.get(part, {})
+    assert {name: value for name, value in other.items() if not is_meant(name, value, meant)} == {}
     new = [name for name in now if name not in before]
     assert [name for name in new if not any(fnmatch.fnmatchcase(name, known) for known in ADDED[part])] == []
 

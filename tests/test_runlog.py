@@ -142,6 +142,7 @@ def test_the_watch_is_written_without_its_vectors(tmp_path):
             "rows": 80,
             "complete": True,
             "seconds": 0.5,
+            "tokens": 0,
         },
         "live": 5,
         "never_trained": 1,

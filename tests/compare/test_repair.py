@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from vocabguard.cli.common import ways_of_asking
 from vocabguard.compare.repair import METHODS, check_out, lost_rows, plan_repair, recall_of, text_loss, write_repaired
 from vocabguard.compare.scan import Scan, scan
 from vocabguard.rows.checkpoints import open_checkpoint
@@ -185,7 +186,7 @@ def test_recall_returns(tmp_path: Path, kit: Any, tokenizer: Any) -> None:
     write_repaired(open_checkpoint(tuned), plan_repair(found, lost, rule, "rows"), tmp_path / "out")
     folders = {"base": kit.ASSETS, "tuned": tuned, "repaired": tmp_path / "out"}
     models = {name: AutoModelForCausalLM.from_pretrained(folder) for name, folder in folders.items()}
-    told = recall_of(models, found, tokenizer, lost, 400)
+    told = recall_of(models, found, ways_of_asking(tokenizer), lost, 400)
     json.dumps(told)
     assert told["tokens"] == 400
     assert told["tuned"] < 0.99  # type: ignore[operator]

@@ -205,8 +205,8 @@ def test_config_errors_always_pass_and_leave_nothing_behind(
 ) -> None:
     model = kit.llama(kit.TOKENIZER_ROWS)
     optimizer = kit.sgd(model)
-    guard = VocabGuard(tokenizer=tokenizer, probe={"watch": ["no single token"]}, on_error=on_error)
-    with pytest.raises(ConfigError, match=r"probe.watch: 'no single token' is not one token"):
+    guard = VocabGuard(tokenizer=tokenizer, probe={"watch": [""]}, on_error=on_error)
+    with pytest.raises(ConfigError, match=r"probe.watch holds ''; allowed: token ids"):
         guard.attach(model, optimizer, run_dir=tmp_path / "run")
     assert kit.hooks_on(model, optimizer) == 0
     assert not (tmp_path / "run").exists()

@@ -65,7 +65,6 @@ def test_scalars_against_plain_loops(table: VocabTable, drift: RowDrift, exposur
     assert set(groups) == {"thai", "greek"}, "padded rows are no group of live ones"
     found = scalars_of(
         {"head": drift, "embedding": NONE}, exposure, classes, probes, live=table.live, groups=groups,
-        watched=torch.tensor([3, 9]),
     )  # fmt: skip
     live = [row for row in range(ROWS) if row % 3 != 2 and row % 10 != 0]
 
@@ -84,7 +83,6 @@ def test_scalars_against_plain_loops(table: VocabTable, drift: RowDrift, exposur
     assert found["vocabguard/head/nonfinite_rows"] == (4 in live)
     assert found["vocabguard/exposure/1-4"] == pytest.approx(len(parts["1-4/"]) / len(live))
     assert found["vocabguard/probe/retained"] == pytest.approx(2 / 3)
-    assert found["vocabguard/probe/watch"] == 0.5
     assert found["vocabguard/probe/thai/retained"] == 0.5
     assert found["vocabguard/probe/greek/retained"] == 1.0
     assert not [key for key in found if key.startswith("vocabguard/embedding")]
@@ -94,7 +92,7 @@ def test_scalars_against_plain_loops(table: VocabTable, drift: RowDrift, exposur
 def test_nothing_measured_gives_no_keys(table: VocabTable) -> None:
     none = torch.zeros(ROWS, dtype=torch.uint8)
     found = scalars_of(
-        {"head": NONE, "embedding": NONE}, NONE, none, None, live=table.live, groups={}, watched=torch.tensor([1])
+        {"head": NONE, "embedding": NONE}, NONE, none, None, live=table.live, groups={}
     )
     assert found == {}
 

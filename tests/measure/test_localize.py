@@ -20,7 +20,7 @@ from transformers import (
 
 from vocabguard.measure.localize import End, HeadOrBody, head_or_body, input_rows_back, output_rows_back
 from vocabguard.measure.probe import PromptContext, probe
-from vocabguard.measure.retention import said
+from vocabguard.measure.retention import gone, said
 from vocabguard.protect.prompts import render_context
 from vocabguard.results import NotApplicable, ProbeResult
 from vocabguard.rows.baselines import CopiedBaseline, copy_baseline
@@ -84,8 +84,8 @@ def moved(base: Any, contexts: list[PromptContext], **parts: float) -> tuple[Any
 def test_equal_to_rows_really_put_back(base: Any, contexts: list[PromptContext], parts: dict[str, float]) -> None:
     model, found, now = moved(base, contexts, **parts)
     assert len(found.ids) >= 10
-    assert torch.isin(found.ids, now.ids[~said(now)]).all(), "few enough for all to be asked again in the same lists"
-    assert torch.equal(found.ids, now.ids[said(asked(base, contexts)) & ~said(now)])
+    assert torch.isin(found.ids, now.ids[gone(now)]).all(), "few enough for all to be asked again in the same lists"
+    assert torch.equal(found.ids, now.ids[said(asked(base, contexts)) & gone(now)])
     again = copy.deepcopy(model)
     with torch.no_grad():
         again.lm_head.weight[found.ids] = base.lm_head.weight[found.ids]
@@ -123,7 +123,7 @@ def test_head_input_and_body_are_told_apart(base: Any, contexts: list[PromptCont
 BOTH = ["lm_head", "embed_tokens"]
 # PEFT's options, and how far the head's and the embedding's parameters move: so that some of all outcomes come.
 ADAPTERS: dict[str, tuple[dict[str, Any], float, float]] = {
-    "lora": ({"target_modules": BOTH}, 0.06, 0.02),
+    "lora": ({"target_modules": BOTH}, 0.08, 0.02),
     "dora": ({"target_modules": BOTH, "use_dora": True}, 0.06, 0.02),
     "head only": ({"target_modules": ["lm_head"]}, 0.2, 0.0),
     "saved": ({"modules_to_save": BOTH}, 0.06, 0.02),

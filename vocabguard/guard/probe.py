@@ -322,7 +322,8 @@ class Prober:
             return
         result = {key: state[key] for key in ("ids", "emitted", "probability", "rank", "instead")}
         base = ProbeResult(contexts=tuple(state["contexts"]), **result)
-        pool = {context.name: context for context in (*self.earlier, *self.pool)}
+        earlier = set(base.contexts) == {context.name for context in self.earlier}
+        pool = {context.name: context for context in (self.earlier if earlier else self.pool)}
         asks = [_named(pool, name) for name in base.contexts]
         if not all(asks):
             raise ConfigError(f"probe.contexts are {sorted(pool)}, but this run began with {sorted(base.contexts)}")
