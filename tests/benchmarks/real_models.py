@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import sys
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,10 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 import torch
 from real.models import load_base
 from real.recall import ask, judge
-from real.replay import replay
+from real.replay import load_weights, replay
 from real.train import ARMS, RECIPES, Recipe, run
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 
 from vocabguard.files import one_line
 from vocabguard.measure.exposure import exposure_classes
@@ -83,19 +83,19 @@ class Judge:
 
     def asked(self, path: Path, percent: int | None, seed: int = 0) -> dict[str, torch.Tensor]:
         """``ids``, ``said`` and ``nats`` of a run's weights; of the base where percent is None."""
-        told = told_of(path)
-        name = f"base-{seed}" if percent is None else f"{percent:03d}"
-        kept = path / f"asked-{name}-{self._tokens}.pt"
+        told, ids = told_of(path), self.sample(path)
+        recipe = Recipe(**told["recipe"])
+        kept = path / f"asked-{percent}-{self._tokens}.pt"
+        if percent is None:
+            # All arms of a seed ask their base for the same tokens.
+            tokens = zlib.crc32(ids.numpy().tobytes())
+            kept = self._folder / "asked" / f"{recipe.model}-{tokens}-{seed}.pt"
+            kept.parent.mkdir(exist_ok=True)
         if not kept.exists():
-            recipe = Recipe(**told["recipe"])
             model, tokenizer, _ = self._base(recipe)
-            ids = self.sample(path)
             base = {key: value.clone() for key, value in model.state_dict().items()}
             if percent is not None:
-                # A tied head is saved once, as the input rows: nothing else may be missing.
-                loaded = model.load_state_dict(load_file(path / f"weights-{percent:03d}.safetensors"), strict=False)
-                assert not loaded.unexpected_keys, loaded.unexpected_keys
-                assert set(loaded.missing_keys) <= {"lm_head.weight"}, loaded.missing_keys
+                load_weights(model, path / f"weights-{percent:03d}.safetensors")
             said, nats = ask(model.eval(), tokenizer, ids.tolist(), seed=seed)
             model.load_state_dict(base)
             torch.save({"ids": ids, "said": said, "nats": nats}, kept)
