@@ -3,6 +3,7 @@
     python tests/benchmarks/real_models.py CACHE train tied --arms control,protect --seeds 0,1,2
     python tests/benchmarks/real_models.py CACHE judge
     python tests/benchmarks/real_models.py CACHE replay tied --looks 2
+    python tests/benchmarks/real_models.py CACHE probe smollm2 gemma3 --seeds 0,1,2,3,4
     python tests/benchmarks/real_models.py CACHE table
 
 CACHE is a folder outside the repository: converted models, and for every run its weights at each tenth (bfloat16, 3 GB
@@ -27,7 +28,8 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 import torch
-from real.models import load_base
+from real.models import SOURCES, load_base
+from real.probing import agreement, null_run
 from real.recall import ask, judge
 from real.replay import load_weights, replay
 from real.train import ARMS, RECIPES, Recipe, run
@@ -188,10 +190,25 @@ def show_replays(told: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+def show_probe(asked: argparse.Namespace, console: Console) -> None:
+    """Agreement with free generation, and runs in which nothing is lost."""
+    found: dict[str, Any] = {}
+    for name in asked.recipes or SOURCES:
+        found[name] = {"agreement": agreement(asked.cache, name, asked.tokens)}
+        console.print(name, found[name]["agreement"])
+        found[name]["null"] = [
+            null_run(asked.cache, name, int(seed), asked.tokens) for seed in asked.seeds.split(",") if seed
+        ]
+        for run_ in found[name]["null"]:
+            console.print(name, run_)
+    if asked.json:
+        asked.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path)
-    parser.add_argument("what", choices=("train", "judge", "replay", "table"))
+    parser.add_argument("what", choices=("train", "judge", "replay", "probe", "table"))
     parser.add_argument("recipes", nargs="*", default=[], help=f"of {', '.join(RECIPES)}; all where none is named")
     parser.add_argument("--arms", default="control,protect", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--seeds", default="0")
@@ -221,6 +238,9 @@ def main() -> None:
         show_replays(told, console)
         if asked.json:
             asked.json.write_text(json.dumps(told, indent=1), encoding="utf-8")
+        return
+    if asked.what == "probe":
+        show_probe(asked, console)
         return
     keeper = Judge(asked.cache, asked.tokens)
     entries = []
