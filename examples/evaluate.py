@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from finetune import LONGEST_CHAT, collator, validation_rows
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vocabguard.measure.copying import copies_prompt
 from vocabguard.measure.probe import probe
 from vocabguard.measure.retention import said
 from vocabguard.protect.prompts import render_context
@@ -23,7 +23,6 @@ from vocabguard.vocabulary.table import VocabTable
 LIST_LENGTH = 16
 SEED = 7
 ANSWER_TOKENS = 32
-_SHORTEST_COPY = 3
 _LONGEST_LOOP = 8
 
 
@@ -70,16 +69,10 @@ def repetition(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tu
         said = model.generate(**batch, max_new_tokens=ANSWER_TOKENS, do_sample=False)[:, batch["input_ids"].shape[1] :]
         for question, ids in zip(part, said.tolist(), strict=True):
             answer = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
-            copies += repeats(question, answer)
+            copies += copies_prompt(question, answer)
             loops += loops_in(answer)
     tokenizer.padding_side = "right"
     return copies / len(rows), loops / len(rows)
-
-
-def repeats(question: list[int], answer: list[int]) -> bool:
-    """Whether half of the answer or more is one run of the question's tokens, of at least three."""
-    copied = SequenceMatcher(None, question, answer, autojunk=False).find_longest_match().size
-    return copied >= _SHORTEST_COPY and 2 * copied >= len(answer)
 
 
 def loops_in(answer: list[int]) -> bool:

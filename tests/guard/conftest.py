@@ -23,12 +23,12 @@ def tables(shared_tables: None) -> None:
     """Guards share the table of the example's vocabulary."""
 
 
-def llama(rows: int = ROWS, *, tied: bool = False) -> Any:
+def llama(rows: int = ROWS, *, tied: bool = False, width: int = 16) -> Any:
     """A random causal language model."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=rows, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=rows, hidden_size=width, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
             max_position_embeddings=64, tie_word_embeddings=tied, pad_token_id=None, bos_token_id=1, eos_token_id=2,
         )
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 
 from vocabguard import RunLog, VocabGuard
 from vocabguard.guard import evaluations as extras
@@ -169,3 +169,29 @@ def test_a_fault_in_one_part_leaves_the_others(
     assert log.notes("neighbors") == []
     assert len(log.notes("head_or_body")) == 1
     assert [check["step"] for check in log.checks()] == [0, 1, 2, 3]
+
+
+def test_answers_that_copy_the_prompt_are_counted_where_echo_is_part_of_the_run(
+    kit: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that answers every second question with its own tokens, and the others with something else."""
+    asked: list[list[int]] = []
+
+    def every_second(_model: Any, prompts: Any, _stops: Any, most: int) -> Any:
+        for prompt in prompts:
+            asked.append(list(prompt))
+            yield list(prompt)[1:6] if len(asked) % 2 else [7] * most
+
+    monkeypatch.setattr(extras, "greedy_answers", every_second)
+    rows: Any = [{"input_ids": [9, 10, 11, 12], "labels": [9, 10, 11, 12]}] * 8
+    loader: Any = torch.utils.data.DataLoader(rows, batch_size=2, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+    probe = {"sample": 16, "contexts": {"list": {"k": 4}}}
+    found = {}
+    for echo in (False, True):
+        model = kit.llama(kit.TOKENIZER_ROWS)
+        guard = VocabGuard(tokenizer=tokenizer, probe=probe, echo={"enabled": echo}, **kit.QUIET)
+        guard.attach(model, kit.sgd(model), total_steps=2, dataloader=loader, inject="collate")
+        found[echo] = guard.last.scalars.get("vocabguard/echo/copies")
+        guard.finish(check=False)
+    assert found == {False: None, True: 0.5}
+    assert len(asked) == 16

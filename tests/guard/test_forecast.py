@@ -88,6 +88,22 @@ def test_what_is_not_known_is_said(kit: Any, tokenizer: Any, attach: dict[str, A
     assert guard.failure is None
 
 
+def test_on_wider_models_than_it_was_fitted_on_nothing_is_said(kit: Any, tokenizer: Any) -> None:
+    """Where nothing is forecast, `at_risk` cannot fire, and the preset `early` waits for what was measured."""
+    from vocabguard.config import load_config
+
+    model = kit.llama(kit.TOKENIZER_ROWS, width=264)
+    guard = VocabGuard(tokenizer=tokenizer, drift={"every_n_steps": 1}, probe={"enabled": False}, **kit.QUIET)
+    data = torch.utils.data.DataLoader([{"labels": torch.full((8,), 1000)}])
+    guard.attach(model, kit.sgd(model), total_steps=4, schedule=[0.1] * 4, dataloader=data)
+    assert isinstance(guard.last.forecast, NotApplicable)
+    assert "rows of width 264 are wider than 256" in guard.last.forecast.reason
+    assert not [key for key in guard.last.scalars if "/forecast/" in key]
+    assert "at_risk" not in guard.last.firing
+    actions = {name: rule.actions for name, rule in load_config("early").alerts.items()}
+    assert actions["at_risk"] == actions["tokens_forgotten"] == ["log", "echo", "hold"]
+
+
 def test_rates_set_by_hand_end_the_forecast(kit: Any, tokenizer: Any) -> None:
     guard, model, optimizer = guarded(kit, tokenizer)
     data = kit.batches(STEPS, kit.TOKENIZER_ROWS)

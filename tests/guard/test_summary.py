@@ -91,9 +91,7 @@ def test_scalars_against_plain_loops(table: VocabTable, drift: RowDrift, exposur
 
 def test_nothing_measured_gives_no_keys(table: VocabTable) -> None:
     none = torch.zeros(ROWS, dtype=torch.uint8)
-    found = scalars_of(
-        {"head": NONE, "embedding": NONE}, NONE, none, None, live=table.live, groups={}
-    )
+    found = scalars_of({"head": NONE, "embedding": NONE}, NONE, none, None, live=table.live, groups={})
     assert found == {}
 
 

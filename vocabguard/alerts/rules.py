@@ -45,7 +45,7 @@ _SINGLE = {
     **{f"probe/{name}": _COUNT for name in ("asked", "known", "watch_known")},
     **{f"confusion/{name}": _SHARE for name in ("foreign", "line_pass", "word_pass")},
     **dict.fromkeys((FIRING, "loss/data", "loss/echo", "echo/dose", "echo/targets_per_live_token"), _COUNT),
-    **dict.fromkeys(("overhead", "hold/share"), _SHARE),
+    **dict.fromkeys(("overhead", "hold/share", "echo/copies"), _SHARE),
 }
 
 
@@ -84,7 +84,7 @@ def metric_range(metric: str) -> tuple[float, float]:
     | ``probe/<part>/retained`` | [0, 1] |
     | ``confusion/`` ``foreign``, ``line_pass``, ``word_pass``, ``<language>`` (at evaluations) | [0, 1] |
     | ``confusion/<language>/`` ``latin``, ``line_pass``, ``word_pass`` (at evaluations) | [0, 1] |
-    | ``overhead``, ``hold/share`` | [0, 1] |
+    | ``overhead``, ``hold/share``, ``echo/copies`` | [0, 1] |
     | ``loss/data``, ``loss/echo``, ``echo/dose``, ``echo/targets_per_live_token`` | [0, inf) |
     | ``alerts/firing`` | [0, inf) |
 

@@ -196,6 +196,8 @@ class Checker:
         )  # fmt: skip
         if self.prober and probes and self.prober.words:
             scalars |= summary.word_scalars(*(len(self.prober.words_of(kind)) for kind in ("known", "lost")))
+        if probes and self.protection is not None and self.protection.echo is not None:
+            scalars |= self.evaluations.copies(sharded=self.watched.sharded)
         scalars[summary.PREFIX + "overhead"] = overhead
         if self.protection is not None:
             scalars |= self.protection.scalars(exposure, self.watched.table.live)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from vocabguard.config import ConfigError, ConfusionConfig, GuardConfig, load_qu
 from vocabguard.guard import summary
 from vocabguard.guard.probe import Prober
 from vocabguard.guard.watched import Watched
+from vocabguard.measure.copying import copies_prompt
 from vocabguard.measure.languages import ConfusionCounts, count_answers, scripts_of
 from vocabguard.measure.localize import End, head_or_body
 from vocabguard.measure.neighbors import compare_neighbors
@@ -37,10 +38,12 @@ class Question:
     Attributes:
         language: ISO 639 code.
         ids: the prompt: a user's turn up to where the answer begins.
+        inner: the question itself.
     """
 
     language: str
     ids: tuple[int, ...]
+    inner: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -73,18 +76,28 @@ class Confuser:
         The model is asked as the probe asks it: in evaluation mode, without gradients, outside of compiled code, with
         generators and modes left as they were.
         """
+        texts = (
+            (one.language, self.tokenizer.decode(ids, skip_special_tokens=True)) for one, ids in self._answers(model)
+        )
+        return count_answers(texts, self.languages, allow=self.allow)
+
+    def copies(self, model: nn.Module) -> float:
+        """Share in [0, 1] of the answers that copy their question; asked as `ask` does."""
+        copied = [copies_prompt(one.inner, ids) for one, ids in self._answers(model)]
+        return sum(copied) / len(copied)
+
+    def _answers(self, model: nn.Module) -> list[tuple[Question, list[int]]]:
         # By length, so that little of a batch is padding.
         order = sorted(range(len(self.questions)), key=lambda place: len(self.questions[place].ids))
         asked = [self.questions[place] for place in order]
-        answers: list[tuple[str, str]] = []
+        answers: list[tuple[Question, list[int]]] = []
         generator = unwrapped(model)
         with undisturbed(generator), torch.no_grad():
             for start in range(0, len(asked), self.batch):
                 part = asked[start : start + self.batch]
                 said = greedy_answers(generator, [one.ids for one in part], self.stops, self.max_new_tokens)
-                texts = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in said)
-                answers += [(one.language, text) for one, text in zip(part, texts, strict=True)]
-        return count_answers(answers, self.languages, allow=self.allow)
+                answers += zip(part, said, strict=True)
+        return answers
 
 
 def greedy_answers(
@@ -159,7 +172,7 @@ def _questions(config: ConfusionConfig, tokenizer: Any) -> Iterator[Question]:
             raise ConfigError(f"confusion.prompts: {error}") from error
         for text in texts:
             inner = tokenizer.encode(text, add_special_tokens=False)
-            yield Question(language, (*context.before, *inner, *context.after))
+            yield Question(language, (*context.before, *inner, *context.after), tuple(inner))
 
 
 def _stops(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
@@ -190,6 +203,10 @@ logger = logging.getLogger("vocabguard")
 Drifts = Mapping[MatrixName, RowDrift | NotApplicable]
 
 _SHARDED = NotApplicable("the rows are spread over processes")
+_EVERYDAY, _SHORT = ("en", "de", "fr", "es"), 24
+"""Languages and longest answers by which copying of prompts is seen."""
+
+T = TypeVar("T")
 
 
 class Evaluations:
@@ -207,6 +224,7 @@ class Evaluations:
         self._config, self._model, self._watched, self._prober = config, model, watched, prober
         self._confuser = choose_confuser(model, config.confusion, watched.tokenizer)
         self._raise = config.on_error == "raise"
+        self._everyday: Confuser | NotApplicable | None = None
         self._down: set[str] = set()
         self._checks = 0
         self._last_look: int | None = None
@@ -247,9 +265,36 @@ class Evaluations:
         watch = self._prober.watched if self._prober else torch.empty(0, dtype=torch.int64)
         return self._part("neighbors", lambda: _beside(self._watched, watch, step, drifts, self._config))
 
+    def copies(self, *, sharded: bool) -> dict[str, float]:
+        """``echo/copies``, the share in [0, 1] of answers to everyday questions that copy the question.
+
+        Args:
+            sharded: whether the matrices are spread over processes: nothing is asked then.
+        """
+        if sharded or self._watched.tokenizer is None:
+            return {}
+        found = self._contained("echo/copies", self._share_of_copies)
+        return {} if found is None else {f"{summary.PREFIX}echo/copies": found}
+
+    def _share_of_copies(self) -> float | None:
+        if self._everyday is None:
+            config = ConfusionConfig(enabled=True, languages=list(_EVERYDAY), per_language=4, max_new_tokens=_SHORT)
+            self._everyday = choose_confuser(self._model, config, self._watched.tokenizer)
+        return self._everyday.copies(self._model) if isinstance(self._everyday, Confuser) else None
+
     def _part(self, name: str, look: Callable[[], Finding | NotApplicable | None]) -> tuple[Finding, ...]:
         """One part's finding; none where it is not applicable, or stands down."""
-        found: Finding | NotApplicable | None = None
+        found = self._contained(name, look)
+        if isinstance(found, NotApplicable):
+            # Neighbours were asked for; head or body is looked at by itself.
+            level = logging.WARNING if name == "neighbors" else logging.INFO
+            logger.log(level, "vocabguard: no %s: %s", name, found.reason)
+            self._down.add(name)
+        return (found,) if isinstance(found, Finding) else ()
+
+    def _contained(self, name: str, look: Callable[[], T]) -> T | None:
+        """What a part finds; None where it fails on any process, from then on."""
+        found: T | None = None
         failed = name in self._down
         if not failed:
             try:
@@ -263,13 +308,8 @@ class Evaluations:
                 )
         if bool(collective.any_of(torch.tensor(failed))):
             self._down.add(name)
-            return ()
-        if isinstance(found, NotApplicable):
-            # Neighbours were asked for; head or body is looked at by itself.
-            level = logging.WARNING if name == "neighbors" else logging.INFO
-            logger.log(level, "vocabguard: no %s: %s", name, found.reason)
-            self._down.add(name)
-        return (found,) if isinstance(found, Finding) else ()
+            return None
+        return found
 
 
 def _beside(

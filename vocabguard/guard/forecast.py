@@ -24,11 +24,9 @@ from vocabguard.vocabulary.table import fit_rows
 logger = logging.getLogger("vocabguard")
 
 FITTED_WIDTH = 256
-"""Widest rows for which the forecast speaks. It was fitted on fine-tunes of one model, of width 128. On SmolLM2 135M (576)
-and Gemma 3 270M (640) it said that 13 to 63 % of the rows would end below 0.95, and at most 0.1 % did."""
-_WIDE = (
-    "the forecast was fitted on a small model; for rows of width {}, over 256, its ranges are not measured, so it says nothing"
-)
+"""Widest rows for which the forecast speaks. It was fitted on fine-tunes of one model, of width 128. On SmolLM2 135M
+(576) and Gemma 3 270M (640) it said that 13 to 63 % of the rows would end below 0.95, and at most 0.1 % did."""
+_WIDE = "the forecast was fitted on a small model; rows of width {} are wider than 256, where its ranges do not hold"
 _NO_TOTAL = NotApplicable("the forecast needs the planned number of optimizer steps")
 _NO_PLAN = NotApplicable("the forecast needs the learning rates to come: no schedule is known, or it was left")
 _NO_COUNTS = NotApplicable("the forecast needs counts of targets")
@@ -136,9 +134,6 @@ class Forecaster:
             return drift
         if isinstance(exposure, NotApplicable):
             return _NO_COUNTS
-        width = self.watched.baseline_of("head").width
-        if width > FITTED_WIDTH:
-            return NotApplicable(_WIDE.format(width))
         known = self._schedule(step)
         if isinstance(known, NotApplicable):
             return known
@@ -155,7 +150,9 @@ class Forecaster:
         return forecast_running(rows, known_from, asked, known, drift.norm_ratio.numpy())
 
     def _schedule(self, step: int) -> Schedule | NotApplicable:
-        meter, nature = self.meter, self.nature
+        meter, nature, width = self.meter, self.nature, self.watched.baseline_of("head").width
+        if width > FITTED_WIDTH:
+            return NotApplicable(_WIDE.format(width))
         if self.total is None:
             return _NO_TOTAL
         if meter is None:

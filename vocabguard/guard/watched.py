@@ -56,6 +56,11 @@ class Watched:
         head = self.matrices["head"]
         return head if isinstance(head, VocabMatrix) and head.adapter is None else None
 
+    @property
+    def sharded(self) -> bool:
+        """Whether rows are spread over processes."""
+        return any(isinstance(one, VocabMatrix) and one.shard is not None for one in self.matrices.values())
+
     def baseline_of(self, name: MatrixName) -> Baseline:
         """The rows before; those of a pair that was tied at the start are kept once, as the head's."""
         return self.baselines[name] if name in self.baselines else self.baselines["head"]
