@@ -373,7 +373,8 @@ def _data(about: About) -> str:
         names = [name for name, share in scene.worst(f"{key}/*/below_0.95").items() if share > 0]
     unasked = sum(scene.unasked.get(name, 0) for name in names)
     rows = sum(scene.rows.get(name, 0) for name in names)
-    if not unasked:
+    # Before the first targets are counted every token has none, which says nothing of the data.
+    if not unasked or (not scene.targets and about.change.step == 0):
         return ""
     return f"add data that contains {joined(names)} tokens: {unasked:,} of {rows:,} have never been a target."
 
