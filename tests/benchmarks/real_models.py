@@ -113,9 +113,9 @@ def verdicts(path: Path, keeper: Judge, percent: int) -> dict[str, Any]:
     parts = {"all": torch.ones_like(classes, dtype=torch.bool)}
     parts |= {name: classes == index for index, name in enumerate(EXPOSURE_CLASSES)}
     first = base["said"], base["nats"]
-    found = {name: vars(judge(first, (now["said"], now["nats"]), mask)) for name, mask in parts.items()}
-    found[NOISE] = vars(judge(first, (again["said"], again["nats"]), parts["all"]))
-    return found
+    judged = {name: judge(first, (now["said"], now["nats"]), mask) for name, mask in parts.items()}
+    judged[NOISE] = judge(first, (again["said"], again["nats"]), parts["all"])
+    return {name: vars(one) | {"lost_interval": wilson(one.lost, one.known)} for name, one in judged.items()}
 
 
 def alerts_of(path: Path) -> list[dict[str, Any]]:

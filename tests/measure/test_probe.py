@@ -370,8 +370,10 @@ def test_the_contexts_that_a_model_follows_are_chosen() -> None:
     assert found.shares["heard"] > 0.7
     assert found.shares["deaf"] < 0.3
     assert found.contexts[0].name == "heard"
-    assert choose_contexts({"a": 0.1, "b": 0.9, "c": 0.85, "d": 0.82, "e": 0.8}, asks=3) == ("b", "c", "d")
-    assert choose_contexts({"a": 0.0, "b": 0.0}, asks=2) == ("a", "b")
+    lengths = dict(zip("abcde", (5.0, 4.0, 3.0, 2.0, 1.0), strict=True))
+    shares = {"a": 0.1, "b": 0.9, "c": 0.89, "d": 0.82, "e": 0.8}
+    assert choose_contexts(shares, lengths, asks=3) == ("c", "b", "d"), "the shorter one first of two alike"
+    assert choose_contexts({"a": 0.0, "b": 0.0}, lengths, asks=2) == ("b", "a")
     assert [one.name for one in asked_in(pool, 5)] == ["deaf", "heard", "long", "deaf 2", "heard 2"]
 
 

@@ -229,20 +229,24 @@ def probe_lists(count: int, context: PromptContext, seed: int) -> Tensor:
     return torch.cat([order, order[: -count % k]]).view(-1, k)
 
 
-def choose_contexts(shares: Mapping[str, float], asks: int) -> tuple[str, ...]:
-    """Names of the contexts that a model follows best, best first.
+def choose_contexts(shares: Mapping[str, float], lengths: Mapping[str, float], asks: int) -> tuple[str, ...]:
+    """Names of the contexts that a model follows best: the shorter ones of those that it follows about alike.
 
     Args:
         shares: of some tokens, the share in [0, 1] that the model repeats in each context.
+        lengths: tokens of a prompt for each token that it asks for.
         asks: at most so many; fewer where others are followed by less than nine tenths of the best one's share.
 
     Example:
-        >>> choose_contexts({"list": 0.5, "lines": 0.94, "items": 0.95, "turns": 0.9}, asks=4)
-        ('items', 'lines', 'turns')
+        >>> shares = {"list": 0.5, "lines": 0.94, "items": 0.95, "turns": 0.88, "long": 0.96}
+        >>> lengths = {"list": 2.0, "lines": 4.1, "items": 4.6, "turns": 5.4, "long": 8.4}
+        >>> choose_contexts(shares, lengths, asks=4)
+        ('lines', 'items', 'long', 'turns')
     """
     best = max(shares.values())
-    ranked = sorted(shares, key=lambda name: (-shares[name], name))
-    return tuple(name for name in ranked[:asks] if shares[name] >= 0.9 * best)
+    alike = sorted((name for name in shares if shares[name] >= 0.95 * best), key=lambda name: (lengths[name], name))
+    others = sorted((name for name in shares if name not in alike), key=lambda name: (-shares[name], name))
+    return tuple(name for name in (*alike, *others)[:asks] if shares[name] >= 0.9 * best)
 
 
 @dataclass(frozen=True)
@@ -290,7 +294,7 @@ def choose_asks(
     found = probe(model, ids, fitting, seed=seed, batch_tokens=batch_tokens)
     seconds = (time.perf_counter() - began) / (len(ids) * sum(map(prompt_length, fitting)))
     shares = dict(zip(found.contexts, found.emitted.float().mean(0).tolist(), strict=True))
-    names = choose_contexts(shares, asks)
+    names = choose_contexts(shares, {context.name: prompt_length(context) for context in fitting}, asks)
     chosen = [context for name in names for context in fitting if context.name == name]
     return Asks(asked_in(chosen, asks), shares, seconds)
 
