@@ -73,6 +73,9 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
         said.append(f"Never trained at the base: {listed(names, found['untrained']['count'])}.")
     if found["judged"]:
         said.append(f"Residual: without the mean displacement of the {found['residual_over']}.")
+    said.append(
+        "Rows only: the body, and what the model can say, were not measured; `vocabguard explain` asks the models."
+    )
     return said
 
 
@@ -82,7 +85,7 @@ def _matrix(found: Mapping[str, Any], name: str) -> list[RenderableType]:
     if "not_applicable" in numbers:
         return [] if found["judged"] is None else [title, Text(f"not applicable: {numbers['not_applicable']}")]
     if numbers.get("cosine_min", 0.0) >= _UNMOVED:
-        return [title, Text("every live row is where it was (cosine above 0.9999)")]
+        return [title, Text("every live row is where it was (cosine above 0.9999); the body was not measured")]
     counts = found["tokens"]["groups"]
     table = Grid([
         Column("", words=True), Column("tokens", spare=3), Column("mean"), Column("min", spare=1),
