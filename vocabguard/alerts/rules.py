@@ -19,13 +19,14 @@ STATES = "alerts/"
 ANY = "*"
 """In the place of a part: each script group, or each language."""
 
-_COSINE, _SHARE, _COUNT = (-1.0, 1.0), (0.0, 1.0), (0.0, math.inf)
+_COSINE, _SHARE, _COUNT, _NATS = (-1.0, 1.0), (0.0, 1.0), (0.0, math.inf), (-math.inf, math.inf)
 _MATRICES = ("head", "embedding")
 _OF_ROWS = {
     **dict.fromkeys(("cosine_mean", "cosine_min", "cosine_p01", "residual_p01"), _COSINE),
     **dict.fromkeys(("below_0.95", "below_0.90"), _SHARE),
     **dict.fromkeys(("nonfinite_rows", "zero_rows"), _COUNT),
 }
+_OF_REFERENCE = {**dict.fromkeys(("nll_rise", "nll_rise_low", "nll_rise_high"), _NATS), "targets": _COUNT}
 _OF_FORECAST = {"below_0.95": _SHARE, "rows": _COUNT}
 _OF_ANSWERS = ("latin", "line_pass", "word_pass")
 _SINGLE = {
@@ -34,6 +35,8 @@ _SINGLE = {
     "forecast/cosine_mean": _COSINE,
     **{f"probe/{name}": _SHARE for name in ("retained", "watch", "probability_mean")},
     **{f"confusion/{name}": _SHARE for name in ("foreign", "line_pass", "word_pass")},
+    **dict.fromkeys(("reference/nll", "reference/targets"), _COUNT),
+    **{f"reference/{name}{end}": _NATS for name in ("nll_rise", "rare_rise") for end in ("", "_low", "_high")},
     **dict.fromkeys((FIRING, "loss/data", "loss/echo", "echo/dose", "echo/targets_per_live_token"), _COUNT),
     **dict.fromkeys(("overhead", "hold/share"), _SHARE),
 }
@@ -66,6 +69,8 @@ def metric_range(metric: str) -> tuple[float, float]:
     | ``exposure/`` ``never``, ``1-4``, ``5-19``, ``20+``, ``push_share`` | [0, 1] |
     | ``exposure/targets`` | [0, inf) |
     | ``probe/`` ``retained``, ``watch``, ``probability_mean``, ``<part>/retained`` | [0, 1] |
+    | ``reference/nll``, ``reference/targets``, ``reference/<part>/targets`` | [0, inf) |
+    | ``reference/`` ``nll_rise``, ``rare_rise``, ``<part>/nll_rise``, the same with ``_low`` or ``_high`` | any number |
     | ``confusion/`` ``foreign``, ``line_pass``, ``word_pass``, ``<language>`` (at evaluations) | [0, 1] |
     | ``confusion/<language>/`` ``latin``, ``line_pass``, ``word_pass`` (at evaluations) | [0, 1] |
     | ``overhead``, ``hold/share`` | [0, 1] |
@@ -91,6 +96,8 @@ def metric_range(metric: str) -> tuple[float, float]:
             return _OF_FORECAST[last]
         if owner == "probe" and last == "retained":
             return _SHARE
+        if owner == "reference" and last in _OF_REFERENCE:
+            return _OF_REFERENCE[last]
         if owner == "confusion" and ((not part and _is_language(last)) or (part and last in _OF_ANSWERS)):
             return _SHARE
     raise ValueError(f"metric is {metric!r}, which is never logged{_nearest(key, _known_keys(owner, part))}")
@@ -164,6 +171,7 @@ def _known_keys(owner: str, part: str) -> list[str]:
     if owner == "confusion":
         keys += [f"confusion/{inner}{last}" for last in (_OF_ANSWERS if part else LANGUAGES)]
     if part:
+        keys += [f"reference/{part}/{last}" for last in _OF_REFERENCE]
         keys += [f"probe/{part}/retained", *_known_keys("", "")]
         return keys
     return [*keys, *_SINGLE]

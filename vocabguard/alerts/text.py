@@ -146,7 +146,9 @@ def _number(limit: float) -> str:
 
 
 Switch = Literal["on", "armed", "absent"]
-Kind = Literal["degraded", "at risk", "turned", "broken", "asked", "targets", "forgotten", "confused", "other"]
+Kind = Literal[
+    "degraded", "at risk", "turned", "broken", "asked", "targets", "forgotten", "confused", "rare loss", "other"
+]
 
 NAMED = 4
 """Parts that a sentence names; more are counted."""
@@ -293,6 +295,7 @@ def joined(names: Sequence[str], total: int | None = None) -> str:
 def _kind(owner: str, last: str) -> Kind:
     kinds: tuple[tuple[Kind, bool], ...] = (
         ("confused", owner == "confusion"),
+        ("rare loss", owner == "reference" and last.startswith("rare_rise")),
         ("forgotten", owner == "probe" and last in ("retained", "watch")),
         ("asked", owner == "exposure" and last in EXPOSURE_CLASSES),
         ("targets", owner == "exposure" and last == "targets"),
@@ -304,6 +307,7 @@ def _kind(owner: str, last: str) -> Kind:
     return next((kind for kind, here in kinds if here), "other")
 
 
+_RATE = "or lower the learning rate, or train with LoRA: both change the body of the model less."
 ECHO_TARGETS = 1.45
 """Echo targets a live token of the preset ``protect``."""
 
@@ -326,6 +330,8 @@ def advice_of(about: About) -> tuple[str, ...]:
         return (f"see in confusion.jsonl which scripts get in, and clean the data{inside} of such mixtures.",)
     if about.kind == "other":
         return ()
+    if about.kind == "rare loss":
+        return tuple(filter(None, (_echo(about), _RATE, _data(about))))
     return tuple(filter(None, (_echo(about), _hold(about), _data(about))))
 
 
@@ -358,7 +364,9 @@ def _hold(about: About) -> str:
 def _data(about: About) -> str:
     scene = about.scene
     names = [name for name in about.parts if name in scene.rows and name not in EXPOSURE_CLASSES]
-    if not names and about.kind == "forgotten":
+    if not names and about.kind == "rare loss":
+        names = [name for name, rise in scene.worst("reference/*/nll_rise").items() if rise > 0]
+    elif not names and about.kind == "forgotten":
         names = [name for name, kept in scene.worst("probe/*/retained", lowest=True).items() if kept < 1]
     elif not names:
         key = "forecast" if about.kind == "at risk" else "head"
@@ -432,6 +440,19 @@ def _forgotten(about: About) -> str:
     return f"{share} of the {some} tokens{about.inside} that the base could repeat are forgotten."
 
 
+def _rare_loss(about: About) -> str:
+    rise, low, high = (about.scene.scalar(f"reference/rare_rise{end}") for end in ("", "_low", "_high"))
+    rare, frequent = (
+        sum(about.scene.scalars.get(f"{PREFIX}reference/{name}/targets", 0.0) for name in names)
+        for names in (EXPOSURE_CLASSES[:2], EXPOSURE_CLASSES[3:])
+    )
+    return (
+        "On the reference text, tokens seen fewer than 5 times as a training target became harder to predict than those "
+        f"seen 20 times or more: their mean loss rose by {number(rise, 2)} nats more (95 % interval over all checks so "
+        f"far: {number(low, 2)} to {number(high, 2)}; {rare:,.0f} and {frequent:,.0f} targets)."
+    )
+
+
 def _confused(about: About) -> str:
     said = _ANSWERS.get(about.last, "of answers have letters of a script that is foreign to their language")
     inside = f", worst in {about.parts[0]}" if about.parts else ""
@@ -447,6 +468,7 @@ _WHAT: Mapping[Kind, Callable[[About], str]] = {
     "targets": _targets,
     "forgotten": _forgotten,
     "confused": _confused,
+    "rare loss": _rare_loss,
 }
 
 
@@ -469,6 +491,12 @@ def _where_forgotten(about: About) -> str:
     return f"Forgotten most in {joined(named)}." if named and (about.change.parts or not about.parts) else ""
 
 
+def _where_rare_loss(about: About) -> str:
+    risen = {name: value for name, value in about.scene.worst("reference/*/nll_rise").items() if value > 0}
+    named = [f"{name} {value:+.2f}" for name, value in risen.items()]
+    return f"Mean loss rose most in {joined(named)} nats." if named else ""
+
+
 def _where_confused(about: About) -> str:
     named = [f"{name} {percent(value)}" for name, value in about.values.items()]
     return f"In {joined(named)}." if about.change.parts else ""
@@ -480,6 +508,7 @@ _WHERE: Mapping[Kind, Callable[[About], str]] = {
     "turned": _where_turned,
     "forgotten": _where_forgotten,
     "confused": _where_confused,
+    "rare loss": _where_rare_loss,
 }
 
 

@@ -154,6 +154,7 @@ def default_rules() -> dict[str, RuleConfig]:
         "group_degraded": RuleConfig("head/*/below_0.95", ">", 0.1, resolve_at=0.08, min_rows=20, retell_steps=100),
         "tokens_forgotten": RuleConfig("probe/retained", "<", 0.95, resolve_at=0.97, level="critical"),
         "watched_forgotten": RuleConfig("probe/watch", "<", 1.0, level="critical"),
+        "rare_loss": RuleConfig("reference/rare_rise_low", ">", 0.4, resolve_at=0.3),
         "broken_rows": RuleConfig("head/nonfinite_rows", ">", 0.0, level="critical"),
         "no_targets": RuleConfig("exposure/targets", "unchanged"),
     }
@@ -328,6 +329,31 @@ class ProbeConfig:
 
 
 @dataclass
+class ReferenceConfig:
+    """Natural text that the model reads beside each probe: how likely are its tokens, now and at the base?
+
+    Sees the body of the model too, and needs no skill of repeating.
+
+    Attributes:
+        enabled: whether it is read.
+        texts: a file (plain text with a blank line between texts, or JSON lines with ``text``), or a list of texts;
+            null takes the packaged ``reference.txt``: everyday prose in 27 languages, and code.
+        max_tokens: target tokens at most; of more text, windows are taken evenly from all of it.
+        window: tokens that are read together. Less where the model takes fewer.
+        batch_tokens: tokens in one forward pass.
+        least_targets: target tokens below which an exposure class, a script group or the watch list counts as not
+            measured.
+    """
+
+    enabled: bool = True
+    texts: Any = None
+    max_tokens: int = limited(4096, at_least=1)
+    window: int = limited(128, at_least=4)
+    batch_tokens: int = limited(4096, at_least=1)
+    least_targets: int = limited(200, at_least=1)
+
+
+@dataclass
 class ConfusionConfig:
     """Answers to everyday questions in many languages, generated greedily at evaluations.
 
@@ -436,6 +462,7 @@ class GuardConfig:
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     untrained: UntrainedConfig = field(default_factory=UntrainedConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     confusion: ConfusionConfig = field(default_factory=ConfusionConfig)
     neighbors: NeighborsConfig = field(default_factory=NeighborsConfig)
     forecast: ForecastConfig = field(default_factory=ForecastConfig)

@@ -378,7 +378,7 @@ class VocabGuard:
         told = time.perf_counter() - began
         last = self.last
         self._cadence.record(
-            check=last.seconds - last.probe_seconds + told, probe=last.probe_seconds if last.probe else None
+            check=last.seconds - last.probe_seconds + told, probe=last.probe_seconds or None
         )
         if self._protection is not None:
             base = self._checker.prober.base if self._checker.prober else None
