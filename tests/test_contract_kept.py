@@ -22,7 +22,7 @@ from vocabguard import RunLog
 BEFORE = Path(__file__).parent / "data_before"
 
 ADDED: dict[str, tuple[str, ...]] = {
-    "settings": (),
+    "settings": ("default.reference.*", "default.alerts.rare_loss.*"),
     "signatures": (
         "__all__: VocabGuardError",
         "VocabGuardError.*",
@@ -41,10 +41,11 @@ ADDED: dict[str, tuple[str, ...]] = {
         "TokenDrift.kwargs",
         "TokenExposure.kwargs",
         "LanguageConfusion.kwargs",
+        "GuardConfig.reference",
     ),
     "commands": (),
     "command_line": (),
-    "run": (),
+    "run": ("keys: vocabguard/reference/*", "keys: vocabguard/alerts/rare_loss"),
 }
 """Patterns of what is new since, by part: names as the failing test prints them."""
 

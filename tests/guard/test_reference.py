@@ -14,7 +14,11 @@ from vocabguard import ConfigError, VocabGuard
 from vocabguard.config import ReferenceConfig
 from vocabguard.guard.reference import reference_texts, windows_of
 
-READS = {"probe": {"enabled": False}, "drift": {"every_n_steps": 1}, "preflight": {"enabled": False}}
+READS = {
+    "probe": {"enabled": False, "every_n_steps": 1},
+    "drift": {"every_n_steps": 1},
+    "preflight": {"enabled": False},
+}
 SMALL = {"max_tokens": 3000, "least_targets": 50}
 
 
@@ -41,7 +45,27 @@ def reference_of(guard: Any) -> dict[str, float]:
 def test_the_shipped_text_is_packaged_and_of_many_scripts(tokenizer: Any) -> None:
     texts = reference_texts(ReferenceConfig())
     whole = "\n".join(texts)
-    for mark in ("ß", "é", "ł", "ğ", "ế", "я", "ї", "λ", "ع", "ש", "ह", "ร", "の", "한", "春", "def ", "<td>", "SELECT", "\\begin"):
+    for mark in (
+        "ß",
+        "é",
+        "ł",
+        "ğ",
+        "ế",
+        "я",
+        "ї",
+        "λ",
+        "ع",
+        "ש",
+        "ह",
+        "ร",
+        "の",
+        "한",
+        "春",
+        "def ",
+        "<td>",
+        "SELECT",
+        "\\begin",
+    ):
         assert mark in whole, mark
     assert len(texts) == len(set(texts)) == 55
     ids = [token for text in texts for token in tokenizer.encode(text, add_special_tokens=False)]
@@ -124,8 +148,26 @@ def test_an_unchanged_model_rises_by_nothing_and_alarms_nobody(kit: Any, tokeniz
     assert {value for key, value in found.items() if "rise" in key} == {0.0}
     assert found["nll"] == at_base["nll"]
     assert {"rare_rise", "rare_rise_low", "never/nll_rise", "20+/nll_rise_high", "latin/nll_rise"} <= found.keys()
-    assert found["never/targets"] + found["1-4/targets"] + found["5-19/targets"] + found["20+/targets"] == found["targets"]
+    assert (
+        found["never/targets"] + found["1-4/targets"] + found["5-19/targets"] + found["20+/targets"] == found["targets"]
+    )
     assert "rare_loss" not in guard.last.firing
+
+
+def test_noise_in_the_weights_alarms_nobody(kit: Any, tokenizer: Any, english: Any) -> None:
+    """Of five looks at weights that differ by a thousandth, as by another rounding: no alert."""
+    model = base_model(kit)
+    guard = attached(kit, tokenizer, model, steps=9)
+    count(guard, english)
+    base = kit.copy_of(model)
+    for step in range(1, 6):
+        torch.manual_seed(step)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(base[name] * (1 + 1e-3 * torch.randn_like(parameter)))
+        guard.step(step)
+        assert abs(reference_of(guard)["rare_rise"]) < 0.02
+        assert "rare_loss" not in guard.last.firing
 
 
 def test_rare_tokens_that_are_lost_alarm_with_numbers(kit: Any, tokenizer: Any, english: Any, tmp_path: Path) -> None:
@@ -175,7 +217,9 @@ def test_a_resumed_run_is_held_against_the_same_base(kit: Any, tokenizer: Any, e
         whole.step(step)
     torch.save(whole.state_dict(), tmp_path / "state.pt")
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
-    resumed = VocabGuard(tokenizer=tokenizer, reference=SMALL | {"texts": ["Other texts now."] * 9}, **READS, **kit.QUIET)
+    resumed = VocabGuard(
+        tokenizer=tokenizer, reference=SMALL | {"texts": ["Other texts now."] * 9}, **READS, **kit.QUIET
+    )
     resumed.attach(model, total_steps=3, resumed=saved, run_dir=tmp_path / "run")
     damage(model, 3)
     for guard in (whole, resumed):
@@ -209,7 +253,8 @@ def test_what_is_off_or_cannot_be_read_is_left_out(kit: Any, tokenizer: Any) -> 
 def test_the_watch_list_is_a_part(kit: Any, tokenizer: Any) -> None:
     model = base_model(kit)
     guard = VocabGuard(
-        tokenizer=tokenizer, reference={"texts": ["You know what you did when you said you would."] * 6, "least_targets": 6},
+        tokenizer=tokenizer,
+        reference={"texts": ["You know what you did when you said you would."] * 6, "least_targets": 6},
         probe={"sample": 8, "watch": [" you"], "contexts": {"list": {"k": 4}}}, drift={"every_n_steps": 1}, **kit.QUIET,
     )  # fmt: skip
     guard.attach(model, total_steps=1)

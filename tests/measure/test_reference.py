@@ -68,7 +68,7 @@ def test_windows_without_room_or_target_are_refused() -> None:
         cut_windows([[5], []], window=8, max_tokens=9)
 
 
-# -- likelihoods ---------------------------------------------------------------------------------------------------------
+# -- likelihoods -------------------------------------------------------------------------------------------------------
 
 
 def naive_nll(model: Any, windows: Windows) -> Tensor:
@@ -133,7 +133,9 @@ def test_the_interval_is_that_of_residuals_summed_by_window() -> None:
     clusters = [row for row in values if row]
     square = sum(sum(value - mean for value in row) ** 2 for row in clusters) * len(clusters) / (len(clusters) - 1)
     assert found.mean == pytest.approx(mean)
-    assert (found.high - found.low) / 2 == pytest.approx(math.sqrt(square) / total, rel=0.05), "Student's t: a bit wider"
+    assert (found.high - found.low) / 2 == pytest.approx(math.sqrt(square) / total, rel=0.05), (
+        "Student's t: a bit wider"
+    )
     assert (found.high - found.low) / 2 > math.sqrt(square) / total
 
 
@@ -200,7 +202,9 @@ def test_readings_of_other_windows_are_refused(windows: Windows) -> None:
 def base(tokenizer: Any) -> Any:
     """The example's base model, the shipped text, and its reading; tokens of the English paragraphs count as seen."""
     loaded = AutoModelForCausalLM.from_pretrained(ASSETS).float().eval()
-    texts = [tokenizer.encode(text, add_special_tokens=False) for text in TEXT.read_text(encoding="utf-8").split("\n\n")]
+    texts = [
+        tokenizer.encode(text, add_special_tokens=False) for text in TEXT.read_text(encoding="utf-8").split("\n\n")
+    ]
     windows = cut_windows(texts, window=128, max_tokens=3000)
     english = torch.tensor([token for text in texts[:14] for token in text])
     counts = torch.bincount(english, minlength=8192) * 20

@@ -70,7 +70,7 @@ def metric_range(metric: str) -> tuple[float, float]:
     | ``exposure/targets`` | [0, inf) |
     | ``probe/`` ``retained``, ``watch``, ``probability_mean``, ``<part>/retained`` | [0, 1] |
     | ``reference/nll``, ``reference/targets``, ``reference/<part>/targets`` | [0, inf) |
-    | ``reference/`` ``nll_rise``, ``rare_rise``, ``<part>/nll_rise``, the same with ``_low`` or ``_high`` | any number |
+    | ``reference/`` ``nll_rise``, ``rare_rise``, ``<part>/nll_rise``, also with ``_low``, ``_high`` | any number |
     | ``confusion/`` ``foreign``, ``line_pass``, ``word_pass``, ``<language>`` (at evaluations) | [0, 1] |
     | ``confusion/<language>/`` ``latin``, ``line_pass``, ``word_pass`` (at evaluations) | [0, 1] |
     | ``overhead``, ``hold/share`` | [0, 1] |

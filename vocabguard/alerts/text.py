@@ -447,9 +447,9 @@ def _rare_loss(about: About) -> str:
         for names in (EXPOSURE_CLASSES[:2], EXPOSURE_CLASSES[3:])
     )
     return (
-        "On the reference text, tokens seen fewer than 5 times as a training target became harder to predict than those "
-        f"seen 20 times or more: their mean loss rose by {number(rise, 2)} nats more (95 % interval over all checks so "
-        f"far: {number(low, 2)} to {number(high, 2)}; {rare:,.0f} and {frequent:,.0f} targets)."
+        "On the reference text, tokens seen fewer than 5 times as a training target became harder to predict than "
+        f"those seen 20 times or more: their mean loss rose by {number(rise, 2)} nats more (95 % interval over all "
+        f"checks so far: {number(low, 2)} to {number(high, 2)}; {rare:,.0f} and {frequent:,.0f} targets)."
     )
 
 

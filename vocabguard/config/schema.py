@@ -337,7 +337,8 @@ class ReferenceConfig:
     Attributes:
         enabled: whether it is read.
         texts: a file (plain text with a blank line between texts, or JSON lines with ``text``), or a list of texts;
-            null takes the packaged ``reference.txt``: everyday prose in 27 languages, and code.
+            null takes the packaged ``reference.txt``: everyday prose in 27 languages, and code, written for this
+            project and under its licence.
         max_tokens: target tokens at most; of more text, windows are taken evenly from all of it.
         window: tokens that are read together. Less where the model takes fewer.
         batch_tokens: tokens in one forward pass.

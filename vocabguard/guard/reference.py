@@ -153,9 +153,7 @@ class Reader:
         self.base, self.looks = state["base"], state["looks"]
 
 
-def choose_reader(
-    model: nn.Module, config: GuardConfig, tokenizer: Any, watched: Tensor
-) -> Reader | NotApplicable:
+def choose_reader(model: nn.Module, config: GuardConfig, tokenizer: Any, watched: Tensor) -> Reader | NotApplicable:
     """What reads the reference text that a configuration asks for, or why nothing does.
 
     Args:

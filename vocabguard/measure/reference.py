@@ -138,10 +138,10 @@ def _batches(model: nn.Module, windows: Windows, batch_tokens: int) -> Iterator[
     """(rows, length) of windows of about one length, as many as fit."""
     size = _vocabulary_size(model)
     rounded = (-(-windows.lengths // _LENGTHS_APART) * _LENGTHS_APART).clamp(max=windows.ids.shape[1])
-    for length in rounded.unique().tolist():
+    for length in torch.unique(rounded).tolist():
         rows = (rounded == length).nonzero().flatten()
         most = max(1, min(batch_tokens // length, _LOGITS_AT_ONCE // (length * size)))
-        yield from ((part, length) for part in rows.split(most))
+        yield from ((part, length) for part in torch.split(rows, most))
 
 
 def _vocabulary_size(model: nn.Module) -> int:
@@ -167,7 +167,7 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     places = max(1, _LOGITS_IN_FLOAT // flat.shape[1])
     parts = [
         nn.functional.cross_entropy(some.float(), wanted, reduction="none")
-        for some, wanted in zip(flat.split(places), ids.split(places), strict=True)
+        for some, wanted in zip(torch.split(flat, places), torch.split(ids, places), strict=True)
     ]
     return torch.cat(parts).view(targets.shape).cpu()
 
