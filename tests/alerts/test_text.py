@@ -140,8 +140,8 @@ def test_a_loss_of_rare_tokens_is_told_with_its_interval_and_its_size():
     story = alert_story(change("reference/rare_rise_low", 0.81), scene)
     assert story.what == (
         "On the reference text, tokens seen fewer than 5 times as a training target became harder to predict than "
-        "those seen 20 times or more: their mean loss rose by 1.14 nats more (95 % interval over all checks so far: 0.81 to "
-        "1.46; 5,285 and 665 targets)."
+        "those seen 20 times or more: their mean loss rose by 1.14 nats more (95 % interval over all checks so far: "
+        "0.81 to 1.46; 5,285 and 665 targets)."
     )
     assert story.where == "Mean loss rose most in ja +2.50, latin +0.40 nats."
     assert (story.rows, story.share, story.outlook) == (None, None, "")

@@ -244,10 +244,12 @@ def test_a_state_without_a_reading_begins_here_and_says_so(
     assert reference_of(guard).keys() == {"nll", "targets"}
 
 
-def test_what_is_off_or_cannot_be_read_is_left_out(kit: Any, tokenizer: Any) -> None:
-    without = VocabGuard(**READS, **kit.QUIET)
-    without.attach(kit.llama(kit.TOKENIZER_ROWS))
-    assert reference_of(without) == {}
+def test_what_cannot_be_read_is_left_out(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
+    for texts, said in ((None, False), (["One text."], True)):
+        guard = VocabGuard(reference={"texts": texts}, **READS, **kit.QUIET)
+        guard.attach(kit.llama())
+        assert reference_of(guard) == {}
+        assert ("reference.texts are not read: the reference text needs a tokenizer" in caplog.text) == said
 
 
 def test_the_watch_list_is_a_part(kit: Any, tokenizer: Any) -> None:

@@ -165,9 +165,10 @@ def choose_reader(model: nn.Module, config: GuardConfig, tokenizer: Any, watched
     wanted = config.reference
     if not wanted.enabled:
         return NotApplicable("the reference text is off")
-    if tokenizer is None:
-        return NotApplicable("the reference text needs a tokenizer")
-    if (reason := probe_applicable(model)) is not None:
+    reason = NotApplicable("the reference text needs a tokenizer") if tokenizer is None else probe_applicable(model)
+    if reason is not None:
+        if wanted.texts is not None:
+            logger.warning("vocabguard: reference.texts are not read: %s", reason.reason)
         return reason
     windows = windows_of(model, tokenizer, reference_texts(wanted), wanted)
     # All processes read what rank 0 has found: a file may differ between machines.
