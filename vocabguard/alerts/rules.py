@@ -37,6 +37,8 @@ _SINGLE = {
     **{f"confusion/{name}": _SHARE for name in ("foreign", "line_pass", "word_pass")},
     **dict.fromkeys(("reference/nll", "reference/targets"), _COUNT),
     **{f"reference/{name}{end}": _NATS for name in ("nll_rise", "rare_rise") for end in ("", "_low", "_high")},
+    **{f"reference/watch/{name}": known for name, known in _OF_REFERENCE.items()},
+    **dict.fromkeys(("reference/rare/targets", "reference/frequent/targets"), _COUNT),
     **dict.fromkeys((FIRING, "loss/data", "loss/echo", "echo/dose", "echo/targets_per_live_token"), _COUNT),
     **dict.fromkeys(("overhead", "hold/share"), _SHARE),
 }
@@ -69,7 +71,7 @@ def metric_range(metric: str) -> tuple[float, float]:
     | ``exposure/`` ``never``, ``1-4``, ``5-19``, ``20+``, ``push_share`` | [0, 1] |
     | ``exposure/targets`` | [0, inf) |
     | ``probe/`` ``retained``, ``watch``, ``probability_mean``, ``<part>/retained`` | [0, 1] |
-    | ``reference/nll``, ``reference/targets``, ``reference/<part>/targets`` | [0, inf) |
+    | ``reference/`` ``nll``, ``targets``, ``rare/targets``, ``frequent/targets``, ``<part>/targets`` | [0, inf) |
     | ``reference/`` ``nll_rise``, ``rare_rise``, ``<part>/nll_rise``, also with ``_low``, ``_high`` | any number |
     | ``confusion/`` ``foreign``, ``line_pass``, ``word_pass``, ``<language>`` (at evaluations) | [0, 1] |
     | ``confusion/<language>/`` ``latin``, ``line_pass``, ``word_pass`` (at evaluations) | [0, 1] |
@@ -121,7 +123,7 @@ def part_of(metric: str) -> str | None:
 def values_by_part(metric: str, scalars: Mapping[str, float]) -> dict[str, float]:
     """What was logged (without ``vocabguard/``) of each script group, or language, under a key with ``*``.
 
-    Exposure classes are no parts: their rows would count twice.
+    Exposure classes are no parts: their rows would count twice. Nor is the watch list.
 
     Example:
         >>> values_by_part("head/*/below_0.95", {"head/ja/below_0.95": 0.2, "head/below_0.95": 0.1})
@@ -131,6 +133,8 @@ def values_by_part(metric: str, scalars: Mapping[str, float]) -> dict[str, float
     languages = before == "confusion/"
     found = {}
     for key, value in scalars.items():
+        if key in _SINGLE:
+            continue
         if len(key) > len(before) + len(after) and key.startswith(before) and key.endswith(after):
             part = key[len(before) : len(key) - len(after)]
             if "/" not in part and (part in LANGUAGES if languages else part not in EXPOSURE_CLASSES):

@@ -307,7 +307,7 @@ def _kind(owner: str, last: str) -> Kind:
     return next((kind for kind, here in kinds if here), "other")
 
 
-_RATE = "or lower the learning rate, or train with LoRA: both change the body of the model less."
+_RATE = "lower the learning rate, or train with LoRA: both change the body of the model less."
 ECHO_TARGETS = 1.45
 """Echo targets a live token of the preset ``protect``."""
 
@@ -331,7 +331,7 @@ def advice_of(about: About) -> tuple[str, ...]:
     if about.kind == "other":
         return ()
     if about.kind == "rare loss":
-        return tuple(filter(None, (_echo(about), _RATE, _data(about))))
+        return tuple(filter(None, (_RATE, _echo(about), _data(about))))
     return tuple(filter(None, (_echo(about), _hold(about), _data(about))))
 
 
@@ -442,14 +442,11 @@ def _forgotten(about: About) -> str:
 
 def _rare_loss(about: About) -> str:
     rise, low, high = (about.scene.scalar(f"reference/rare_rise{end}") for end in ("", "_low", "_high"))
-    rare, frequent = (
-        sum(about.scene.scalars.get(f"{PREFIX}reference/{name}/targets", 0.0) for name in names)
-        for names in (EXPOSURE_CLASSES[:2], EXPOSURE_CLASSES[3:])
-    )
+    rare, frequent = (about.scene.scalar(f"reference/{name}/targets") for name in ("rare", "frequent"))
     return (
-        "On the reference text, tokens seen fewer than 5 times as a training target became harder to predict than "
-        f"those seen 20 times or more: their mean loss rose by {number(rise, 2)} nats more (95 % interval over all "
-        f"checks so far: {number(low, 2)} to {number(high, 2)}; {rare:,.0f} and {frequent:,.0f} targets)."
+        "Of the tokens that the base predicted in the reference text, those seen fewer than 5 times as a training "
+        f"target lost more than the others: their mean loss rose by {number(rise, 2)} nats more (95 % interval over "
+        f"all checks so far: {number(low, 2)} to {number(high, 2)}; {rare:,.0f} and {frequent:,.0f} targets)."
     )
 
 

@@ -28,8 +28,15 @@ LEAST_TARGETS = 200
 LEAST_WINDOWS = 5
 """Windows below which a part counts as not measured: an interval needs some to compare."""
 
-RARE, FREQUENT = ("never", "1-4"), ("20+",)
+RARE, FREQUENT = ("never", "1-4"), ("5-19", "20+")
 """Exposure classes that are held against each other."""
+
+PREDICTED = math.log(8)
+"""Negative log-likelihood up to which the base predicted a target: a chance of 1 in 8 or more.
+
+Of what the base did not predict nothing can be lost. There, a fine-tune's own vocabulary shifts the likelihoods of all
+other tokens, which says nothing about them.
+"""
 
 
 @dataclass(frozen=True)
@@ -246,7 +253,8 @@ def summarise_reference(
 
     Keys: ``nll``, mean of all targets now, in nats; ``nll_rise`` and ``<part>/nll_rise`` with ``_low`` and ``_high``,
     mean rise over the base; ``targets`` and ``<part>/targets``, how many that is the mean of; ``rare_rise`` with
-    ``_low`` and ``_high``, the rise of the parts `RARE` together less that of `FREQUENT`. A part of fewer than `least`
+    ``_low`` and ``_high``, of the targets that the base predicted (`PREDICTED`) the rise of the parts `RARE` together
+    less that of `FREQUENT`; ``rare/targets`` and ``frequent/targets``, how many those are. A part of fewer than `least`
     targets, or in fewer than `LEAST_WINDOWS` windows, is not measured: only its ``targets`` are there.
 
     Args:
@@ -278,7 +286,10 @@ def summarise_reference(
         found[f"{inner}targets"] = float(mask.sum())
         if _enough(mask, least):
             found |= _named(f"{inner}nll_rise", paired_rise(rise, mask, z=z))
-    rare, frequent = (_together(masks, names, measured) for names in (RARE, FREQUENT))
+    predicted = measured & (base <= PREDICTED)
+    rare, frequent = (predicted & _together(masks, names, measured) for names in (RARE, FREQUENT))
+    if masks.keys() >= {*RARE, *FREQUENT}:
+        found |= {"rare/targets": float(rare.sum()), "frequent/targets": float(frequent.sum())}
     if _enough(rare, least) and _enough(frequent, least):
         found |= _named("rare_rise", paired_rise(rise, rare, frequent, z=z))
     return found
