@@ -61,6 +61,16 @@ def test_of_too_much_text_windows_come_from_all_of_it() -> None:
     assert windows.ids[:, 0].tolist() == list(range(0, 100, 5))
 
 
+@pytest.mark.parametrize("most", [1, 2, 7, 50, 333, 2000])
+def test_no_more_is_read_than_asked_for(most: int) -> None:
+    generator = torch.Generator().manual_seed(most)
+    lengths = torch.randint(2, 90, (40,), generator=generator).tolist()
+    for prefix in ([], [1]):
+        windows = cut_windows([[5] * length for length in lengths], window=32, max_tokens=most, prefix=prefix)
+        assert 0 < windows.measured.sum() <= most
+        assert windows.measured.sum() >= min(most, sum(lengths)) - 3 * 32
+
+
 def test_windows_without_room_or_target_are_refused() -> None:
     with pytest.raises(ValueError, match="window is 2; allowed: at least 3"):
         cut_windows([[5, 6]], window=2, max_tokens=9, prefix=[1, 2])

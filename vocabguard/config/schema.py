@@ -154,8 +154,8 @@ def default_rules() -> dict[str, RuleConfig]:
         "group_degraded": RuleConfig("head/*/below_0.95", ">", 0.1, resolve_at=0.08, min_rows=20, retell_steps=100),
         "tokens_forgotten": RuleConfig("probe/retained", "<", 0.95, resolve_at=0.97, level="critical"),
         "watched_forgotten": RuleConfig("probe/watch", "<", 1.0, level="critical"),
-        # On real models (tests/benchmarks/real/reference.json) the low end was 0.5 and more where fine-tunes at 1e-3 lost
-        # tokens, at most 0.3 with echo and hold, and below 0 at 1e-4 and with LoRA.
+        # SmolLM2 at 20, 50 and 100 % of its runs (tests/benchmarks/real/reference.json): 0.3 to 2.7 in fine-tunes at
+        # 1e-3 that lose tokens, -0.1 to 0.3 in the same with `protect`, 0 and less at 1e-4 and with LoRA.
         "rare_loss": RuleConfig("reference/rare_rise_low", ">", 0.4, resolve_at=0.3),
         "broken_rows": RuleConfig("head/nonfinite_rows", ">", 0.0, level="critical"),
         "no_targets": RuleConfig("exposure/targets", "unchanged"),

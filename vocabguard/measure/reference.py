@@ -95,10 +95,13 @@ def cut_windows(texts: Sequence[Sequence[int]], *, window: int, max_tokens: int,
 
 
 def _evenly(pieces: list[list[int]], most: int, first: int) -> list[list[int]]:
-    """As many pieces as hold `most` targets, at even distances; at least one."""
+    """Pieces at even distances, as many as hold at most `most` targets; of a single one, its beginning."""
     targets = sum(len(piece) - first for piece in pieces)
-    count = max(1, min(len(pieces), int(len(pieces) * most / targets)))
-    return [pieces[place * len(pieces) // count] for place in range(count)]
+    for count in range(min(len(pieces), len(pieces) * most // targets), 1, -1):
+        taken = [pieces[place * len(pieces) // count] for place in range(count)]
+        if sum(len(piece) - first for piece in taken) <= most:
+            return taken
+    return [pieces[0][: most + first]]
 
 
 @torch.no_grad()
