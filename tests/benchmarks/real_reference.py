@@ -114,7 +114,7 @@ class Reader:
             "recipe": path.parent.name, "arm": told["arm"], "seed": told["seed"], "percent": percent, "look": look,
             "loss": told["loss"], "base_nll": float(base.nanmean()), "fires": fires,
             "gone": round(gone, 4), "known": int(known.sum()),
-            "found": {name: round(value, 4) for name, value in found.items()},
+            "found": {name: round(value, 4) for name, value in found.items() if name.split("/")[0] not in table.names},
         }  # fmt: skip
 
 
