@@ -20,7 +20,7 @@ READS = {
     "drift": {"every_n_steps": 1},
     "preflight": {"enabled": False},
 }
-SMALL = {"max_tokens": 3000, "least_targets": 50}
+SMALL = {"enabled": True, "max_tokens": 3000, "least_targets": 50}
 """Of the shipped text the embedded base predicts next to nothing."""
 
 
@@ -96,7 +96,7 @@ def test_texts_of_ones_own(tmp_path: Path) -> None:
     ],
 )
 def test_texts_that_cannot_be_read_are_refused(kit: Any, tokenizer: Any, texts: Any, said: str) -> None:
-    guard = VocabGuard(tokenizer=tokenizer, reference={"texts": texts}, **READS, **kit.QUIET)
+    guard = VocabGuard(tokenizer=tokenizer, reference={"enabled": True, "texts": texts}, **READS, **kit.QUIET)
     with pytest.raises(ConfigError, match=f"^reference.texts:? {said}"):
         guard.attach(kit.llama(kit.TOKENIZER_ROWS))
 
@@ -221,7 +221,10 @@ def test_a_resumed_run_is_held_against_the_same_base(kit: Any, tokenizer: Any, e
     torch.save(whole.state_dict(), tmp_path / "state.pt")
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     resumed = VocabGuard(
-        tokenizer=tokenizer, reference={"texts": ["Other texts now."] * 9, "least_targets": 50}, **READS, **kit.QUIET
+        tokenizer=tokenizer,
+        reference={"enabled": True, "texts": ["Other texts now."] * 9, "least_targets": 50},
+        **READS,
+        **kit.QUIET,
     )
     resumed.attach(model, total_steps=3, resumed=saved, run_dir=tmp_path / "run")
     damage(model, 3)
@@ -247,9 +250,22 @@ def test_a_state_without_a_reading_begins_here_and_says_so(
     assert reference_of(guard).keys() == {"nll", "targets"}
 
 
+@pytest.mark.parametrize(
+    ("enabled", "probed", "reads"),
+    [(None, True, True), (None, False, False), (True, False, True), (False, True, False)],
+)
+def test_it_is_read_where_the_probe_is_on(kit: Any, tokenizer: Any, enabled: Any, probed: bool, reads: bool) -> None:
+    guard = VocabGuard(
+        tokenizer=tokenizer, reference={"enabled": enabled, "max_tokens": 99},
+        probe={"enabled": probed, "sample": 8, "contexts": {"list": {"k": 4}}}, **kit.QUIET,
+    )  # fmt: skip
+    guard.attach(kit.llama(kit.TOKENIZER_ROWS))
+    assert bool(reference_of(guard)) == reads
+
+
 def test_what_cannot_be_read_is_left_out(kit: Any, caplog: pytest.LogCaptureFixture) -> None:
     for texts, said in ((None, False), (["One text."], True)):
-        guard = VocabGuard(reference={"texts": texts}, **READS, **kit.QUIET)
+        guard = VocabGuard(reference={"enabled": True, "texts": texts}, **READS, **kit.QUIET)
         guard.attach(kit.llama())
         assert reference_of(guard) == {}
         assert ("reference.texts are not read: the reference text needs a tokenizer" in caplog.text) == said

@@ -130,7 +130,7 @@ class ProbeOptions(TypedDict, total=False):
 
 
 class ReferenceOptions(TypedDict, total=False):
-    enabled: bool
+    enabled: bool | None
     texts: str | Sequence[str] | None
     max_tokens: int
     window: int

@@ -155,7 +155,7 @@ def default_rules() -> dict[str, RuleConfig]:
         "tokens_forgotten": RuleConfig("probe/retained", "<", 0.95, resolve_at=0.97, level="critical"),
         "watched_forgotten": RuleConfig("probe/watch", "<", 1.0, level="critical"),
         # SmolLM2 at 20, 50 and 100 % of its runs (tests/benchmarks/real/reference.json): 0.3 to 2.7 in fine-tunes at
-        # 1e-3 that lose tokens, -0.1 to 0.3 in those with `protect` and a falling rate, 0 and less at 1e-4 and with LoRA.
+        # 1e-3 that lose tokens, -0.1 to 0.3 with `protect` and a falling rate, 0 and less at 1e-4 and with LoRA.
         "rare_loss": RuleConfig("reference/rare_rise_low", ">", 0.4, resolve_at=0.3),
         "broken_rows": RuleConfig("head/nonfinite_rows", ">", 0.0, level="critical"),
         "no_targets": RuleConfig("exposure/targets", "unchanged"),
@@ -337,7 +337,7 @@ class ReferenceConfig:
     Sees the body of the model too, and needs no skill of repeating.
 
     Attributes:
-        enabled: whether it is read.
+        enabled: whether it is read; null reads it where `probe.enabled`.
         texts: a file (plain text with a blank line between texts, or JSON lines with ``text``), or a list of texts;
             null takes the packaged ``reference.txt``: everyday prose in 27 languages, and code, written for this
             project and under its licence.
@@ -348,7 +348,7 @@ class ReferenceConfig:
             measured.
     """
 
-    enabled: bool = True
+    enabled: bool | None = None
     texts: Any = None
     max_tokens: int = limited(4096, at_least=1)
     window: int = limited(128, at_least=4)

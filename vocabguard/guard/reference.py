@@ -163,7 +163,7 @@ def choose_reader(model: nn.Module, config: GuardConfig, tokenizer: Any, watched
         ConfigError: for texts that cannot be read; see `reference_texts`.
     """
     wanted = config.reference
-    if not wanted.enabled:
+    if not (config.probe.enabled if wanted.enabled is None else wanted.enabled):
         return NotApplicable("the reference text is off")
     reason = NotApplicable("the reference text needs a tokenizer") if tokenizer is None else probe_applicable(model)
     if reason is not None:
