@@ -26,6 +26,8 @@ ADDED: dict[str, tuple[str, ...]] = {
         "default.probe.asks",
         "default.probe.contexts.*",
         "default.alerts.skill_lost.*",
+        "default.reference.*",
+        "default.alerts.rare_loss.*",
     ),
     "signatures": (
         "__all__: VocabGuardError",
@@ -45,10 +47,18 @@ ADDED: dict[str, tuple[str, ...]] = {
         "TokenDrift.kwargs",
         "TokenExposure.kwargs",
         "LanguageConfusion.kwargs",
+        "GuardConfig.reference",
     ),
     "commands": (),
     "command_line": ("json.explain *: tokens[[]]/emission/*/gone",),
-    "run": ("keys: vocabguard/probe/*", "keys: vocabguard/alerts/skill_lost", "*probe/known", "*/preflight/tokens"),
+    "run": (
+        "keys: vocabguard/reference/*",
+        "keys: vocabguard/alerts/rare_loss",
+        "keys: vocabguard/probe/*",
+        "keys: vocabguard/alerts/skill_lost",
+        "*probe/known",
+        "*/preflight/tokens",
+    ),
 }
 """Patterns of what is new since, by part: names as the failing test prints them."""
 

@@ -5,7 +5,7 @@ import pytest
 
 from vocabguard.alerts.rules import AlertRule, metric_range, require_parts
 
-COSINE, SHARE, COUNT = (-1.0, 1.0), (0.0, 1.0), (0.0, math.inf)
+COSINE, SHARE, COUNT, NATS = (-1.0, 1.0), (0.0, 1.0), (0.0, math.inf), (-math.inf, math.inf)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,13 @@ COSINE, SHARE, COUNT = (-1.0, 1.0), (0.0, 1.0), (0.0, math.inf)
         ("probe/never/retained", SHARE),
         ("probe/watch", SHARE),
         ("probe/probability_mean", SHARE),
+        ("reference/nll", COUNT),
+        ("reference/nll_rise_high", NATS),
+        ("reference/rare_rise_low", NATS),
+        ("reference/1-4/nll_rise", NATS),
+        ("reference/ja/nll_rise_low", NATS),
+        ("reference/watch/nll_rise", NATS),
+        ("reference/never/targets", COUNT),
         ("overhead", SHARE),
         ("vocabguard/alerts/firing", COUNT),
     ],
@@ -44,6 +51,8 @@ def test_every_logged_key_has_its_own_range(metric, expected):
         ("exposure/20", "exposure/20+"),
         ("probe/ja/watch", "probe/watch"),
         ("overheads", "overhead"),
+        ("reference/rare_rise_lo", "reference/rare_rise_low"),
+        ("reference/ja/nll_rises", "reference/ja/nll_rise"),
     ],
 )
 def test_a_typo_is_refused_with_the_closest_key(metric, close):

@@ -131,6 +131,27 @@ def test_other_kinds(metric, value, parts, what, where):
     assert (story.rows is None) == (not metric.startswith(("head/nonfinite", "exposure/never")))
 
 
+def test_a_loss_of_rare_tokens_is_told_with_its_interval_and_its_size():
+    scalars = {
+        "rare_rise": 1.138, "rare_rise_low": 0.81, "rare_rise_high": 1.462, "ja/nll_rise": 2.5, "ko/nll_rise": -0.2,
+        "latin/nll_rise": 0.4, "never/nll_rise": 3.0, "rare/targets": 1291.0, "frequent/targets": 363.0,
+    }  # fmt: skip
+    scene = dataclasses.replace(SCENE, scalars={f"vocabguard/reference/{key}": value for key, value in scalars.items()})
+    story = alert_story(change("reference/rare_rise_low", 0.81), scene)
+    assert story.what == (
+        "Of the tokens that the base predicted in the reference text, those seen fewer than 5 times as a training "
+        "target lost more than the others: their mean loss rose by 1.14 nats more (95 % interval over all checks so "
+        "far: 0.81 to 1.46; 1,291 and 363 targets)."
+    )
+    assert story.where == "Mean loss rose most in ja +2.50, latin +0.40 nats."
+    assert (story.rows, story.share, story.outlook) == (None, None, "")
+    assert story.advice == (
+        "lower the learning rate, or train with LoRA: both change the body of the model less.",
+        'echo and hold: config="protect" adds 2,900 targets over the run, 5.8 % of the data\'s own.',
+        "data with ja, latin: 560 of their 1,915 tokens have not been a target so far.",
+    )
+
+
 def test_what_to_do_where_it_is_not_about_drift():
     [broken] = alert_story(change("head/nonfinite_rows", 3.0), SCENE).advice
     assert "go on from a checkpoint before step 120" in broken

@@ -19,7 +19,7 @@ STATES = "alerts/"
 ANY = "*"
 """In the place of a part: each script group, or each language."""
 
-_COSINE, _SHARE, _COUNT, _ANY = (-1.0, 1.0), (0.0, 1.0), (0.0, math.inf), (-math.inf, math.inf)
+_COSINE, _SHARE, _COUNT, _NATS = (-1.0, 1.0), (0.0, 1.0), (0.0, math.inf), (-math.inf, math.inf)
 _BESIDE = (0.0, 2.0)
 PROBED = (
     "retained", "retained_low", "retained_high", "lost", "gained", "noise", "base", "skill", "skill_low", "skill_high",
@@ -32,6 +32,7 @@ _OF_ROWS = {
     **dict.fromkeys(("below_0.95", "below_0.90"), _SHARE),
     **dict.fromkeys(("nonfinite_rows", "zero_rows"), _COUNT),
 }
+_OF_REFERENCE = {**dict.fromkeys(("nll_rise", "nll_rise_low", "nll_rise_high"), _NATS), "targets": _COUNT}
 _OF_FORECAST = {"below_0.95": _SHARE, "rows": _COUNT}
 _OF_PROBE = {"retained": _SHARE, "known": _COUNT}
 _OF_ANSWERS = ("latin", "line_pass", "word_pass")
@@ -41,9 +42,13 @@ _SINGLE = {
     "forecast/cosine_mean": _COSINE,
     **{f"probe/{name}": _SHARE for name in PROBED},
     **{f"probe/{name}": _BESIDE for name in ("tokens_retained", "tokens_retained_low", "tokens_retained_high")},
-    **{f"probe/{name}": _ANY for name in ("nats", "nats_low", "nats_high")},
+    **{f"probe/{name}": _NATS for name in ("nats", "nats_low", "nats_high")},
     **{f"probe/{name}": _COUNT for name in ("asked", "known", "watch_known")},
     **{f"confusion/{name}": _SHARE for name in ("foreign", "line_pass", "word_pass")},
+    **dict.fromkeys(("reference/nll", "reference/targets"), _COUNT),
+    **{f"reference/{name}{end}": _NATS for name in ("nll_rise", "rare_rise") for end in ("", "_low", "_high")},
+    **{f"reference/watch/{name}": known for name, known in _OF_REFERENCE.items()},
+    **dict.fromkeys(("reference/rare/targets", "reference/frequent/targets"), _COUNT),
     **dict.fromkeys((FIRING, "loss/data", "loss/echo", "echo/dose", "echo/targets_per_live_token"), _COUNT),
     **dict.fromkeys(("overhead", "hold/share", "echo/copies"), _SHARE),
 }
@@ -82,6 +87,8 @@ def metric_range(metric: str) -> tuple[float, float]:
     | ``retained``, ``skill``, ``tokens_retained``, ``nats`` with ``_low``, ``_high``: ends of the interval | the same |
     | ``probe/`` ``asked``, ``known``, ``watch_known``, ``<part>/known`` | [0, inf) |
     | ``probe/<part>/retained`` | [0, 1] |
+    | ``reference/`` ``nll``, ``targets``, ``rare/targets``, ``frequent/targets``, ``<part>/targets`` | [0, inf) |
+    | ``reference/`` ``nll_rise``, ``rare_rise``, ``<part>/nll_rise``, also with ``_low``, ``_high`` | any number |
     | ``confusion/`` ``foreign``, ``line_pass``, ``word_pass``, ``<language>`` (at evaluations) | [0, 1] |
     | ``confusion/<language>/`` ``latin``, ``line_pass``, ``word_pass`` (at evaluations) | [0, 1] |
     | ``overhead``, ``hold/share``, ``echo/copies`` | [0, 1] |
@@ -107,6 +114,8 @@ def metric_range(metric: str) -> tuple[float, float]:
             return _OF_FORECAST[last]
         if owner == "probe" and last in _OF_PROBE:
             return _OF_PROBE[last]
+        if owner == "reference" and last in _OF_REFERENCE:
+            return _OF_REFERENCE[last]
         if owner == "confusion" and ((not part and _is_language(last)) or (part and last in _OF_ANSWERS)):
             return _SHARE
     raise ValueError(f"metric is {metric!r}, which is never logged{_nearest(key, _known_keys(owner, part))}")
@@ -130,7 +139,7 @@ def part_of(metric: str) -> str | None:
 def values_by_part(metric: str, scalars: Mapping[str, float]) -> dict[str, float]:
     """What was logged (without ``vocabguard/``) of each script group, or language, under a key with ``*``.
 
-    Exposure classes are no parts: their rows would count twice.
+    Exposure classes are no parts: their rows would count twice. Nor is the watch list.
 
     Example:
         >>> values_by_part("head/*/below_0.95", {"head/ja/below_0.95": 0.2, "head/below_0.95": 0.1})
@@ -140,6 +149,8 @@ def values_by_part(metric: str, scalars: Mapping[str, float]) -> dict[str, float
     languages = before == "confusion/"
     found = {}
     for key, value in scalars.items():
+        if key in _SINGLE:
+            continue
         if len(key) > len(before) + len(after) and key.startswith(before) and key.endswith(after):
             part = key[len(before) : len(key) - len(after)]
             if "/" not in part and (part in LANGUAGES if languages else part not in EXPOSURE_CLASSES):
@@ -180,6 +191,7 @@ def _known_keys(owner: str, part: str) -> list[str]:
     if owner == "confusion":
         keys += [f"confusion/{inner}{last}" for last in (_OF_ANSWERS if part else LANGUAGES)]
     if part:
+        keys += [f"reference/{part}/{last}" for last in _OF_REFERENCE]
         keys += [*(f"probe/{part}/{last}" for last in _OF_PROBE), *_known_keys("", "")]
         return keys
     return [*keys, *_SINGLE]

@@ -147,7 +147,8 @@ def _number(limit: float) -> str:
 
 Switch = Literal["on", "armed", "absent"]
 Kind = Literal[
-    "degraded", "at risk", "turned", "broken", "asked", "targets", "forgotten", "skill", "confused", "other"
+    "degraded", "at risk", "turned", "broken", "asked", "targets", "forgotten", "skill", "confused", "rare loss",
+    "other",
 ]  # fmt: skip
 
 NAMED = 4
@@ -295,6 +296,7 @@ def joined(names: Sequence[str], total: int | None = None) -> str:
 def _kind(owner: str, last: str) -> Kind:
     kinds: tuple[tuple[Kind, bool], ...] = (
         ("confused", owner == "confusion"),
+        ("rare loss", owner == "reference" and last.startswith("rare_rise")),
         ("forgotten", owner == "probe" and last.startswith(("retained", "lost", "tokens_retained", "watch"))),
         ("skill", owner == "probe" and last.startswith("skill")),
         ("asked", owner == "exposure" and last in EXPOSURE_CLASSES),
@@ -307,6 +309,7 @@ def _kind(owner: str, last: str) -> Kind:
     return next((kind for kind, here in kinds if here), "other")
 
 
+_RATE = "lower the learning rate, or train with LoRA: both change the body of the model less."
 ECHO_TARGETS = 1.45
 """Echo targets a live token of the preset ``protect``."""
 
@@ -334,7 +337,8 @@ def advice_of(about: About) -> tuple[str, ...]:
         )
     if about.kind == "other":
         return ()
-    return tuple(filter(None, (_echo(about), _hold(about), _data(about))))
+    first, hold = (_RATE, "") if about.kind == "rare loss" else ("", _hold(about))
+    return tuple(filter(None, (first, _echo(about), hold, _data(about))))
 
 
 def _echo(about: About) -> str:
@@ -366,7 +370,9 @@ def _hold(about: About) -> str:
 def _data(about: About) -> str:
     scene = about.scene
     names = [name for name in about.parts if name in scene.rows and name not in EXPOSURE_CLASSES]
-    if not names and about.kind == "forgotten":
+    if not names and about.kind == "rare loss":
+        names = [name for name, rise in scene.worst("reference/*/nll_rise").items() if rise > 0]
+    elif not names and about.kind == "forgotten":
         names = [name for name, kept in scene.worst("probe/*/retained", lowest=True).items() if kept < 1]
     elif not names:
         key = "forecast" if about.kind == "at risk" else "head"
@@ -462,6 +468,16 @@ def _skill(about: About) -> str:
     )
 
 
+def _rare_loss(about: About) -> str:
+    rise, low, high = (about.scene.scalar(f"reference/rare_rise{end}") for end in ("", "_low", "_high"))
+    rare, frequent = (about.scene.scalar(f"reference/{name}/targets") for name in ("rare", "frequent"))
+    return (
+        "Of the tokens that the base predicted in the reference text, those seen fewer than 5 times as a training "
+        f"target lost more than the others: their mean loss rose by {number(rise, 2)} nats more (95 % interval over "
+        f"all checks so far: {number(low, 2)} to {number(high, 2)}; {rare:,.0f} and {frequent:,.0f} targets)."
+    )
+
+
 def _confused(about: About) -> str:
     said = _ANSWERS.get(about.last, "of answers have letters of a script that is foreign to their language")
     inside = f", worst in {about.parts[0]}" if about.parts else ""
@@ -478,6 +494,7 @@ _WHAT: Mapping[Kind, Callable[[About], str]] = {
     "forgotten": _forgotten,
     "skill": _skill,
     "confused": _confused,
+    "rare loss": _rare_loss,
 }
 
 
@@ -500,6 +517,12 @@ def _where_forgotten(about: About) -> str:
     return f"Lost most in {joined(named)}." if named and (about.change.parts or not about.parts) else ""
 
 
+def _where_rare_loss(about: About) -> str:
+    risen = {name: value for name, value in about.scene.worst("reference/*/nll_rise").items() if value > 0}
+    named = [f"{name} {value:+.2f}" for name, value in risen.items()]
+    return f"Mean loss rose most in {joined(named)} nats." if named else ""
+
+
 def _where_confused(about: About) -> str:
     named = [f"{name} {percent(value)}" for name, value in about.values.items()]
     return f"In {joined(named)}." if about.change.parts else ""
@@ -511,6 +534,7 @@ _WHERE: Mapping[Kind, Callable[[About], str]] = {
     "turned": _where_turned,
     "forgotten": _where_forgotten,
     "confused": _where_confused,
+    "rare loss": _where_rare_loss,
 }
 
 

@@ -132,6 +132,15 @@ class ProbeOptions(TypedDict, total=False):
     head_or_body: bool
 
 
+class ReferenceOptions(TypedDict, total=False):
+    enabled: bool | None
+    texts: str | Sequence[str] | None
+    max_tokens: int
+    window: int
+    batch_tokens: int
+    least_targets: int
+
+
 class ConfusionOptions(TypedDict, total=False):
     enabled: bool
     prompts: str | None
@@ -177,6 +186,7 @@ class Options(TypedDict, total=False):
     preflight: PreflightOptions | schema.PreflightConfig
     untrained: UntrainedOptions | schema.UntrainedConfig
     probe: ProbeOptions | schema.ProbeConfig
+    reference: ReferenceOptions | schema.ReferenceConfig
     confusion: ConfusionOptions | schema.ConfusionConfig
     neighbors: NeighborsOptions | schema.NeighborsConfig
     forecast: ForecastOptions | schema.ForecastConfig

@@ -155,6 +155,9 @@ def default_rules() -> dict[str, RuleConfig]:
         "tokens_forgotten": RuleConfig("probe/tokens_retained_high", "<", 0.98, resolve_at=0.99, level="critical"),
         "skill_lost": RuleConfig("probe/skill_high", "<", 0.8, resolve_at=0.9),
         "watched_forgotten": RuleConfig("probe/watch", "<", 1.0, level="critical"),
+        # SmolLM2 at 20, 50 and 100 % of its runs (tests/benchmarks/real/reference.json): 0.3 to 2.7 in fine-tunes at
+        # 1e-3 that lose tokens, -0.1 to 0.3 with `protect` and a falling rate, 0 and less at 1e-4 and with LoRA.
+        "rare_loss": RuleConfig("reference/rare_rise_low", ">", 0.4, resolve_at=0.3),
         "broken_rows": RuleConfig("head/nonfinite_rows", ">", 0.0, level="critical"),
         "no_targets": RuleConfig("exposure/targets", "unchanged"),
     }
@@ -355,6 +358,32 @@ class ProbeConfig:
 
 
 @dataclass
+class ReferenceConfig:
+    """Natural text that the model reads beside each probe: how likely are its tokens, now and at the base?
+
+    Sees the body of the model too, and needs no skill of repeating.
+
+    Attributes:
+        enabled: whether it is read; null reads it where `probe.enabled`.
+        texts: a file (plain text with a blank line between texts, or JSON lines with ``text``), or a list of texts;
+            null takes the packaged ``reference.txt``: everyday prose in 27 languages, and code, written for this
+            project and under its licence.
+        max_tokens: target tokens at most; of more text, windows are taken evenly from all of it.
+        window: tokens that are read together. Less where the model takes fewer.
+        batch_tokens: tokens in one forward pass.
+        least_targets: target tokens below which an exposure class, a script group or the watch list counts as not
+            measured.
+    """
+
+    enabled: bool | None = None
+    texts: Any = None
+    max_tokens: int = limited(4096, at_least=1)
+    window: int = limited(128, at_least=4)
+    batch_tokens: int = limited(4096, at_least=1)
+    least_targets: int = limited(200, at_least=1)
+
+
+@dataclass
 class ConfusionConfig:
     """Answers to everyday questions in many languages, generated greedily at evaluations.
 
@@ -463,6 +492,7 @@ class GuardConfig:
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     untrained: UntrainedConfig = field(default_factory=UntrainedConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     confusion: ConfusionConfig = field(default_factory=ConfusionConfig)
     neighbors: NeighborsConfig = field(default_factory=NeighborsConfig)
     forecast: ForecastConfig = field(default_factory=ForecastConfig)

@@ -26,6 +26,7 @@ from vocabguard.guard.hold import Holder
 from vocabguard.guard.preflight import examples_of, own_copy, untouched_rng, wanted_preflight
 from vocabguard.guard.probe import Prober, choose_prober, watched_ids
 from vocabguard.guard.protection import Protection, needed
+from vocabguard.guard.reference import Reader, choose_reader
 from vocabguard.guard.watched import Watched, describe, watch_model
 from vocabguard.measure.exposure import ExposureCounter
 from vocabguard.protect.collator import ECHO_KEY, EchoCollator, EchoError
@@ -279,10 +280,12 @@ def put_together(
             faults=faults, context=context, holder=None if protection is None else protection.holder,
         )  # fmt: skip
     asks = prober if isinstance(prober, Prober) else None
+    reader = choose_reader(run.model, config, tokenizer, torch.empty(0).long() if asks is None else asks.watched)
     checker = Checker(
         run.model, watched, counter, asks, AlertMachine(rules), config.drift.chunk_rows, config.log.top_k,
         protection=protection, uncounted=uncounted, total_steps=run.total_steps,
         evaluations=Evaluations(config, run.model, watched, asks), forecaster=_forecaster(config, run, watched),
+        reader=reader if isinstance(reader, Reader) else None,
     )  # fmt: skip
     return Parts(observer, checker, protection, flight, prober)
 

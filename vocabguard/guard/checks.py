@@ -19,6 +19,7 @@ from vocabguard.guard.evaluations import Evaluations
 from vocabguard.guard.forecast import Forecaster
 from vocabguard.guard.probe import Prober
 from vocabguard.guard.protection import Protection
+from vocabguard.guard.reference import Reader
 from vocabguard.guard.watched import Watched, vocabulary_rows
 from vocabguard.measure.drift import measure_drift
 from vocabguard.measure.exposure import ExposureCounter, exposure_classes
@@ -108,7 +109,7 @@ class Teller:
             return self._forgotten(mask)
         drift = found.embedding if about.owner == "embedding" else found.head
         drift = found.embedding if isinstance(drift, NotApplicable) else drift
-        if isinstance(drift, NotApplicable) or about.kind in ("targets", "confused", "other"):
+        if isinstance(drift, NotApplicable) or about.kind in ("targets", "confused", "rare loss", "other"):
             return []
         if about.kind == "broken":
             broken = drift.bad if about.last == "nonfinite_rows" else drift.zero
@@ -151,6 +152,7 @@ class Checker:
         protection: echo and hold; None where neither is configured.
         uncounted: why labels are no targets of the data here; None where they are.
         forecaster: says where the rows will end; None where that is off.
+        reader: reads the reference text beside each probe; None where that is off or does not apply.
         pending: what rules have asked of the trainer and nobody has taken yet.
         groups: (V,) bool masks by script group.
     """
@@ -166,6 +168,7 @@ class Checker:
     protection: Protection | None = None
     uncounted: NotApplicable | None = None
     forecaster: Forecaster | None = None
+    reader: Reader | None = None
     total_steps: int | None = None
     pending: list[str] = field(default_factory=list)
     groups: dict[str, Tensor] = field(init=False)
@@ -185,7 +188,8 @@ class Checker:
         collective.raise_if_peer_failed()
         self._follow_resize()
         probes = self._probe() if with_probe else None
-        probe_seconds = time.perf_counter() - began if probes else 0.0
+        read = self.reader.read(self.model) if with_probe and self.reader is not None else None
+        probe_seconds = time.perf_counter() - began if probes or read is not None else 0.0
         exposure = self.exposure()
         classes = self.classes(exposure)
         drifts = self._drifts(self.watched.table.live & (classes == 0))
@@ -199,6 +203,10 @@ class Checker:
         if probes and self.protection is not None and self.protection.echo is not None:
             scalars |= self.evaluations.copies(sharded=self.watched.sharded)
         scalars[summary.PREFIX + "overhead"] = overhead
+        if self.reader is not None and read is not None:
+            counted = {} if isinstance(exposure, NotApplicable) else summary.class_masks(classes)
+            found = self.reader.scalars(read, {**self.groups, **counted})
+            scalars |= {summary.PREFIX + key: value for key, value in found.items()}
         if self.protection is not None:
             scalars |= self.protection.scalars(exposure, self.watched.table.live)
         forecast = self._forecast(step, drifts["head"], exposure)
@@ -304,6 +312,7 @@ class Checker:
             "probe": self.prober.state_dict() if self.prober is not None else {},
             "alerts": self.alerts.state_dict(),
             "forecast": self.forecaster.state_dict() if self.forecaster is not None else {},
+            "reference": self.reader.state_dict() if self.reader is not None else {},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -315,6 +324,8 @@ class Checker:
         self.alerts.load_state_dict(state["alerts"])
         if self.forecaster is not None and state.get("forecast"):
             self.forecaster.load_state_dict(state["forecast"])
+        if self.reader is not None:
+            self.reader.load_state_dict(state.get("reference", {}))
 
     def _follow_resize(self) -> None:
         """A matrix resized in mid-run: rows in common go on, new ones start at nothing."""

@@ -379,9 +379,7 @@ class VocabGuard:
         # To say what was found is a part of what a check costs.
         told = time.perf_counter() - began
         last = self.last
-        self._cadence.record(
-            check=last.seconds - last.probe_seconds + told, probe=last.probe_seconds if last.probe else None
-        )
+        self._cadence.record(check=last.seconds - last.probe_seconds + told, probe=last.probe_seconds or None)
         if self._protection is not None:
             base = self._checker.prober.base if self._checker.prober else None
             self._protection.follow(self.last, base, self._batches_per_step * (self._cadence.every or 1))

@@ -106,7 +106,8 @@ def outdated(latest: Mapping[str, float], found: Mapping[str, float], *, probed:
     >>> outdated({"vocabguard/head/below_0.95": 0.0, "vocabguard/probe/retained": 1.0}, {}, probed=False)
     {'vocabguard/head/below_0.95': nan}
     """
-    beside = ("alerts/", "confusion/", "neighbors/", "head_or_body/") + (() if probed else ("probe/", "echo/copies"))
+    measured = () if probed else ("probe/", "reference/", "echo/copies")
+    beside = ("alerts/", "confusion/", "neighbors/", "head_or_body/", *measured)
     missing = (key for key in latest if key not in found)
     return {key: float("nan") for key in missing if not key.removeprefix(PREFIX).startswith(beside)}
 
