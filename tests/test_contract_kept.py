@@ -26,6 +26,7 @@ ADDED: dict[str, tuple[str, ...]] = {
         "default.probe.asks",
         "default.probe.contexts.*",
         "default.alerts.skill_lost.*",
+        "preset early.alerts.tokens_forgotten.*",
         "default.reference.*",
         "default.alerts.rare_loss.*",
     ),
@@ -54,6 +55,7 @@ ADDED: dict[str, tuple[str, ...]] = {
     "run": (
         "keys: vocabguard/reference/*",
         "keys: vocabguard/alerts/rare_loss",
+        "keys: vocabguard/echo/copies",
         "keys: vocabguard/probe/*",
         "keys: vocabguard/alerts/skill_lost",
         "*probe/known",

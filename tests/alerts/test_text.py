@@ -148,7 +148,7 @@ def test_a_loss_of_rare_tokens_is_told_with_its_interval_and_its_size():
     assert story.advice == (
         "lower the learning rate, or train with LoRA: both change the body of the model less.",
         'echo and hold: config="protect" adds 2,900 targets over the run, 5.8 % of the data\'s own.',
-        "data with ja, latin: 560 of their 1,915 tokens have not been a target so far.",
+        "add data that contains ja, latin tokens: 560 of 1,915 have never been a target.",
     )
 
 
