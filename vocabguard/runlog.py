@@ -32,7 +32,7 @@ import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vocabguard.files import append_line, mend, plain, read_lines, write_file
+from vocabguard.files import append_line, mend, one_line, plain, read_lines, write_file
 from vocabguard.results import CheckResult, Exposure, Forecast, RowDrift, Transition, Watch, as_transition
 
 SCHEMA = 1
@@ -291,6 +291,23 @@ def _named(prefix: str, source: object, names: Sequence[str]) -> dict[str, Tenso
     return {f"{prefix}/{name}": getattr(source, name) for name in names}
 
 
+def why_unusable(folder: Path, groups: Sequence[str]) -> str | None:
+    """Why a run cannot go on in a folder; None where it can, as in one that holds no run.
+
+    Args:
+        groups: names of the script groups.
+    """
+    if not (folder / _META).exists():
+        return None
+    try:
+        meta = _read_meta(folder)
+    except (OSError, ValueError) as error:
+        return one_line(error)
+    if isinstance(meta.get("created"), str) and isinstance(meta.get("resumed"), list) and "groups" in meta:
+        return None if meta["groups"] == list(groups) else f"{folder / _META} has other groups of tokens"
+    return f"{folder / _META} is not a vocabguard run: it names no start, no resumes or no groups"
+
+
 def installed_version() -> str | None:
     """This package's version; None where it is not installed."""
     try:
@@ -303,7 +320,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta: dict[str, Any] = json.loads((folder / _META).read_text(encoding="utf-8"))
         schema = meta["schema"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / _META} is not a vocabguard run: {error}") from error
     if schema != SCHEMA:
         raise ValueError(f"{folder} has schema {schema}; this version of vocabguard reads schema {SCHEMA}")

@@ -82,15 +82,14 @@ def read(path: Path, tokenizer: Path | None = None) -> PageData:
 
 
 def _texts(log: RunLog, folder: Path) -> TextOf:
-    from vocabguard.compare.matching import folder_tokenizer
-    from vocabguard.vocabulary.table import build_table
+    from vocabguard.compare.matching import folder_tokenizer, table_for
 
     found = folder_tokenizer(folder)
     if found is None:
         raise InputError(f"--tokenizer {folder}: no tokenizer in this folder")
     watched: dict[str, Any] = log.meta["watch"]
     rows = next((matrix["rows"] for name in ("head", "embedding") if "rows" in (matrix := watched[name])), len(found))
-    return build_table(found, int(rows)).text
+    return table_for(found, int(rows)).text
 
 
 def _write(page: str, path: Path) -> None:

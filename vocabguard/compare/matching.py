@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vocabguard.files import one_line
 from vocabguard.rows.baselines import Baseline, ChunkedRows, one_torch_thread
-from vocabguard.vocabulary.table import VocabTable, build_table, plain_table
+from vocabguard.vocabulary.table import VocabTable, build_table, ids_beyond, plain_table
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt",
@@ -121,7 +121,13 @@ def table_for(tokenizer: Any, rows: int) -> VocabTable:
     Raises:
         ValueError: if the tokenizer has ids beyond the rows.
     """
-    return plain_table(rows) if tokenizer is None else build_table(tokenizer, rows)
+    if tokenizer is None:
+        return plain_table(rows)
+    if beyond := ids_beyond(tokenizer, rows):
+        raise ValueError(
+            f"a tokenizer that does not fit the model: it has {rows + beyond} ids, the matrix has {rows} rows"
+        )
+    return build_table(tokenizer, rows)
 
 
 def _runs(ids: Tensor) -> Iterator[tuple[slice, slice]]:
