@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from vocabguard.vocabulary.table import GROUPS, VocabTable, build_table, plain_table, resolve_token
+from vocabguard.compare.matching import table_for
+from vocabguard.vocabulary.table import GROUPS, VocabTable, build_table, ids_beyond, plain_table, resolve_token
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 TEXTS = [
