@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from vocabguard import ConfigError
 from vocabguard.integrations import huggingface
+from vocabguard.integrations import lightning as lightning_adapter
 
 STEPS, SAVED = 6, 3
 LOG = {"log": {"console": False, "tensorboard": False}}
@@ -466,3 +467,59 @@ def test_a_run_after_one_that_was_interrupted(
     assert not model._forward_pre_hooks
     (line,) = said(caplog)
     assert "the guard of an earlier run still watched this model" in line
+
+
+# -- faults in the callbacks' own bodies -------------------------------------------------------------------------------
+
+
+def broken(*_args: Any, **_kwargs: Any) -> Any:
+    raise OSError("broken on purpose")
+
+
+BODIES = [
+    ("hf", "_saved", "on_train_begin"), ("hf", "_shared", "on_step_end"), ("hf", "_written", "on_save"),
+    ("lightning", "_schedule", "on_train_start"), ("lightning", "_tensorboard", "on_train_start"),
+    ("lightning", "_to_loggers", "on_train_start"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("trainer", "function", "body"), BODIES)
+def test_a_fault_in_a_body_of_a_callback(
+    kit: Any, tokenizer: Any, tmp_path: Path, trainer: str, function: str, body: str, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    rows = kit.random_rows(24)
+    saving = {"save_strategy": "steps", "save_steps": SAVED} if trainer == "hf" else {}
+
+    def run(folder: str, *callbacks: Any) -> Any:
+        return kit.RUNS[trainer](kit.tiny_model(), rows, tokenizer, tmp_path / folder, callbacks=callbacks, **saving)
+
+    bare = run("bare")
+    module = {"hf": huggingface, "lightning": lightning_adapter}[trainer]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, broken)
+        guarded = guard_for(kit, trainer, tokenizer)
+        found = run("guarded", guarded)
+    assert_same(bare, found)
+    assert guarded.guard.failure == f"{body} failed with OSError: broken on purpose"
+    assert len(said(caplog)) == 1
+    assert not found.model._forward_pre_hooks
+    # The next run of the same callback is guarded again.
+    run("again", guarded)
+    assert guarded.guard.failure is None
+    assert guarded.guard.last.step == STEPS
+
+
+def test_a_checkpoint_that_a_rule_asks_for_and_the_disk_refuses(
+    kit: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, rule = kit.random_rows(24), {"metric": "head/cosine_min", "op": "<", "threshold": 0.99999}
+
+    def run(folder: str, *callbacks: Any) -> Any:
+        return kit.run_lightning(kit.tiny_model(), rows, tokenizer, tmp_path / folder, callbacks=callbacks)
+
+    bare = run("bare")
+    monkeypatch.setattr(lightning.Trainer, "save_checkpoint", broken)
+    guarded = guard_for(kit, "lightning", tokenizer, alerts={"moved": rule | {"actions": ["checkpoint"]}})
+    assert_same(bare, run("guarded", guarded))
+    assert "broken on purpose" in guarded.guard.failure
