@@ -12,6 +12,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
@@ -107,6 +108,34 @@ def test_a_copy_of_the_model(kit: Any, tokenizer: Any, tmp_path: Path, trainer_n
         assert_same(run("bare"), found)
     assert guarded.guard.last.exposure.data_target.tolist() == kit.naive_counts(rows, kit.BATCH)[0]
     assert guarded.guard.last.step == STEPS
+
+
+@pytest.mark.skipif(not hasattr(callbacks, "WeightAveraging"), reason="came with Lightning 2.6")
+@pytest.mark.parametrize("first", [True, False])
+def test_an_average_of_weights_beside(kit: Any, tokenizer: Any, tmp_path: Path, first: bool) -> None:
+    """Lightning's own callback swaps the average in for validations, and at the end for good."""
+    rows = kit.random_rows(24)
+
+    def run(folder: str, *others: Any) -> Any:
+        average = callbacks.WeightAveraging()
+        ordered = (average, *others) if first else (*others, average)
+        return kit.run_lightning(
+            kit.tiny_model(), rows, tokenizer, tmp_path / folder, callbacks=ordered, validate=True, val_check_interval=3
+        )
+
+    class Keep(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            self.head = pl_module.model.lm_head.weight.detach().clone()
+
+    guarded, keep = guard_for(kit, "lightning", tokenizer, on_error="raise", forecast={"enabled": True}), Keep()
+    found = run("guarded", guarded, keep)
+    assert_same(run("bare"), found)
+    assert not torch.equal(keep.head, found.model.lm_head.weight)
+    # The check of the last step is one of the weights that were trained.
+    last = guarded.guard.last
+    assert last.step == STEPS
+    cosine = kit.naive_cosine(found.base["lm_head.weight"], keep.head)
+    torch.testing.assert_close(last.head.cosine.double(), cosine, atol=1e-6, rtol=0)
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
