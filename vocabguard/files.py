@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,21 +20,51 @@ from torch import Tensor
 
 from vocabguard.results import NotApplicable
 
+_KINDS = {
+    stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device", stat.S_IFBLK: "device",
+}  # fmt: skip
+# Of a name with other things around it: file systems take 255 bytes, a character up to 4 of them.
+_NAME = 40
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A file that gets its name only when it is whole: neither a reader nor a crash sees half of it.
 
+    A symbolic link stays, and what it points to is written. A file keeps its permissions.
+
     Yields:
         A path beside it, to write to. An exception leaves what was at `path` before, and nothing else.
+
+    Raises:
+        OSError: for what is no regular file, such as a device or a FIFO, which would be replaced by one.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = Path(os.path.realpath(path))
+    found = kind_of(path)
+    if found not in (None, "file"):
+        raise OSError(errno.EINVAL, f"is a {found}, not a regular file", str(path))
+    temporary = path.with_name(f".{path.name[:_NAME]}.{os.getpid()}.tmp")
     try:
         yield temporary
+        if found is not None:
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def kind_of(path: Path) -> str | None:
+    """What a path leads to, in a word: ``file`` for a regular one; None where nothing is there.
+
+    Raises:
+        OSError: if that cannot be told, as in a loop of links.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    return _KINDS.get(stat.S_IFMT(mode), "special file")
 
 
 def write_file(path: str | Path, content: bytes | str) -> None:

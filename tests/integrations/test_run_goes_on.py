@@ -12,7 +12,6 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
@@ -110,14 +109,14 @@ def test_a_copy_of_the_model(kit: Any, tokenizer: Any, tmp_path: Path, trainer_n
     assert guarded.guard.last.step == STEPS
 
 
-@pytest.mark.skipif(not hasattr(callbacks, "WeightAveraging"), reason="came with Lightning 2.6")
+@pytest.mark.skipif(not hasattr(lightning.pytorch.callbacks, "WeightAveraging"), reason="came with Lightning 2.6")
 @pytest.mark.parametrize("first", [True, False])
 def test_an_average_of_weights_beside(kit: Any, tokenizer: Any, tmp_path: Path, first: bool) -> None:
     """Lightning's own callback swaps the average in for validations, and at the end for good."""
     rows = kit.random_rows(24)
 
     def run(folder: str, *others: Any) -> Any:
-        average = callbacks.WeightAveraging()
+        average = lightning.pytorch.callbacks.WeightAveraging()
         ordered = (average, *others) if first else (*others, average)
         return kit.run_lightning(
             kit.tiny_model(), rows, tokenizer, tmp_path / folder, callbacks=ordered, validate=True, val_check_interval=3

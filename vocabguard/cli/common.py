@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ from vocabguard.cli.app import InputError
 from vocabguard.compare.matching import folder_tokenizer
 from vocabguard.compare.scan import Scan, scan
 from vocabguard.data.counts import read_counts
-from vocabguard.files import one_line
+from vocabguard.files import kind_of, one_line
 from vocabguard.rows.checkpoints import Checkpoint, open_checkpoint
 
 Base = Annotated[str, typer.Argument(help="The model before training: a folder, .safetensors, .bin or .ckpt.")]
@@ -58,6 +59,30 @@ def check_threshold(threshold: float | None) -> None:
     """
     if threshold is not None and not 0 <= threshold <= 1:
         raise InputError(f"--threshold is {threshold}; allowed: a share from 0 to 1")
+
+
+def check_new_file(option: str, path: Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Refuse a file to write before the work is done.
+
+    Args:
+        inputs: files and folders that are read; a checkpoint or data file among them is not written over.
+
+    Raises:
+        InputError: where nothing can be written, or a file that is read would be lost.
+    """
+    try:
+        found = kind_of(path)
+        if found not in (None, "file"):
+            raise InputError(f"{option} {path}: is a {found}; allowed: a new or a regular file")
+        if not path.parent.is_dir():
+            raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
+        lost = found is not None and any(os.path.samefile(path, one) for one in inputs if os.path.exists(one))
+    except OSError as error:
+        raise InputError(f"{option} {path}: cannot be written ({error.strerror or error})") from error
+    except ValueError as error:  # a null byte
+        raise InputError(f"{option} {str(path)!r}: cannot be written ({error})") from error
+    if lost:
+        raise InputError(f"{option} {path}: is read here, and would be lost; allowed: another file")
 
 
 def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:

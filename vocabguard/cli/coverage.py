@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from vocabguard.cli.app import InputError
-from vocabguard.cli.common import Column, Grid, check_threshold, load_tokenizer, row_progress
+from vocabguard.cli.common import Column, Grid, check_new_file, check_threshold, load_tokenizer, row_progress
 from vocabguard.data.coverage import Coverage, at_risk, coverage_totals, group_rows, measure_coverage
 from vocabguard.data.readers import data_files, read_examples
 from vocabguard.files import one_line
@@ -59,6 +59,8 @@ def coverage(
         table = build_table(loaded, 1 + max(loaded.get_vocab().values(), default=-1))
         watched = [resolve_token(loaded, int(item) if item.isdigit() else item, len(table)) for item in watch or ()]
         files = data_files(data)
+        if out is not None:
+            check_new_file("--out", out, files)
         with row_progress() as advance:
             result = measure_coverage(
                 read_examples(files, kind=kind, columns=column or ()),  # type: ignore[arg-type]

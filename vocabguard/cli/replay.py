@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from vocabguard.cli.app import InputError
-from vocabguard.cli.common import Column, Grid, check_threshold, load_tokenizer, row_progress
+from vocabguard.cli.common import Column, Grid, check_new_file, check_threshold, load_tokenizer, row_progress
 from vocabguard.data.coverage import load_coverage, vocabulary_hash
 from vocabguard.data.encode import TargetEncoder
 from vocabguard.data.readers import Chat, Completion, Example, Text, data_files, read_examples
@@ -52,6 +52,7 @@ def replay(
         need = needed_targets(table.live, targets, _targets_of(coverage, loaded))
         encoder = TargetEncoder(loaded, max_length=max_length)
         files = data_files(corpus)
+        check_new_file("--out", out, files)
 
         def read() -> Iterator[Example]:
             return read_examples(files, kind=kind, columns=column or ())  # type: ignore[arg-type]

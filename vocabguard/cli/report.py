@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from vocabguard.cli.app import InputError
+from vocabguard.cli.common import check_new_file
 from vocabguard.report.compare import Comparison, compare
 from vocabguard.report.data import PageData, TextOf, run_data
 from vocabguard.report.page import render, write_page
@@ -45,8 +46,10 @@ def report(
     """
     limits = Limits(threshold, threshold_forgotten)
     paths = [source] if other is None else [source, other]
-    shown = [read(path, tokenizer) for path in paths]
     page = out or (None if as_json else _PAGE)
+    if page is not None:
+        check_new_file("--out", page, paths)
+    shown = [read(path, tokenizer) for path in paths]
     if page is not None:
         _write(render(*shown, limits=limits), page)
     if as_json:
@@ -93,8 +96,6 @@ def _texts(log: RunLog, folder: Path) -> TextOf:
 
 
 def _write(page: str, path: Path) -> None:
-    if not path.parent.is_dir():
-        raise InputError(f"--out {path}: the folder {path.parent} does not exist")
     try:
         write_page(page, path)
     except OSError as error:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vocabguard.compare.explain import contexts_for
 from vocabguard.compare.scan import Scan, fitted
-from vocabguard.files import plain
+from vocabguard.files import plain, replacing
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.measure.probe import probe, retained, said, stratified_sample
 from vocabguard.results import EXPOSURE_CLASSES, NotApplicable, RowDrift
@@ -121,7 +121,8 @@ def write_repaired(tuned: Checkpoint, plan: Plan, out: Path) -> None:
         header = opened.metadata()
     head = tensors[key].clone()
     head[plan.ids] = plan.rows.to(head.dtype)
-    save_file(tensors | {key: head}, str(out / file.name), metadata=header)
+    with replacing(out / file.name) as new:
+        save_file(tensors | {key: head}, str(new), metadata=header)
 
 
 def copy_files(folder: Path, out: Path, but: Collection[Path]) -> None:
