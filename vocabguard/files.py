@@ -67,6 +67,37 @@ def kind_of(path: Path) -> str | None:
     return _KINDS.get(stat.S_IFMT(mode), "special file")
 
 
+def require_regular(path: str | Path) -> Path:
+    """The path, where reading it cannot wait for a writer that never comes.
+
+    Raises:
+        OSError: for a FIFO, a device, a folder, or what cannot be looked at; also if nothing is there.
+    """
+    path = Path(path)
+    if (found := kind_of(path)) != "file":
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, "not found", str(path))
+        raise OSError(errno.EINVAL, f"is a {found}, not a regular file", str(path))
+    return path
+
+
+def read_text(path: str | Path) -> str:
+    """The UTF-8 text of a file; see `require_regular`, and a ValueError where it is not UTF-8."""
+    return require_regular(path).read_text(encoding="utf-8")
+
+
+def full_path(path: str | Path) -> Path:
+    """The path in full, with ``~`` and links followed.
+
+    Raises:
+        ValueError: for a home that nobody knows, or a loop of links.
+    """
+    try:
+        return Path(path).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: is no path that can be followed ({one_line(error)})") from error
+
+
 def write_file(path: str | Path, content: bytes | str) -> None:
     """Write a whole file, text as UTF-8; see `replacing`."""
     with replacing(path) as new:
@@ -92,18 +123,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: for another line that is no JSON.
     """
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = require_regular(path).read_bytes().split(b"\n") if path.exists() else []
     if lines and not _is_json(lines[-1]):
         lines.pop()
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{path} has a line, not its last, that is not JSON: {error}") from error
+        found = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has a line, not its last, that is not JSON: {one_line(error)}") from error
+    if not all(isinstance(line, dict) for line in found):
+        raise ValueError(f"{path} has a line that is no JSON object")
+    return found
 
 
 def mend(path: Path) -> None:
     """End a file of lines with a whole line: the process before may have died while it wrote."""
-    content = path.read_bytes() if path.exists() else b""
+    content = require_regular(path).read_bytes() if path.exists() else b""
     whole, newline, tail = content.rpartition(b"\n")
     if tail:
         write_file(path, content + b"\n" if _is_json(tail) else whole + newline)
@@ -116,7 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: if it holds none.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is no JSON ({one_line(error)})") from error
     if not isinstance(found, dict):
@@ -187,6 +221,6 @@ def _plain_leaf(value: Any) -> bool | int | float | str | None:
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True

@@ -32,7 +32,7 @@ import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vocabguard.files import append_line, mend, one_line, plain, read_lines, write_file
+from vocabguard.files import append_line, mend, one_line, plain, read_lines, read_text, require_regular, write_file
 from vocabguard.results import CheckResult, Exposure, Forecast, RowDrift, Transition, Watch, as_transition
 
 SCHEMA = 1
@@ -234,7 +234,10 @@ class RunLog:
         path = self.folder / _TEXTS
         if not path.is_file():
             return []
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(read_text(path))
+        except RecursionError as error:
+            raise ValueError(f"{path} is no JSON ({one_line(error)})") from error
         if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
             raise ValueError(f"{path} holds no list of texts")
         return found
@@ -246,7 +249,7 @@ class RunLog:
         lines = []
         for path in self.folder.iterdir():
             if match := _ROWS.fullmatch(path.name):
-                with safe_open(path, framework="pt") as file:
+                with safe_open(require_regular(path), framework="pt") as file:
                     lines.append({"step": int(match[1]), "attempt": int((file.metadata() or {}).get("attempt", 0))})
         return tuple(sorted(line["step"] for line in lines if _stands(line, first)))
 
@@ -318,7 +321,7 @@ def installed_version() -> str | None:
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     try:
-        meta: dict[str, Any] = json.loads((folder / _META).read_text(encoding="utf-8"))
+        meta: dict[str, Any] = json.loads(read_text(folder / _META))
         schema = meta["schema"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / _META} is not a vocabguard run: {error}") from error

@@ -31,8 +31,9 @@ from torch import Tensor
 from vocabguard.cli.app import InputError
 from vocabguard.compare.matching import folder_tokenizer
 from vocabguard.compare.scan import Scan, scan
+from vocabguard.compare.trial import require_readable, try_tokenizer
 from vocabguard.data.counts import read_counts
-from vocabguard.files import kind_of, one_line
+from vocabguard.files import kind_of, one_line, read_text
 from vocabguard.rows.checkpoints import Checkpoint, open_checkpoint
 
 Base = Annotated[str, typer.Argument(help="The model before training: a folder, .safetensors, .bin or .ckpt.")]
@@ -49,6 +50,27 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 
 # Blank cells that come with each column, and the one that closes the table.
 _GAP, _EDGE = 2, 1
+
+
+MOST_TOKENS = 2**31 - 1
+"""Of a row: longer ones no library counts."""
+
+MOST_TARGETS = 10_000
+"""Times that a token is asked for: more would be another training."""
+
+
+def check_most(*asked: tuple[str, float | None, float]) -> None:
+    """Refuse numbers that are too large to count with, and those that are none, which pass every other limit.
+
+    Args:
+        *asked: option, value (None was not given) and the largest that is allowed.
+
+    Raises:
+        InputError: with the first of them.
+    """
+    for option, value, most in asked:
+        if value is not None and not value <= most:
+            raise InputError(f"{option} is {value}; allowed: at most {most:,}")
 
 
 def check_threshold(threshold: float | None) -> None:
@@ -99,7 +121,8 @@ def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
 
     try:
         with _quiet("huggingface_hub", "transformers"):  # they tell of each try to reach the hub
-            loaded = AutoTokenizer.from_pretrained(name)
+            require_readable(Path(name))
+            loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         usable = bool(loaded.get_vocab())
     except Exception as error:  # by kind of damage, of many types
         raise InputError(f"{name}: cannot be loaded as a tokenizer ({one_line(error, 400)})") from error
@@ -107,9 +130,13 @@ def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
         raise InputError(f"{name}: a tokenizer without any token")
     if chat_template is not None:
         try:
-            loaded.chat_template = chat_template.read_text(encoding="utf-8")
+            loaded.chat_template = read_text(chat_template)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{chat_template}: cannot be read as a chat template ({one_line(error, 400)})") from error
+    try:
+        try_tokenizer(loaded)
+    except Exception as error:
+        raise InputError(f"{name}: cannot be used as a tokenizer ({one_line(error, 400)})") from error
     return loaded
 
 

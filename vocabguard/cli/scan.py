@@ -190,6 +190,7 @@ def scan(
 
     Exit code 0: fine; 1: more live rows below cosine 0.95 than the threshold allows; 2: bad input.
     """
+    common.check_most(("--threshold", threshold, 1))
     if out is not None:
         common.check_new_file("--out", out, _weights(base, tuned))
     pair = common.open_pair(base, tuned, tokenizer, head, embedding, coverage, run)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vocabguard.compare.explain import contexts_for
 from vocabguard.compare.scan import Scan, fitted
-from vocabguard.files import plain, replacing
+from vocabguard.files import full_path, plain, replacing
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.measure.probe import probe, retained, said, stratified_sample
 from vocabguard.results import EXPOSURE_CLASSES, NotApplicable, RowDrift
@@ -153,7 +153,7 @@ def check_out(tuned: Checkpoint, out: Path) -> None:
     head_key(tuned)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is not an empty folder")
-    if tuned.path == out.resolve() or tuned.path in out.resolve().parents:
+    if tuned.path == full_path(out) or tuned.path in full_path(out).parents:
         raise ValueError(f"--out {out}: lies in the tuned model's folder; allowed: another place")
 
 

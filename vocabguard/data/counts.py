@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vocabguard.files import one_line, read_json
+from vocabguard.files import one_line, read_json, require_regular
 from vocabguard.runlog import RunLog
 from vocabguard.vocabulary.table import fit_rows
 
@@ -55,7 +55,7 @@ def _of_run(folder: Path) -> Tensor:
 
 def _of_safetensors(path: Path) -> Tensor:
     try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
+        with safe_open(str(require_regular(path)), framework="pt", device="cpu") as file:
             names = list(file.keys())
             name = next((name for name in _NAMES if name in names), None)
             if name is None:
