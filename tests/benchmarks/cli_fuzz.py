@@ -142,7 +142,7 @@ TEMPLATES = {
     "roles": "{% for m in messages %}{{ m.rolle.x }}{% endfor %}",
     "random": "{{ range(5) | random }}", "reversed": "{% for m in messages | reverse %}{{ m.content }}{% endfor %}",
     "upper": "{% for m in messages %}{{ m.content | upper }}{% endfor %}", "control": "\x00\x1b[31m{{ messages }}",
-    "generation": "{% generation %}{% endgeneration %}", "twice": healthy.CHAT * 2, "power": "{{ 9**9**9 }}",
+    "generation": "{% generation %}{% endgeneration %}", "twice": healthy.CHAT * 2, "power": "{{ 9**(9**9) }}",
     "wide": "{% for m in messages %}{{ m.content | center(10**9) }}{% endfor %}", "surrogate": "{{ '\\ud800' }}",
 }  # fmt: skip
 """Chat templates."""

@@ -168,6 +168,9 @@ def open_pair(
     """
     if coverage is not None and run is not None:
         raise InputError("--coverage and --run are both given; allowed: one source of counts")
+    for option, given in (("--tokenizer", tokenizer), ("--coverage", coverage), ("--run", run)):
+        if given == "":
+            raise InputError(f"{option} is empty; allowed: a path")
     asked = {"head": head, "embedding": embedding}
     keys: Any = {name: key for name, key in asked.items() if key is not None}
     try:

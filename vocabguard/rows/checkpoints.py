@@ -303,7 +303,7 @@ def _with_lora(rows: Baseline, store: TensorStore, here: str, config: dict[str, 
     else:
         left = store.tensor(f"{here}lora_B.weight").float()
         right = store.tensor(f"{here}lora_A.weight").float()
-    shapes, rank = (list(left.shape), list(right.shape)), left.shape[-1]
+    shapes, rank = (list(left.shape), list(right.shape)), left.shape[-1] if left.ndim else 0
     if shapes != ([rows.rows, rank], [rank, rows.width]):
         raise ValueError(
             f"{folder}: LoRA parts of shapes {shapes} do not make the base's {rows.rows} x {rows.width} rows"
