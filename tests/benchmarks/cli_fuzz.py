@@ -106,8 +106,10 @@ ON_COUNTS = (
     "echo {}/tok --ids {}/ids.jsonl --needs {F} --targets 1", "report {F} --out {}/page.html",
     "replay {}/data --tokenizer {}/tok --out {}/o.jsonl --coverage {F}",
 )  # fmt: skip
-json_ways, table_ways = (ways.bend_json, ways.bend_bytes, ways.bend_path), (ways.bend_bytes, ways.bend_path)
-rows_ways = (ways.bend_header, ways.bend_tensors, ways.bend_tensors, ways.bend_bytes, ways.bend_path)
+table_ways = (ways.bend_bytes, ways.bend_bytes, ways.bend_path)
+# Mostly what is still read as a file of its kind.
+json_ways, line_ways = (*[ways.bend_json] * 9, *table_ways), (*[ways.bend_lines] * 9, *table_ways)
+rows_ways = (*[ways.bend_header] * 3, *[ways.bend_tensors] * 6, *table_ways)
 
 TARGETS = (
     Target("safetensors", ("tuned/model.safetensors",), rows_ways, on_pair("{}/tuned"), 60),
@@ -118,17 +120,17 @@ TARGETS = (
                        "tokens/adapter_model.safetensors"), rows_ways, on_pair("{D}")[:1] + on_pair("{D}")[2:], 60),
     Target("adapter config", ("lora/adapter_config.json", "dora/adapter_config.json", "tokens/adapter_config.json"),
            json_ways, on_pair("{D}")[:1] + on_pair("{D}")[2:], 90),
-    Target("ckpt", ("last.ckpt",), (ways.bend_torch, ways.bend_torch, *table_ways), on_pair("{}/last.ckpt"), 60),
-    Target("bin", ("pickled/pytorch_model.bin",), (ways.bend_torch, *table_ways), on_pair("{}/pickled")[:3], 30),
+    Target("ckpt", ("last.ckpt",), (*[ways.bend_torch] * 6, *table_ways), on_pair("{}/last.ckpt"), 60),
+    Target("bin", ("pickled/pytorch_model.bin",), (*[ways.bend_torch] * 3, *table_ways), on_pair("{}/pickled")[:3], 30),
     Target("tokenizer", TOKENIZER, json_ways, ON_TOKENIZER, 40),
     Target("jsonl", ("data/chats.jsonl", "data/texts.jsonl", "data/completions.jsonl"),
-           (ways.bend_lines, ways.bend_lines, *table_ways), ON_DATA, 60),
+           line_ways, ON_DATA, 60),
     Target("json", ("data/chats.json", "data/texts.json"), json_ways, ON_DATA[:3], 30),
     Target("parquet", ("data/chats.parquet", "data/texts.parquet"), table_ways, ON_DATA[:3], 30),
     Target("text", ("data/lines.txt",), table_ways, ON_DATA[:3], 12),
-    Target("run folder", RUN, (ways.bend_lines, ways.bend_lines, *table_ways), ON_RUN, 100),
+    Target("run folder", RUN, line_ways, ON_RUN, 100),
     Target("rows of a run", ("run/rows-4.safetensors",), rows_ways, ON_RUN, 30),
-    Target("counts", ("scan.safetensors", "coverage.safetensors"), (*rows_ways, ways.bend_metadata, ways.bend_metadata),
+    Target("counts", ("scan.safetensors", "coverage.safetensors"), (*rows_ways, *[ways.bend_metadata] * 6),
            ON_COUNTS, 50),
 )  # fmt: skip
 
