@@ -48,6 +48,8 @@ def _of_run(folder: Path) -> Tensor:
         vectors = RunLog.open(folder).rows()
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder}: {one_line(error)}") from error
+    except (LookupError, TypeError, AttributeError) as error:  # lines of other shapes than a run's
+        raise ValueError(f"{folder}: is a damaged run folder ({type(error).__name__}: {one_line(error)})") from error
     if "exposure/data_target" not in vectors:
         raise ValueError(f"{folder}: the run counted no data targets")
     return vectors["exposure/data_target"]
