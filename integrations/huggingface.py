@@ -8,6 +8,7 @@ nothing of the trainer. Evaluation metrics get the logged keys under ``eval_``, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,14 +20,20 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vocabguard.config import ConfigSource, Options
-from vocabguard.files import replacing
+from vocabguard.files import one_line, replacing
 from vocabguard.guard import VocabGuard
 from vocabguard.guard.batches import LabelCarrier, Targets, drop_labels
+from vocabguard.guard.hooks import OwnHook
+from vocabguard.guard.resume import read_state
 from vocabguard.guard.watched import Action
 from vocabguard.integrations.trl import trainers_targets
 
 STATE_FILE = "vocabguard.pt"
 STATE_KEY = "vocabguard"
+
+_NOT_SAVED = "vocabguard: %s could not be written (%s): a run resumed from there starts drift and counts anew"
+
+logger = logging.getLogger("vocabguard")
 
 
 class VocabGuardCallback(TrainerCallback):
@@ -76,25 +83,26 @@ class VocabGuardCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Attach: weights are still those of the base, unless the run is resumed."""
-        self._undo.close()
-        processing = kwargs.get("processing_class")
-        self.guard.attach(
-            kwargs["model"],
-            kwargs.get("optimizer"),
-            total_steps=state.max_steps if state.max_steps > 0 else None,
-            schedule=kwargs.get("lr_scheduler"),
-            run_dir=Path(args.output_dir or ".") / "vocabguard",
-            resumed=_saved(args, state),
-            dataloader=kwargs.get("train_dataloader"),
-            steps_done=state.global_step,
-            inject="collate",
-            batches_per_step=args.gradient_accumulation_steps,
-            tokenizer=getattr(processing, "tokenizer", processing),
-            targets=None if self._targets else trainers_targets(args, echo=self.guard.wants("echo")),
-        )
-        self._resumes = state.global_step > 0 and not args.ignore_data_skip
-        if self._hidden or args.label_smoothing_factor > 0:
-            self._carry_labels(kwargs["model"], kwargs.get("train_dataloader"))
+        with self.guard.contain("on_train_begin"):
+            self._undo.close()
+            processing = kwargs.get("processing_class")
+            self.guard.attach(
+                kwargs["model"],
+                kwargs.get("optimizer"),
+                total_steps=state.max_steps if state.max_steps > 0 else None,
+                schedule=kwargs.get("lr_scheduler"),
+                run_dir=Path(args.output_dir or ".") / "vocabguard",
+                resumed=_saved(args, state),
+                dataloader=kwargs.get("train_dataloader"),
+                steps_done=state.global_step,
+                inject="collate",
+                batches_per_step=args.gradient_accumulation_steps,
+                tokenizer=getattr(processing, "tokenizer", processing),
+                targets=None if self._targets else trainers_targets(args, echo=self.guard.wants("echo")),
+            )
+            self._resumes = state.global_step > 0 and not args.ignore_data_skip
+            if self._hidden or args.label_smoothing_factor > 0:
+                self._carry_labels(kwargs["model"], kwargs.get("train_dataloader"))
 
     def _carry_labels(self, model: nn.Module, dataloader: Any) -> None:
         """Bring the labels to the model until training ends, also when the guard stands down in between."""
@@ -104,25 +112,27 @@ class VocabGuardCallback(TrainerCallback):
         inner = loader.collate_fn
         loader.collate_fn = LabelCarrier(inner)
         self._undo.callback(setattr, loader, "collate_fn", inner)
-        self._undo.callback(model.register_forward_pre_hook(drop_labels, with_kwargs=True).remove)
+        self._undo.callback(model.register_forward_pre_hook(OwnHook(drop_labels), with_kwargs=True).remove)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Number the batches of the epoch; an iterable dataset collates once more what a resumed run skips."""
-        loader = kwargs.get("train_dataloader")
-        skips = self._resumes and isinstance(getattr(loader, "dataset", None), IterableDataset)
-        done = state.global_step % max(1, _steps_in_epoch(loader, args, state)) if skips else 0
-        self.guard.start_epoch(skipped=done * args.gradient_accumulation_steps)
-        self._resumes = False
+        with self.guard.contain("on_epoch_begin"):
+            loader = kwargs.get("train_dataloader")
+            skips = self._resumes and isinstance(getattr(loader, "dataset", None), IterableDataset)
+            done = state.global_step % max(1, _steps_in_epoch(loader, args, state)) if skips else 0
+            self.guard.start_epoch(skipped=done * args.gradient_accumulation_steps)
+            self._resumes = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
     ) -> None:
         """One optimizer step is done; where a checkpoint of it will hold our state goes into the trainer's state."""
-        self.guard.step(state.global_step)
-        _shared(state)[STATE_KEY] = {"state": str(_checkpoint(args, state) / STATE_FILE)}
-        self._ask(control)
+        with self.guard.contain("on_step_end"):
+            self.guard.step(state.global_step, _kwargs.get("optimizer"))
+            _shared(state)[STATE_KEY] = {"state": str(_checkpoint(args, state) / STATE_FILE)}
+            self._ask(control)
 
     def on_evaluate(
         self,
@@ -136,10 +146,11 @@ class VocabGuardCallback(TrainerCallback):
 
         Questions in many languages are answered first, where `confusion` asks for them.
         """
-        self.guard.check(at="evaluation")
-        if metrics is not None:
-            metrics.update({f"eval_{key}": value for key, value in self.guard.latest.items()})
-        self._ask(control)
+        with self.guard.contain("on_evaluate"):
+            self.guard.check(at="evaluation")
+            if metrics is not None:
+                metrics.update({f"eval_{key}": value for key, value in self.guard.latest.items()})
+            self._ask(control)
 
     def _ask(self, control: TrainerControl) -> None:
         """Pass on what alert rules ask of the trainer."""
@@ -148,18 +159,26 @@ class VocabGuardCallback(TrainerCallback):
         control.should_training_stop |= "stop" in asked
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any) -> None:
-        """Write our state into the checkpoint."""
-        saved = self.guard.state_dict()
-        if saved and state.is_world_process_zero:
-            with replacing(_checkpoint(args, state) / STATE_FILE) as new:
-                torch.save(saved, new)
+        """Write our state into the checkpoint; one that cannot be written is no reason to stop watching."""
+        with self.guard.contain("on_save"):
+            saved = self.guard.state_dict()
+            if saved and state.is_world_process_zero:
+                path = _written(args, state) / STATE_FILE
+                try:
+                    with replacing(path) as new:
+                        torch.save(saved, new)
+                except (OSError, RuntimeError) as error:  # torch has no narrower one for a full disk
+                    if self.guard.config.on_error == "raise":
+                        raise
+                    logger.warning(_NOT_SAVED, path, one_line(error))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
     ) -> None:
         """Close the run; with the best model loaded back, the last step's check stands."""
-        self._undo.close()
-        self.guard.finish(check=not args.load_best_model_at_end)
+        with self.guard.contain("on_train_end"):
+            self._undo.close()
+            self.guard.finish(check=not args.load_best_model_at_end)
 
 
 def _steps_in_epoch(loader: Any, args: TrainingArguments, state: TrainerState) -> int:
@@ -174,6 +193,13 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
 
 
+def _written(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder of the checkpoint that was just written: a hyperparameter search has one for each trial."""
+    own = _checkpoint(args, state)
+    trials = [] if own.is_dir() else [path for path in own.parent.glob(f"*/{own.name}") if path.is_dir()]
+    return max(trials, key=lambda path: path.stat().st_mtime, default=own)
+
+
 def _shared(state: TrainerState) -> dict[str, Any]:
     """The part of the trainer's state that its checkpoints keep for callbacks; annotated as a list, it is a dict."""
     return cast(dict[str, Any], state.stateful_callbacks)
@@ -184,8 +210,8 @@ def _saved(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | Non
     if state.global_step == 0:
         return None
     entry = _shared(state).get(STATE_KEY, {})
-    for path in (Path(entry.get("state", "")), _checkpoint(args, state) / STATE_FILE):
+    told = entry.get("state") if isinstance(entry, dict) else None
+    for path in (Path(told if isinstance(told, str) else ""), _checkpoint(args, state) / STATE_FILE):
         if path.is_file():
-            loaded: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-            return loaded
+            return read_state(path)
     return None

@@ -61,57 +61,61 @@ class VocabGuardCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach: weights are still those of the base, unless `load_state_dict` brought a run to go on from."""
-        named = self.guard.config.matrices
-        steps = trainer.estimated_stepping_batches
-        self._global_step = trainer.global_step
-        self.guard.attach(
-            pl_module if named.head or named.embedding else language_model(pl_module),
-            trainer.optimizers,
-            total_steps=int(steps) if math.isfinite(steps) else None,
-            schedule=_schedule(trainer),
-            run_dir=Path(trainer.log_dir or trainer.default_root_dir) / "vocabguard",
-            dataloader=trainer.train_dataloader,
-            writer=_tensorboard(trainer),
-            hook_model=False,
-            steps_done=trainer.global_step,
-            inject="batch",
-            batches_per_step=trainer.accumulate_grad_batches,
-            tokenizer=getattr(pl_module, "tokenizer", None),
-        )
-        self._monitored = False
-        _to_loggers(trainer, self.guard.last)
+        with self.guard.contain("on_train_start"):
+            named = self.guard.config.matrices
+            steps = trainer.estimated_stepping_batches
+            self._global_step = trainer.global_step
+            self.guard.attach(
+                pl_module if named.head or named.embedding else language_model(pl_module),
+                trainer.optimizers,
+                total_steps=int(steps) if math.isfinite(steps) else None,
+                schedule=_schedule(trainer),
+                run_dir=Path(trainer.log_dir or trainer.default_root_dir) / "vocabguard",
+                dataloader=trainer.train_dataloader,
+                writer=_tensorboard(trainer),
+                hook_model=False,
+                steps_done=trainer.global_step,
+                inject="batch",
+                batches_per_step=trainer.accumulate_grad_batches,
+                tokenizer=getattr(pl_module, "tokenizer", None),
+            )
+            self._monitored = False
+            _to_loggers(trainer, self.guard.last)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Add echo rows to a batch where some are due, and count it."""
-        self.guard.observe_batch(batch)
+        with self.guard.contain("on_train_batch_start"):
+            self.guard.observe_batch(batch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Tell the guard of an optimizer step; batches of an unfinished accumulation are none."""
-        result = None
-        if trainer.global_step != self._global_step:
-            self._global_step = trainer.global_step
-            result = self.guard.step(trainer.global_step)
-        # The start's values wait for the first batch: what `on_train_start` logs is averaged over the epoch, and would
-        # cover all later values when the epoch ends.
-        if result is not None or not self._monitored:
-            self._monitored = True
-            pl_module.log_dict(self.guard.latest, logger=False, rank_zero_only=True)
-        _to_loggers(trainer, result)
-        self._ask(trainer)
+        with self.guard.contain("on_train_batch_end"):
+            result = None
+            if trainer.global_step != self._global_step:
+                self._global_step = trainer.global_step
+                result = self.guard.step(trainer.global_step, trainer.optimizers)
+            # The start's values wait for the first batch: what `on_train_start` logs is averaged over the epoch, and
+            # would cover all later values when the epoch ends.
+            if result is not None or not self._monitored:
+                self._monitored = True
+                pl_module.log_dict(self.guard.latest, logger=False, rank_zero_only=True)
+            _to_loggers(trainer, result)
+            self._ask(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer questions in many languages, where `confusion` asks for them."""
-        if self.guard.config.confusion.enabled:
-            before = self.guard.last
-            result = self.guard.check(at="evaluation")
-            _to_loggers(trainer, None if result is before else result)
-            # Of the rules, evaluations move those about the answers.
-            kinds = ("vocabguard/confusion/", "vocabguard/alerts/")
-            answers = {key: value for key, value in self.guard.latest.items() if key.startswith(kinds)}
-            _log_beside(trainer, answers, trainer.global_step)
-            self._ask(trainer)
+        with self.guard.contain("on_validation_end"):
+            if self.guard.config.confusion.enabled:
+                before = self.guard.last
+                result = self.guard.check(at="evaluation")
+                _to_loggers(trainer, None if result is before else result)
+                # Of the rules, evaluations move those about the answers.
+                kinds = ("vocabguard/confusion/", "vocabguard/alerts/")
+                answers = {key: value for key, value in self.guard.latest.items() if key.startswith(kinds)}
+                _log_beside(trainer, answers, trainer.global_step)
+                self._ask(trainer)
 
     def _ask(self, trainer: Trainer) -> None:
         """Do what alert rules ask of the trainer; a checkpoint lies where the trainer's own do."""
@@ -125,11 +129,13 @@ class VocabGuardCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The next epoch's batches follow those that the model has seen."""
-        self.guard.start_epoch()
+        with self.guard.contain("on_train_epoch_end"):
+            self.guard.start_epoch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the run."""
-        self.guard.finish()
+        with self.guard.contain("on_train_end"):
+            self.guard.finish()
 
     def state_dict(self) -> dict[str, Any]:
         """Our part of a Lightning checkpoint."""
@@ -137,7 +143,8 @@ class VocabGuardCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint when training starts."""
-        self.guard.load_state_dict(state_dict)
+        with self.guard.contain("load_state_dict"):
+            self.guard.load_state_dict(state_dict)
 
 
 def language_model(module: nn.Module) -> nn.Module:
@@ -151,7 +158,8 @@ def language_model(module: nn.Module) -> nn.Module:
 def _schedule(trainer: Trainer) -> Any:
     """What moves the learning rates of a run, or the rates themselves; None if they are unknown."""
     configs, steps = trainer.lr_scheduler_configs, trainer.estimated_stepping_batches
-    if not trainer.lightning_module.automatic_optimization or len(configs) > 1 or not math.isfinite(steps):
+    plain = trainer.lightning_module.automatic_optimization and len(configs) <= 1 and len(trainer.optimizers) > 0
+    if not plain or not math.isfinite(steps):
         return None
     left = int(steps) - trainer.global_step
     if not configs:
@@ -161,6 +169,8 @@ def _schedule(trainer: Trainer) -> Any:
         return None
     if config.interval == "step":
         return config.scheduler
+    if not math.isfinite(trainer.num_training_batches):
+        return None
     in_epoch = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
     return rates_by_epoch(config.scheduler, left, in_epoch, trainer.global_step)
 

@@ -39,6 +39,8 @@ ADDED: dict[str, tuple[str, ...]] = {
         "VocabGuard.failure",
         "VocabGuard.timings",
         "VocabGuard.counting",
+        "VocabGuard.contain.*",
+        "VocabGuard.step.optimizer",
         "VocabGuard.wants.*",
         "VocabGuard.attach.tokenizer",
         "VocabGuard.attach.targets",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from vocabguard.files import append_line, mend, plain, read_lines
+from vocabguard.files import append_line, mend, plain, read_lines, write_file
 from vocabguard.results import CheckResult, NotApplicable, Watch
 from vocabguard.runlog import NOTES, RunLog, RunWriter
 
@@ -101,3 +103,82 @@ def test_wrong_use(tmp_path: Path) -> None:
     started(tmp_path)
     with pytest.raises(ValueError, match=f"kind is 'checks'; allowed: {', '.join(NOTES)}"):
         RunLog.open(tmp_path).notes("checks")
+
+
+# -- what is written over ----------------------------------------------------------------------------------------------
+
+
+def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    kept = tmp_path / "there" / "kept.txt"
+    kept.write_text("before", encoding="utf-8")
+    for name, target in {"link.txt": kept, "second.txt": "link.txt", "new.txt": tmp_path / "there" / "new.txt"}.items():
+        (tmp_path / name).symlink_to(target)
+        write_file(tmp_path / name, f"by {name}")
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / name).read_text(encoding="utf-8") == f"by {name}"
+    assert kept.read_text(encoding="utf-8") == "by second.txt"
+    assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["kept.txt", "new.txt"]
+    assert not [*tmp_path.rglob("*.tmp")]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o640])
+def test_permissions_stay(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "kept.txt"
+    path.write_text("before", encoding="utf-8")
+    path.chmod(mode)
+    write_file(path, "after")
+    assert path.read_text(encoding="utf-8") == "after"
+    assert path.stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_fifo_is_refused_and_stays(tmp_path: Path, linked: bool) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    path = tmp_path / "link" if linked else fifo
+    if linked:
+        path.symlink_to(fifo)
+    with pytest.raises(OSError, match="is a FIFO, not a regular file"):
+        write_file(path, "after")
+    assert fifo.is_fifo()
+    assert sorted(one.name for one in tmp_path.iterdir()) == sorted({"fifo", path.name})
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [(stat.S_IFCHR, "device"), (stat.S_IFBLK, "device"), (stat.S_IFSOCK, "socket")]
+)
+def test_a_device_is_refused(tmp_path: Path, kind: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No device of this machine is touched: a file says that it is one."""
+    path = tmp_path / "device"
+    path.write_text("before", encoding="utf-8")
+    real = Path.stat
+
+    def told(self: Path, **options: Any) -> Any:
+        found = real(self, **options)
+        return os.stat_result((kind | 0o666, *found[1:])) if self.name == "device" else found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", told)
+        with pytest.raises(OSError, match=f"is a {said}, not a regular file"):
+            write_file(path, "after")
+    assert path.read_text(encoding="utf-8") == "before"
+
+
+def test_a_loop_of_links_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "one").symlink_to(tmp_path / "other")
+    (tmp_path / "other").symlink_to(tmp_path / "one")
+    with pytest.raises(OSError, match="symbolic links"):
+        write_file(tmp_path / "one", "after")
+    assert (tmp_path / "one").is_symlink()
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="is a folder, not a regular file"):
+        write_file(tmp_path, "after")
+
+
+def test_a_name_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
+    for name in ("n" * 255, "嘉" * 85):
+        write_file(tmp_path / name, "after")
+        assert (tmp_path / name).read_text(encoding="utf-8") == "after"

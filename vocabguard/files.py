@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,21 +20,82 @@ from torch import Tensor
 
 from vocabguard.results import NotApplicable
 
+_KINDS = {
+    stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device", stat.S_IFBLK: "device",
+}  # fmt: skip
+# Of a name with other things around it: file systems take 255 bytes, a character up to 4 of them.
+_NAME = 40
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A file that gets its name only when it is whole: neither a reader nor a crash sees half of it.
 
+    A symbolic link stays, and what it points to is written. A file keeps its permissions.
+
     Yields:
         A path beside it, to write to. An exception leaves what was at `path` before, and nothing else.
+
+    Raises:
+        OSError: for what is no regular file, such as a device or a FIFO, which would be replaced by one.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = Path(os.path.realpath(path))
+    found = kind_of(path)
+    if found not in (None, "file"):
+        raise OSError(errno.EINVAL, f"is a {found}, not a regular file", str(path))
+    temporary = path.with_name(f".{path.name[:_NAME]}.{os.getpid()}.tmp")
     try:
         yield temporary
+        if found is not None:
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def kind_of(path: Path) -> str | None:
+    """What a path leads to, in a word: ``file`` for a regular one; None where nothing is there.
+
+    Raises:
+        OSError: if that cannot be told, as in a loop of links.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    return _KINDS.get(stat.S_IFMT(mode), "special file")
+
+
+def require_regular(path: str | Path) -> Path:
+    """The path, where reading it cannot wait for a writer that never comes.
+
+    Raises:
+        OSError: for a FIFO, a device, a folder, or what cannot be looked at; also if nothing is there.
+    """
+    path = Path(path)
+    if (found := kind_of(path)) != "file":
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, "not found", str(path))
+        raise OSError(errno.EINVAL, f"is a {found}, not a regular file", str(path))
+    return path
+
+
+def read_text(path: str | Path) -> str:
+    """The UTF-8 text of a file; see `require_regular`, and a ValueError where it is not UTF-8."""
+    return require_regular(path).read_text(encoding="utf-8")
+
+
+def full_path(path: str | Path) -> Path:
+    """The path in full, with ``~`` and links followed.
+
+    Raises:
+        ValueError: for a home that nobody knows, or a loop of links.
+    """
+    try:
+        return Path(path).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}: is no path that can be followed ({one_line(error)})") from error
 
 
 def write_file(path: str | Path, content: bytes | str) -> None:
@@ -60,18 +123,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: for another line that is no JSON.
     """
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = require_regular(path).read_bytes().split(b"\n") if path.exists() else []
     if lines and not _is_json(lines[-1]):
         lines.pop()
     try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise ValueError(f"{path} has a line, not its last, that is not JSON: {error}") from error
+        found = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} has a line, not its last, that is not JSON: {one_line(error)}") from error
+    if not all(isinstance(line, dict) for line in found):
+        raise ValueError(f"{path} has a line that is no JSON object")
+    return found
 
 
 def mend(path: Path) -> None:
     """End a file of lines with a whole line: the process before may have died while it wrote."""
-    content = path.read_bytes() if path.exists() else b""
+    content = require_regular(path).read_bytes() if path.exists() else b""
     whole, newline, tail = content.rpartition(b"\n")
     if tail:
         write_file(path, content + b"\n" if _is_json(tail) else whole + newline)
@@ -84,7 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: if it holds none.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is no JSON ({one_line(error)})") from error
     if not isinstance(found, dict):
@@ -155,6 +221,6 @@ def _plain_leaf(value: Any) -> bool | int | float | str | None:
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True

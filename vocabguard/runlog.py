@@ -32,7 +32,7 @@ import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
 
-from vocabguard.files import append_line, mend, plain, read_lines, write_file
+from vocabguard.files import append_line, mend, one_line, plain, read_lines, read_text, require_regular, write_file
 from vocabguard.results import CheckResult, Exposure, Forecast, RowDrift, Transition, Watch, as_transition
 
 SCHEMA = 1
@@ -234,7 +234,10 @@ class RunLog:
         path = self.folder / _TEXTS
         if not path.is_file():
             return []
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(read_text(path))
+        except RecursionError as error:
+            raise ValueError(f"{path} is no JSON ({one_line(error)})") from error
         if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
             raise ValueError(f"{path} holds no list of texts")
         return found
@@ -246,7 +249,7 @@ class RunLog:
         lines = []
         for path in self.folder.iterdir():
             if match := _ROWS.fullmatch(path.name):
-                with safe_open(path, framework="pt") as file:
+                with safe_open(require_regular(path), framework="pt") as file:
                     lines.append({"step": int(match[1]), "attempt": int((file.metadata() or {}).get("attempt", 0))})
         return tuple(sorted(line["step"] for line in lines if _stands(line, first)))
 
@@ -291,6 +294,23 @@ def _named(prefix: str, source: object, names: Sequence[str]) -> dict[str, Tenso
     return {f"{prefix}/{name}": getattr(source, name) for name in names}
 
 
+def why_unusable(folder: Path, groups: Sequence[str]) -> str | None:
+    """Why a run cannot go on in a folder; None where it can, as in one that holds no run.
+
+    Args:
+        groups: names of the script groups.
+    """
+    if not (folder / _META).exists():
+        return None
+    try:
+        meta = _read_meta(folder)
+    except (OSError, ValueError) as error:
+        return one_line(error)
+    if isinstance(meta.get("created"), str) and isinstance(meta.get("resumed"), list) and "groups" in meta:
+        return None if meta["groups"] == list(groups) else f"{folder / _META} has other groups of tokens"
+    return f"{folder / _META} is not a vocabguard run: it names no start, no resumes or no groups"
+
+
 def installed_version() -> str | None:
     """This package's version; None where it is not installed."""
     try:
@@ -301,9 +321,9 @@ def installed_version() -> str | None:
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     try:
-        meta: dict[str, Any] = json.loads((folder / _META).read_text(encoding="utf-8"))
+        meta: dict[str, Any] = json.loads(read_text(folder / _META))
         schema = meta["schema"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / _META} is not a vocabguard run: {error}") from error
     if schema != SCHEMA:
         raise ValueError(f"{folder} has schema {schema}; this version of vocabguard reads schema {SCHEMA}")

@@ -98,8 +98,8 @@ def shared() -> Iterator[Any]:
     loaded = transformers.AutoTokenizer.from_pretrained(ASSETS)
     table, load = build_table(loaded, len(loaded)), transformers.AutoTokenizer.from_pretrained
 
-    def load_once(name: str) -> Any:
-        return loaded if name == str(ASSETS) else load(name)
+    def load_once(name: str, **options: Any) -> Any:
+        return loaded if name == str(ASSETS) else load(name, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.AutoTokenizer, "from_pretrained", load_once)

@@ -331,8 +331,8 @@ def test_an_alert_switches_echo_and_hold_on_and_off(kit: Any, tokenizer: Any, tm
     seen: list[tuple[bool, bool]] = []
     decide = guarded.guard.step
 
-    def step(number: int) -> Any:
-        result = decide(number)
+    def step(number: int, *optimizers: Any) -> Any:
+        result = decide(number, *optimizers)
         seen.append((guarded.guard._protection.echo.on, guarded.guard._protection.holder.on))
         return result
 

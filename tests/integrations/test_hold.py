@@ -103,9 +103,9 @@ def test_a_window_holds_rows_that_were_asked_for_long_ago(kit: Any, tokenizer: A
     guarded = guard_for(kit, "hf", tokenizer, hold={"enabled": True, "mode": "freeze", "window_steps": 3})
     step = guarded.guard.step
 
-    def keep(number: int) -> Any:
+    def keep(number: int, *optimizers: Any) -> Any:
         kept[number] = guarded.guard._checker.model.lm_head.weight.detach().clone()
-        return step(number)
+        return step(number, *optimizers)
 
     guarded.guard.step = keep
     kit.run_hf(kit.tiny_model(), first + then, tokenizer, tmp_path, steps=8, callbacks=(guarded,))
@@ -137,11 +137,11 @@ def test_switched_by_the_user_and_off_again(kit: Any, tokenizer: Any, tmp_path: 
     never, kept = ~asked_by(data), {}
     step = guarded.guard.step
 
-    def at(number: int) -> Any:
+    def at(number: int, *optimizers: Any) -> Any:
         kept[number] = guarded.guard._checker.model.lm_head.weight.detach().clone()[never]
         if number in (3, 6):
             guarded.guard.switch("hold", number == 3)
-        return step(number)
+        return step(number, *optimizers)
 
     guarded.guard.step = at
     kit.run_hf(kit.tiny_model(), data, tokenizer, tmp_path, steps=9, callbacks=(guarded,))

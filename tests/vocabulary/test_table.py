@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from vocabguard.vocabulary.table import GROUPS, VocabTable, build_table, plain_table, resolve_token
+from vocabguard.compare.matching import table_for
+from vocabguard.vocabulary.table import GROUPS, VocabTable, build_table, ids_beyond, plain_table, resolve_token
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
 TEXTS = [
@@ -352,9 +353,15 @@ def test_refused_tokens(base: PreTrainedTokenizerFast, item: int | str, message:
         resolve_token(base, item, 8192)
 
 
-def test_a_tokenizer_larger_than_the_matrix_is_refused(base: PreTrainedTokenizerFast) -> None:
+def test_ids_beyond_the_matrix_are_left_out(base: PreTrainedTokenizerFast, base_table: VocabTable) -> None:
+    table = build_table(base, 8000)
+    assert ids_beyond(base, 8000) == 160
+    assert ids_beyond(base, 8160) == 0
+    assert table.texts == base_table.texts[:8000]
+    for name in ("group", "control", "reachable", "padded", "live"):
+        assert torch.equal(getattr(table, name), getattr(base_table, name)[:8000]), name
     with pytest.raises(ValueError, match=r"does not fit the model: it has 8160 ids, the matrix has 8000 rows"):
-        build_table(base, 8000)
+        table_for(base, 8000)
 
 
 def test_live_follows_its_parts(base_table: VocabTable) -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib
+import io
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
 import typer
 from rich.console import Console
@@ -19,6 +25,11 @@ Each raises `InputError` for input that cannot be used, which `main` prints, and
 """
 
 BAD_INPUT = 2
+
+LAST_RESORT = "this is a fault of vocabguard"
+"""Words of the line for what no command foresaw."""
+
+_TRACEBACK = "VOCABGUARD_TRACEBACK"
 
 
 class InputError(VocabGuardError, ValueError):
@@ -43,8 +54,45 @@ def main() -> None:
         SystemExit: with the command's exit code; 2 for bad input and wrong options.
     """
     asked = [argument for argument in sys.argv[1:2] if argument in COMMANDS]
+    with _any_output():
+        try:
+            build(tuple(asked) or tuple(COMMANDS))()
+        except InputError as error:
+            _refuse(str(error))
+        except Exception as error:  # a traceback says nothing to who runs a command
+            if os.environ.get(_TRACEBACK):
+                raise
+            said = f"{type(error).__name__}: {error}"
+            _refuse(f"{' '.join(asked)} failed ({said[:300]}); {LAST_RESORT}: {_TRACEBACK}=1 shows where")
+
+
+def _refuse(why: str) -> NoReturn:
+    """Print one line, whatever paths and file contents are quoted in it, and leave."""
+    # Soft wrapping, since a terminal's width is no reason for a second line.
+    line = " ".join(why.split())
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"vocabguard: {line}")
+    raise SystemExit(BAD_INPUT) from None
+
+
+@contextmanager
+def _any_output() -> Iterator[None]:
+    """Let standard output and error take any text: what their encoding lacks becomes an escape that JSON knows too."""
+    codecs.register_error("vocabguard", _escaped)
+    found = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    handlers = [stream.errors or "strict" for stream in found]
+    for stream in found:
+        stream.reconfigure(errors="vocabguard")
     try:
-        build(tuple(asked) or tuple(COMMANDS))()
-    except InputError as error:
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"vocabguard: {error}")
-        raise SystemExit(BAD_INPUT) from None
+        yield
+    finally:
+        for stream, handler in zip(found, handlers, strict=True):
+            if not stream.closed:
+                stream.reconfigure(errors=handler)
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """``\\uXXXX`` for each UTF-16 unit of what cannot be encoded; see `codecs.register_error`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4)), error.end

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +31,10 @@ from torch import Tensor
 from vocabguard.cli.app import InputError
 from vocabguard.compare.matching import folder_tokenizer
 from vocabguard.compare.scan import Scan, scan
+from vocabguard.compare.trial import require_readable, try_tokenizer
 from vocabguard.config import ProbeConfig
 from vocabguard.data.counts import read_counts
-from vocabguard.files import one_line
+from vocabguard.files import kind_of, one_line, read_text
 from vocabguard.measure.probe import PromptContext
 from vocabguard.protect.prompts import render_pool
 from vocabguard.rows.checkpoints import Checkpoint, open_checkpoint
@@ -53,6 +55,27 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 _GAP, _EDGE = 2, 1
 
 
+MOST_TOKENS = 2**31 - 1
+"""Of a row: longer ones no library counts."""
+
+MOST_TARGETS = 10_000
+"""Times that a token is asked for: more would be another training."""
+
+
+def check_most(*asked: tuple[str, float | None, float]) -> None:
+    """Refuse numbers that are too large to count with, and those that are none, which pass every other limit.
+
+    Args:
+        *asked: option, value (None was not given) and the largest that is allowed.
+
+    Raises:
+        InputError: with the first of them.
+    """
+    for option, value, most in asked:
+        if value is not None and not value <= most:
+            raise InputError(f"{option} is {value}; allowed: at most {most:,}")
+
+
 def check_threshold(threshold: float | None) -> None:
     """Refuse what is no share.
 
@@ -61,6 +84,30 @@ def check_threshold(threshold: float | None) -> None:
     """
     if threshold is not None and not 0 <= threshold <= 1:
         raise InputError(f"--threshold is {threshold}; allowed: a share from 0 to 1")
+
+
+def check_new_file(option: str, path: Path, inputs: Iterable[str | Path] = ()) -> None:
+    """Refuse a file to write before the work is done.
+
+    Args:
+        inputs: files and folders that are read; a checkpoint or data file among them is not written over.
+
+    Raises:
+        InputError: where nothing can be written, or a file that is read would be lost.
+    """
+    try:
+        found = kind_of(path)
+        if found not in (None, "file"):
+            raise InputError(f"{option} {path}: is a {found}; allowed: a new or a regular file")
+        if not path.parent.is_dir():
+            raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
+        lost = found is not None and any(os.path.samefile(path, one) for one in inputs if os.path.exists(one))
+    except OSError as error:
+        raise InputError(f"{option} {path}: cannot be written ({error.strerror or error})") from error
+    except ValueError as error:  # a null byte
+        raise InputError(f"{option} {str(path)!r}: cannot be written ({error})") from error
+    if lost:
+        raise InputError(f"{option} {path}: is read here, and would be lost; allowed: another file")
 
 
 def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
@@ -77,7 +124,8 @@ def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
 
     try:
         with _quiet("huggingface_hub", "transformers"):  # they tell of each try to reach the hub
-            loaded = AutoTokenizer.from_pretrained(name)
+            require_readable(Path(name))
+            loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         usable = bool(loaded.get_vocab())
     except Exception as error:  # by kind of damage, of many types
         raise InputError(f"{name}: cannot be loaded as a tokenizer ({one_line(error, 400)})") from error
@@ -85,9 +133,13 @@ def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
         raise InputError(f"{name}: a tokenizer without any token")
     if chat_template is not None:
         try:
-            loaded.chat_template = chat_template.read_text(encoding="utf-8")
+            loaded.chat_template = read_text(chat_template)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{chat_template}: cannot be read as a chat template ({one_line(error, 400)})") from error
+    try:
+        try_tokenizer(loaded)
+    except Exception as error:
+        raise InputError(f"{name}: cannot be used as a tokenizer ({one_line(error, 400)})") from error
     return loaded
 
 
@@ -119,6 +171,9 @@ def open_pair(
     """
     if coverage is not None and run is not None:
         raise InputError("--coverage and --run are both given; allowed: one source of counts")
+    for option, given in (("--tokenizer", tokenizer), ("--coverage", coverage), ("--run", run)):
+        if given == "":
+            raise InputError(f"{option} is empty; allowed: a path")
     asked = {"head": head, "embedding": embedding}
     keys: Any = {name: key for name, key in asked.items() if key is not None}
     try:

@@ -13,7 +13,16 @@ import typer
 from rich.console import Console
 
 from vocabguard.cli.app import InputError
-from vocabguard.cli.common import Column, Grid, check_threshold, load_tokenizer, row_progress
+from vocabguard.cli.common import (
+    MOST_TOKENS,
+    Column,
+    Grid,
+    check_most,
+    check_new_file,
+    check_threshold,
+    load_tokenizer,
+    row_progress,
+)
 from vocabguard.data.coverage import Coverage, at_risk, coverage_totals, group_rows, measure_coverage
 from vocabguard.data.readers import data_files, read_examples
 from vocabguard.files import one_line
@@ -23,6 +32,8 @@ from vocabguard.vocabulary.table import VocabTable, build_table, resolve_token
 
 _PARALLEL_FROM = 2**26  # bytes of data from which starting processes, some seconds each, pays
 _MOST_WORKERS = 8
+# What may be asked for.
+_WORKERS, _EPOCHS = 256, 1_000_000
 
 
 def coverage(
@@ -53,12 +64,14 @@ def coverage(
 
     Exit code 0: fine; 1: a larger share than the threshold allows; 2: bad input.
     """
-    _check_ranges(threshold, top, workers)
+    _check_ranges(threshold, top, workers, epochs, max_length)
     loaded = load_tokenizer(tokenizer, chat_template)
     try:
         table = build_table(loaded, 1 + max(loaded.get_vocab().values(), default=-1))
         watched = [resolve_token(loaded, int(item) if item.isdigit() else item, len(table)) for item in watch or ()]
         files = data_files(data)
+        if out is not None:
+            check_new_file("--out", out, files)
         with row_progress() as advance:
             result = measure_coverage(
                 read_examples(files, kind=kind, columns=column or ()),  # type: ignore[arg-type]
@@ -82,8 +95,11 @@ def coverage(
         raise typer.Exit(1)
 
 
-def _check_ranges(threshold: float | None, top: int, workers: int) -> None:
+def _check_ranges(threshold: float | None, top: int, workers: int, epochs: int, max_length: int | None) -> None:
     check_threshold(threshold)
+    check_most(
+        ("--workers", workers, _WORKERS), ("--epochs", epochs, _EPOCHS), ("--max-length", max_length, MOST_TOKENS)
+    )
     for name, value in (("--top", top), ("--workers", workers)):
         if value < 0:
             raise InputError(f"{name} is {value}; allowed: 0 or more")

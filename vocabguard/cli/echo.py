@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from vocabguard.cli.app import InputError
-from vocabguard.cli.common import load_tokenizer
+from vocabguard.cli.common import MOST_TARGETS, MOST_TOKENS, check_most, check_new_file, load_tokenizer
 from vocabguard.config import EchoConfig
 from vocabguard.data.echo_rows import EchoTally, echo_lists, needy_ids, write_chats, write_ids
 from vocabguard.files import one_line
@@ -50,6 +50,12 @@ def echo(
         raise InputError("nothing to write; allowed: --ids FILE, --chats FILE or both")
     if needs is None and (below is not None or cosine is not None):
         raise InputError("--below and --cosine need --needs FILE, which vocabguard coverage or scan wrote with --out")
+    check_most(
+        ("--targets", targets, MOST_TARGETS), ("--list-tokens", list_tokens, MOST_TOKENS), ("--cosine", cosine, 2)
+    )
+    for option, path in (("--ids", ids), ("--chats", chats)):
+        if path is not None:
+            check_new_file(option, path, [one for one in (needs, chat_template) if one is not None])
     loaded = load_tokenizer(tokenizer, chat_template)
     instructions = instruction or EchoConfig().instructions
     written: dict[str, EchoTally] = {}

@@ -76,6 +76,10 @@ def repair(
     Exit code 0: written; 2: bad input.
     """
     _check_options(method, data, text)
+    common.check_most(
+        ("--strength", strength, 1), ("--cosine-below", cosine_below, 1), ("--targets", targets, common.MOST_TARGETS),
+        ("--learning-rate", learning_rate, 1), ("--batch", batch, 2**16), ("--max-length", max_length, 2**20),
+    )  # fmt: skip
     pair = common.open_pair(base, tuned, tokenizer, head, embedding, coverage, run)
     settings = EchoRun(targets, learning_rate, batch, max_length, instructions=tuple(instruction or ()))
     try:

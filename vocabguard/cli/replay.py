@@ -14,7 +14,17 @@ from rich.console import Console
 from torch import Tensor
 
 from vocabguard.cli.app import InputError
-from vocabguard.cli.common import Column, Grid, check_threshold, load_tokenizer, row_progress
+from vocabguard.cli.common import (
+    MOST_TARGETS,
+    MOST_TOKENS,
+    Column,
+    Grid,
+    check_most,
+    check_new_file,
+    check_threshold,
+    load_tokenizer,
+    row_progress,
+)
 from vocabguard.data.coverage import load_coverage, vocabulary_hash
 from vocabguard.data.encode import TargetEncoder
 from vocabguard.data.readers import Chat, Completion, Example, Text, data_files, read_examples
@@ -22,6 +32,8 @@ from vocabguard.data.replay import Replay, count_targets_in, find_replay, needed
 from vocabguard.files import one_line, replacing, write_lines
 from vocabguard.text import percent
 from vocabguard.vocabulary.table import VocabTable, build_table
+
+_POOL = 10_000  # a pool of that size keeps every row
 
 
 def replay(
@@ -46,12 +58,14 @@ def replay(
     Exit code 0: written; 1: a larger share than the threshold allows stays in need; 2: bad input.
     """
     check_threshold(threshold)
+    check_most(("--targets", targets, MOST_TARGETS), ("--max-length", max_length, MOST_TOKENS), ("--pool", pool, _POOL))
     loaded = load_tokenizer(tokenizer)
     try:
         table = build_table(loaded, 1 + max(loaded.get_vocab().values()))
         need = needed_targets(table.live, targets, _targets_of(coverage, loaded))
         encoder = TargetEncoder(loaded, max_length=max_length)
         files = data_files(corpus)
+        check_new_file("--out", out, files)
 
         def read() -> Iterator[Example]:
             return read_examples(files, kind=kind, columns=column or ())  # type: ignore[arg-type]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +12,8 @@ import typer
 from rich.console import Console
 
 from vocabguard.cli.app import InputError
+from vocabguard.cli.common import check_most, check_new_file
+from vocabguard.files import one_line
 from vocabguard.report.compare import Comparison, compare
 from vocabguard.report.data import PageData, TextOf, run_data
 from vocabguard.report.page import render, write_page
@@ -43,18 +47,44 @@ def report(
 
     Exit code 0: nothing over a threshold; 1: a share over one, in either source; 2: bad input.
     """
+    check_most(("--threshold", threshold, 1), ("--threshold-forgotten", threshold_forgotten, 1))
     limits = Limits(threshold, threshold_forgotten)
     paths = [source] if other is None else [source, other]
-    shown = [read(path, tokenizer) for path in paths]
     page = out or (None if as_json else _PAGE)
     if page is not None:
-        _write(render(*shown, limits=limits), page)
+        check_new_file("--out", page, paths)
+    shown = [read(path, tokenizer) for path in paths]
+    with _told_of(paths):
+        over = any(verdict_of(data, limits).findings for data in shown)
+        content = None if page is None else render(*shown, limits=limits)
+        told = json.dumps(_as_json(shown, limits, page), indent=2, allow_nan=False) if as_json else ""
+        lines = [] if as_json else _lines(shown, limits, page)
+    if content is not None and page is not None:
+        _write(content, page)
     if as_json:
-        print(json.dumps(_as_json(shown, limits, page), indent=2, allow_nan=False))
+        print(told)
     else:
-        _show(shown, limits, page)
-    if any(verdict_of(data, limits).findings for data in shown):
+        _show(lines)
+    if over:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _told_of(paths: list[Path]) -> Iterator[None]:
+    """Turn what a damaged source brings about, of which there is no end, into one line.
+
+    Raises:
+        InputError: with the source and what failed.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        names = " and ".join(map(str, paths))
+        raise InputError(
+            f"{names}: is damaged, its parts do not fit each other ({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 def read(path: Path, tokenizer: Path | None = None) -> PageData:
@@ -77,25 +107,22 @@ def read(path: Path, tokenizer: Path | None = None) -> PageData:
         return scan_data(path)
     except (OSError, ValueError) as error:
         raise InputError(" ".join(str(error).split())) from error
-    except (LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is not a run folder or scan: {type(error).__name__}: {error}") from error
+    except Exception as error:  # a damaged source may hold anything
+        raise InputError(f"{path} is not a run folder or scan: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _texts(log: RunLog, folder: Path) -> TextOf:
-    from vocabguard.compare.matching import folder_tokenizer
-    from vocabguard.vocabulary.table import build_table
+    from vocabguard.compare.matching import folder_tokenizer, table_for
 
     found = folder_tokenizer(folder)
     if found is None:
         raise InputError(f"--tokenizer {folder}: no tokenizer in this folder")
     watched: dict[str, Any] = log.meta["watch"]
     rows = next((matrix["rows"] for name in ("head", "embedding") if "rows" in (matrix := watched[name])), len(found))
-    return build_table(found, int(rows)).text
+    return table_for(found, int(rows)).text
 
 
 def _write(page: str, path: Path) -> None:
-    if not path.parent.is_dir():
-        raise InputError(f"--out {path}: the folder {path.parent} does not exist")
     try:
         write_page(page, path)
     except OSError as error:
@@ -127,13 +154,15 @@ def _compared(both: Comparison) -> dict[str, Any]:
     }
 
 
-def _show(shown: list[PageData], limits: Limits, page: Path | None) -> None:
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+def _lines(shown: list[PageData], limits: Limits, page: Path | None) -> list[str]:
+    lines = []
     for data in shown:
         verdict = verdict_of(data, limits)
-        console.print(f"{data.name}: {verdict.sentence}")
-        for finding in verdict.findings:
-            console.print(f"  over the threshold: {finding}")
-    if len(shown) == 2:
-        console.print(compare(*shown).sentence)
-    console.print(f"page: {page}")
+        lines += [f"{data.name}: {verdict.sentence}", *(f"  over the threshold: {one}" for one in verdict.findings)]
+    return [*lines, *([compare(*shown).sentence] if len(shown) == 2 else []), f"page: {page}"]
+
+
+def _show(lines: list[str]) -> None:
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    for line in lines:
+        console.print(line)

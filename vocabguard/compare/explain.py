@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vocabguard.compare.scan import Scan, fitted
 from vocabguard.compare.summary import category_of
+from vocabguard.compare.trial import require_readable
 from vocabguard.files import one_line, plain
 from vocabguard.measure.localize import End, input_rows_back, output_rows_back
 from vocabguard.measure.neighbors import intruders, nearest_rows
@@ -130,7 +131,10 @@ def load_model(path: Path) -> nn.Module:
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} has no config.json, so no model can be loaded from it")
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path), local_files_only=True, dtype="auto")
+        require_readable(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path), local_files_only=True, dtype="auto", trust_remote_code=False
+        )
     except Exception as error:  # loading raises what it likes
         raise ValueError(f"{path}: the model cannot be loaded ({one_line(error)})") from error
     found: nn.Module = model

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vocabguard.files import one_line
+from vocabguard.compare.trial import require_readable, try_tokenizer
+from vocabguard.files import full_path, one_line
 from vocabguard.rows.baselines import Baseline, ChunkedRows, one_torch_thread
-from vocabguard.vocabulary.table import VocabTable, build_table, plain_table
+from vocabguard.vocabulary.table import VocabTable, build_table, ids_beyond, plain_table
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt",
@@ -103,13 +104,16 @@ def folder_tokenizer(path: str | Path) -> Any:
     Raises:
         ValueError: if it is there and cannot be loaded.
     """
-    folder = Path(path)
+    folder = full_path(path)
     if not folder.is_dir() or not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        require_readable(folder)
+        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        try_tokenizer(loaded)
+        return loaded
     except Exception as error:  # a tokenizer's loading raises what it likes
         raise ValueError(f"{folder}: its tokenizer cannot be loaded ({one_line(error)})") from error
 
@@ -121,7 +125,13 @@ def table_for(tokenizer: Any, rows: int) -> VocabTable:
     Raises:
         ValueError: if the tokenizer has ids beyond the rows.
     """
-    return plain_table(rows) if tokenizer is None else build_table(tokenizer, rows)
+    if tokenizer is None:
+        return plain_table(rows)
+    if beyond := ids_beyond(tokenizer, rows):
+        raise ValueError(
+            f"a tokenizer that does not fit the model: it has {rows + beyond} ids, the matrix has {rows} rows"
+        )
+    return build_table(tokenizer, rows)
 
 
 def _runs(ids: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vocabguard.compare.explain import asks_of
 from vocabguard.compare.scan import Scan, fitted
-from vocabguard.files import plain
+from vocabguard.files import full_path, plain, replacing
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.measure.probe import PromptContext, probe, stratified_sample
 from vocabguard.measure.retention import retained, said
@@ -122,7 +122,8 @@ def write_repaired(tuned: Checkpoint, plan: Plan, out: Path) -> None:
         header = opened.metadata()
     head = tensors[key].clone()
     head[plan.ids] = plan.rows.to(head.dtype)
-    save_file(tensors | {key: head}, str(out / file.name), metadata=header)
+    with replacing(out / file.name) as new:
+        save_file(tensors | {key: head}, str(new), metadata=header)
 
 
 def copy_files(folder: Path, out: Path, but: Collection[Path]) -> None:
@@ -153,7 +154,7 @@ def check_out(tuned: Checkpoint, out: Path) -> None:
     head_key(tuned)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is not an empty folder")
-    if tuned.path == out.resolve() or tuned.path in out.resolve().parents:
+    if tuned.path == full_path(out) or tuned.path in full_path(out).parents:
         raise ValueError(f"--out {out}: lies in the tuned model's folder; allowed: another place")
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vocabguard.compare.scan import Scan
-from vocabguard.files import one_line, plain, write_file
+from vocabguard.files import one_line, plain, require_regular, write_file
 from vocabguard.measure.drift import summarise
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.results import EXPOSURE_CLASSES, MatrixName, NotApplicable, RowDrift
@@ -188,12 +188,14 @@ def load_scan(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], list
     """
     path = Path(path)
     try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
+        with safe_open(str(require_regular(path)), framework="pt", device="cpu") as file:
             header = file.metadata() or {}
             vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         found, texts = json.loads(header["summary"]), json.loads(header["texts"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not a scan's file ({one_line(error)})") from error
+    if not isinstance(found, dict) or not isinstance(texts, list):
+        raise ValueError(f"{path}: is not a scan's file (its summary is no object, or its texts are no list)")
     if found.get("schema") != SCHEMA:
         raise ValueError(f"{path}: has schema {found.get('schema')}; this version of vocabguard reads {SCHEMA}")
     return vectors, found, texts

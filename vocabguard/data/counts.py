@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vocabguard.files import one_line, read_json
+from vocabguard.files import one_line, read_json, require_regular
 from vocabguard.runlog import RunLog
 from vocabguard.vocabulary.table import fit_rows
 
@@ -48,6 +48,8 @@ def _of_run(folder: Path) -> Tensor:
         vectors = RunLog.open(folder).rows()
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder}: {one_line(error)}") from error
+    except (LookupError, TypeError, AttributeError) as error:  # lines of other shapes than a run's
+        raise ValueError(f"{folder}: is a damaged run folder ({type(error).__name__}: {one_line(error)})") from error
     if "exposure/data_target" not in vectors:
         raise ValueError(f"{folder}: the run counted no data targets")
     return vectors["exposure/data_target"]
@@ -55,7 +57,7 @@ def _of_run(folder: Path) -> Tensor:
 
 def _of_safetensors(path: Path) -> Tensor:
     try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
+        with safe_open(str(require_regular(path)), framework="pt", device="cpu") as file:
             names = list(file.keys())
             name = next((name for name in _NAMES if name in names), None)
             if name is None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from vocabguard.data.encode import Batch, Loss, Source, TargetEncoder, TurnTally
 from vocabguard.data.readers import Example, in_chunks
-from vocabguard.files import write_file
+from vocabguard.files import one_line, require_regular, write_file
 from vocabguard.measure.exposure import CLASS_STARTS, exposure_classes
 from vocabguard.results import EXPOSURE_CLASSES
 from vocabguard.vocabulary.table import VocabTable, fit_rows
@@ -146,7 +146,7 @@ def load_coverage(path: str | Path) -> Coverage:
         ValueError: if it is missing, damaged, no coverage, or of a newer schema.
     """
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with safe_open(str(require_regular(path)), framework="pt") as file:
             told = json.loads((file.metadata() or {})["coverage"])
             if told.pop("schema") != SCHEMA:
                 raise ValueError(f"{path}: is of another schema; this version of vocabguard reads schema {SCHEMA}")
@@ -155,7 +155,9 @@ def load_coverage(path: str | Path) -> Coverage:
         lists: dict[str, Any] = {key: tuple(value) for key, value in told.items() if isinstance(value, list)}
         source = CoverageSource(**{**told, **lists})
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: is no coverage file ({error}); `vocabguard coverage --out` writes them") from error
+        raise ValueError(
+            f"{path}: is no coverage file ({one_line(error)}); `vocabguard coverage --out` writes them"
+        ) from error
     size = vectors["data_target"].numel()
     wrong = [name for name, kind in _VECTORS.items() if vectors[name].dtype != kind or vectors[name].shape != (size,)]
     if wrong:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vocabguard.data.readers import in_chunks
-from vocabguard.files import replacing, write_lines
+from vocabguard.files import one_line, replacing, require_regular, write_lines
 from vocabguard.protect.prompts import PLACE
 from vocabguard.protect.rows import IGNORE, EchoPrompt, exchange
 from vocabguard.vocabulary.table import VocabTable
@@ -210,8 +210,8 @@ def _count_texts(path: Path, tokenizer: Any, rows: int) -> tuple[NDArray[np.int6
 
 def _vectors(path: str | Path, names: Sequence[str]) -> dict[str, Tensor]:
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with safe_open(str(require_regular(path)), framework="pt") as file:
             there = set(file.keys())
             return {name: file.get_tensor(name) for name in names if name in there}
     except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as a coverage or scan file ({error})") from error
+        raise ValueError(f"{path}: cannot be read as a coverage or scan file ({one_line(error)})") from error

@@ -14,6 +14,7 @@ from vocabguard import collective
 from vocabguard.config import ConfigError
 from vocabguard.guard.failures import Faults
 from vocabguard.guard.hold import Holder
+from vocabguard.guard.hooks import OwnHook
 from vocabguard.measure.exposure import ExposureCounter, targets_of
 from vocabguard.measure.learning_rates import RateMeter
 from vocabguard.protect.collator import ECHO_KEY
@@ -245,7 +246,7 @@ class LossMeter:
                 labels = kwargs.get("labels")
                 self.add(output, kwargs, labels if isinstance(labels, Tensor) else context.labels, context.echo)
 
-        return model.register_forward_hook(after, with_kwargs=True)
+        return model.register_forward_hook(OwnHook(after), with_kwargs=True)
 
 
 def _field(output: Any, name: str) -> Tensor | None:
@@ -258,6 +259,23 @@ _NO_LABELS = (
     "batch before (a loss of one's own), say `hidden_labels=True` to the Hugging Face callback; else `targets=`"
 )
 _NOT_ITS_OWN = "no optimizer has the output matrix (DeepSpeed, for one, steps copies of its own)"
+_SILENT_STEPS = 20
+"""More than a gradient scaler leaves out in a row while it finds its scale."""
+
+_SILENT = (
+    "vocabguard: none of the last %d steps was one of the optimizer that was attached: gradients are not read%s. If "
+    "there is another optimizer now, pass it: guard.step(step, optimizer)"
+)
+
+
+def inner_optimizers(optimizers: Any) -> list[torch.optim.Optimizer]:
+    """The optimizers inside wrappers such as accelerate's: only their hooks fire at real steps.
+
+    Args:
+        optimizers: one, several, or None.
+    """
+    several = [optimizers] if hasattr(optimizers, "param_groups") else list(optimizers or ())
+    return [getattr(optimizer, "optimizer", optimizer) for optimizer in several]
 
 
 class Observer:
@@ -282,6 +300,9 @@ class Observer:
         self._holder = holder
         self._meter: RateMeter | None = None
         self._handles: list[Any] = []
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._of_optimizers: list[Any] = []
+        self._silent = 0
         self._names: tuple[str, ...] = ()
         self._unread, self._told = True, False
         self.hooked = False
@@ -292,7 +313,7 @@ class Observer:
         """See every training forward pass of `model` that has a gradient; batches need not be told any more."""
         # Now, since a compiled pass cannot look into a signature.
         self._names = parameters_of(model)
-        self._handles.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        self._handles.append(model.register_forward_pre_hook(OwnHook(self._before_forward), with_kwargs=True))
         self.hooked = True
 
     def hook_optimizers(self, optimizers: Iterable[torch.optim.Optimizer], meter: RateMeter | None = None) -> None:
@@ -307,24 +328,51 @@ class Observer:
             ConfigError: if rows are to be held, and no optimizer has the matrix itself.
         """
         self._meter = meter
+        self._optimizers = inner_optimizers(optimizers)
         if self._matrix is None:
             return
         weight = self._matrix.weight
-        # Wrappers keep the real optimizer inside, and only that one's hooks fire at real steps.
-        inners = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
         having = [
             inner
-            for inner in inners
+            for inner in self._optimizers
             if any(weight is parameter for group in inner.param_groups for parameter in group["params"])
         ]
         for inner in having:
-            self._handles.append(inner.register_step_pre_hook(self._before_step))
-            self._handles.append(inner.register_step_post_hook(self._after_step))
+            self._of_optimizers.append(inner.register_step_pre_hook(self._before_step))
+            self._of_optimizers.append(inner.register_step_post_hook(self._after_step))
         if not having:
             if self._holder is not None:
                 raise ConfigError(f"hold: {_NOT_ITS_OWN}; allowed: an optimizer over the model's own parameters")
             logger.warning("vocabguard: pull and push are not applicable: %s", _NOT_ITS_OWN)
             self._read_no_gradient()
+
+    def end_step(self, step: int, optimizers: Any = None) -> None:
+        """Close an optimizer step.
+
+        Args:
+            optimizers: that do the steps, where they may be others than at the start; None where nobody knows.
+        """
+        self.counter.end_step(step)
+        if optimizers is not None and self._of_optimizers:
+            self._follow_optimizers(inner_optimizers(optimizers))
+        self._silent += 1
+        if self._silent == _SILENT_STEPS and self._of_optimizers:
+            logger.warning(_SILENT, _SILENT_STEPS, "" if self._holder is None else ", rows are not held")
+
+    def _follow_optimizers(self, now: list[torch.optim.Optimizer]) -> None:
+        """Hook the optimizers that have taken the place of those that were hooked."""
+        if len(now) == len(self._optimizers) and all(a is b for a, b in zip(now, self._optimizers, strict=True)):
+            return
+        for handle in self._of_optimizers:
+            handle.remove()
+        self._of_optimizers.clear()
+        try:
+            if self._meter is not None:
+                self._meter.leave()
+            self.hook_optimizers(now)
+        except ConfigError as error:
+            logger.warning("vocabguard: hold is off from now on: %s", error)
+            self._holder = None
 
     def _read_no_gradient(self) -> None:
         """Pull and push have no meaning here: NaN, not 0."""
@@ -361,9 +409,10 @@ class Observer:
 
     def remove(self) -> None:
         """Take all hooks off."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._of_optimizers):
             handle.remove()
         self._handles.clear()
+        self._of_optimizers.clear()
 
     def _follow_resize(self) -> None:
         """Before a step's first batch is counted, so that its targets are not forgotten."""
@@ -405,7 +454,7 @@ class Observer:
         # The hooks of an optimizer whose `step` calls its parent's may fire twice in a step: the inner one reads.
         if self._faults.down or self._matrix is None or not self._unread:
             return
-        self._unread = False
+        self._unread, self._silent = False, 0
         with self._faults.contain("reading the gradient"):
             self._follow_resize()
             gradient, counter = self._matrix.weight.grad, self.counter

@@ -16,7 +16,7 @@ from vocabguard import collective
 from vocabguard.alerts.machine import AlertMachine
 from vocabguard.alerts.rules import AlertRule
 from vocabguard.config import ConfigError, GuardConfig
-from vocabguard.guard.batches import BatchContext, Observer, Targets
+from vocabguard.guard.batches import BatchContext, Observer, Targets, inner_optimizers
 from vocabguard.guard.checks import Checker
 from vocabguard.guard.echo import EchoControl, EchoSource, Pace
 from vocabguard.guard.evaluations import Evaluations
@@ -233,7 +233,7 @@ class Parts:
         if self.observer is None:
             return
         if optimizer is not None:
-            optimizers = [optimizer] if hasattr(optimizer, "param_groups") else list(optimizer)
+            optimizers = inner_optimizers(optimizer)
             forecaster = self.checker.forecaster
             meter = None if forecaster is None else forecaster.hook(optimizers, steps_done)
             self.observer.hook_optimizers(optimizers, meter)
@@ -247,6 +247,7 @@ class Parts:
 def put_together(
     config: GuardConfig, rules: Iterable[AlertRule], run: Run, tokenizer: Any, resumed: Mapping[str, Any], *,
     hook_model: bool, faults: Faults, targets: Targets | NotApplicable | None, source: EchoSource | None,
+    steps_done: int = 0,
 ) -> Parts:  # fmt: skip
     """Find what is watched, count targets of the data to come, choose what probes, and build the parts.
 
@@ -255,13 +256,14 @@ def put_together(
         resumed: the state of an earlier run that goes on, or empty.
         targets: the user's extractor, if any, or why labels are no targets of the data here.
         source: of echo rows, where `VocabGuard.collator` was called.
+        steps_done: optimizer steps that the trainer has behind it.
 
     Raises:
         ConfigError: for settings that do not fit the model, the tokenizer or the data; where echo or hold would be
             wrong, or questions cannot be asked.
     """
     rules = tuple(rules)
-    watched = watch_model(run.model, tokenizer, config, resumed)
+    watched = watch_model(run.model, tokenizer, config, resumed, steps_done)
     shift = config.exposure.shift_labels
     shift = predicts_next(run.model) if shift is None else shift
     flight = wanted_preflight(config, run.dataloader, watched.rows, shift, targets, hook_model, tokenizer)

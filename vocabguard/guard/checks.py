@@ -322,7 +322,8 @@ class Checker:
         if self.prober is not None:
             self.prober.load_state_dict(state["probe"])
         self.alerts.load_state_dict(state["alerts"])
-        if self.forecaster is not None and state.get("forecast"):
+        # Where rows were before is told against a baseline that is gone.
+        if self.forecaster is not None and state.get("forecast") and "head" not in self.watched.lost:
             self.forecaster.load_state_dict(state["forecast"])
         if self.reader is not None:
             self.reader.load_state_dict(state.get("reference", {}))

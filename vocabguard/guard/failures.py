@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,26 +42,51 @@ class Faults:
         logger.warning("vocabguard stands down, training goes on: %s", self.reason, exc_info=told)
 
     @contextmanager
-    def contain(self, what: str) -> Iterator[None]:
+    def contain(self, what: str, *, refuses: bool = False) -> Iterator[None]:
         """Run a piece of the guard's work: timed, and with its exceptions contained.
 
-        Bad configuration is the user's to hear before step 1, so `ConfigError` always passes.
+        What a handler of signals raises passes: it is meant for the training, and only happens to arrive here.
+
+        Args:
+            refuses: whether a `ConfigError` passes: bad configuration is the user's to hear before step 1.
 
         Raises:
-            ConfigError: as it comes; and, where faults are to be raised, whatever comes.
+            ConfigError: where it passes; and, where faults are to be raised, whatever comes.
         """
+        with self.timed():
+            try:
+                yield
+            except Exception as error:
+                self.take(what, error, refuses=refuses)
+
+    def take(self, what: str, error: Exception, *, refuses: bool) -> None:
+        """What `contain` does with an exception, for the ``except`` block that has caught it."""
+        # Whatever becomes of it here: the other processes must not wait for this one.
+        collective.report_failure()
+        if self._raise or (refuses and isinstance(error, ConfigError)) or _by_signal(error):
+            raise error
+        self.stand_down(what, error)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Count what is done inside as the guard's work."""
         began = time.perf_counter()
         self._depth += 1
         try:
             yield
-        except Exception as error:
-            # Whatever becomes of it here: the other processes must not wait for this one.
-            collective.report_failure()
-            if self._raise or isinstance(error, ConfigError):
-                raise
-            self.stand_down(what, error)
         finally:
             self._depth -= 1
             # Nested work is already inside the outer piece's time.
             if self._depth == 0:
                 self.seconds += time.perf_counter() - began
+
+
+def _by_signal(error: Exception) -> bool:
+    """Whether a handler of signals raised it, as jobs that are about to be preempted do."""
+    handlers = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()} - {None}
+    place = error.__traceback__
+    while place is not None:
+        if place.tb_frame.f_code in handlers:
+            return True
+        place = place.tb_next
+    return False

@@ -15,6 +15,7 @@ from vocabguard.guard.batches import BatchContext, LossMeter
 from vocabguard.guard.echo import EchoControl
 from vocabguard.guard.failures import Faults
 from vocabguard.guard.hold import Holder
+from vocabguard.guard.hooks import OwnHook
 from vocabguard.protect.collator import ECHO_KEY, EchoError
 from vocabguard.results import CheckResult, EchoReport, Exposure, NotApplicable, ProbeResult
 
@@ -88,7 +89,7 @@ class Protection:
         """
         if self._losses is None:
             return
-        self._handles.append(model.register_forward_pre_hook(self._context.take_out, with_kwargs=True))
+        self._handles.append(model.register_forward_pre_hook(OwnHook(self._context.take_out), with_kwargs=True))
         self._handles.append(self._losses.hook(model, self._context, faults))
 
     def on_finish(self, unwrap: Callable[[], None]) -> None:

@@ -15,10 +15,10 @@ from vocabguard.alerts.rules import AlertRule
 from vocabguard.config import GuardConfig, SinksConfig, webhook_url
 from vocabguard.files import why_unwritable
 from vocabguard.results import CheckResult, Finding, Transition, Watch
-from vocabguard.runlog import RunLog, RunWriter, row_vectors
+from vocabguard.runlog import RunLog, RunWriter, row_vectors, why_unusable
 from vocabguard.views.console import ConsoleView
 from vocabguard.views.tensorboard import TensorBoardView, open_view
-from vocabguard.vocabulary.table import VocabTable
+from vocabguard.vocabulary.table import GROUPS, VocabTable
 
 logger = logging.getLogger("vocabguard")
 
@@ -37,6 +37,9 @@ def free_folder(folder: Path) -> Path:
 def choose_folder(resumed: str | None, suggested: str | Path | None) -> Path | None:
     """The folder of the run that goes on, else a free one by the suggested name; None where nothing can be written."""
     folder = Path(resumed) if resumed else None if suggested is None else free_folder(Path(suggested))
+    if resumed and folder is not None and collective.is_main() and (reason := why_unusable(folder, GROUPS)) is not None:
+        damaged, folder = folder, free_folder(folder)
+        logger.warning("vocabguard: %s: the run log goes on in %s, the old one stays in %s", reason, folder, damaged)
     if folder is not None and collective.is_main() and (reason := why_unwritable(folder)) is not None:
         logger.warning("vocabguard: no run log is kept, the console alone reports: %s", reason)
         folder = None

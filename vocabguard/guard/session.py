@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 
 from vocabguard import collective
 from vocabguard.config import ConfigError, ConfigSource, GuardConfig, Options, load_config
-from vocabguard.guard.batches import Observer, Targets
+from vocabguard.files import one_line
+from vocabguard.guard.batches import Observer, Targets, inner_optimizers
 from vocabguard.guard.build import Parts, Route, Run, put_together
 from vocabguard.guard.cadence import Cadence, StepTimer
 from vocabguard.guard.checks import Checker, Moment
@@ -21,6 +24,7 @@ from vocabguard.guard.echo import EchoSource
 from vocabguard.guard.failures import Faults
 from vocabguard.guard.protection import Protection, needed
 from vocabguard.guard.reporting import Reporter, choose_folder
+from vocabguard.guard.resume import STATE_VERSION, fit_state, moved_along, require_known, restart_reason, tell_restart
 from vocabguard.guard.summary import outdated
 from vocabguard.guard.watched import Action, build_rules
 from vocabguard.protect.collator import EchoCollator
@@ -30,16 +34,8 @@ from vocabguard.vocabulary.table import VocabTable
 
 logger = logging.getLogger("vocabguard")
 
-STATE_VERSION = 1
-"""Of the states that `VocabGuard.state_dict` gives."""
-
-_BEGINS_LATE = (
-    "vocabguard: %d steps are done and no saved state of a guard is there: drift and counts begin here, not at the base"
-)
-_COUNTS_LATE = (
-    "vocabguard: %d steps are done and no saved state of a guard is there: counts begin here, drift is measured "
-    "against snapshot.source"
-)
+_watching: weakref.WeakKeyDictionary[nn.Module, weakref.ref[VocabGuard]] = weakref.WeakKeyDictionary()
+"""The guard that was attached to a model last."""
 
 
 class VocabGuard:
@@ -116,6 +112,8 @@ class VocabGuard:
         self._reporter: Reporter | None = None
         self._resumed: Mapping[str, Any] = {}
         self._timer = StepTimer()
+        self._began = 0
+        self._optimizers: tuple[Any, ...] = ()
 
     # -- what can be read --------------------------------------------------------------------------------------------
 
@@ -195,15 +193,16 @@ class VocabGuard:
         self._begin_anew(total_steps)
         self._attached = True
         self.tokenizer = tokenizer if self.tokenizer is None else self.tokenizer
-        self._resumed = to_go_on(resumed or self._resumed, run_dir, steps_done, self.config.snapshot.source)
+        self._resumed = resumed or self._resumed
         self._batches_per_step, self._inject = batches_per_step, inject
         attached = False
         try:
-            with self._faults.contain("attach"):
+            with self._faults.contain("attach", refuses=True):
+                self._take_over(model, optimizer, steps_done)
                 collective.init_group()
-                require_known(self._resumed)
+                self._find_state(run_dir, steps_done)
                 run = Run(model, dataloader, inject, total_steps, batches_per_step, schedule)
-                parts = self._take(run, hook_model, self._targets or targets)
+                parts = self._take(run, hook_model, self._targets or targets, steps_done)
                 self.run_dir = choose_folder(self._resumed.get("run_dir"), self.config.run_dir or run_dir)
                 self.watch = parts.describe(self.run_dir)
                 table = parts.checker.watched.table
@@ -233,11 +232,65 @@ class VocabGuard:
         self.watch = self.last = self._observer = self._checker = self.run_dir = self._protection = None
         self.latest, self.steps, self._timer = {}, 0, StepTimer()
 
-    def _take(self, run: Run, hook_model: bool, targets: Targets | NotApplicable | None) -> Parts:
-        """The parts of the run, gone on from the state that is resumed."""
+    def _take_over(self, model: nn.Module, optimizer: Any, steps_done: int) -> None:
+        """End the guard that an interrupted run has left on this model; refuse a second one on the same run.
+
+        Raises:
+            ConfigError: if another guard has just been attached to the same model and optimizer.
+        """
+        known = _watching.get(model)
+        other = None if known is None else known()
+        mine = tuple(map(weakref.ref, inner_optimizers(optimizer)))
+        self._began, self._optimizers = steps_done, mine
+        if other is not None and other is not self and other._reporter is not None and other.failure is None:
+            # A guard that has not seen a step yet belongs to the run that begins here.
+            if mine and mine == other._optimizers and other.steps == other._began == steps_done:
+                raise ConfigError("another guard watches this model already; allowed: one VocabGuardCallback a run")
+            logger.warning("vocabguard: the guard of an earlier run still watched this model; that run is closed now")
+            other.finish(check=False)
+        _watching[model] = weakref.ref(self)
+
+    def _find_state(self, suggested: str | Path | None, steps_done: int) -> None:
+        """Look for what can be gone on from; says so where there is nothing and the trainer is in mid-run."""
+        why = restart_reason(self._resumed)
+        # No process goes on alone while another's disk has lost its checkpoint.
+        if bool(collective.any_of(torch.tensor([why is not None]))) and why is None:
+            why = "another process has no saved vocabguard state"
+        if why is not None:
+            self._resumed = {}
+            if steps_done > 0:
+                tell_restart(why, steps_done, self.config.snapshot.source)
+            return
+        try:
+            require_known(self._resumed)
+            self._resumed = moved_along(self._resumed, suggested)
+        except (LookupError, TypeError, AttributeError) as error:
+            self._restart(error, steps_done)
+
+    def _take(self, run: Run, hook_model: bool, targets: Targets | NotApplicable | None, steps_done: int) -> Parts:
+        """The parts of the run, gone on from the state that is resumed, unless that turns out to be damaged."""
+        if self._resumed:
+            try:
+                return self._build(run, hook_model, targets, steps_done)
+            except (ConfigError, collective.PeerFaultError):
+                raise
+            except Exception as error:  # a damaged state may hold anything
+                self._let_go(for_good=True)
+                self._restart(error, steps_done)
+        return self._build(run, hook_model, targets, steps_done)
+
+    def _restart(self, error: Exception, steps_done: int) -> None:
+        """Drop a state that cannot be used."""
+        why = f"the saved vocabguard state cannot be used ({type(error).__name__}: {one_line(error, 100)})"
+        tell_restart(why, steps_done, self.config.snapshot.source)
+        self._resumed, self.latest, self.steps = {}, {}, 0
+        self._cadence = Cadence.of(self.config, self._cadence.total)
+
+    def _build(self, run: Run, hook_model: bool, targets: Targets | NotApplicable | None, steps_done: int) -> Parts:
+        """The parts of the run, with the numbers of the state that is resumed."""
         parts = put_together(
-            self.config, self._rules, run, self.tokenizer, self._resumed,
-            hook_model=hook_model, faults=self._faults, targets=targets, source=self._source,
+            self.config, self._rules, run, self.tokenizer, self._resumed, hook_model=hook_model, faults=self._faults,
+            targets=targets, source=self._source, steps_done=steps_done,
         )  # fmt: skip
         self._observer, self._checker, self._protection = parts.observer, parts.checker, parts.protection
         if self._protection is not None:
@@ -321,15 +374,25 @@ class VocabGuard:
                 self._observer.hook_model(self._checker.model)
         self._heed_failures()
 
-    def step(self, step: int) -> CheckResult | None:
-        """Tell the guard that optimizer step `step` (counted from 1) is done; gives the check, if one was due."""
+    def step(
+        self, step: int, optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None
+    ) -> CheckResult | None:
+        """Tell the guard that an optimizer step is done.
+
+        Args:
+            step: its number, counted from 1.
+            optimizer: as for `attach`, where it may be another one by now; its gradients are read from here on.
+
+        Returns:
+            The check, if one was due.
+        """
         result = None
         self._require_attached("step")
         if self._checker is not None and self._reporter is not None and not self._faults.down:
             with self._faults.contain("step"):
                 self.steps = step
                 if self._observer is not None:
-                    self._observer.counter.end_step(step)
+                    self._observer.end_step(step, optimizer)
                 self._timer.step(self._faults)
                 if not self._cadence.chosen and self._timer.steps >= self._cadence.settle_steps:
                     self._cadence.choose(self._timer.median())
@@ -362,9 +425,24 @@ class VocabGuard:
             self._heed_failures()
         return asked
 
+    @contextmanager
+    def contain(self, what: str) -> Iterator[None]:
+        """Run an adapter's own work so that its faults disable the guard, and never end the training.
+
+        Raises:
+            ConfigError: of `attach` inside; and, where faults are to be raised (``on_error``), whatever comes.
+        """
+        with self._faults.timed():
+            try:
+                yield
+            except Exception as error:
+                # Of the run that goes on: `attach` begins another one inside.
+                self._faults.take(what, error, refuses=True)
+        self._heed_failures()
+
     def _require_attached(self, what: str) -> None:
         """Refuse a loop of one's own that forgot to attach: nothing would be guarded, and nobody told."""
-        if not self._attached:
+        if not self._attached and not self._faults.down:
             raise ConfigError(f"{what}() before attach(); call guard.attach(model, optimizer, ...) first")
 
     def _check(self, step: int, *, first: bool = False) -> CheckResult:
@@ -428,7 +506,8 @@ class VocabGuard:
     def _restore(self, saved: Mapping[str, Any]) -> None:
         """Give the parts the numbers of the run that goes on; baselines and table were read when it was attached."""
         assert self._checker is not None
-        self.steps = saved["step"]
+        saved = fit_state(saved, self._checker.watched.rows)
+        self.steps = int(saved["step"])
         self._checker.load_state_dict(saved)
         self._cadence.load_state_dict(saved["cadence"])
         self.latest.update(saved["latest"])
@@ -464,40 +543,3 @@ def _require_tokenizer(tokenizer: Any) -> None:
     if isinstance(tokenizer, (str, Path)):
         loaded = f"AutoTokenizer.from_pretrained({str(tokenizer)!r})"
         raise ConfigError(f"tokenizer is {str(tokenizer)!r}; allowed: the tokenizer itself, such as {loaded}")
-
-
-def to_go_on(
-    saved: Mapping[str, Any], suggested: str | Path | None, steps_done: int, source: str | None
-) -> Mapping[str, Any]:
-    """A state whose run folder may have been moved since, with the baselines in it.
-
-    Says so where there is none and the trainer is in mid-run.
-
-    Args:
-        saved: the state; empty where no run goes on.
-        suggested: the folder that the trainer would give a run.
-        source: the checkpoint of the base that drift is measured against, if one is named.
-
-    Returns:
-        The state itself while its folder is where it was, else one that names the suggested folder, if a run is there.
-    """
-    if steps_done > 0 and not saved:
-        logger.warning(_BEGINS_LATE if source is None else _COUNTS_LATE, steps_done)
-    before = saved.get("run_dir")
-    if before is None or suggested is None or Path(before).exists() or not (Path(suggested) / "run.json").exists():
-        return saved
-    here, moved = Path(suggested).resolve(), {}
-    for name, reference in saved["baselines"].items():
-        inside = isinstance(reference, dict) and Path(reference["path"]).parent.name == Path(before).name
-        moved[name] = {**reference, "path": str(here / Path(reference["path"]).name)} if inside else reference
-    return {**saved, "run_dir": str(suggested), "baselines": moved}
-
-
-def require_known(saved: Mapping[str, Any]) -> None:
-    """Refuse a state that a newer version has written.
-
-    Raises:
-        ConfigError: with both versions.
-    """
-    if saved.get("version", STATE_VERSION) > STATE_VERSION:
-        raise ConfigError(f"state: version is {saved['version']}; this vocabguard reads up to {STATE_VERSION}")

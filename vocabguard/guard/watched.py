@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -14,15 +15,34 @@ from torch import Tensor, nn
 from vocabguard import collective
 from vocabguard.alerts.rules import BUILT_IN, AlertRule, require_parts
 from vocabguard.config import ConfigError, GuardConfig, load_questions
+from vocabguard.files import one_line
 from vocabguard.measure.undertrained import never_trained
 from vocabguard.results import MatrixName, NotApplicable, Preflight, Transition, Watch, WatchedMatrix
-from vocabguard.rows.baselines import Baseline, CopiedBaseline, copy_baseline, reopen_baseline, save_baseline
+from vocabguard.rows.baselines import (
+    Baseline,
+    CopiedBaseline,
+    FileBaseline,
+    copy_baseline,
+    reopen_baseline,
+    save_baseline,
+)
 from vocabguard.rows.checkpoints import open_baseline
 from vocabguard.rows.matrices import VocabMatrix, find_matrices
 from vocabguard.rows.sharding import ShardBaseline, reshard
-from vocabguard.vocabulary.table import GROUPS, VocabTable, build_table, fit_rows, plain_table
+from vocabguard.vocabulary.table import GROUPS, VocabTable, build_table, fit_rows, ids_beyond, plain_table
 
 Action = Callable[[Transition], None]
+
+_BEYOND = (
+    "vocabguard: %d id%s of the tokenizer %s no row (%d and above) and can be no input and no target: call "
+    "model.resize_token_embeddings(len(tokenizer)) before training if they are to be learned"
+)
+
+_LOST = (
+    "vocabguard: the baseline of the %s is lost (%s): its drift restarts from this checkpoint (step %d), counts go on"
+)
+
+logger = logging.getLogger("vocabguard")
 
 # Rows a message: 64 MiB at a width of 4,096 in float32, so that saving needs no second matrix.
 _ROWS_SENT = 4096
@@ -36,6 +56,7 @@ class Watched:
         matrices: ``head`` and ``embedding``, or why not.
         baselines: of the matrices that can move; a tied pair has one.
         tokenizer: behind the table; None where there is none.
+        lost: matrices whose baseline a resumed run no longer found.
     """
 
     matrices: dict[MatrixName, VocabMatrix | NotApplicable]
@@ -43,6 +64,7 @@ class Watched:
     table: VocabTable
     rows: int
     tokenizer: Any
+    lost: frozenset[str] = frozenset()
 
     @property
     def tied(self) -> bool:
@@ -118,27 +140,31 @@ def _save_shards(baseline: ShardBaseline, path: Path, key: str) -> None:
     baseline.keep_reference(collective.agree(saved))
 
 
-def watch_model(model: nn.Module, tokenizer: Any, config: GuardConfig, resumed: Mapping[str, Any]) -> Watched:
+def watch_model(
+    model: nn.Module, tokenizer: Any, config: GuardConfig, resumed: Mapping[str, Any], steps_done: int = 0
+) -> Watched:
     """Find the matrices, take their baselines, build the table.
 
     Args:
         tokenizer: its tokenizer, or None: then all tokens are one group.
         resumed: the state of an earlier run that goes on, or empty.
+        steps_done: optimizer steps that the trainer has behind it.
 
     Raises:
-        ConfigError: for a module name or a source that does not exist, or a tokenizer larger than the model.
+        ConfigError: for a module name or a source that does not exist.
     """
     reshard(model)
     try:
         matrices = find_matrices(model, config.matrices.head, config.matrices.embedding)
         rows = vocabulary_rows(model, matrices)
         table = _table(tokenizer, rows)
-        baselines = _baselines(matrices, config, resumed.get("baselines", {}))
+        baselines, lost = _baselines(matrices, config, resumed["baselines"] if resumed else None, steps_done)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
-    watched = Watched(matrices, baselines, table, rows, tokenizer)
+    watched = Watched(matrices, baselines, table, rows, tokenizer, lost)
     if "trained" in resumed:
-        watched.mark_trained(resumed["trained"])
+        # Rows that were added to the checkpoint since have no base: no alarm counts them.
+        watched.mark_trained(fit_rows(resumed["trained"], rows, False))
     elif config.untrained.enabled:
         watched.mark_trained(~untrained_mask(watched, config.drift.chunk_rows))
     return watched
@@ -174,7 +200,11 @@ def _adapter_notes(watched: Watched) -> tuple[str, ...]:
 
 
 def _table(tokenizer: Any, rows: int) -> VocabTable:
-    return plain_table(rows) if tokenizer is None else build_table(tokenizer, rows)
+    if tokenizer is None:
+        return plain_table(rows)
+    if (beyond := ids_beyond(tokenizer, rows)) and collective.is_main():
+        logger.warning(_BEYOND, beyond, "s" if beyond > 1 else "", "have" if beyond > 1 else "has", rows)
+    return build_table(tokenizer, rows)
 
 
 def vocabulary_rows(model: nn.Module, matrices: Mapping[MatrixName, VocabMatrix | NotApplicable]) -> int:
@@ -201,20 +231,44 @@ def vocabulary_rows(model: nn.Module, matrices: Mapping[MatrixName, VocabMatrix 
 def _baselines(
     matrices: Mapping[MatrixName, VocabMatrix | NotApplicable],
     config: GuardConfig,
-    saved: Mapping[str, Mapping[str, str] | Tensor],
-) -> dict[MatrixName, Baseline]:
+    saved: Mapping[str, Mapping[str, str] | Tensor] | None,
+    steps_done: int,
+) -> tuple[dict[MatrixName, Baseline], frozenset[str]]:
+    """The rows before by matrix, and the names of those whose saved rows are lost."""
     baselines: dict[MatrixName, Baseline] = {}
+    lost: dict[str, str] = {}
     for name, matrix in matrices.items():
         if isinstance(matrix, NotApplicable) or (matrix.tied and name == "embedding" and "head" in baselines):
             continue
-        if name in saved:
-            rows = saved[name]
-            baselines[name] = CopiedBaseline(rows) if isinstance(rows, Tensor) else reopen_baseline(rows)
+        found = None if saved is None else _kept(name, matrix, saved.get(name), lost)
+        if found is not None:
+            baselines[name] = found
         elif config.snapshot.source is not None:
             baselines[name] = open_baseline(config.snapshot.source, matrix)
         else:
             baselines[name] = copy_baseline(matrix)
-    return baselines
+    if lost and config.snapshot.source is None:
+        logger.warning(_LOST, " and the ".join(lost), next(iter(lost.values())), steps_done)
+    return baselines, frozenset(lost)
+
+
+def _kept(
+    name: str, matrix: VocabMatrix, saved: Mapping[str, str] | Tensor | None, lost: dict[str, str]
+) -> CopiedBaseline | FileBaseline | None:
+    """The rows that a run has begun with; None where they are lost on any process, and why in `lost`."""
+    found, why = None, ""
+    try:
+        if saved is None:
+            raise ValueError("the saved state names none")
+        found = CopiedBaseline(saved) if isinstance(saved, Tensor) else reopen_baseline(saved)
+        if found.width != matrix.width:
+            why = f"{found.describe()} has rows of {found.width} elements, the model's have {matrix.width}"
+    except (ValueError, OSError, TypeError, AttributeError) as error:
+        why = one_line(error)
+    if not bool(collective.any_of(torch.tensor([bool(why)]))):
+        return found
+    lost[name] = why or "lost on another process"
+    return None
 
 
 def untrained_mask(watched: Watched, chunk_rows: int) -> Tensor:

@@ -208,6 +208,10 @@ class RateMeter:
         rest = self.planned[max(0, step - self.first) : max(0, total - self.first)]
         return float(rest.sum()), float(np.square(rest).sum())
 
+    def leave(self) -> None:
+        """Give the plan up: another optimizer does the steps now."""
+        self.planned = None
+
     def _compare(self, rate: float) -> None:
         """Give the plan up once the rates are others: somebody sets them by hand."""
         assert self.planned is not None

@@ -51,7 +51,8 @@ def hold_rows(weight: Tensor, before: Tensor, held: Tensor, mode: HoldMode, stat
         weight: (V, D) parameter after the step.
         before: (V, D) its rows before the step, on the CPU.
         held: (V,) bool on the weight's device.
-        state: the optimizer's state of the parameter: tensors of V rows are moments by row, others are left alone.
+        state: the optimizer's state of the parameter: tensors of V rows are moments by row, others are left alone, as
+            are quantised ones.
 
     Example:
         >>> before, held = torch.zeros(3, 1), torch.tensor([True, True, False])
@@ -110,9 +111,15 @@ def _held_mean(rows: Tensor, held: Tensor, before: Tensor | None = None) -> Tens
 
 
 def _moments(weight: Tensor, state: Mapping[Any, Any]) -> Iterator[Tensor]:
-    """The tensors of the optimizer's state that have a value or a vector for each row."""
-    for value in state.values():
-        if isinstance(value, Tensor) and value.ndim in (1, 2) and value.shape[0] == weight.shape[0]:
+    """The tensors of the optimizer's state that have a value or a vector for each row.
+
+    Of a quantised state, in tensors of a class of its own or in codes beside their scales, none: a code of 0 is no 0.
+    """
+    plain = [value for value in state.values() if type(value) is Tensor]
+    if any(value.dtype == torch.uint8 and value.shape == weight.shape for value in plain):
+        return
+    for value in plain:
+        if value.is_floating_point() and value.ndim in (1, 2) and value.shape[0] == weight.shape[0]:
             yield value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import re
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -135,16 +136,13 @@ class FileBaseline(ChunkedRows):
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
-        names = safetensors_names(path)
-        if key not in names:
-            raise ValueError(f"{path}: no tensor {key!r}; it holds {some(names)}")
-        start, entries = _header(path)
-        shape, dtype = tuple(entries[key]["shape"]), entries[key]["dtype"]
+        start, entry = _entry(path, key)
+        shape, dtype = tuple(entry["shape"]), entry["dtype"]
         check_rows(f"{path}: tensor {key!r}", shape, dtype, dtype in FLOATS)
         super().__init__(*shape)
         self.dtype = FLOATS[dtype]
         self._row_bytes = self.width * self.dtype.itemsize
-        self._offset = start + int(entries[key]["data_offsets"][0])
+        self._offset = start + int(entry["data_offsets"][0])
         with path.open("rb") as file:
             # A private mapping: torch asks for a writable buffer, the file itself cannot be written to through it.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -301,12 +299,29 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Where the data begins, and the entries of a file that `safe_open` has accepted."""
+def _entry(path: Path, key: str) -> tuple[int, dict[str, Any]]:
+    """Where the data begins, and a tensor's entry in the header.
+
+    The whole header is parsed where that cannot be avoided only: of 400,000 names it takes seconds.
+
+    Raises:
+        ValueError: for a file that cannot be read, or a tensor that is missing.
+    """
+    if not path.is_file():
+        safetensors_names(path)  # says why
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            file.get_slice(key)
+    except (OSError, SafetensorError, ValueError) as error:
+        names = safetensors_names(path)
+        raise ValueError(f"{path}: no tensor {key!r}; it holds {some(names)}") from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        entries: dict[str, Any] = json.loads(file.read(length))
-    return 8 + length, entries
+        header = file.read(length)
+    # Inside a text of the metadata quotes would have backslashes before them.
+    found = re.search(re.escape(json.dumps(key).encode()) + rb"\s*:\s*(\{[^{}]*\})", header)
+    entry: dict[str, Any] = json.loads(header)[key] if found is None else json.loads(found[1])
+    return 8 + length, entry
 
 
 def norms_of(rows: Baseline) -> Tensor:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor
 
-from vocabguard.files import read_json, some
+from vocabguard.files import full_path, one_line, read_json, some
 from vocabguard.results import MatrixName, NotApplicable
 from vocabguard.rows.adapters import LowRank, Replaced, replaced_rows, updated_rows
 from vocabguard.rows.baselines import Baseline, ChunkedRows, CopiedBaseline, FileBaseline
@@ -35,6 +36,7 @@ _ALLOWED = (
     "folder with pytorch_model.bin or its index; a PEFT adapter's folder whose base is on this machine"
 )
 _PREFIX = "base_model.model."
+_LARGEST_ALPHA = 1e30  # of a float32 with room for the product
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def open_checkpoint(
     Raises:
         ValueError: for a path that holds no checkpoint, a damaged one, or one without vocabulary rows.
     """
-    path = Path(path).expanduser().resolve()
+    path = full_path(path)
     if (path / ADAPTER_CONFIG).is_file():
         if base is None:
             raise ValueError(f"{path} is an adapter, not a model; allowed here: a model's folder or file")
@@ -117,7 +119,7 @@ def open_baseline(path: str | Path, matrix: VocabMatrix) -> CopiedBaseline | Fil
     Raises:
         ValueError: for a path without a checkpoint, a checkpoint without the rows, or rows of another shape.
     """
-    path = Path(path).expanduser().resolve()
+    path = full_path(path)
     if (path / ADAPTER_CONFIG).is_file():
         baseline, what = _adapter_baseline(path, matrix), f"the adapted {matrix.name}"
     else:
@@ -146,7 +148,7 @@ def open_baseline(path: str | Path, matrix: VocabMatrix) -> CopiedBaseline | Fil
 def _adapter_baseline(folder: Path, matrix: VocabMatrix) -> CopiedBaseline | FileBaseline:
     """The rows of an adapter on its base; the base's own where it leaves them alone."""
     try:
-        base = Path(str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))).expanduser()
+        base = full_path(str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")))
         if not base.exists():
             raise ValueError(f"{folder}: its base {str(base)!r} is not on this machine; {_ALLOWED}")
         found = open_checkpoint(folder, base=open_checkpoint(base)).matrix(matrix.name)
@@ -279,15 +281,14 @@ def _with_tokens(rows: Baseline, values: Tensor, config: dict[str, Any], module:
         asked = next((ids for key, ids in asked.items() if module.endswith(str(key))), None)
     if (
         not isinstance(asked, list)
-        or not all(isinstance(i, int) for i in asked)
+        or not all(isinstance(i, int) and 0 <= i < rows.rows for i in asked)
         or values.shape != (len(asked), rows.width)
     ):
         raise ValueError(
-            f"{folder}: trainable_token_indices of {module!r} do not fit its trained rows, {list(values.shape)}"
+            f"{folder}: trainable_token_indices of {module!r} do not fit its trained rows, {list(values.shape)}, and "
+            f"the base's {rows.rows} rows"
         )
     ids = torch.tensor(asked, dtype=torch.int64)
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < rows.rows:
-        raise ValueError(f"{folder}: trainable_token_indices go to {int(ids.max())}; the base has {rows.rows} rows")
     return AdaptedBaseline(rows, replaced=[Replaced(ids, values)])
 
 
@@ -302,11 +303,14 @@ def _with_lora(rows: Baseline, store: TensorStore, here: str, config: dict[str, 
     else:
         left = store.tensor(f"{here}lora_B.weight").float()
         right = store.tensor(f"{here}lora_A.weight").float()
-    shapes, rank = (list(left.shape), list(right.shape)), left.shape[-1]
+    shapes, rank = (list(left.shape), list(right.shape)), left.shape[-1] if left.ndim else 0
     if shapes != ([rows.rows, rank], [rank, rows.width]):
         raise ValueError(
             f"{folder}: LoRA parts of shapes {shapes} do not make the base's {rows.rows} x {rows.width} rows"
         )
+    if rank == 0 or (magnitude is not None and magnitude.shape != (rows.rows,)):
+        told = "rank 0" if magnitude is None else f"DoRA lengths of shape {list(magnitude.shape)}"
+        raise ValueError(f"{folder}: LoRA of {rows.rows} rows with {told}")
     scaling = _scaling(config, here.removeprefix(_PREFIX).rstrip("."), rank, folder)
     return AdaptedBaseline(rows, [LowRank(left, right, scaling, magnitude)])
 
@@ -314,8 +318,23 @@ def _with_lora(rows: Baseline, store: TensorStore, here: str, config: dict[str, 
 def _scaling(config: dict[str, Any], module: str, rank: int, folder: Path) -> float:
     """Alpha over the rank, or over its root; by ``alpha_pattern`` where a pattern ends the module's name."""
     patterns = config.get("alpha_pattern") or {}
-    fits = (value for pattern, value in patterns.items() if re.search(rf"(?:^|\.){pattern}$", module))
-    alpha = next(fits, config.get("lora_alpha"))
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: lora_alpha is {alpha!r}; expected a number")
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: alpha_pattern is {_shown(patterns)}; expected an object")
+    alpha = next((value for key, value in patterns.items() if _fits(key, module, folder)), config.get("lora_alpha"))
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) < _LARGEST_ALPHA:
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: lora_alpha is {_shown(alpha)}; expected a number")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _fits(pattern: str, module: str, folder: Path) -> bool:
+    """Whether a pattern of an adapter's configuration, a regular expression, ends a module's name."""
+    try:
+        return regex.search(rf"(?:^|\.){pattern}$", module, timeout=1.0) is not None
+    except (regex.error, TimeoutError, RecursionError, OverflowError) as error:
+        why = one_line(error) or type(error).__name__
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: alpha_pattern {_shown(pattern)} is no pattern ({why})") from error
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut off where it is long."""
+    return repr(value)[:60]

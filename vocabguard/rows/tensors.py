@@ -70,6 +70,7 @@ class TensorStore:
         if isinstance(found, Path):
             return FileBaseline(found, name)
         what = f"{self._path}: tensor {name!r}"
+        _require_memory(what, found)
         check_rows(what, tuple(found.shape), str(found.dtype), found.dtype.is_floating_point)
         return CopiedBaseline(found.detach(), f"{name} in {self._path} (memory map)")
 
@@ -81,6 +82,7 @@ class TensorStore:
         """
         found = self._source(name)
         if isinstance(found, Tensor):
+            _require_memory(f"{self._path}: tensor {name!r}", found)
             return found.detach()
         if name not in safetensors_names(found):
             raise ValueError(f"{found}: no tensor {name!r}; its index says it is there")
@@ -215,5 +217,18 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _require_memory(what: str, tensor: Tensor) -> None:
+    """Refuse tensors whose rows do not lie in memory one after the other.
+
+    Raises:
+        ValueError: for one that is sparse, nested, or of no device.
+    """
+    layout = str(tensor.layout).removeprefix("torch.")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise ValueError(f"{what} is {'nested' if tensor.is_nested else layout}; allowed: a dense tensor")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{what} is on the device {tensor.device.type!r}, without values; allowed: one with values")
+
+
 def _tensors(loaded: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
+    return {key: value for key, value in loaded.items() if isinstance(key, str) and isinstance(value, Tensor)}

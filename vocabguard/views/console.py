@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import textwrap
 from collections.abc import Collection, Sequence
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
+from vocabguard.files import one_line
 from vocabguard.results import EXPOSURE_CLASSES, CheckResult, Finding, NotApplicable, TokenReport, Transition, Watch
 from vocabguard.text import (
     WORST_COLUMNS,
@@ -31,6 +33,8 @@ from vocabguard.text import (
 
 if TYPE_CHECKING:
     from vocabguard.vocabulary.table import VocabTable
+
+logger = logging.getLogger("vocabguard")
 
 _LABEL = "vocabguard"
 _GAP = 2
@@ -176,18 +180,31 @@ class ConsoleView:
         return Text(text.encode(encoding, "backslashreplace").decode(encoding), style)
 
     def _print(self, *parts: RenderableType) -> None:
-        # A trainer's progress bar on the same terminal is cleared first and drawn again afterwards.
-        with tqdm.external_write_mode(file=self._console.file):
-            for part in parts:
-                self._console.print(part, highlight=False, soft_wrap=isinstance(part, Text))
+        try:
+            # A trainer's progress bar on the same terminal is cleared first and drawn again afterwards.
+            with tqdm.external_write_mode(file=self._console.file):
+                for part in parts:
+                    self._console.print(part, highlight=False, soft_wrap=isinstance(part, Text))
+        except (OSError, ValueError) as error:
+            # Closed, a broken pipe, a full disk, an encoding that lacks a character: the run log has it all.
+            self._enabled = False
+            logger.warning("vocabguard: the console view is off from now on: %s", one_line(error))
+
+
+class _PatientConsole(Console):
+    """Raises what rich would end the process for: a training goes on without a reader."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the `BrokenPipeError` that rich has just caught."""
+        raise  # noqa: PLE0704
 
 
 def _standard_console() -> Console:
-    console = Console()
+    console = _PatientConsole()
     if console.is_terminal or console.is_jupyter or "COLUMNS" in os.environ:
         return console
     # Rich assumes 80 columns where there is no terminal, which a log file does not need.
-    return Console(width=_FILE_WIDTH)
+    return _PatientConsole(width=_FILE_WIDTH)
 
 
 def _labelled() -> Table:

@@ -129,7 +129,7 @@ class VocabTable:
 def build_table(tokenizer: Any, rows: int) -> VocabTable:
     """Classify every row of a vocabulary matrix; ids that no token has become padded rows.
 
-    Slow tokenizers take longer: they are asked one text at a time. A ValueError if one has ids beyond the matrix.
+    Ids beyond the matrix are left out (`ids_beyond`). Slow tokenizers take longer: they are asked one text at a time.
 
     Example:
         >>> from tokenizers import Tokenizer, models
@@ -155,6 +155,11 @@ def build_table(tokenizer: Any, rows: int) -> VocabTable:
         trained=torch.ones(rows, dtype=torch.bool),
         texts=tuple(text or piece or "" for text, piece in zip(texts, pieces, strict=True)),
     )
+
+
+def ids_beyond(tokenizer: Any, rows: int) -> int:
+    """How many ids of a tokenizer have no row in a matrix."""
+    return sum(token_id >= rows for token_id in tokenizer.get_vocab().values())
 
 
 def plain_table(rows: int) -> VocabTable:
@@ -205,18 +210,15 @@ def resolve_token(tokenizer: Any, item: int | str, rows: int) -> int:
 
 def _mask(ids: Iterable[int], rows: int) -> Tensor:
     mask = torch.zeros(rows, dtype=torch.bool)
-    mask[torch.tensor(sorted(ids), dtype=torch.long)] = True
+    mask[torch.tensor(sorted(i for i in ids if i < rows), dtype=torch.long)] = True
     return mask
 
 
 def _pieces_by_id(tokenizer: Any, rows: int) -> list[str | None]:
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    needed = max(vocabulary.values(), default=-1) + 1
-    if needed > rows:
-        raise ValueError(f"a tokenizer that does not fit the model: it has {needed} ids, the matrix has {rows} rows")
     pieces: list[str | None] = [None] * rows
-    for piece, token_id in vocabulary.items():
-        pieces[token_id] = piece
+    for piece, token_id in tokenizer.get_vocab().items():
+        if token_id < rows:
+            pieces[token_id] = piece
     return pieces
 
 
