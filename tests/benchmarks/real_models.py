@@ -39,7 +39,7 @@ from rich.table import Table
 from vocabguard.files import one_line
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.measure.intervals import wilson
-from vocabguard.measure.probe import stratified_sample
+from vocabguard.measure.sampling import stratified_sample
 from vocabguard.results import EXPOSURE_CLASSES
 from vocabguard.vocabulary.table import VocabTable, build_table
 

@@ -10,7 +10,8 @@ import torch
 
 from vocabguard import ConfigError, VocabGuard
 from vocabguard.config import ProbeConfig
-from vocabguard.guard.probe import Population, Prober, build_prober, watched_ids, watched_words
+from vocabguard.guard.probe import Population, Prober, build_prober
+from vocabguard.guard.words import watched_ids, watched_words
 from vocabguard.results import NotApplicable, Preflight
 from vocabguard.vocabulary.table import build_table
 

@@ -32,18 +32,10 @@ from transformers import (
 
 from vocabguard.config import GuardConfig
 from vocabguard.measure import probe as probe_room
-from vocabguard.measure.probe import (
-    PromptContext,
-    ask_words,
-    asked_in,
-    choose_asks,
-    choose_contexts,
-    probe,
-    probe_applicable,
-    sample_weights,
-    stratified_sample,
-)
+from vocabguard.measure.contexts import asked_in, choose_asks, choose_contexts
+from vocabguard.measure.probe import PromptContext, ask_words, probe, probe_applicable
 from vocabguard.measure.retention import retained, said, said_instead, summarise_probe
+from vocabguard.measure.sampling import sample_weights, stratified_sample
 from vocabguard.protect.prompts import render_pool
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"

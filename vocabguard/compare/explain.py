@@ -15,9 +15,10 @@ from vocabguard.compare.scan import Scan, fitted
 from vocabguard.compare.summary import category_of
 from vocabguard.compare.trial import require_readable
 from vocabguard.files import one_line, plain
+from vocabguard.measure.contexts import choose_asks
 from vocabguard.measure.localize import End, input_rows_back, output_rows_back
 from vocabguard.measure.neighbors import intruders, nearest_rows
-from vocabguard.measure.probe import PromptContext, choose_asks, probe, probe_applicable
+from vocabguard.measure.probe import PromptContext, probe, probe_applicable
 from vocabguard.measure.retention import gone, said
 from vocabguard.measure.undertrained import unused_distances
 from vocabguard.results import DEGRADED, MatrixName, NotApplicable, ProbeResult

@@ -22,8 +22,9 @@ from vocabguard.compare.explain import asks_of
 from vocabguard.compare.scan import Scan, fitted
 from vocabguard.files import full_path, plain, replacing
 from vocabguard.measure.exposure import exposure_classes
-from vocabguard.measure.probe import PromptContext, probe, stratified_sample
+from vocabguard.measure.probe import PromptContext, probe
 from vocabguard.measure.retention import retained, said
+from vocabguard.measure.sampling import stratified_sample
 from vocabguard.results import EXPOSURE_CLASSES, NotApplicable, RowDrift
 from vocabguard.rows.baselines import Baseline
 from vocabguard.rows.checkpoints import Checkpoint

@@ -24,10 +24,11 @@ from vocabguard.guard.failures import Faults
 from vocabguard.guard.forecast import Forecaster
 from vocabguard.guard.hold import Holder
 from vocabguard.guard.preflight import examples_of, own_copy, untouched_rng, wanted_preflight
-from vocabguard.guard.probe import Prober, choose_prober, watched_ids
+from vocabguard.guard.probe import Prober, choose_prober
 from vocabguard.guard.protection import Protection, needed
 from vocabguard.guard.reference import Reader, choose_reader
 from vocabguard.guard.watched import Watched, describe, watch_model
+from vocabguard.guard.words import watched_ids
 from vocabguard.measure.exposure import ExposureCounter
 from vocabguard.protect.collator import ECHO_KEY, EchoCollator, EchoError
 from vocabguard.results import NotApplicable, Preflight, Watch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,23 +14,16 @@ from torch import Tensor, nn
 
 from vocabguard import collective
 from vocabguard.config import ConfigError, ContextConfig, GuardConfig, ProbeConfig
+from vocabguard.guard.words import WatchedWord, watched_words
+from vocabguard.measure.contexts import asked_in, choose_asks, prompt_length
 from vocabguard.measure.exposure import exposure_classes
-from vocabguard.measure.probe import (
-    PromptContext,
-    ask_words,
-    asked_in,
-    choose_asks,
-    probe,
-    probe_applicable,
-    prompt_length,
-    sample_weights,
-    stratified_sample,
-)
+from vocabguard.measure.probe import PromptContext, ask_words, probe, probe_applicable
 from vocabguard.measure.retention import Sample, lost, words_lost
+from vocabguard.measure.sampling import sample_weights, stratified_sample
 from vocabguard.protect.prompts import render_pool
 from vocabguard.results import NotApplicable, Preflight, ProbeResult
 from vocabguard.text import percent
-from vocabguard.vocabulary.table import VocabTable, resolve_token
+from vocabguard.vocabulary.table import VocabTable
 
 LEAST_SAMPLE = 128
 """Tokens that are probed in the shortest run, if so many are wanted."""
@@ -50,49 +43,6 @@ EARLIER = {
     "sentence": ("I wrote {tokens} here. What did I write?", 1),
 }
 """Default contexts of 0.1.0."""
-
-
-@dataclass(frozen=True)
-class WatchedWord:
-    """An entry of the watch list: its text, or its id as text, and the ids of its tokens."""
-
-    text: str
-    ids: tuple[int, ...]
-
-
-def watched_words(tokenizer: Any, watch: Sequence[int | str], rows: int) -> tuple[WatchedWord, ...]:
-    """The watch list, each entry once.
-
-    Raises:
-        ConfigError: for an entry that is neither an id of the vocabulary nor a text.
-    """
-    words: dict[tuple[int, ...], WatchedWord] = {}
-    for item in watch:
-        if isinstance(item, bool) or not isinstance(item, (int, str)) or item == "":
-            raise ConfigError(f"probe.watch holds {item!r}; allowed: token ids, and texts of one or several tokens")
-        word = _word(tokenizer, item, rows)
-        words.setdefault(word.ids, word)
-    return tuple(words.values())
-
-
-def _word(tokenizer: Any, item: int | str, rows: int) -> WatchedWord:
-    try:
-        return WatchedWord(str(item), (resolve_token(tokenizer, item, rows),))
-    except ValueError as error:
-        ids = [] if isinstance(item, int) else tokenizer.encode(item, add_special_tokens=False)
-        if not ids or tokenizer.unk_token_id in ids or max(ids) >= rows:
-            raise ConfigError(f"probe.watch: {error}") from error
-        return WatchedWord(str(item), tuple(ids))
-
-
-def watched_ids(tokenizer: Any, watch: Sequence[int | str], rows: int) -> Tensor:
-    """(w,) int64 ids of all tokens of the watch list.
-
-    Raises:
-        ConfigError: for an entry that is neither an id of the vocabulary nor a text.
-    """
-    ids = [token for word in watched_words(tokenizer, watch, rows) for token in word.ids]
-    return torch.tensor(list(dict.fromkeys(ids)), dtype=torch.int64)
 
 
 @dataclass(frozen=True)

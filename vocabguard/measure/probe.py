@@ -8,13 +8,10 @@ among its usual neighbours is lost. What the answers say about a run: `vocabguar
 from __future__ import annotations
 
 import contextlib
-import math
 import re
-import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -229,104 +226,6 @@ def probe_lists(count: int, context: PromptContext, seed: int) -> Tensor:
     return torch.cat([order, order[: -count % k]]).view(-1, k)
 
 
-def choose_contexts(shares: Mapping[str, float], lengths: Mapping[str, float], asks: int) -> tuple[str, ...]:
-    """Names of the contexts that a model follows best: the shorter ones of those that it follows about alike.
-
-    Args:
-        shares: of some tokens, the share in [0, 1] that the model repeats in each context.
-        lengths: tokens of a prompt for each token that it asks for.
-        asks: at most so many; fewer where others are followed by less than nine tenths of the best one's share.
-
-    Example:
-        >>> shares = {"list": 0.5, "lines": 0.94, "items": 0.95, "turns": 0.88, "long": 0.96}
-        >>> lengths = {"list": 2.0, "lines": 4.1, "items": 4.6, "turns": 5.4, "long": 8.4}
-        >>> choose_contexts(shares, lengths, asks=4)
-        ('lines', 'items', 'long', 'turns')
-    """
-    best = max(shares.values())
-    alike = sorted((name for name in shares if shares[name] >= 0.95 * best), key=lambda name: (lengths[name], name))
-    others = sorted((name for name in shares if name not in alike), key=lambda name: (-shares[name], name))
-    return tuple(name for name in (*alike, *others)[:asks] if shares[name] >= 0.9 * best)
-
-
-@dataclass(frozen=True)
-class Asks:
-    """The asks of a probe, chosen by what a model follows.
-
-    Attributes:
-        contexts: an ask each.
-        shares: what it repeats of the tokens that it was chosen by, in [0, 1], by context; empty where all are used.
-        seconds: that a token of a prompt took; NaN where nothing was asked.
-    """
-
-    contexts: tuple[PromptContext, ...]
-    shares: Mapping[str, float]
-    seconds: float
-
-
-def choose_asks(
-    model: nn.Module, pool: Sequence[PromptContext], ids: Tensor, asks: int, *, seed: int, batch_tokens: int
-) -> Asks:
-    """Choose the contexts of a pool that a model follows best; see `choose_contexts`.
-
-    Prompts longer than the model takes are left out, unless all are.
-
-    Args:
-        ids: (n,) int64 tokens to choose by; choose by others than those that are reported, or the choice flatters.
-        asks: how many are wanted; a pool of as many or fewer is used as it is.
-
-    Example:
-        >>> from types import SimpleNamespace
-        >>> class Parrot(nn.Module):
-        ...     def forward(self, input_ids):
-        ...         return SimpleNamespace(logits=9 * torch.eye(4)[input_ids])
-        >>> ways = {"odd": ((), 2), "one": ((), 1), "x": ((1,), 1)}
-        >>> pool = [PromptContext(name, (), after, k) for name, (after, k) in ways.items()]
-        >>> found = choose_asks(Parrot(), pool, torch.arange(4), 2, seed=0, batch_tokens=8)
-        >>> [context.name for context in found.contexts], found.shares["one"]
-        (['one', 'one 2'], 1.0)
-    """
-    longest = longest_prompt(model)
-    fitting = [one for one in pool if longest is None or prompt_length(one) * one.k <= longest] or list(pool)
-    if len(fitting) <= asks or not len(ids):
-        return Asks(asked_in(fitting, asks), {}, math.nan)
-    began = time.perf_counter()
-    found = probe(model, ids, fitting, seed=seed, batch_tokens=batch_tokens)
-    seconds = (time.perf_counter() - began) / (len(ids) * sum(map(prompt_length, fitting)))
-    shares = dict(zip(found.contexts, found.emitted.float().mean(0).tolist(), strict=True))
-    names = choose_contexts(shares, {context.name: prompt_length(context) for context in fitting}, asks)
-    chosen = [context for name in names for context in fitting if context.name == name]
-    return Asks(asked_in(chosen, asks), shares, seconds)
-
-
-def prompt_length(context: PromptContext) -> float:
-    """Tokens of a prompt for each token that it asks for.
-
-    >>> prompt_length(PromptContext("list", before=(1, 2), after=(3,), k=4))
-    2.5
-    """
-    probe_list = torch.zeros(1 + (context.shots or 0) // context.k + 1, context.k, dtype=torch.int64)
-    return prompts_of(probe_list, context)[0].shape[1] / context.k
-
-
-def asked_in(contexts: Sequence[PromptContext], asks: int) -> tuple[PromptContext, ...]:
-    """As many asks as wanted: the contexts in turn, from the second round on under a name of their own.
-
-    Lists depend on the name, so a context that is used again asks among other neighbours.
-
-    >>> lines = PromptContext("lines", before=(), after=(), k=16)
-    >>> [context.name for context in asked_in([lines], asks=2)]
-    ['lines', 'lines 2']
-    """
-    rounds = -(-asks // len(contexts))
-    found = [
-        context if turn == 0 else replace(context, name=f"{context.name} {turn + 1}")
-        for turn in range(rounds)
-        for context in contexts
-    ]
-    return tuple(found[:asks])
-
-
 def ask_words(
     model: nn.Module, words: Sequence[Sequence[int]], fillers: Tensor, contexts: Sequence[PromptContext], *,
     seed: int, batch_tokens: int,
@@ -490,62 +389,3 @@ def _device(model: nn.Module) -> torch.device:
     input_of = getattr(model, "get_input_embeddings", None)
     first = input_of() if callable(input_of) else model
     return next((p.device for p in first.parameters()), torch.device("cpu"))
-
-
-def stratified_sample(strata: Tensor, eligible: Tensor, size: int, seed: int) -> Tensor:
-    """A sample in which small strata are not lost.
-
-    Every stratum gets its share of `size`, but at least ``size / (2 * strata)`` ids, or all it has; the larger strata
-    pay for that. Of `size` or fewer eligible ids all are taken.
-
-    Args:
-        strata: (V,) int64 >= 0, the stratum of each id, such as its group.
-        eligible: (V,) bool, the ids that may be drawn.
-
-    Example:
-        >>> strata = torch.tensor([0] * 96 + [1] * 4)
-        >>> sample = stratified_sample(strata, torch.ones(100, dtype=torch.bool), size=16, seed=0)
-        >>> torch.bincount(strata[sample]).tolist()
-        [12, 4]
-    """
-    ids = eligible.nonzero().squeeze(1)
-    size = max(0, min(size, len(ids)))
-    sizes = torch.bincount(strata[ids])
-    labels = sizes.nonzero().squeeze(1)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = []
-    for label, quota in zip(labels, _quotas(sizes[labels].tolist(), size), strict=True):
-        members = ids[strata[ids] == label]
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:quota]])
-    return torch.cat(chosen).sort().values if chosen else ids
-
-
-def sample_weights(strata: Tensor, eligible: Tensor, sample: Tensor) -> Tensor:
-    """(n,) float32: eligible ids of its stratum that each id of a sample stands for; 0 for ids that are not eligible.
-
-    >>> strata = torch.tensor([0] * 6 + [1] * 4)
-    >>> sample_weights(strata, torch.ones(10, dtype=torch.bool), torch.tensor([0, 1, 9])).tolist()
-    [3.0, 3.0, 4.0]
-    """
-    here = eligible[sample]
-    sizes, drawn = torch.bincount(strata[eligible]), torch.bincount(strata[sample[here]], minlength=len(strata))
-    found = torch.zeros(len(sample))
-    own = strata[sample[here]]
-    found[here] = sizes[own].float() / drawn[own].float()
-    return found
-
-
-def _quotas(sizes: list[int], size: int) -> list[int]:
-    """How many to draw of each stratum; in fractions, so that they add up to `size` and none exceeds its stratum."""
-    if not sizes or size == 0:
-        return [0] * len(sizes)
-    shares = [Fraction(n * size, sum(sizes)) for n in sizes]
-    floors = [min(n, size // (2 * len(sizes))) for n in sizes]
-    above = [max(Fraction(0), share - floor) for share, floor in zip(shares, floors, strict=True)]
-    scale = (size - sum(floors)) / sum(above, Fraction(0))
-    exact = [floor + extra * scale for floor, extra in zip(floors, above, strict=True)]
-    quotas = [int(q) for q in exact]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: quotas[i] - exact[i])
-    for i in by_remainder[: size - sum(quotas)]:
-        quotas[i] += 1
-    return quotas
