@@ -153,7 +153,7 @@ def main() -> None:
     """Run, then tell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--arms", default="control,echo,protect", help="comma-separated; control is always run")
+    parser.add_argument("--arms", default="control,echo,hold_echo", help="comma-separated; control is always run")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--folder", type=Path, default=Path("runs/protection"))
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, sharing the cores")

@@ -1,7 +1,7 @@
 """Watch a fine-tune forget tokens, and keep it from it: the embedded multilingual base is tuned on English chats.
 
 ``python examples/sparse_token_forgetting.py`` runs two arms on the same rows in under four minutes on 2 cores, offline:
-``control`` is watched only, ``protect`` is held and echoed. What it tells of each, in order: what the data will never
+``control`` is watched only, ``hold_echo`` is held and echoed. What it tells of each, in order: what the data will never
 ask for, how the output rows drift, which alerts fire, and in the end which tokens the model can no longer say, by group
 and by exposure class, with names. Then both side by side.
 """
@@ -118,7 +118,7 @@ def main() -> None:
     """Run the arms that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainer", choices=sorted(TRAINERS), default="hf")
-    parser.add_argument("--arms", default="control,protect", help="comma-separated: control, presets, YAML files")
+    parser.add_argument("--arms", default="control,hold_echo", help="comma-separated: control, presets, YAML files")
     parser.add_argument("--logdir", type=Path, default=Path("runs"))
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--seed", type=int, default=0)

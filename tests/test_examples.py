@@ -59,7 +59,7 @@ def test_json_of_the_main_example(tmp_path: Path, trainer: str) -> None:
     # A fifth of the preset's echo: twelve steps would be long ones else.
     short = ("--steps", "12", "--logdir", str(tmp_path / "logs"), "echo.targets_per_live_token=0.3")
     found = forget(tmp_path, trainer, *short)
-    assert found.keys() == {"base", "control", "protect"}
+    assert found.keys() == {"base", "control", "hold_echo"}
     base, control, protect = found.values()
     assert protect.keys() == control.keys()
     assert protect["echo"]["targets_per_live_token"] == pytest.approx(0.3, abs=0.01)
@@ -94,7 +94,7 @@ def test_json_of_the_main_example(tmp_path: Path, trainer: str) -> None:
         steps = [check["step"] for check in RunLog.open(meta.parent).checks()]
         assert steps[0] == 0
         assert steps[-1] == 12
-    assert {path.name for path in (tmp_path / "logs").iterdir()} == {f"control-{trainer}", f"protect-{trainer}"}
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {f"control-{trainer}", f"hold_echo-{trainer}"}
     assert list((tmp_path / "logs").rglob("events.out.tfevents*"))
 
 
@@ -108,7 +108,7 @@ def test_the_main_example_shows_what_it_promises(tmp_path: Path) -> None:
         assert control["head"]["below_0.95"] >= 0.049
         assert kept["classes"]["never"] <= 0.80
         assert kept["classes"]["20+"] >= 0.85
-        protect = told["protect"]
+        protect = told["hold_echo"]
         # Bars for the mean of five seeds, with room for one seed's luck in a class of some 130 tokens.
         assert protect["retained"]["classes"]["never"] >= 0.97
         assert protect["retained"]["classes"]["1-4"] >= 0.95

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from vocabguard.alerts.text import ECHO_TARGETS, Scene, alert_story
+from vocabguard.alerts.text import ECHO_DOSE, Scene, alert_story
 from vocabguard.config import load_config
 from vocabguard.files import plain
 from vocabguard.results import Transition
@@ -57,9 +57,9 @@ def test_degraded_rows():
         "If nothing is done, 400 of 2,000 live output rows (20.0 %) may be below 0.95 at the end (step 1,000); ja 90 "
         "of 100 rows (90.0 %), ko 20 of 80 rows (25.0 %)."
     )
-    # 1.45 x 2,000; the data will have 10,000 / 200 x 1,000 targets.
+    # The data will have 10,000 / 200 x 1,000 targets.
     assert story.advice == (
-        'echo and hold: config="protect" adds 2,900 targets over the run, 5.8 % of the data\'s own.',
+        'turn protection on: VocabGuardCallback("protect") (about 5,000 extra target tokens, 10 % of your data).',
         "add data that contains ja, ko tokens: 130 of 180 have never been a target.",
     )
     assert story.lines == (
@@ -69,7 +69,7 @@ def test_degraded_rows():
 
 
 def test_what_echo_costs_is_that_of_the_preset():
-    assert load_config("protect").echo.targets_per_live_token == ECHO_TARGETS
+    assert load_config("protect").echo.dose == ECHO_DOSE
 
 
 def test_groups():
@@ -147,7 +147,7 @@ def test_a_loss_of_rare_tokens_is_told_with_its_interval_and_its_size():
     assert (story.rows, story.share, story.outlook) == (None, None, "")
     assert story.advice == (
         "lower the learning rate, or train with LoRA: both change the body of the model less.",
-        'echo and hold: config="protect" adds 2,900 targets over the run, 5.8 % of the data\'s own.',
+        'turn protection on: VocabGuardCallback("protect") (about 5,000 extra target tokens, 10 % of your data).',
         "add data that contains ja, latin tokens: 560 of 1,915 have never been a target.",
     )
 
@@ -166,16 +166,16 @@ def test_what_to_do_where_it_is_not_about_drift():
 @pytest.mark.parametrize(
     ("echo", "hold", "said", "unsaid"),
     [
-        ("absent", "absent", ["echo and hold: config"], ["stops the drift"]),
+        ("absent", "absent", ["turn protection on"], ["stops the drift"]),
         (
             "armed",
             "armed",
             ['guard.switch("echo", True)', 'guard.switch("hold", True) stops the drift of 600 rows'],
             [],
         ),
-        ("on", "absent", ["echo is on, 0.40 targets a live token", 'hold: config="protect" stops'], ["adds"]),
+        ("on", "absent", ["echo is on, 0.40 targets a live token", 'hold={"enabled": True} stops'], ["extra"]),
         ("on", "on", ["echo is on"], ["hold"]),
-        ("absent", "on", ["echo: config"], ["hold"]),
+        ("absent", "on", ["turn protection on"], ["hold"]),
     ],
 )
 def test_what_to_do_goes_by_what_is_on(echo, hold, said, unsaid):
@@ -198,8 +198,8 @@ def test_what_is_not_known_is_not_said():
     bare = Scene({}, 2000)
     story = alert_story(change("head/below_0.95", step=0, since=0), bare)
     assert (story.where, story.outlook, story.since) == ("", "", "Since this check, at step 0.")
-    assert story.advice == ('echo and hold: config="protect" adds 2,900 targets over the run.',)
-    costly = alert_story(change("head/below_0.95"), dataclasses.replace(SCENE, targets=100))
-    assert costly.advice[0].endswith("more than the data's own: echo.dose_limit adds fewer.")
+    assert story.advice == (
+        'turn protection on: VocabGuardCallback("protect") (extra target tokens: 10 % of your data).',
+    )
     assert alert_story(change("head/below_0.95", float("nan")), SCENE).rows == 0
     json.dumps(plain(story), allow_nan=False)

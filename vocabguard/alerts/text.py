@@ -310,8 +310,8 @@ def _kind(owner: str, last: str) -> Kind:
 
 
 _RATE = "lower the learning rate, or train with LoRA: both change the body of the model less."
-ECHO_TARGETS = 1.45
-"""Echo targets a live token of the preset ``protect``."""
+ECHO_DOSE = 0.1
+"""Echo targets for each data target, of the preset ``protect``."""
 
 
 def advice_of(about: About) -> tuple[str, ...]:
@@ -348,13 +348,9 @@ def _echo(about: About) -> str:
         return f"echo is on, {number(done, 2)} targets a live token so far: raise its dose if this goes on."
     if scene.echo == "armed":
         return 'switch echo on: guard.switch("echo", True), or "echo" among the actions of this rule.'
-    cost = round(ECHO_TARGETS * scene.live)
     expected = scene.targets / step * scene.total if step and scene.total else 0.0
-    share = f", {percent(cost / expected)} of the data's own" if expected else ""
-    if expected and cost > expected:
-        share = ", more than the data's own: echo.dose_limit adds fewer"
-    both = "echo and hold" if scene.hold == "absent" else "echo"
-    return f'{both}: config="protect" adds {cost:,} targets over the run{share}.'
+    cost = f"about {round(ECHO_DOSE * expected):,} extra target tokens, " if expected else "extra target tokens: "
+    return f'turn protection on: VocabGuardCallback("protect") ({cost}{100 * ECHO_DOSE:.0f} % of your data).'
 
 
 def _hold(about: About) -> str:
@@ -362,9 +358,9 @@ def _hold(about: About) -> str:
     rows = f"{still:,} rows that the data has not asked for so far" if still else "rows that the data does not ask for"
     if scene.hold == "armed":
         return f'switch hold on: guard.switch("hold", True) stops the drift of {rows}.'
-    if scene.hold == "on" or scene.echo == "absent":
+    if scene.hold == "on" or scene.echo == "absent" or about.kind == "forgotten":
         return ""
-    return f'hold: config="protect" stops the drift of {rows}.'
+    return f'hold={{"enabled": True}} stops the drift of {rows}.'
 
 
 def _data(about: About) -> str:

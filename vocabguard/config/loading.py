@@ -54,7 +54,7 @@ def presets() -> tuple[str, ...]:
     """Names of the packaged presets, sorted.
 
     >>> presets()
-    ('early', 'echo', 'hold', 'light', 'protect', 'thorough', 'watch')
+    ('early', 'echo', 'hold', 'hold_echo', 'light', 'protect', 'thorough', 'watch')
     """
     names = (entry.name for entry in resources.files("vocabguard").joinpath("configs").iterdir())
     return tuple(sorted(n.removesuffix(".yaml") for n in names if n.endswith(".yaml") and n != _QUESTIONS))

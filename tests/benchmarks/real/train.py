@@ -27,6 +27,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "hold": {"config": "hold"},
     "echo": {"config": "echo"},
     "protect": {"config": "protect"},
+    "hold_echo": {"config": "hold_echo"},
 }
 """Arm -> arguments of the callback; None trains without it."""
 
