@@ -19,7 +19,7 @@ from vocabguard.config import load_config
 from vocabguard.guard.evaluations import greedy_answers
 from vocabguard.guard.probe import Prober, build_prober
 from vocabguard.measure.probe import probe_lists, prompts_of
-from vocabguard.measure.retention import summarise_probe
+from vocabguard.measure.retention import said, summarise_probe
 from vocabguard.results import NotApplicable
 from vocabguard.vocabulary.table import build_table
 
@@ -66,31 +66,34 @@ def null_run(cache: Path, name: str, seed: int, tokens: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def agreement(cache: Path, name: str, tokens: int) -> dict[str, Any]:
-    """Teacher-forced answers against what the model writes, place by place.
+    """Verdicts by teacher-forced answers against verdicts by what the model writes freely.
+
+    Written freely, a list that goes astray at one token is not in step any more; so a token counts as written where the
+    answer holds it at all.
 
     Returns:
-        ``places``, and the shares in [0, 1] of them that are ``said`` (teacher-forced), ``written`` (greedily), and
-        alike (``agree``); ``contexts`` with the base's shares.
+        ``tokens``; the shares in [0, 1] of them that are ``said`` (teacher-forced) and ``written`` in more than half of
+        the asks, and that are judged alike (``agree``); ``contexts`` with the base's shares.
     """
     model, tokenizer = load_base(cache, name)
     model.eval()
     prober = prober_of(model, tokenizer, tokens, 0)
     result = prober.run(model)
-    places = said = written = alike = 0
+    place = {token: row for row, token in enumerate(prober.ids.tolist())}
+    there = torch.zeros(len(prober.ids), len(prober.contexts), dtype=torch.bool)
     for column, context in enumerate(prober.contexts):
-        if context.shots is not None:
-            continue
-        lists = prober.ids[probe_lists(len(prober.ids), context, prober.seed)]
-        prompts = prompts_of(lists, context)[0]
+        positions = probe_lists(len(prober.ids), context, prober.seed)
+        prompts = prompts_of(prober.ids[positions], context)[0]
+        # The first place of the copy is where the model begins to write.
         begins = prompts[:, : prompts.shape[1] - context.k + 1].tolist()
         answers: list[list[int]] = []
         for at in range(0, len(begins), 16):
-            answers += greedy_answers(model, begins[at : at + 16], [-1], context.k)
-        right = dict(zip(result.ids.tolist(), result.emitted[:, column].tolist(), strict=True))
-        for one, answer in zip(lists.tolist(), answers, strict=True):
-            for place, token in enumerate(one):
-                there = place < len(answer) and answer[place] == token
-                places, said, written = places + 1, said + right[token], written + there
-                alike += there == right[token]
-    shares = {"said": said / places, "written": written / places, "agree": alike / places}
-    return {"places": places, **shares, "contexts": {key: round(value, 3) for key, value in prober.shares.items()}}
+            answers += greedy_answers(model, begins[at : at + 16], [-1], context.k + 2)
+        for one, answer in zip(prober.ids[positions].tolist(), answers, strict=True):
+            for token in one:
+                there[place[token], column] |= token in answer
+    written = there.sum(1) * 2 > there.shape[1]
+    forced = said(result)
+    told = {"tokens": len(written), "said": float(forced.float().mean()), "written": float(written.float().mean())}
+    told["agree"] = float((written == forced).float().mean())
+    return told | {"contexts": {key: round(value, 3) for key, value in prober.shares.items()}}
