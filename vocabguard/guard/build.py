@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -283,7 +284,10 @@ def put_together(
             faults=faults, context=context, holder=None if protection is None else protection.holder,
         )  # fmt: skip
     asks = prober if isinstance(prober, Prober) else None
-    reader = choose_reader(run.model, config, tokenizer, torch.empty(0).long() if asks is None else asks.watched)
+    watch, to_train = (torch.empty(0).long(), math.nan) if asks is None else (asks.watched, asks.to_train)
+    reader = choose_reader(run.model, config, tokenizer, watch, to_train)
+    if asks is not None and isinstance(reader, Reader):
+        asks.read_beside(int(reader.windows.lengths.sum()))
     checker = Checker(
         run.model, watched, counter, asks, AlertMachine(rules), config.drift.chunk_rows, config.log.top_k,
         protection=protection, uncounted=uncounted, total_steps=run.total_steps,

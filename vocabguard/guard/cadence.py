@@ -19,6 +19,10 @@ _STEPS_UNKNOWN = 50
 _SAVED = ("every", "probe_every", "last_probe", "check_seconds", "probe_seconds")
 
 
+TRAINING = 3.0
+"""Forward passes that training on a token takes, forward and backward."""
+
+
 def round_up(steps: float) -> int:
     """The next of 1, 2, 5, 10, 20, 50, ... that is at least `steps`.
 

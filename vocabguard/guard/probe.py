@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vocabguard import collective
 from vocabguard.config import ConfigError, ContextConfig, GuardConfig, ProbeConfig
+from vocabguard.guard.cadence import TRAINING
 from vocabguard.guard.words import WatchedWord, watched_words
 from vocabguard.measure.contexts import asked_in, choose_asks, prompt_length
 from vocabguard.measure.exposure import exposure_classes
@@ -33,8 +34,6 @@ FREQUENT = 64
 """Tokens that the data asks for most often, probed beside the sample: what they lose is no token, but the skill."""
 WORD_ASKS = 4
 """Times as often as a token of the sample a watched word is asked: its verdict is of its own."""
-TRAINING = 3.0
-"""Forward passes that a training step on a token takes, forward and backward."""
 _SAY_EVERY = 10.0
 EARLIER = {
     "list": ("Repeat exactly: {tokens}", 16),
@@ -96,6 +95,8 @@ class Prober:
         seed: of the shuffles; the same at every probe, so that probes differ only by the model.
         budget: share of the run that a probe at the base and one at the end may take, above `LEAST_SAMPLE` tokens.
         to_train: tokens that the run will train on; NaN where unknown.
+        beside: tokens of the reference text that is read with each probe.
+        say: says what the base's probe will cost, and how far it is.
         earlier: default contexts of earlier versions, in which a run that is resumed may have been asked.
         shares: what the base repeats of some other tokens, by context; empty before the base was asked.
         contexts: the asks; empty before the base was asked.
@@ -121,6 +122,7 @@ class Prober:
     budget: float = 0.005
     to_train: float = math.nan
     earlier: tuple[PromptContext, ...] = ()
+    beside: int = 0
     say: Callable[[str], None] | None = None
     shares: dict[str, float] = field(default_factory=dict)
     contexts: tuple[PromptContext, ...] = ()
@@ -199,10 +201,12 @@ class Prober:
         if self.say is not None:
             best = max(self.shares.values())
             names = ", ".join(context.name for context in self.contexts)
+            text = ", with the reference text" if self.beside else ""
             drawn, live = int((self.weights > 0).sum()), int(self.population.live.sum())
             self.say(
                 f"Probe: {drawn:,} of {live:,} live tokens, {len(self.contexts)} asks each: {names} (the base repeats "
-                f"up to {percent(best)} of {CHOOSING} others). About {cost * len(self.ids):.0f} s a probe."
+                f"up to {percent(best)} of {CHOOSING} others). "
+                f"About {cost * len(self.ids) + seconds * self.beside:.0f} s each time{text}."
             )
 
     def _teller(self, began: float) -> Callable[[float], None]:
@@ -239,6 +243,10 @@ class Prober:
         known, missing = words_lost(self.base_words, self.last_words)
         chosen = {"lost": missing, "known": known, "unknown": ~known}[kind]
         return [word.text for word, flag in zip(self.words, chosen.tolist(), strict=True) if flag]
+
+    def read_beside(self, tokens: int) -> None:
+        """So many tokens of a reference text are read with each probe: a part of its price."""
+        self.beside = tokens
 
     def tell_through(self, say: Callable[[str], None]) -> None:
         """Say by this what the base's probe will cost, and how far it is."""

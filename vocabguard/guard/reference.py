@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from vocabguard import collective
 from vocabguard.config import ConfigError, GuardConfig, ReferenceConfig
 from vocabguard.data.readers import DataError, Text, is_plain_text, read_examples
+from vocabguard.guard.cadence import TRAINING
 from vocabguard.measure.intervals import z_of_look
 from vocabguard.measure.probe import probe_applicable
 from vocabguard.measure.reference import Windows, cut_windows, summarise_reference, token_nll
@@ -26,6 +28,10 @@ logger = logging.getLogger("vocabguard")
 
 _SHIPPED = "reference.txt"
 _BLANK_LINES = re.compile(r"\n\s*\n")
+
+
+LEAST_READ = 2048
+"""Targets that are read in the shortest run, if so many are wanted."""
 
 
 def reference_texts(config: ReferenceConfig) -> tuple[str, ...]:
@@ -153,11 +159,15 @@ class Reader:
         self.base, self.looks = state["base"], state["looks"]
 
 
-def choose_reader(model: nn.Module, config: GuardConfig, tokenizer: Any, watched: Tensor) -> Reader | NotApplicable:
+def choose_reader(
+    model: nn.Module, config: GuardConfig, tokenizer: Any, watched: Tensor, to_train: float = math.nan
+) -> Reader | NotApplicable:
     """What reads the reference text that a configuration asks for, or why nothing does.
 
     Args:
         watched: (w,) int64.
+        to_train: tokens that the run will train on; NaN where unknown. In a short run fewer tokens are read, so that a
+            reading at the base and one at the end take at most `probe.budget` of it, but `LEAST_READ` or more.
 
     Raises:
         ConfigError: for texts that cannot be read; see `reference_texts`.
@@ -170,6 +180,9 @@ def choose_reader(model: nn.Module, config: GuardConfig, tokenizer: Any, watched
         if wanted.texts is not None:
             logger.warning("vocabguard: reference.texts are not read: %s", reason.reason)
         return reason
+    if not math.isnan(to_train):
+        affordable = int(config.probe.budget * to_train * TRAINING / 2)
+        wanted = replace(wanted, max_tokens=min(wanted.max_tokens, max(LEAST_READ, affordable)))
     windows = windows_of(model, tokenizer, reference_texts(wanted), wanted)
     # All processes read what rank 0 has found: a file may differ between machines.
     return Reader(collective.agree(windows), watched, wanted.batch_tokens, wanted.least_targets)
