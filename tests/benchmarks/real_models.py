@@ -4,6 +4,7 @@
     python tests/benchmarks/real_models.py CACHE judge
     python tests/benchmarks/real_models.py CACHE replay tied --looks 2
     python tests/benchmarks/real_models.py CACHE probe smollm2 gemma3 --seeds 0,1,2,3,4
+    python tests/benchmarks/real_models.py CACHE steptime constant --set echo.armed=true echo.dose=0.1
     python tests/benchmarks/real_models.py CACHE table
 
 CACHE is a folder outside the repository: converted models, and for every run its weights at each tenth (bfloat16, 3 GB
@@ -32,6 +33,7 @@ from real.models import SOURCES, load_base
 from real.probing import agreement, null_run
 from real.recall import ask, judge
 from real.replay import load_weights, replay
+from real.steptime import step_time
 from real.train import ARMS, RECIPES, Recipe, run
 from rich.console import Console
 from rich.table import Table
@@ -208,7 +210,7 @@ def show_probe(asked: argparse.Namespace, console: Console) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path)
-    parser.add_argument("what", choices=("train", "judge", "replay", "probe", "table"))
+    parser.add_argument("what", choices=("train", "judge", "replay", "probe", "steptime", "table"))
     parser.add_argument("recipes", nargs="*", default=[], help=f"of {', '.join(RECIPES)}; all where none is named")
     parser.add_argument("--arms", default="control,protect", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--seeds", default="0")
@@ -238,6 +240,9 @@ def main() -> None:
         show_replays(told, console)
         if asked.json:
             asked.json.write_text(json.dumps(told, indent=1), encoding="utf-8")
+        return
+    if asked.what == "steptime":
+        console.print([step_time(asked.cache, name, asked.overrides) for name in names])
         return
     if asked.what == "probe":
         show_probe(asked, console)
