@@ -192,7 +192,34 @@ def show_replays(told: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
-def show_probe(asked: argparse.Namespace, console: Console) -> None:
+def train_all(asked: argparse.Namespace, names: list[str], console: Console) -> None:
+    """Every arm of every seed."""
+    for seed in map(int, asked.seeds.split(",")):
+        for name in names:
+            for arm in asked.arms.split(","):
+                path = run(asked.cache, name, arm, seed, overrides=asked.overrides, label=asked.label)
+                console.print(f"{path} done")
+
+
+def replay_all(asked: argparse.Namespace, names: list[str], console: Console) -> None:
+    """The guard over the saved weights of the runs."""
+    told = [
+        {"recipe": path.parent.name, "arm": told_of(path)["arm"], "seed": told_of(path)["seed"]}
+        | replay(asked.cache, path, asked.looks, asked.overrides)
+        for path in runs(asked.cache, names)
+        if asked.arms == "all" or told_of(path)["arm"] in asked.arms.split(",")
+    ]
+    show_replays(told, console)
+    if asked.json:
+        asked.json.write_text(json.dumps(told, indent=1), encoding="utf-8")
+
+
+def show_step_time(asked: argparse.Namespace, names: list[str], console: Console) -> None:
+    """What protection adds to a step."""
+    console.print([step_time(asked.cache, name, asked.overrides) for name in names])
+
+
+def show_probe(asked: argparse.Namespace, names: list[str], console: Console) -> None:
     """Agreement with free generation, and runs in which nothing is lost."""
     found: dict[str, Any] = {}
     for name in asked.recipes or SOURCES:
@@ -223,29 +250,9 @@ def main() -> None:
     asked = parser.parse_args()
     names = asked.recipes or list(RECIPES)
     console = Console(width=200, highlight=False)
-    if asked.what == "train":
-        for seed in map(int, asked.seeds.split(",")):
-            for name in names:
-                for arm in asked.arms.split(","):
-                    path = run(asked.cache, name, arm, seed, overrides=asked.overrides, label=asked.label)
-                    console.print(f"{path} done")
-        return
-    if asked.what == "replay":
-        told = [
-            {"recipe": path.parent.name, "arm": told_of(path)["arm"], "seed": told_of(path)["seed"]}
-            | replay(asked.cache, path, asked.looks, asked.overrides)
-            for path in runs(asked.cache, names)
-            if asked.arms == "all" or told_of(path)["arm"] in asked.arms.split(",")
-        ]
-        show_replays(told, console)
-        if asked.json:
-            asked.json.write_text(json.dumps(told, indent=1), encoding="utf-8")
-        return
-    if asked.what == "steptime":
-        console.print([step_time(asked.cache, name, asked.overrides) for name in names])
-        return
-    if asked.what == "probe":
-        show_probe(asked, console)
+    done = {"train": train_all, "replay": replay_all, "probe": show_probe, "steptime": show_step_time}
+    if asked.what in done:
+        done[asked.what](asked, names, console)
         return
     keeper = Judge(asked.cache, asked.tokens)
     entries = []
