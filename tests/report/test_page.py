@@ -229,7 +229,7 @@ def test_the_course_shows_what_was_logged(make_run):
     titles = [figure.title for figure in timelines(run_data(make_run("a")))]
     assert titles == [
         "Rows below cosine 0.95",
-        "Still said (retained)",
+        "Retained, of what the base repeats",
         "Cosine to the base",
         "Live tokens by data targets so far",
     ]

@@ -439,10 +439,16 @@ def _panels(data: PageData) -> list[_Panel]:
             percent,
         ),
         _Panel(
-            "Still said (retained)",
+            "Retained, of what the base repeats",
             (*(key_of("probe", name, "retained") for name in ("all", *EXPOSURE_CLASSES)), "probe/watch"),
-            (*(label_of(name) for name in ("all", *EXPOSURE_CLASSES)), "watched tokens"),
+            (*(label_of(name) for name in ("all", *EXPOSURE_CLASSES)), "watched words"),
             percent,
+        ),
+        _Panel(
+            "Reference text: rise of the mean loss over the base, nats a token",
+            tuple(key_of("reference", name, "nll_rise") for name in ("all", *EXPOSURE_CLASSES)),
+            tuple(map(label_of, ("all", *EXPOSURE_CLASSES))),
+            _short,
         ),
         _Panel(
             "Cosine to the base", tuple(f"{matrix}/{key}" for key in cosines), ("mean", "lowest 1 %", "lowest"), _short
@@ -479,7 +485,8 @@ def _common_panels(data: PageData) -> list[_Panel]:
     keys = (
         ("Rows below cosine 0.95", f"{matrix}/below_0.95", percent),
         ("Forecast of the end: rows below cosine 0.95", "forecast/below_0.95", percent),
-        ("Still said (retained)", "probe/retained", percent),
+        ("Retained, of what the base repeats", "probe/retained", percent),
+        ("Reference text: rise of the mean loss, nats a token", "reference/nll_rise", _short),
         ("Mean cosine to the base", f"{matrix}/cosine_mean", _short),
         ("Never a target so far", "exposure/never", percent),
         ("Answers with foreign script", "confusion/foreign", percent),

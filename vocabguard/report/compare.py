@@ -184,7 +184,7 @@ def _sentence(first: PageData, second: PageData, splits: tuple[Split, ...]) -> s
     one_row, other_row = first.whole, second.whole
     if one_row is not None and other_row is not None:
         for name, one, other in (
-            ("still said (retained)", one_row.retained, other_row.retained),
+            ("retained", one_row.retained, other_row.retained),
             ("below cosine 0.95", one_row.below_95, other_row.below_95),
         ):
             if one is not None and other is not None:

@@ -144,6 +144,9 @@ def key_numbers(data: PageData) -> tuple[tuple[str, str], ...]:
         found.append(("never a target", _counted(data, never)))
     if (watched := data.scalars.get("probe/watch")) is not None:
         found.append(("watched words retained", percent(watched)))
+    rise, low, high = (data.scalars.get(f"reference/rare_rise{end}") for end in ("", "_low", "_high"))
+    if rise is not None and low is not None and high is not None:
+        found.append(("rare tokens' loss in natural text, nats", f"{rise:+.2f} ({low:+.2f} to {high:+.2f})"))
     if (foreign := data.scalars.get("confusion/foreign")) is not None:
         found.append(("answers with foreign script", percent(foreign)))
     if data.kind == "run":
