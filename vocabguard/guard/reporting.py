@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -64,6 +65,19 @@ def without_secrets(config: GuardConfig) -> dict[str, Any]:
     return plain
 
 
+_NO_MORE = "vocabguard: nothing more is written to %s (%s); the guard works on"
+
+
+def _note(log: RunWriter, found: Finding) -> None:
+    for line in found.lines:
+        log.note(found.kind, found.step, line)
+    log.alerts(found.transitions)
+
+
+def _show(board: TensorBoardView, found: Finding) -> None:
+    board.finding(found)
+
+
 class Reporter:
     """Hands each result to every view.
 
@@ -110,12 +124,10 @@ class Reporter:
         if table is not self._table:
             self._take(table)
         every = self._config.log.rows_every_n_checks
-        if self._log is not None:
-            self._log.check(result)
-            if every and self._checks % every == 0:
-                self._rows(result)
-        if self._board is not None:
-            self._board.check(result)
+        self._write(lambda log: log.check(result))
+        if every and self._checks % every == 0:
+            self._rows(result)
+        self._draw(lambda board: board.check(result))
         self._console.check(result)
         self.findings(result.findings)
         self._checks += 1
@@ -142,12 +154,8 @@ class Reporter:
             scalars |= one.scalars
             if not self._main:
                 continue
-            if self._log is not None:
-                for line in one.lines:
-                    self._log.note(one.kind, one.step, line)
-                self._log.alerts(one.transitions)
-            if self._board is not None:
-                self._board.finding(one)
+            self._write(partial(_note, found=one))
+            self._draw(partial(_show, found=one))
             self._console.finding(one)
             self._act(one.transitions)
         return scalars
@@ -172,6 +180,30 @@ class Reporter:
         if last is not None and self._config.log.report:
             self._page(log)
         return log
+
+    def _write(self, write: Callable[[RunWriter], object]) -> None:
+        """Write to the run folder; where that fails, as on a full disk, the rest of the run is not logged there."""
+        if self._log is None:
+            return
+        try:
+            write(self._log)
+        except OSError as error:
+            if self._config.on_error == "raise":
+                raise
+            logger.warning(_NO_MORE, self._log.folder, error)
+            self._log = None
+
+    def _draw(self, draw: Callable[[TensorBoardView], None]) -> None:
+        """Write to TensorBoard; where that fails, the rest of the run is not shown there."""
+        if self._board is None:
+            return
+        try:
+            draw(self._board)
+        except OSError as error:
+            if self._config.on_error == "raise":
+                raise
+            logger.warning(_NO_MORE, "TensorBoard's files", error)
+            self._board = None
 
     def _page(self, log: RunLog) -> None:
         """The report page; a run is not blamed for it."""
@@ -199,6 +231,5 @@ class Reporter:
             self._board = self._open_board()
 
     def _rows(self, result: CheckResult) -> None:
-        assert self._log is not None
-        self._log.rows(result.step, row_vectors(result, self._table.group, self._table.live))
+        self._write(lambda log: log.rows(result.step, row_vectors(result, self._table.group, self._table.live)))
         self._rows_written = result.step
