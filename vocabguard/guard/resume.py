@@ -97,7 +97,11 @@ def fit_state(saved: Mapping[str, Any], rows: int) -> Mapping[str, Any]:
         return fit_rows(value, rows, fill) if isinstance(value, Tensor) and value.shape == (before,) else value
 
     def of_ids(part: Mapping[str, Any], keep: Tensor) -> dict[str, Any]:
-        return {name: value[keep] if isinstance(value, Tensor) else value for name, value in part.items()}
+        # What is of the watched words is not of the ids.
+        return {
+            name: value[keep] if isinstance(value, Tensor) and name != "words" else value
+            for name, value in part.items()
+        }
 
     exposure = {name: vector(value, -1 if name.startswith("last") else 0) for name, value in saved["exposure"].items()}
     probe, forecast = saved["probe"], dict(saved.get("forecast", {}))
