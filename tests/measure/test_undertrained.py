@@ -160,7 +160,7 @@ def turned(row: Tensor, cosine: float) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_reserved_rows_that_were_trained_are_not_known_as_unused(seed: int) -> None:
-    """As in Gemma 3, where a third of the reserved rows was trained."""
+    """As in Gemma 3, where a third of the reserved rows is unlike the others."""
     rows = alike(trained_rows(seed), mask_of(range(1400, 1420)), seed + 1)
     assert known(rows, RESERVED) == set(range(1400, 1420))
     rows[[100, 101, 102]] = rows[1400] + 0.003

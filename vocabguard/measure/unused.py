@@ -23,11 +23,12 @@ _USUAL_NORM = 6.0
 def known_unused(output: Chunks, idle: Tensor, reserved: Tensor, control: Tensor) -> Tensor:
     """Rows that no training can have given a meaning: the idle ones, and reserved or control tokens left alone.
 
-    A name does not suffice: of Gemma 3's 6,242 ``<unusedN>`` a third was trained, and chat models give reserved tokens
-    a role. Rows that were only pushed are alike. So of the reserved tokens those count that are alike (cosine of at
-    least 0.999 to the one that has the most such neighbours); where fewer than four are, such control tokens of any
-    name. A trained chat marker is not among them: SmolLM2's ``<|im_start|>`` has a cosine of 0.993. Where no four are
-    alike, as at an initialisation, reserved tokens count by their names, if the norm of their row is the usual one.
+    A name does not suffice: of Gemma 3's 6,242 ``<unusedN>`` a third have rows unlike the others', and chat models give
+    reserved tokens a role. Rows that were only pushed are alike. So of the reserved tokens those count that are alike
+    (cosine of at least 0.999 to the one that has the most such neighbours); where fewer than four are, such control
+    tokens of any name. A trained chat marker is not among them: SmolLM2's ``<|im_start|>`` has a cosine of 0.993. Where
+    no four are alike, as at an initialisation, reserved tokens count by their names, if the norm of their row is the
+    usual one.
 
     Args:
         output: the output rows, or the input rows where there are none; read once.
