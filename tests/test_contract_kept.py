@@ -56,7 +56,7 @@ ADDED: dict[str, tuple[str, ...]] = {
         "GuardConfig.reference",
     ),
     "commands": (),
-    "command_line": ("json.explain *: tokens[[]]/emission/*/gone",),
+    "command_line": ("json.explain *: tokens[[]]/emission/*/gone", "json.scan *: untrained/*"),
     "run": (
         "keys: vocabguard/reference/*",
         "keys: vocabguard/alerts/rare_loss",

@@ -89,6 +89,16 @@ def test_a_tied_pair_has_one_table(run: Run, tmp_path: Path, capsys: Any) -> Non
     assert worst == ["id", "token", "category", "cosine", "residual", "L2", "norm", "ratio"]
 
 
+def test_no_unused_rows_to_compare_with(tuned: Path, run: Run, capsys: Any) -> None:
+    files = (ASSETS / "model.safetensors", tuned / "model.safetensors")
+    run("scan", *files)
+    said = "Under-trained tokens not measured: no row is known to be unused, 4 are needed; only rows of tiny norm"
+    assert said in " ".join(capsys.readouterr().out.split())
+    run("scan", ASSETS, tuned, "--json")
+    untrained = json.loads(capsys.readouterr().out)["untrained"]
+    assert (untrained["known_unused"], untrained["not_measured"]) == (143, None)
+
+
 def test_without_a_tokenizer(tuned: Path, run: Run, capsys: Any) -> None:
     files = (ASSETS / "model.safetensors", tuned / "model.safetensors")
     assert run("scan", *files, "--json") == 1

@@ -3,16 +3,19 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import checkpoint_kit
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from vocabguard.cli.common import ways_of_asking
+from vocabguard.cli.explain import show_story
 from vocabguard.compare import explain
 from vocabguard.compare.explain import (
     LOST,
@@ -193,6 +196,7 @@ def test_story_of_a_token_lost_in_the_head(pair: Sides, tokenizer: Any) -> None:
     assert told["cut"]["one_id"]
     assert told["trained"]["trained"]
     assert 0 <= told["trained"]["input_norm_quantile"] <= 1
+    assert 0 <= told["trained"]["distance_to_unused"] <= 2
     assert len(told["neighbours"]["then"]) == len(told["neighbours"]["now"]) == 8
 
 
@@ -200,6 +204,17 @@ def test_story_of_a_token_that_is_fine(pair: Sides, tokenizer: Any) -> None:
     told = story(pair, tokenizer, 5000, ways(pair, tokenizer))
     assert told["kind"] == "fine"
     assert told["emission"].keys() == {"then", "now"}
+
+
+def test_distance_to_unused_rows_is_not_measured_without_such_rows(pair: Sides, tokenizer: Any) -> None:
+    scan = replace(pair.scan, unused=torch.zeros_like(pair.scan.unused))
+    alone = replace(pair, scan=scan, base_model=None, tuned_model=None, no_models="not asked here")
+    told = story(alone, tokenizer, 5000, [])
+    assert told["trained"]["distance_not_measured"] == "no row is known to be unused, 4 are needed"
+    assert "distance_to_unused" not in told["trained"]
+    said = StringIO()
+    show_story(Console(file=said, width=200), told)
+    assert "distance to unused rows not measured: no row is known to be unused" in said.getvalue()
 
 
 def test_cut_of_a_token_that_text_does_not_give(tokenizer: Any) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tokenizers import Tokenizer, models
 from torch.nn.functional import cosine_similarity
+from transformers import PreTrainedTokenizerFast
 
 from vocabguard import ConfigError, RunLog, VocabGuard
 from vocabguard.results import NotApplicable, RowDrift
@@ -303,6 +305,19 @@ def test_never_trained_rows_raise_no_alarm(kit: Any, tokenizer: Any, told_apart:
     assert watch.never_trained == (3 if told_apart else 0)
     assert found.firing == (() if told_apart else ("low",))
     assert (min(report.cosine for report in found.worst) > 0.9) == told_apart
+
+
+def test_that_no_row_is_known_to_be_unused_is_said(kit: Any) -> None:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(("a", "b", "c", "<|end|>"))}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    told = {}
+    for rows in (6, 40):
+        guard = VocabGuard(tokenizer=tokenizer, probe={"enabled": False}, **kit.QUIET)
+        watch = guard.attach(kit.llama(rows))
+        guard.finish()
+        told[rows] = [note for note in watch.notes if "Under-trained" in note]
+    said = "Under-trained tokens not measured: 2 rows are known to be unused, 4 are needed; only rows of tiny norm"
+    assert told == {6: [f"{said} are set apart."], 40: []}
 
 
 def test_zero_3_is_refused_in_words(kit: Any) -> None:

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from vocabguard.measure.undertrained import Chunks, never_trained, row_norms, unused_distances
+from vocabguard.measure.chunks import Chunks
+from vocabguard.measure.undertrained import never_trained, row_norms, unused_distances
+from vocabguard.measure.unused import known_unused, not_measured
 from vocabguard.vocabulary.table import build_table
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
@@ -21,7 +23,7 @@ def chunks_of(matrix: Tensor, size: int = 97) -> Chunks:
     return lambda: ((slice(i, min(i + size, len(matrix))), matrix[i : i + size]) for i in range(0, len(matrix), size))
 
 
-def mask_of(ids: Tensor | range, rows: int = ROWS) -> Tensor:
+def mask_of(ids: Tensor | range | list[int], rows: int = ROWS) -> Tensor:
     mask = torch.zeros(rows, dtype=torch.bool)
     mask[torch.as_tensor(list(ids), dtype=torch.long)] = True
     return mask
@@ -131,6 +133,92 @@ def test_zero_rows_are_named_where_nothing_is_known() -> None:
     assert torch.equal(never_trained(chunks_of(matrix), None, True, LIVE, UNUSED), NEVER)
 
 
+NOBODY = mask_of([])
+RESERVED, CONTROL = mask_of(range(1400, 1430)), mask_of(range(1400, 1450))
+"""Thirty reserved tokens by name, and twenty other control tokens."""
+
+
+def known(rows: Tensor, reserved: Tensor = NOBODY, control: Tensor = CONTROL, idle: Tensor = NOBODY) -> set[int]:
+    found = known_unused(chunks_of(rows), idle, reserved, control)
+    assert torch.equal(found, known_unused(chunks_of(rows, ROWS), idle, reserved, control))
+    return set(found.nonzero().flatten().tolist())
+
+
+def alike(rows: Tensor, which: Tensor, seed: int, noise: float = 0.003) -> Tensor:
+    """The rows, with `which` replaced by one direction up to rounding."""
+    draw = torch.Generator().manual_seed(seed)
+    direction = 3 * torch.randn(WIDTH, generator=draw)
+    return torch.where(which[:, None], direction + noise * torch.randn(len(rows), WIDTH, generator=draw), rows)
+
+
+def turned(row: Tensor, cosine: float) -> Tensor:
+    """A row of the same length at a cosine to it."""
+    side = torch.randn(WIDTH, generator=torch.Generator().manual_seed(5))
+    side -= (side @ row) / (row @ row) * row
+    return row * cosine + side / side.norm() * row.norm() * math.sqrt(1 - cosine**2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_reserved_rows_that_were_trained_are_not_known_as_unused(seed: int) -> None:
+    """As in Gemma 3, where a third of the reserved rows is unlike the others."""
+    rows = alike(trained_rows(seed), mask_of(range(1400, 1420)), seed + 1)
+    assert known(rows, RESERVED) == set(range(1400, 1420))
+    rows[[100, 101, 102]] = rows[1400] + 0.003
+    assert never_trained(chunks_of(rows), None, True, ~CONTROL, mask_of(range(1400, 1420)))[[100, 101, 102]].all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_control_tokens_are_known_by_their_rows(seed: int) -> None:
+    """As in SmolLM2, where no name says so, and the trained chat markers are at cosines of 0.991 and 0.993."""
+    rows = alike(trained_rows(seed), mask_of(range(1402, 1411)), seed + 1)
+    rows[1400], rows[1401] = turned(rows[1402], 0.993), turned(rows[1402], 0.991)
+    rows[1402:1406] *= 1.05
+    assert known(rows) == set(range(1402, 1411))
+    rows[7], rows[8] = turned(rows[1402], 0.99), turned(rows[1402], 0.8)
+    unused = known_unused(chunks_of(rows), NOBODY, NOBODY, CONTROL)
+    found = never_trained(chunks_of(rows), None, True, ~CONTROL, unused)
+    assert found.nonzero().flatten().tolist() == [7], "hardly further from the unused rows than they from each other"
+
+
+def test_chat_markers_that_share_a_reserved_name_stay_out() -> None:
+    rows = alike(trained_rows(0), RESERVED, 1)
+    rows[1404] = turned(rows[1405], 0.993)
+    assert known(rows, RESERVED) == set(range(1400, 1430)) - {1404}
+
+
+def test_trained_control_rows_are_not_known_as_unused() -> None:
+    rows = trained_rows(0)
+    assert known(rows) == set()
+    assert known(alike(rows, mask_of(range(1400, 1403)), 1)) == set(), "three may be alike by another reason"
+    assert known(rows, control=NOBODY) == set()
+    assert known(rows, idle=UNUSED, control=NOBODY) == set(UNUSED.nonzero().flatten().tolist())
+    assert known(alike(rows, RESERVED, 1), RESERVED, idle=mask_of(range(3))) == {0, 1, 2, *range(1400, 1430)}
+    rows[1400:1450] = math.nan
+    rows[1420:1430] = 0.0
+    assert known(rows, RESERVED) == set()
+
+
+def test_reserved_rows_as_initialised_are_known_by_name() -> None:
+    """Nothing is alike there, but a row of another norm was trained."""
+    rows = small(trained_rows(0), RESERVED, 1)
+    rows[1403] = 1.0
+    assert known(rows, RESERVED) == set(range(1400, 1430)) - {1403}
+
+
+def test_too_few_unused_rows_are_said() -> None:
+    assert not_measured(UNUSED) is None
+    assert not_measured(NOBODY) == "no row is known to be unused, 4 are needed"
+    assert not_measured(mask_of(range(1))) == "1 row is known to be unused, 4 are needed"
+    assert not_measured(mask_of(range(3))) == "3 rows are known to be unused, 4 are needed"
+
+
+def test_first_component_of_many_rows_is_exact() -> None:
+    matrix = torch.cat([trained_rows(seed) for seed in range(4)])
+    unused = mask_of(range(20), len(matrix))
+    found, naive = unused_distances(chunks_of(matrix), unused), naive_distances(matrix, unused)
+    torch.testing.assert_close(found, naive, atol=2e-5, rtol=0)
+
+
 def test_refusals() -> None:
     matrix = chunks_of(trained_rows(0))
     with pytest.raises(ValueError, match="got neither"):
@@ -155,7 +243,12 @@ def test_example_base(tied: bool, dtype: torch.dtype) -> None:
     table = build_table(AutoTokenizer.from_pretrained(ASSETS), 8192)
     facts = json.loads((ASSETS / "base.json").read_text(encoding="utf-8"))
     truth = mask_of(torch.tensor(facts["never_trained"]), 8192)
-    found = never_trained(embedding, None if tied else head, tied, table.live, table.padded | ~table.reachable)
+    unused = known_unused(head, table.idle, table.reserved, table.control)
+    names = {table.text(i) for i in (unused & table.control).nonzero().flatten().tolist()}
+    assert names == {"<|pad|>", "<|system|>", "<|tool_call|>", "<|tool_result|>", "<|fim|>"}
+    for known in (unused, table.idle):
+        found = never_trained(embedding, None if tied else head, tied, table.live, known)
+        assert torch.equal(found, truth & table.live)
     assert (found & truth).sum() >= 0.9 * truth.sum()
     assert (found & ~truth).sum() <= 5
     assert not never_trained(embedding, head, tied, table.live & ~truth, table.padded).any()

@@ -315,6 +315,23 @@ def test_example_base(base: PreTrainedTokenizerFast, base_table: VocabTable) -> 
     assert set(missing) == {f"<0x{byte:02X}>" for byte in useless}
 
 
+def test_reserved_names() -> None:
+    """Names of tokens without a meaning; not those that T5 and Nemotron's chats train, nor ordinary pieces."""
+    reserved = (
+        "<unused7>", "[unused12]", "<|reserved_special_token_3|>", "<|reserved_200017|>", "<reserved_102>",
+        "[UNUSED_TOKEN_4]", "<|placeholder1|>", "<｜place▁holder▁no▁796｜>", "<|dummy_5|>",
+    )  # fmt: skip
+    others = ("<extra_id_0>", "<|im_start|>", "<|extra_0|>", "<|unused|>", "<gh_stars>")
+    words = ("unused7", "reserved", "the")
+    every = {piece: i for i, piece in enumerate((*words, *reserved, *others))}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(every, unk_token="the")))
+    tokenizer.add_special_tokens({"additional_special_tokens": [*reserved, *others]})
+    table = build_table(tokenizer, len(every) + 2)
+    assert {table.text(i) for i in table.reserved.nonzero().flatten().tolist()} == set(reserved)
+    assert not (table.idle & table.control).any()
+    assert table.idle[-2:].all()
+
+
 @pytest.mark.parametrize(
     ("item", "text"),
     [(3657, " the"), ("の", "の"), ("ください", "ください"), ("<|end|>", "<|end|>"), (" the", " the"), ("the", " the")],

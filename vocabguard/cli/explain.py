@@ -50,6 +50,8 @@ def _sentences(told: Mapping[str, Any]) -> list[str]:
     for key, words in (("input_norm", "input norm"), ("distance_to_unused", "distance to unused rows")):
         if key in trained:
             line += f"; {words} {number(trained[key], 3)}, above {percent(trained[f'{key}_quantile'])} of live rows"
+    if "distance_not_measured" in trained:
+        line += f"; distance to unused rows not measured: {trained['distance_not_measured']}"
     said.append(line)
     if told["data_target"] is not None:
         said.append(f"data     a target {told['data_target']:,} times")

@@ -73,6 +73,9 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
     if tokens["never_trained"]:
         names = [visible(text, 24) for text in found["untrained"]["texts"]]
         said.append(f"Never trained at the base: {listed(names, found['untrained']['count'])}.")
+    if found["untrained"]["not_measured"]:
+        reason = found["untrained"]["not_measured"]
+        said.append(f"Under-trained tokens not measured: {reason}; only rows of tiny norm are set apart.")
     if found["judged"]:
         said.append(f"Residual: without the mean displacement of the {found['residual_over']}.")
     said.append(

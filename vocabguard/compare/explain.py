@@ -21,6 +21,7 @@ from vocabguard.measure.neighbors import intruders, nearest_rows
 from vocabguard.measure.probe import PromptContext, probe, probe_applicable
 from vocabguard.measure.retention import gone, said
 from vocabguard.measure.undertrained import unused_distances
+from vocabguard.measure.unused import not_measured
 from vocabguard.results import DEGRADED, MatrixName, NotApplicable, ProbeResult
 from vocabguard.rows.baselines import Baseline, norms_of
 from vocabguard.rows.tensors import MATRICES
@@ -363,9 +364,13 @@ def _trained(sides: Sides, token: int) -> dict[str, Any]:
     inputs, outputs = sides.base["embedding"], sides.base["head"]
     if not isinstance(inputs, NotApplicable):
         found |= _placed("input_norm", norms_of(inputs), scan.live, token)
-    unused = (scan.table.padded | ~scan.table.reachable) & ~scan.table.control & scan.match.mask
-    if not isinstance(outputs, NotApplicable) and int(unused.sum()) >= 4:
-        distances = unused_distances(lambda: outputs.chunks(max(1, 2**20 // outputs.width)), unused)
+    if isinstance(outputs, NotApplicable):
+        return found
+    reason = not_measured(scan.unused)
+    if reason is not None:
+        found["distance_not_measured"] = reason
+    else:
+        distances = unused_distances(lambda: outputs.chunks(max(1, 2**20 // outputs.width)), scan.unused)
         found |= _placed("distance_to_unused", distances, scan.live, token)
     return found
 

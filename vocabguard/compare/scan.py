@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from vocabguard.compare.matching import Match, ReorderedRows, match_rows, table_for
+from vocabguard.measure.chunks import Chunks
 from vocabguard.measure.drift import evenly, mean_shift, row_drift, row_products
 from vocabguard.measure.kernels import RowReader, take_rows
-from vocabguard.measure.undertrained import Chunks, never_trained
+from vocabguard.measure.undertrained import never_trained
+from vocabguard.measure.unused import FEWEST_UNUSED, known_unused
 from vocabguard.results import MatrixName, NotApplicable, RowDrift
 from vocabguard.rows.baselines import Baseline, norms_of, one_torch_thread
 from vocabguard.rows.checkpoints import Checkpoint
 from vocabguard.rows.tensors import MATRICES
 from vocabguard.vocabulary.table import VocabTable
 
-# Fewer rows known as unused say nothing about what an unused row looks like.
-_FEWEST_UNUSED = 4
 # Rows of each kind that a sample holds, and rows that are converted at a time.
 _SAMPLED, _FEW_ROWS = 8192, 64
 
@@ -38,7 +38,7 @@ class BaseRows:
 
     Attributes:
         live: (V,) bool, the rows in question.
-        unused: (V,) bool, rows that are known to be unused: padded and unreachable ones.
+        unused: (V,) bool, see `vocabguard.measure.unused.known_unused`.
         chunk: elements to read at a time.
     """
 
@@ -88,7 +88,7 @@ class BaseRows:
         live, unused = self.live[which], self.unused[which]
         outputs: Chunks | None = None
         # Without known unused rows two more passes over the head could find nothing.
-        if int(unused.sum()) >= _FEWEST_UNUSED and not isinstance(self.head, NotApplicable):
+        if int(unused.sum()) >= FEWEST_UNUSED and not isinstance(self.head, NotApplicable):
             outputs = partial(read, self.head)
         one_matrix = outputs is not None and (self.tied or self._source is self.head)
         # Rows of width 1 with the norms: of input rows no more is asked.
@@ -121,6 +121,7 @@ class Scan:
         embedding: drift of the input rows, or why there is none.
         table: groups, texts, and rows that were never trained at the base.
         match: which base row each row was compared with.
+        unused: (V,) bool, rows of the base that are known to be unused.
         data_target: (V,) int64 targets of the training data, if they are known.
         seconds: what reading and measuring took.
     """
@@ -131,6 +132,7 @@ class Scan:
     embedding: RowDrift | NotApplicable
     table: VocabTable
     match: Match
+    unused: Tensor
     data_target: Tensor | None
     seconds: float
 
@@ -185,7 +187,8 @@ def scan(
         else:
             found[name] = _drift(name, now[name], before[name], unexposed, norms, progress)
     table = table.with_trained(~of_base.never_trained(norms))
-    return Scan(base, tuned, found["head"], found["embedding"], table, match, data_target, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return Scan(base, tuned, found["head"], found["embedding"], table, match, of_base.unused, data_target, seconds)
 
 
 @one_torch_thread()
@@ -196,8 +199,12 @@ def _fitted(checkpoint: Checkpoint, ids: Tensor) -> dict[str, Baseline | NotAppl
 
 @one_torch_thread()
 def _base_rows(before: Mapping[str, Baseline | NotApplicable], tied: bool, table: VocabTable, match: Match) -> BaseRows:
-    unused = (table.padded | ~table.reachable) & ~table.control & match.mask
-    return BaseRows(before["head"], before["embedding"], tied, table.live & match.mask, unused, _CHUNK)
+    head, embedding = before["head"], before["embedding"]
+    output, unused = embedding if isinstance(head, NotApplicable) else head, table.idle
+    if not isinstance(output, NotApplicable):
+        chunks = partial(output.chunks, max(1, _CHUNK // output.width))
+        unused = known_unused(chunks, unused, table.reserved, table.control)
+    return BaseRows(head, embedding, tied, table.live & match.mask, unused & match.mask, _CHUNK)
 
 
 def fitted(rows: Baseline | NotApplicable, ids: Tensor) -> Baseline | NotApplicable:

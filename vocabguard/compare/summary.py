@@ -19,6 +19,7 @@ from vocabguard.compare.scan import Scan
 from vocabguard.files import one_line, plain, require_regular, write_file
 from vocabguard.measure.drift import summarise
 from vocabguard.measure.exposure import exposure_classes
+from vocabguard.measure.unused import not_measured
 from vocabguard.results import EXPOSURE_CLASSES, MatrixName, NotApplicable, RowDrift
 from vocabguard.rows.baselines import one_torch_thread
 from vocabguard.rows.tensors import MATRICES
@@ -221,7 +222,13 @@ def _sizes(scan: Scan) -> dict[str, Any]:
 
 def _untrained(scan: Scan) -> dict[str, Any]:
     ids = (~scan.table.trained).nonzero().flatten()
-    return {"count": len(ids), "ids": ids.tolist(), "texts": [scan.table.text(i) for i in ids[:_NAMED].tolist()]}
+    return {
+        "count": len(ids),
+        "ids": ids.tolist(),
+        "texts": [scan.table.text(i) for i in ids[:_NAMED].tolist()],
+        "known_unused": int(scan.unused.sum()),
+        "not_measured": not_measured(scan.unused),
+    }
 
 
 def _control_moved(scan: Scan, top: int) -> list[int]:

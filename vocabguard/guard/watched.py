@@ -17,6 +17,7 @@ from vocabguard.alerts.rules import BUILT_IN, AlertRule, require_parts
 from vocabguard.config import ConfigError, GuardConfig, load_questions
 from vocabguard.files import one_line
 from vocabguard.measure.undertrained import never_trained
+from vocabguard.measure.unused import known_unused, not_measured
 from vocabguard.results import MatrixName, NotApplicable, Preflight, Transition, Watch, WatchedMatrix
 from vocabguard.rows.baselines import (
     Baseline,
@@ -57,6 +58,7 @@ class Watched:
         baselines: of the matrices that can move; a tied pair has one.
         tokenizer: behind the table; None where there is none.
         lost: matrices whose baseline a resumed run no longer found.
+        not_compared: why rows could not be compared with unused ones; None where they were, or none were looked for.
     """
 
     matrices: dict[MatrixName, VocabMatrix | NotApplicable]
@@ -65,6 +67,7 @@ class Watched:
     rows: int
     tokenizer: Any
     lost: frozenset[str] = frozenset()
+    not_compared: str | None = None
 
     @property
     def tied(self) -> bool:
@@ -87,9 +90,9 @@ class Watched:
         """The rows before; those of a pair that was tied at the start are kept once, as the head's."""
         return self.baselines[name] if name in self.baselines else self.baselines["head"]
 
-    def mark_trained(self, trained: Tensor) -> None:
+    def mark_trained(self, trained: Tensor, not_compared: str | None = None) -> None:
         """Tell rows that were never trained at the base apart. `trained`: (V,) bool."""
-        self.table = self.table.with_trained(trained)
+        self.table, self.not_compared = self.table.with_trained(trained), not_compared
 
     def resize(self, rows: int) -> None:
         """Follow a matrix that was resized in mid-run.
@@ -166,7 +169,7 @@ def watch_model(
         # Rows that were added to the checkpoint since have no base: no alarm counts them.
         watched.mark_trained(fit_rows(resumed["trained"], rows, False))
     elif config.untrained.enabled:
-        watched.mark_trained(~untrained_mask(watched, config.drift.chunk_rows))
+        _tell_untrained(watched, config.drift.chunk_rows)
     return watched
 
 
@@ -176,6 +179,8 @@ def describe(
 ) -> Watch:  # fmt: skip
     """What a user is told before step 1. `prober`: what probes, or the `NotApplicable` that says why nothing does."""
     blind = () if watched.tokenizer is not None else ("no tokenizer: tokens have no groups and no texts",)
+    if watched.tokenizer is not None and watched.not_compared is not None:
+        blind = (f"Under-trained tokens not measured: {watched.not_compared}; only rows of tiny norm are set apart.",)
     return Watch(
         head=watched.describe("head"), embedding=watched.describe("embedding"),
         probe=prober if isinstance(prober, NotApplicable) else None, preflight=flight,
@@ -271,25 +276,22 @@ def _kept(
     return None
 
 
-def untrained_mask(watched: Watched, chunk_rows: int) -> Tensor:
-    """(V,) bool: rows that were never trained at the base, by their baselines.
+def _tell_untrained(watched: Watched, chunk_rows: int) -> None:
+    """Mark rows that were never trained at the base, by their baselines; note where they could not be compared.
 
-    The table's own candidates are the rows that a text can reach; padded and unreachable rows serve as known unused.
+    The table's own candidates are the rows that a text can reach; see `known_unused` for what they are compared with.
     """
     table = watched.table
     head, embedding = (
         partial(watched.baselines[name].chunks, chunk_rows) if name in watched.baselines else None
         for name in ("head", "embedding")
     )
-    if head is None and embedding is None:
-        return torch.zeros(watched.rows, dtype=torch.bool)
-    return never_trained(
-        embedding,
-        head,
-        tied=watched.tied,
-        candidates=table.live,
-        known_unused=(table.padded | ~table.reachable) & ~table.control,
-    )
+    output = head or embedding
+    if output is None:
+        return
+    unused = known_unused(output, table.idle, table.reserved, table.control)
+    found = never_trained(embedding, head, watched.tied, table.live, unused)
+    watched.mark_trained(~found, not_measured(unused))
 
 
 def build_rules(config: GuardConfig, actions: Mapping[str, Action]) -> list[AlertRule]:

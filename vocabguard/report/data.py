@@ -568,6 +568,9 @@ def _odd_rows(found: Mapping[str, Any], matrix: MatrixName | None) -> list[str]:
     if untrained and untrained["count"]:
         named = listed([visible(name, 24) for name in untrained["texts"]], untrained["count"])
         said.append(f"Never trained at the base: {named}.")
+    if untrained and untrained.get("not_measured"):
+        reason = untrained["not_measured"]
+        said.append(f"Under-trained tokens not measured: {reason}; only rows of tiny norm are set apart.")
     outliers = found[matrix].get("norm_outliers") if matrix else None
     if outliers and outliers["count"]:
         named = listed([visible(name, 24) for name in outliers["texts"]], outliers["count"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import regex
@@ -63,6 +64,8 @@ _CODE = regex.compile(
 _MARKER = regex.compile(r"<\|[^|]+\|>|<｜[^｜]+｜>|<(?:unused|reserved|extra_id)[\w-]*>|\[unused\d+\]")
 # Of added tokens only: ordinary pieces may look like this too, `<div>` or `[0]`.
 _ADDED_MARKER = regex.compile(r"<\|?[^<>\s]+\|?>|\[[^\[\]\s]+\]")
+# Names for tokens without a meaning, of control tokens only. T5 trains its `<extra_id_0>`, and Nemotron's chats use it.
+_RESERVED = regex.compile(r"(?i)[<\[|｜]+(?:unused|reserved|place▁?holder|dummy)[\w▁]*\d+[>\]|｜]+")
 _HTML = regex.compile(
     r"</?(?:[abipqsu]|h[1-6]|t(?:able|head|body|foot|[rdh])|caption|blockquote|strong|em|su[bp]|code|pre|[uod]l|li|d[td]"
     r"|div|span|img|br|hr)/?>"
@@ -100,6 +103,19 @@ class VocabTable:
     def live(self) -> Tensor:
         """(V,) bool: a token of the tokenizer, reachable, no control token, trained at the base."""
         return ~self.padded & self.reachable & ~self.control & self.trained
+
+    @cached_property
+    def idle(self) -> Tensor:
+        """(V,) bool: rows that no text reaches, padded or unreachable ones; control tokens are not among them."""
+        return (self.padded | ~self.reachable) & ~self.control
+
+    @cached_property
+    def reserved(self) -> Tensor:
+        """(V,) bool: control tokens named as reserved or unused, like ``<unused7>``. A model may have trained some."""
+        named = torch.zeros_like(self.control)
+        ids = self.control.nonzero().flatten()
+        named[ids] = torch.tensor([bool(_RESERVED.fullmatch(self.texts[i])) for i in ids.tolist()], dtype=torch.bool)
+        return named
 
     def with_trained(self, mask: Tensor) -> VocabTable:
         """The same table with another `trained`; a ValueError if the mask is not (V,)."""
