@@ -19,7 +19,7 @@ from vocabguard.config import load_config
 from vocabguard.guard.evaluations import greedy_answers
 from vocabguard.guard.probe import Prober, build_prober
 from vocabguard.measure.probe import probe_lists, prompts_of
-from vocabguard.measure.retention import said, summarise_probe
+from vocabguard.measure.retention import summarise_probe
 from vocabguard.results import NotApplicable
 from vocabguard.vocabulary.table import build_table
 
@@ -68,19 +68,19 @@ def null_run(cache: Path, name: str, seed: int, tokens: int) -> dict[str, Any]:
 def agreement(cache: Path, name: str, tokens: int) -> dict[str, Any]:
     """Verdicts by teacher-forced answers against verdicts by what the model writes freely.
 
-    Written freely, a list that goes astray at one token is not in step any more; so a token counts as written where the
-    answer holds it at all.
+    Written freely, a list that goes astray at one token is lost from there on, which says nothing of the tokens that
+    follow. So places are compared up to the first one at which the model writes another token, that one too.
 
     Returns:
-        ``tokens``; the shares in [0, 1] of them that are ``said`` (teacher-forced) and ``written`` in more than half of
-        the asks, and that are judged alike (``agree``); ``contexts`` with the base's shares.
+        ``tokens``; ``places`` compared, and the share in [0, 1] of them that are right, or wrong, in both ways
+        (``agree``); ``reached``, the share of all places that are compared; ``contexts`` with the base's shares.
     """
     model, tokenizer = load_base(cache, name)
     model.eval()
     prober = prober_of(model, tokenizer, tokens, 0)
     result = prober.run(model)
-    place = {token: row for row, token in enumerate(prober.ids.tolist())}
-    there = torch.zeros(len(prober.ids), len(prober.contexts), dtype=torch.bool)
+    forced = {token: row for row, token in enumerate(prober.ids.tolist())}
+    compared = alike = every = 0
     for column, context in enumerate(prober.contexts):
         positions = probe_lists(len(prober.ids), context, prober.seed)
         prompts = prompts_of(prober.ids[positions], context)[0]
@@ -88,12 +88,13 @@ def agreement(cache: Path, name: str, tokens: int) -> dict[str, Any]:
         begins = prompts[:, : prompts.shape[1] - context.k + 1].tolist()
         answers: list[list[int]] = []
         for at in range(0, len(begins), 16):
-            answers += greedy_answers(model, begins[at : at + 16], [-1], context.k + 2)
+            answers += greedy_answers(model, begins[at : at + 16], [tokenizer.eos_token_id], context.k)
         for one, answer in zip(prober.ids[positions].tolist(), answers, strict=True):
-            for token in one:
-                there[place[token], column] |= token in answer
-    written = there.sum(1) * 2 > there.shape[1]
-    forced = said(result)
-    told = {"tokens": len(written), "said": float(forced.float().mean()), "written": float(written.float().mean())}
-    told["agree"] = float((written == forced).float().mean())
+            every += len(one)
+            for place, token in enumerate(one):
+                written = place < len(answer) and answer[place] == token
+                compared, alike = compared + 1, alike + (written == bool(result.emitted[forced[token], column]))
+                if not written:
+                    break
+    told = {"tokens": len(prober.ids), "places": compared, "agree": alike / compared, "reached": compared / every}
     return told | {"contexts": {key: round(value, 3) for key, value in prober.shares.items()}}
