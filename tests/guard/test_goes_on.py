@@ -260,6 +260,23 @@ def test_another_dtype_in_mid_run(kit: Any, tmp_path: Path, dtype: torch.dtype, 
     assert guard.state_dict()["step"] == STEPS
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+@pytest.mark.parametrize("hold", [False, True])
+def test_another_device_in_mid_run(kit: Any, tmp_path: Path, hold: bool) -> None:
+    model, data = kit.llama(), kit.batches(STEPS)
+    guard = VocabGuard(drift={"every_n_steps": 1}, hold={"enabled": hold}, **kit.QUIET)
+    optimizer = kit.sgd(model, lr=0.05)
+    guard.attach(model, optimizer, total_steps=STEPS, run_dir=tmp_path / "run")
+    base = kit.copy_of(model)["lm_head.weight"]
+    kit.loop(guard, model, optimizer, data[:4])
+    model.to("cuda")
+    moved = [{name: value.to("cuda") for name, value in batch.items()} for batch in data[4:]]
+    kit.loop(guard, model, optimizer, moved, first=5)
+    assert guard.failure is None
+    cosine = cosine_similarity(base.double(), model.lm_head.weight.detach().cpu().double(), dim=1)
+    torch.testing.assert_close(guard.last.head.cosine.double(), cosine, atol=1e-5, rtol=0)
+
+
 # -- standard output ---------------------------------------------------------------------------------------------------
 
 

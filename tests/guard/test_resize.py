@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
+from transformers import DataCollatorForSeq2Seq
 
 from vocabguard import VocabGuard
 
@@ -112,3 +113,29 @@ def test_a_tied_pair_that_comes_apart(kit: Any) -> None:
     found = guard.check()
     torch.testing.assert_close(found.embedding.cosine, torch.ones(kit.ROWS))
     torch.testing.assert_close(found.head.cosine, cosine_similarity(base, base + 0.05), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("inject", ["collate", "batch"])
+def test_echo_asks_for_no_row_that_was_cut_off(kit: Any, tokenizer: Any, inject: Any) -> None:
+    """Echo rows of ids that are gone, until a check has seen the cut: an embedding would end the run."""
+    rows: Any = [{"input_ids": list(range(100, 130)), "labels": list(range(100, 130))}] * 24
+    loader: Any = torch.utils.data.DataLoader(rows, batch_size=2, collate_fn=DataCollatorForSeq2Seq(tokenizer))
+    model = kit.llama(kit.TOKENIZER_ROWS)
+    optimizer = kit.sgd(model)
+    guard = VocabGuard(
+        tokenizer=tokenizer, probe={"enabled": False}, echo={"enabled": True, "dose": 2.0, "dose_limit": 4.0},
+        drift={"every_n_steps": 100}, **kit.QUIET,
+    )  # fmt: skip
+    guard.attach(model, optimizer, total_steps=12, dataloader=loader, inject=inject)
+    widths = []
+    for step, batch in enumerate(loader, start=1):
+        if step == 4:
+            model.resize_token_embeddings(300, mean_resizing=False)
+        guard.observe_batch(batch)
+        widths.append(len(batch["input_ids"]))
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        guard.step(step)
+    assert max(widths) > 2, "echo rows came"
+    assert len(model.get_input_embeddings().weight) == 300

@@ -20,7 +20,7 @@ from vocabguard.measure.learning_rates import RateMeter
 from vocabguard.protect.collator import ECHO_KEY
 from vocabguard.protect.rows import IGNORE
 from vocabguard.rows.matrices import VocabMatrix
-from vocabguard.rows.models import parameters_of
+from vocabguard.rows.models import core_of, parameters_of, text_config_of
 from vocabguard.rows.sharding import local_rows
 
 Targets = Callable[[Any], tuple[Tensor | None, Tensor] | None]
@@ -70,6 +70,38 @@ def drop_labels(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return args, kwargs
 
 
+def vocabulary_size(model: nn.Module) -> int | None:
+    """Tokens that a model takes now, by its configuration, which follows a resize; None where it does not say.
+
+    >>> vocabulary_size(nn.Linear(2, 2)) is None
+    True
+    """
+    size = getattr(text_config_of(core_of(model)), "vocab_size", None)
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def keep_within(batch: MutableMapping[str, Any], echo: Tensor, rows: int) -> None:
+    """Take ids that a model does not have out of echo rows.
+
+    Args:
+        batch: with ``input_ids`` and ``labels`` (B, T); other rows are left as they are.
+        echo: (B,) or (B, T) bool, True at echo rows.
+        rows: ids from here on are gone.
+
+    Example:
+        >>> batch = {"input_ids": torch.tensor([[7, 1], [7, 1]]), "labels": torch.tensor([[7, 1], [7, 1]])}
+        >>> keep_within(batch, torch.tensor([False, True]), rows=5)
+        >>> batch["input_ids"].tolist(), batch["labels"].tolist()
+        ([[7, 1], [0, 1]], [[7, 1], [-100, 1]])
+    """
+    for name, instead in (("input_ids", 0), ("labels", IGNORE), (LABELS_KEY, IGNORE)):
+        value = batch.get(name)
+        if isinstance(value, Tensor) and value.ndim == 2:
+            mask = echo.to(value.device)
+            gone = (value >= rows) & (mask if mask.ndim == 2 else mask[:, None])
+            batch[name] = value.masked_fill(gone, instead)
+
+
 class BatchContext:
     """The batch in flight, in one place: observer, loss meter and echo read it, nobody else keeps a part of it.
 
@@ -92,6 +124,7 @@ class BatchContext:
         self.attention_mask: Tensor | None = None
         self.echo: Tensor | None = None
         self._arrived = False
+        self._rows: int | None = None
 
     def arrive(self, batch: Any, echo: Tensor | None) -> None:
         """A training batch, before it reaches the model. `batch`: as the trainer has it, our own keys taken out."""
@@ -102,12 +135,22 @@ class BatchContext:
     def take_out(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: take the echo mask out of what the model is called with."""
         if ECHO_KEY in kwargs or LABELS_KEY in kwargs:
-            self.echo, self.labels, self._arrived = kwargs.pop(ECHO_KEY, None), kwargs.get(LABELS_KEY), False
+            self.echo = kwargs.pop(ECHO_KEY, None)
+            if self.echo is not None:
+                self.fit(kwargs, self.echo, module)
+            self.labels, self._arrived = kwargs.get(LABELS_KEY), False
             return args, kwargs
         # Evaluation and generation in mid-run must not be taken for the batch before them.
         if module.training and not self._arrived:
             self.echo = self.labels = None
         return None
+
+    def fit(self, batch: MutableMapping[str, Any], echo: Tensor, model: nn.Module) -> None:
+        """Take ids out of echo rows that are gone since the model's matrix was cut to fewer rows."""
+        rows = vocabulary_size(model)
+        self._rows = self._rows or rows
+        if rows is not None and self._rows is not None and rows < self._rows:
+            keep_within(batch, echo, rows)
 
     def read(self, batch: Any) -> bool:
         """Read inputs and targets out of a batch or a forward pass's arguments; False where it carries no labels."""

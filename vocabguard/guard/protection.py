@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ class Protection:
         self._always = {"echo": config.echo.enabled, "hold": config.hold.enabled}
         self._rules = {kind: {rule.name for rule in rules if kind in rule.actions} for kind in ("echo", "hold")}
         self._asked: dict[str, bool | None] = {"echo": None, "hold": None}
+        self._model: nn.Module | None = None
         self._handles: list[Any] = []
         self._unwrap: list[Callable[[], None]] = []
 
@@ -89,6 +90,7 @@ class Protection:
         """
         if self._losses is None:
             return
+        self._model = model
         self._handles.append(model.register_forward_pre_hook(OwnHook(self._context.take_out), with_kwargs=True))
         self._handles.append(self._losses.hook(model, self._context, faults))
 
@@ -108,6 +110,8 @@ class Protection:
                 except EchoError as error:
                     self.echo.source.feed.fail()
                     logger.warning("vocabguard: echo is off from now on, training goes on: %s", error)
+            if mask is not None and self._model is not None and isinstance(batch, MutableMapping):
+                self._context.fit(batch, mask, self._model)
         self._context.arrive(batch, mask)
 
     # -- steps and checks --------------------------------------------------------------------------------------------
