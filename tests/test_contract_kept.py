@@ -59,7 +59,7 @@ ADDED: dict[str, tuple[str, ...]] = {
         "huggingface.VocabGuardCallback.add_to.*",
     ),
     "commands": (),
-    "command_line": ("json.explain *: tokens[[]]/emission/*/gone",),
+    "command_line": ("json.explain *: tokens[[]]/emission/*/gone", "json.coverage *: named*"),
     "run": (
         "keys: vocabguard/reference/*",
         "keys: vocabguard/alerts/rare_loss",

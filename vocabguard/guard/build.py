@@ -23,6 +23,7 @@ from vocabguard.guard.evaluations import Evaluations
 from vocabguard.guard.failures import Faults
 from vocabguard.guard.forecast import Forecaster
 from vocabguard.guard.hold import Holder
+from vocabguard.guard.named import named_notes
 from vocabguard.guard.preflight import examples_of, own_copy, untouched_rng, wanted_preflight
 from vocabguard.guard.probe import Prober, choose_prober
 from vocabguard.guard.protection import Protection, needed
@@ -212,6 +213,7 @@ class Parts:
     Attributes:
         protection: echo and hold; None where neither is configured.
         prober: what probes, or why nothing does.
+        named: what the data never asks for among the tokens that matter.
     """
 
     observer: Observer | None
@@ -219,6 +221,7 @@ class Parts:
     protection: Protection | None
     flight: Preflight | NotApplicable
     prober: Prober | NotApplicable
+    named: tuple[str, ...] = ()
 
     def describe(self, run_dir: Path | None) -> Watch:
         """What a user is told before step 1."""
@@ -227,7 +230,7 @@ class Parts:
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the parts before step 1."""
         told = self.protection.notes() if self.protection is not None else ()
-        return told + self.checker.evaluations.notes()
+        return self.named + told + self.checker.evaluations.notes()
 
     def hook(self, optimizer: Any, faults: Faults, *, hook_model: bool, steps_done: int) -> None:
         """Set all hooks."""
@@ -290,7 +293,11 @@ def put_together(
         evaluations=Evaluations(config, run.model, watched, asks), forecaster=_forecaster(config, run, watched),
         reader=reader if isinstance(reader, Reader) else None,
     )  # fmt: skip
-    return Parts(observer, checker, protection, flight, prober)
+    named: tuple[str, ...] = ()
+    if shift or is_encoder_decoder(run.model):
+        protected = protection is not None and protection.has("echo")
+        named = named_notes(run.model, tokenizer, flight, config.probe.watch, protected=protected)
+    return Parts(observer, checker, protection, flight, prober, named)
 
 
 def _forecaster(config: GuardConfig, run: Run, watched: Watched) -> Forecaster | None:
