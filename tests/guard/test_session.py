@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +209,31 @@ def test_one_matrix_alone(kit: Any, matrices: dict[str, str]) -> None:
 
 
 def test_nothing_to_watch_is_refused(kit: Any) -> None:
-    with pytest.raises(ConfigError, match="matrices: nothing to watch in Plain"):
+    with pytest.raises(ConfigError, match="matrices: nothing to watch in Plain") as refused:
         VocabGuard(**kit.QUIET).attach(kit.Plain())
+    assert str(refused.value) == (
+        "matrices: nothing to watch in Plain; name its modules: matrices.head=out (Linear, 64 rows), "
+        "matrices.embedding=words (Embedding, 64 rows)"
+    )
+    with pytest.raises(ConfigError, match="has no get_output_embeddings"):
+        VocabGuard(**kit.QUIET).attach(torch.nn.Linear(3, 3))
+
+
+def test_what_is_proposed_works(kit: Any) -> None:
+    with pytest.raises(ConfigError) as refused:
+        VocabGuard(**kit.QUIET).attach(kit.Plain())
+    overrides = re.findall(r"matrices\.\w+=\S+", str(refused.value))
+    guard = VocabGuard(overrides=overrides, **kit.QUIET)
+    watch = guard.attach(kit.Plain())
+    guard.finish()
+    assert (watch.head.rows, watch.embedding.rows) == (64, 64)
+
+
+def test_a_missing_head_is_proposed_where_the_inputs_are_named(kit: Any) -> None:
+    guard = VocabGuard(matrices={"embedding": "words"}, **kit.QUIET)
+    watch = guard.attach(kit.Plain())
+    guard.finish()
+    assert watch.head.reason.endswith("; it may be matrices.head=out (Linear, 64 rows)")
 
 
 def test_a_module_that_does_not_exist_is_refused(kit: Any) -> None:
