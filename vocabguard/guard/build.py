@@ -23,8 +23,9 @@ from vocabguard.guard.evaluations import Evaluations
 from vocabguard.guard.failures import Faults
 from vocabguard.guard.forecast import Forecaster
 from vocabguard.guard.hold import Holder
+from vocabguard.guard.loaders import first_examples, own_copy, untouched_rng
 from vocabguard.guard.named import named_notes
-from vocabguard.guard.preflight import examples_of, own_copy, untouched_rng, wanted_preflight
+from vocabguard.guard.preflight import wanted_preflight
 from vocabguard.guard.probe import Prober, choose_prober
 from vocabguard.guard.protection import Protection, needed
 from vocabguard.guard.reference import Reader, choose_reader
@@ -180,9 +181,9 @@ def _try_once(run: Run, source: EchoSource, allowed: Tensor) -> bool:
     if not hasattr(loader.dataset, "__getitem__") or not hasattr(loader.dataset, "__len__"):
         return False
     ids = allowed[: source.maker.list_tokens].tolist()
-    with untouched_rng(loader.dataset, loader.collate_fn):
+    with untouched_rng(loader.dataset, loader.collate_fn, loader.batch_sampler):
         try:
-            _, examples = next(iter(examples_of(loader, order=torch.arange(min(2, len(loader.dataset))).tolist())))
+            examples = first_examples(loader, 2)
             collate = own_copy(loader.collate_fn)
             if run.route == "collate":
                 batch = EchoCollator(collate, source.feed, source.maker).with_echo(examples, ids, 0)
