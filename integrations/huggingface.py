@@ -1,7 +1,9 @@
 """`VocabGuardCallback` for the Hugging Face ``Trainer`` and its subclasses.
 
 Batches are seen in a forward pre-hook on the model, gradients in the optimizer's step post hook; the callback edits
-nothing of the trainer. Evaluation metrics get the logged keys under ``eval_``, so
+nothing of the trainer. The keys of ``log.keys`` go to the active run of wandb, MLflow, trackio or Comet; made by
+`VocabGuardCallback.add_to`, or with ``trainer=``, the callback hands them to ``trainer.log`` instead, and so to
+``log_history`` and everything in ``report_to``. Evaluation metrics get the logged keys under ``eval_``, so
 ``metric_for_best_model="eval_vocabguard/head/below_0.95"`` with ``greater_is_better=False`` works. Name it before an
 ``EarlyStoppingCallback``: callbacks are called in their order.
 """
@@ -12,7 +14,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Self, Unpack, cast
 
 import torch
 from torch import nn
@@ -26,7 +28,10 @@ from vocabguard.guard.batches import LabelCarrier, Targets, drop_labels
 from vocabguard.guard.hooks import OwnHook
 from vocabguard.guard.resume import read_state
 from vocabguard.guard.watched import Action
+from vocabguard.integrations.trackers import ActiveRuns, insert, log_through, reporters_of
 from vocabguard.integrations.trl import trainers_targets
+from vocabguard.results import CheckResult
+from vocabguard.views.keys import ChosenKeys
 
 STATE_FILE = "vocabguard.pt"
 STATE_KEY = "vocabguard"
@@ -48,6 +53,7 @@ class VocabGuardCallback(TrainerCallback):
         hidden_labels: the trainer takes ``labels`` out of a batch before the model sees it, as with
             ``compute_loss_func``. They are counted then by a key of our own that the collate function adds and that is
             taken away on its way into the model. Label smoothing is noticed without.
+        trainer: the trainer that the callback is for: the keys of ``log.keys`` go through its ``log``. See `add_to`.
         **options: sections and settings of the configuration by keyword.
 
     Raises:
@@ -66,6 +72,7 @@ class VocabGuardCallback(TrainerCallback):
         targets: Targets | None = None,
         actions: Mapping[str, Action] | None = None,
         hidden_labels: bool = False,
+        trainer: Any = None,
         **options: Unpack[Options],
     ) -> None:
         self.guard = VocabGuard(
@@ -74,6 +81,24 @@ class VocabGuardCallback(TrainerCallback):
         self._targets, self._hidden = targets, hidden_labels
         self._resumes = False
         self._undo = ExitStack()
+        self._trainer = trainer
+        self._chosen = ChosenKeys(self.guard.config.log.keys)
+        self._runs = ActiveRuns(raises=self.guard.config.on_error == "raise")
+        self._logged: CheckResult | None = None
+        self._evaluated = -1
+
+    @classmethod
+    def add_to(cls, trainer: Any, config: ConfigSource = None, **arguments: Any) -> Self:
+        """Add a callback to a trainer, through whose ``log`` the keys of ``log.keys`` go.
+
+        Args:
+            trainer: the trainer, before `train` is called.
+            config: as for the class.
+            **arguments: the class's others.
+        """
+        callback = cls(config, trainer=trainer, **arguments)
+        trainer.add_callback(callback)
+        return callback
 
     def on_train_begin(
         self,
@@ -103,6 +128,9 @@ class VocabGuardCallback(TrainerCallback):
             self._resumes = state.global_step > 0 and not args.ignore_data_skip
             if self._hidden or args.label_smoothing_factor > 0:
                 self._carry_labels(kwargs["model"], kwargs.get("train_dataloader"))
+            self._runs = ActiveRuns(raises=self.guard.config.on_error == "raise")
+            self._evaluated = -1
+            self._log(state)
 
     def _carry_labels(self, model: nn.Module, dataloader: Any) -> None:
         """Bring the labels to the model until training ends, also when the guard stands down in between."""
@@ -131,6 +159,7 @@ class VocabGuardCallback(TrainerCallback):
         """One optimizer step is done; where a checkpoint of it will hold our state goes into the trainer's state."""
         with self.guard.contain("on_step_end"):
             self.guard.step(state.global_step, _kwargs.get("optimizer"))
+            self._log(state)
             _shared(state)[STATE_KEY] = {"state": str(_checkpoint(args, state) / STATE_FILE)}
             self._ask(control)
 
@@ -150,7 +179,31 @@ class VocabGuardCallback(TrainerCallback):
             self.guard.check(at="evaluation")
             if metrics is not None:
                 metrics.update({f"eval_{key}": value for key, value in self.guard.latest.items()})
+            self._log(state, evaluated=True)
             self._ask(control)
+
+    def _log(self, state: TrainerState, *, evaluated: bool = False, ended: bool = False) -> None:
+        """Hand the chosen keys of a new check to the trackers.
+
+        Args:
+            evaluated: those of the evaluation too, once a step.
+            ended: the trainer's reporters have ended their runs, and would begin new ones.
+        """
+        last, values = self.guard.last, {}
+        if last is not None and last is not self._logged:
+            self._logged, values = last, self._chosen.of(last.scalars)
+        if evaluated and self._evaluated != state.global_step:
+            self._evaluated = state.global_step
+            values |= {f"eval_{key}": value for key, value in self._chosen.of(self.guard.latest).items()}
+        if not values:
+            return
+        reporters = set() if self._trainer is None else reporters_of(self._trainer)
+        if self._trainer is not None and ended:
+            insert(state.log_history, {**values, "epoch": state.epoch, "step": state.global_step})
+        elif self._trainer is not None:
+            self._runs.attempt("the trainer's log", log_through, self._trainer, values)
+        if state.is_world_process_zero:
+            self._runs.log(values, state.global_step, without=reporters)
 
     def _ask(self, control: TrainerControl) -> None:
         """Pass on what alert rules ask of the trainer."""
@@ -179,6 +232,7 @@ class VocabGuardCallback(TrainerCallback):
         with self.guard.contain("on_train_end"):
             self._undo.close()
             self.guard.finish(check=not args.load_best_model_at_end)
+            self._log(state, ended=True)
 
 
 def _steps_in_epoch(loader: Any, args: TrainingArguments, state: TrainerState) -> int:

@@ -30,9 +30,9 @@ TWO_HOMES = {
 
 SET_FROM_OUTSIDE = {
     # What trainers and other libraries are told by.
-    "control.should_save", "control.should_training_stop", "trainer.should_stop", "loader.collate_fn",
-    "loaded.chat_template", "environment.filters", "self._backend.encode_special_tokens", "module.training",
-    "model.dropout", "model.ignore_merges", "stand.defaults", "moved.optimizer", "moved._step_count",
+    "control.should_save", "control.should_training_stop", "control.should_log", "trainer.should_stop",
+    "loader.collate_fn", "loaded.chat_template", "environment.filters", "self._backend.encode_special_tokens",
+    "module.training", "model.dropout", "model.ignore_merges", "stand.defaults", "moved.optimizer", "moved._step_count",
     "moved._schedulers",
     # Records of the module that sets them: the process group's state, a reader's place, counts of turns.
     "line.opened", "line.failed", "line.sent", "behind.rows",

@@ -32,6 +32,7 @@ ADDED: dict[str, tuple[str, ...]] = {
         "preset protect.echo.dose",
         "default.reference.*",
         "default.alerts.rare_loss.*",
+        "default.log.keys",
     ),
     "signatures": (
         "__all__: VocabGuardError",
@@ -54,9 +55,15 @@ ADDED: dict[str, tuple[str, ...]] = {
         "TokenExposure.kwargs",
         "LanguageConfusion.kwargs",
         "GuardConfig.reference",
+        "huggingface.VocabGuardCallback.trainer",
+        "huggingface.VocabGuardCallback.add_to.*",
     ),
     "commands": (),
-    "command_line": ("json.explain *: tokens[[]]/emission/*/gone", "json.scan *: untrained/*"),
+    "command_line": (
+        "json.explain *: tokens[[]]/emission/*/gone",
+        "json.scan *: untrained/*",
+        "json.coverage *: named*",
+    ),
     "run": (
         "keys: vocabguard/reference/*",
         "keys: vocabguard/alerts/rare_loss",

@@ -147,7 +147,7 @@ def preflight_sentences(preflight: Preflight | NotApplicable, table: VocabTable)
     never = live & (preflight.data_target == 0)
     scarce = int((live & (preflight.data_target > 0) & (preflight.data_target < 5)).sum())
     total, missing = int(live.sum()), int(never.sum())
-    tokens, data = _count(total, "live token"), _read(preflight)
+    tokens, data = _count(total, "live token"), data_read(preflight)
     said = [f"Each of {tokens} is a target in {data}."]
     if missing:
         verb = "is" if missing == 1 else "are"
@@ -238,7 +238,7 @@ def _matrix_sentence(label: str, matrix: WatchedMatrix | NotApplicable) -> str:
     )
 
 
-def _read(preflight: Preflight) -> str:
+def data_read(preflight: Preflight) -> str:
     """How much of the training data was read, in words."""
     rows = _count(preflight.rows, "row")
     if not preflight.batches:  # counted beforehand, from the data itself

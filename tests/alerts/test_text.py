@@ -155,9 +155,10 @@ def test_a_loss_of_rare_tokens_is_told_with_its_interval_and_its_size():
 def test_what_to_do_where_it_is_not_about_drift():
     [broken] = alert_story(change("head/nonfinite_rows", 3.0), SCENE).advice
     assert "go on from a checkpoint before step 120" in broken
-    [silent] = alert_story(change("exposure/targets", 0.0), SCENE).advice
-    assert "targets=" in silent
-    assert "hidden_labels=True" in silent
+    silent, masked = alert_story(change("exposure/targets", 0.0), SCENE).advice
+    assert 'targets=lambda batch: (batch["input_ids"], batch["labels"])' in silent
+    assert "VocabGuardCallback(hidden_labels=True)" in silent
+    assert masked.startswith("otherwise all labels may be -100")
     [answers] = alert_story(change("confusion/*", 0.47, {"ja": 0.47}), SCENE).advice
     assert answers == "see in confusion.jsonl which scripts get in, and clean the data in ja of such mixtures."
     assert alert_story(change("loss/data", 3.0), SCENE).advice == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,23 @@ def test_tensorboard_has_the_documented_keys(kit: Any, tokenizer: Any, tmp_path:
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     tags = set(events.Tags()["scalars"])
+    keys = {tag.replace("-detail-", "/").replace("-detail/", "/") for tag in tags}
+    assert len(keys) == len(tags)
     rows = ("cosine_mean", "cosine_min", "cosine_p01", "residual_p01", "below_0.95", "below_0.90")
     parts = ("", "ja/", "latin/", "never/", "1-4/")
     assert {
         f"vocabguard/{name}/{part}{key}" for name in ("head", "embedding") for part in parts for key in rows
-    } <= tags
-    assert {f"vocabguard/exposure/{name}" for name in ("never", "1-4", "5-19", "20+", "push_share")} <= tags
-    assert {"vocabguard/alerts/firing", "vocabguard/overhead"} <= tags
-    value = events.Scalars("vocabguard/head/cosine_mean")
+    } <= keys
+    assert {f"vocabguard/exposure/{name}" for name in ("never", "1-4", "5-19", "20+", "push_share")} <= keys
+    assert {"vocabguard/alerts/firing", "vocabguard/overhead"} <= keys
+    # The chosen ones first, and where each rule stands last.
+    first = {f"vocabguard/{key}" for key in guard.config.log.keys}
+    assert {tag for tag in tags if tag.startswith("vocabguard/")} == first & keys
+    assert {"vocabguard/head/below_0.95", "vocabguard/alerts/firing", "vocabguard/exposure/never"} <= first & keys
+    assert {tag for tag in tags if tag.startswith("vocabguard-detail-")} == {
+        f"vocabguard-detail-alerts/{rule}" for rule in guard.config.alerts
+    } & tags
+    value = events.Scalars("vocabguard-detail/head/cosine_mean")
     assert [(event.step, event.value) for event in value] == [
         (check["step"], pytest.approx(check["scalars"]["vocabguard/head/cosine_mean"])) for check in log.checks()
     ]
@@ -110,7 +120,7 @@ def test_a_given_writer_is_used_and_left_open(kit: Any, tmp_path: Path) -> None:
         writer.add_scalar("mine", 1.0)
     events = EventAccumulator(str(tmp_path / "own"))
     events.Reload()
-    assert {"mine", "vocabguard/head/cosine_mean"} <= set(events.Tags()["scalars"])
+    assert {"mine", "vocabguard/head/below_0.95"} <= set(events.Tags()["scalars"])
     assert not list((tmp_path / "run").glob("events.*"))
 
 
@@ -201,8 +211,31 @@ def test_one_matrix_alone(kit: Any, matrices: dict[str, str]) -> None:
 
 
 def test_nothing_to_watch_is_refused(kit: Any) -> None:
-    with pytest.raises(ConfigError, match="matrices: nothing to watch in Plain"):
+    with pytest.raises(ConfigError, match="matrices: nothing to watch in Plain") as refused:
         VocabGuard(**kit.QUIET).attach(kit.Plain())
+    assert str(refused.value) == (
+        "matrices: nothing to watch in Plain; name its modules: matrices.head=out (Linear, 64 rows), "
+        "matrices.embedding=words (Embedding, 64 rows)"
+    )
+    with pytest.raises(ConfigError, match="has no get_output_embeddings"):
+        VocabGuard(**kit.QUIET).attach(torch.nn.Linear(3, 3))
+
+
+def test_what_is_proposed_works(kit: Any) -> None:
+    with pytest.raises(ConfigError) as refused:
+        VocabGuard(**kit.QUIET).attach(kit.Plain())
+    overrides = re.findall(r"matrices\.\w+=\S+", str(refused.value))
+    guard = VocabGuard(overrides=overrides, **kit.QUIET)
+    watch = guard.attach(kit.Plain())
+    guard.finish()
+    assert (watch.head.rows, watch.embedding.rows) == (64, 64)
+
+
+def test_a_missing_head_is_proposed_where_the_inputs_are_named(kit: Any) -> None:
+    guard = VocabGuard(matrices={"embedding": "words"}, **kit.QUIET)
+    watch = guard.attach(kit.Plain())
+    guard.finish()
+    assert watch.head.reason.endswith("; it may be matrices.head=out (Linear, 64 rows)")
 
 
 def test_a_module_that_does_not_exist_is_refused(kit: Any) -> None:

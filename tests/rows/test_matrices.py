@@ -219,7 +219,8 @@ def test_plain_model_by_names() -> None:
 
 
 def test_plain_model_without_names() -> None:
-    assert reason_of(Plain()) == "Plain has no get_output_embeddings(); name the module in matrices.head"
+    said = "Plain has no get_output_embeddings(); name the module in matrices.head; it may be matrices.head=speak "
+    assert reason_of(Plain()).startswith(said)
     assert "matrices.embedding" in reason_of(Plain(), "embedding")
 
 

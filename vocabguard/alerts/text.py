@@ -324,8 +324,9 @@ def advice_of(about: About) -> tuple[str, ...]:
         )
     if about.kind == "targets":
         return (
-            "where a custom loss takes the labels out of the batch, say targets=, or hidden_labels=True in the Hugging "
-            "Face trainer; otherwise look whether the batches have labels other than -100.",
+            "if a custom loss takes the labels out of the batch, pass VocabGuardCallback(hidden_labels=True) in the "
+            'Hugging Face trainer, or targets=lambda batch: (batch["input_ids"], batch["labels"]) elsewhere.',
+            "otherwise all labels may be -100: look at one batch, and raise max_length if it cuts the answers off.",
         )
     if about.kind == "confused":
         inside = f" in {joined(about.parts)}" if about.parts else ""

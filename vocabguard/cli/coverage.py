@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ from vocabguard.cli.common import (
     row_progress,
 )
 from vocabguard.data.coverage import Coverage, at_risk, coverage_totals, group_rows, measure_coverage
+from vocabguard.data.named import added_tokens, end_tokens, named_sentences, shared_padding
 from vocabguard.data.readers import data_files, read_examples
 from vocabguard.files import one_line
 from vocabguard.results import EXPOSURE_CLASSES
@@ -90,7 +92,7 @@ def coverage(
             result.save(out)
     except (ValueError, OSError) as error:
         raise InputError(one_line(error, 400)) from error
-    _tell(result, table, watched, top, out, as_json)
+    _tell(result, table, watched, top, out, as_json, _named(tokenizer, loaded, result, table, watched))
     if threshold is not None and result.never_share > threshold:
         raise typer.Exit(1)
 
@@ -110,12 +112,36 @@ def _workers_for(files: list[Path]) -> int:
     return min(_MOST_WORKERS, os.cpu_count() or 1) if size >= _PARALLEL_FROM else 1
 
 
-def _tell(result: Coverage, table: VocabTable, watched: list[int], top: int, out: Path | None, as_json: bool) -> None:
+def _named(name: str, tokenizer: Any, result: Coverage, table: VocabTable, watched: Sequence[int]) -> tuple[str, ...]:
+    """What the data never asks for among the tokens that matter."""
+    ends = end_tokens(tokenizer, _generation_ends(Path(name)))
+    words = {table.text(one): (one,) for one in watched}
+    said = named_sentences(result.data_target, tokenizer, ends, "the data", added=added_tokens(tokenizer), words=words)
+    padding = shared_padding(tokenizer, ends)
+    return said if not padding or any(padding in one for one in said) else (*said, padding)
+
+
+def _generation_ends(folder: Path) -> Any:
+    """The EOS ids of the generation configuration beside a tokenizer, if there is one."""
+    try:
+        told = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    ids = told if isinstance(told, list) else [told]
+    return [one for one in ids if isinstance(one, int)]
+
+
+def _tell(
+    result: Coverage, table: VocabTable, watched: list[int], top: int, out: Path | None, as_json: bool,
+    named: tuple[str, ...],
+) -> None:  # fmt: skip
     shown = (*watched, *(i for i in at_risk(result, top) if i not in watched))
     if as_json:
-        sys.stdout.write(json.dumps(_as_json(result, table, shown, len(watched)), ensure_ascii=True) + "\n")
+        sys.stdout.write(
+            json.dumps({**_as_json(result, table, shown, len(watched)), "named": named}, ensure_ascii=True) + "\n"
+        )
     else:
-        _print(result, table, shown, len(watched), out)
+        _print(result, table, shown, len(watched), out, named)
 
 
 def _as_json(result: Coverage, table: VocabTable, shown: tuple[int, ...], watched: int) -> dict[str, Any]:
@@ -142,14 +168,17 @@ def _as_json(result: Coverage, table: VocabTable, shown: tuple[int, ...], watche
     }
 
 
-def _print(result: Coverage, table: VocabTable, shown: tuple[int, ...], watched: int, out: Path | None) -> None:
+def _print(
+    result: Coverage, table: VocabTable, shown: tuple[int, ...], watched: int, out: Path | None,
+    named: tuple[str, ...],
+) -> None:  # fmt: skip
     console = Console(soft_wrap=True, highlight=False)
     numbers = coverage_totals(result)
     passes = f", {result.source.epochs} epochs" if result.source.epochs > 1 else ""
     console.print(f"{result.tally.rows:,} rows{passes}: {numbers['targets']:,} targets, {numbers['inputs']:,} inputs.")
     never = f"{numbers['classes']['never']:,} ({percent(result.never_share)})"
     console.print(f"Of {numbers['live']:,} live tokens {never} are never a target.")
-    for note in _notes(result):
+    for note in (*_notes(result), *named):
         console.print(note, markup=False)
     console.print(_group_table(result))
     if watched:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import fnmatch
 import functools
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -126,6 +127,7 @@ def load_config(
     _check_contexts(config.probe.contexts)
     _check_protection(config)
     _check_webhook(config.sinks.webhook)
+    _check_keys(config.log.keys)
     if config.confusion.enabled:
         load_questions(config.confusion)
     return config
@@ -217,6 +219,25 @@ def _check_protection(config: GuardConfig) -> None:
         raise ConfigError("echo.auto follows the probe; allowed with it: probe.enabled: true")
     if config.echo.mode == "watch" and "echo" in wanted and not config.probe.watch:
         raise ConfigError("echo.mode is 'watch' and probe.watch is []; allowed: a watch list of tokens")
+
+
+# First parts of the logged keys.
+_FAMILIES = (
+    "head", "embedding", "exposure", "probe", "reference", "loss", "echo", "forecast", "hold", "confusion",
+    "neighbors", "head_or_body", "alerts", "overhead",
+)  # fmt: skip
+
+
+def _check_keys(keys: Any) -> None:
+    """Refuse what names no logged key."""
+    if keys == "all":
+        return
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ConfigError(f"log.keys is {keys!r}; allowed: 'all', or a list of logged keys such as 'head/below_0.95'")
+    for key in keys:
+        family = key.removeprefix("vocabguard/").partition("/")[0]
+        if key != "all" and not fnmatch.filter(_FAMILIES, family):
+            raise ConfigError(f"log.keys has {key!r}; allowed: 'all', and keys that begin with one of {_FAMILIES}")
 
 
 def _check_webhook(webhook: WebhookConfig) -> None:
@@ -341,7 +362,7 @@ def _check_kind(value: Any, wanted: Any, key: str) -> None:
             raise ConfigError(f"{key} is {value!r}; allowed: a list")
         for place, item in enumerate(value):
             _check_kind(item, inner[0], f"{key}[{place}]")
-    elif wanted is not Any and isinstance(value, (Mapping, list, tuple, ListConfig)):
+    elif isinstance(value, Mapping) or (wanted is not Any and isinstance(value, (list, tuple, ListConfig))):
         raise ConfigError(f"{key} is {value!r}; allowed: {_named(wanted)}")
 
 
@@ -360,7 +381,13 @@ def _named(kind: Any) -> str:
     """A type in a user's words."""
     if is_dataclass(kind):
         return f"sections of {[f.name for f in fields(kind)]}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(kind, "lists")
+    return {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        Any: "a text or a list",
+    }.get(kind, "lists")
 
 
 def _one_line(error: Exception) -> str:

@@ -168,6 +168,7 @@ class CadenceOptions(TypedDict, total=False):
 
 
 class LogOptions(TypedDict, total=False):
+    keys: str | Sequence[str]
     console: bool
     tensorboard: bool
     histogram: bool

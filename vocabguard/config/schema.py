@@ -448,11 +448,32 @@ class CadenceConfig:
     max_checks: int = limited(200, at_least=1)
 
 
+def _chosen_keys() -> list[str]:
+    """Logged keys that answer first questions: how far, how many, what is lost, what protects, what fires."""
+    return [
+        "head/below_0.95",
+        "head/cosine_p01",
+        "embedding/below_0.95",
+        "exposure/never",
+        "exposure/targets",
+        "probe/retained",
+        "probe/watch",
+        "reference/nll_rise",
+        "forecast/below_0.95",
+        "echo/dose",
+        "confusion/foreign",
+        "alerts/firing",
+    ]
+
+
 @dataclass
 class LogConfig:
     """Where results go.
 
     Attributes:
+        keys: logged keys, without ``vocabguard/``, that the trackers of a Hugging Face run get and that TensorBoard
+            shows under ``vocabguard/``, the others being under ``vocabguard-detail/``; ``*`` stands for any characters,
+            as in ``head/*/below_0.95``, and ``all`` for every key. The run folder always has all.
         console: one line a check, tables at the start and the end (main process only).
         tensorboard: scalars, histogram, tables and alerts as text.
         histogram: the cosine histogram at checks.
@@ -461,6 +482,7 @@ class LogConfig:
         report: write ``report.html`` into the run folder at the end.
     """
 
+    keys: Any = field(default_factory=_chosen_keys)
     console: bool = True
     tensorboard: bool = True
     histogram: bool = True

@@ -24,7 +24,9 @@ from vocabguard.guard.evaluations import Evaluations
 from vocabguard.guard.failures import Faults
 from vocabguard.guard.forecast import Forecaster
 from vocabguard.guard.hold import Holder
-from vocabguard.guard.preflight import examples_of, own_copy, untouched_rng, wanted_preflight
+from vocabguard.guard.loaders import first_examples, own_copy, untouched_rng
+from vocabguard.guard.named import named_notes
+from vocabguard.guard.preflight import wanted_preflight
 from vocabguard.guard.probe import Prober, choose_prober
 from vocabguard.guard.protection import Protection, needed
 from vocabguard.guard.reference import Reader, choose_reader
@@ -180,9 +182,9 @@ def _try_once(run: Run, source: EchoSource, allowed: Tensor) -> bool:
     if not hasattr(loader.dataset, "__getitem__") or not hasattr(loader.dataset, "__len__"):
         return False
     ids = allowed[: source.maker.list_tokens].tolist()
-    with untouched_rng(loader.dataset, loader.collate_fn):
+    with untouched_rng(loader.dataset, loader.collate_fn, loader.batch_sampler):
         try:
-            _, examples = next(iter(examples_of(loader, order=torch.arange(min(2, len(loader.dataset))).tolist())))
+            examples = first_examples(loader, 2)
             collate = own_copy(loader.collate_fn)
             if run.route == "collate":
                 batch = EchoCollator(collate, source.feed, source.maker).with_echo(examples, ids, 0)
@@ -213,6 +215,7 @@ class Parts:
     Attributes:
         protection: echo and hold; None where neither is configured.
         prober: what probes, or why nothing does.
+        named: what the data never asks for among the tokens that matter.
     """
 
     observer: Observer | None
@@ -220,6 +223,7 @@ class Parts:
     protection: Protection | None
     flight: Preflight | NotApplicable
     prober: Prober | NotApplicable
+    named: tuple[str, ...] = ()
 
     def describe(self, run_dir: Path | None) -> Watch:
         """What a user is told before step 1."""
@@ -228,7 +232,7 @@ class Parts:
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the parts before step 1."""
         told = self.protection.notes() if self.protection is not None else ()
-        return told + self.checker.evaluations.notes()
+        return self.named + told + self.checker.evaluations.notes()
 
     def hook(self, optimizer: Any, faults: Faults, *, hook_model: bool, steps_done: int) -> None:
         """Set all hooks."""
@@ -294,7 +298,11 @@ def put_together(
         evaluations=Evaluations(config, run.model, watched, asks), forecaster=_forecaster(config, run, watched),
         reader=reader if isinstance(reader, Reader) else None,
     )  # fmt: skip
-    return Parts(observer, checker, protection, flight, prober)
+    named: tuple[str, ...] = ()
+    if shift or is_encoder_decoder(run.model):
+        protected = protection is not None and protection.has("echo")
+        named = named_notes(run.model, tokenizer, flight, config.probe.watch, protected=protected)
+    return Parts(observer, checker, protection, flight, prober, named)
 
 
 def _forecaster(config: GuardConfig, run: Run, watched: Watched) -> Forecaster | None:

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import ModuleType, NoneType
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedTokenizerBase
 
 from vocabguard.config import ConfigError, GuardConfig
 from vocabguard.data.coverage import load_coverage, vocabulary_hash
 from vocabguard.guard.batches import Targets, labels_of
+from vocabguard.guard.loaders import own_copy, sampled_examples, untouched_rng
 from vocabguard.measure.exposure import count_targets
 from vocabguard.results import NotApplicable, Preflight
-
-_HEAVY = (nn.Module, PreTrainedTokenizerBase)
-# How far generators, models and tokenizers are looked for inside a dataset or collator.
-_DEPTH, _FEW = 4, 64
 
 
 def wanted_preflight(
@@ -91,9 +79,11 @@ def preflight(
         return NotApplicable("preflight leaves an iterable dataset alone: reading it would move the run's data on")
     began = time.perf_counter()
     counts = torch.zeros(rows, dtype=torch.int64)
-    length, batches, seen, tokens = len(loader.dataset), 0, 0, 0
-    with untouched_rng(loader.dataset, loader.collate_fn):
-        for indices, batch in _sample(loader, seed):
+    length, batches, seen, tokens, complete = len(loader.dataset), 0, 0, 0, False
+    with untouched_rng(loader.dataset, loader.collate_fn, loader.batch_sampler):
+        collate = own_copy(loader.collate_fn)
+        for indices, examples in sampled_examples(loader, seed):
+            batch = collate(examples)
             found = labels_of(batch, targets)
             if found is None and need_labels:
                 raise ConfigError(_no_labels(batch))
@@ -103,81 +93,9 @@ def preflight(
             batches, seen, tokens = batches + 1, seen + indices, tokens + found[1].numel()
             if batches >= max_batches or time.perf_counter() - began > max_seconds:
                 break
-    return Preflight(counts, batches, seen, seen >= length, time.perf_counter() - began, tokens)
-
-
-def _sample(loader: DataLoader[Any], seed: int) -> Iterator[tuple[int, Any]]:
-    """(examples, batch) in an order of our own, through a copy of the collate function."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(loader.dataset), generator=generator).tolist()  # type: ignore[arg-type]
-    collate = own_copy(loader.collate_fn)
-    yield from ((count, collate(examples)) for count, examples in examples_of(loader, order))
-
-
-def examples_of(loader: DataLoader[Any], order: list[int]) -> Iterator[tuple[int, Any]]:
-    """(number of examples, what the collate function gets) for the examples of a map-style dataset in an order."""
-    if loader.batch_sampler is None:
-        # Without automatic batching an example of the dataset is a batch.
-        yield from ((1, loader.dataset[index]) for index in order)
-        return
-    # Samplers of one's own may not say how many examples they put together; 8 is the Hugging Face Trainer's default.
-    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 8
-    fetch = getattr(loader.dataset, "__getitems__", None)
-    for start in range(0, len(order), size):
-        indices = order[start : start + size]
-        yield len(indices), fetch(indices) if fetch else [loader.dataset[index] for index in indices]
-
-
-def own_copy(collate: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of a collator object, whose state must not move; models and tokenizers inside stay shared."""
-    if hasattr(collate, "__self__"):
-        # A bound method would take its whole owner along, which may be the data module.
-        return collate
-    return copy.deepcopy(collate, {id(part): part for part in _parts(collate) if isinstance(part, _HEAVY)})
-
-
-def _parts(owner: Any, depth: int = _DEPTH, seen: set[int] | None = None) -> Iterator[Any]:
-    """The object and what it holds, some levels deep: attributes, items, arguments of a `functools.partial`."""
-    seen = set() if seen is None else seen
-    if id(owner) in seen or isinstance(owner, (str, bytes, int, float, type, ModuleType, NoneType)):
-        return
-    seen.add(id(owner))
-    yield owner
-    if depth == 0 or isinstance(owner, (*_HEAVY, Tensor)):
-        return
-    held = [*getattr(owner, "__dict__", {}).values(), getattr(owner, "__self__", None)]
-    if isinstance(owner, functools.partial):
-        held += [owner.func, *owner.args, *owner.keywords.values()]
-    elif isinstance(owner, (list, tuple)) and len(owner) <= _FEW:
-        held += owner
-    elif isinstance(owner, dict) and len(owner) <= _FEW:
-        held += owner.values()
-    for part in held:
-        yield from _parts(part, depth - 1, seen)
-
-
-@contextmanager
-def untouched_rng(*owners: Any) -> Iterator[None]:
-    """Put Python's, NumPy's, torch's and the owners' generators back afterwards: datasets and collators may draw."""
-    put_back: list[Callable[[], object]] = [
-        functools.partial(random.setstate, random.getstate()),
-        functools.partial(np.random.set_state, np.random.get_state()),
-    ]
-    for part in (part for owner in owners for part in _parts(owner)):
-        if isinstance(part, random.Random):
-            put_back.append(functools.partial(part.setstate, part.getstate()))
-        elif isinstance(part, np.random.RandomState):
-            put_back.append(functools.partial(part.set_state, part.get_state()))
-        elif isinstance(part, np.random.Generator):
-            put_back.append(functools.partial(setattr, part.bit_generator, "state", part.bit_generator.state))
-        elif isinstance(part, torch.Generator):
-            put_back.append(functools.partial(part.set_state, part.get_state()))
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            for restore in put_back:
-                restore()
+        else:
+            complete = True  # a batch sampler may leave examples out
+    return Preflight(counts, batches, seen, complete or seen >= length, time.perf_counter() - began, tokens)
 
 
 def _no_labels(batch: Any) -> str:

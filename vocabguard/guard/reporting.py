@@ -18,6 +18,7 @@ from vocabguard.files import why_unwritable
 from vocabguard.results import CheckResult, Finding, Transition, Watch
 from vocabguard.runlog import RunLog, RunWriter, row_vectors, why_unusable
 from vocabguard.views.console import ConsoleView
+from vocabguard.views.keys import ChosenKeys
 from vocabguard.views.tensorboard import TensorBoardView, open_view
 from vocabguard.vocabulary.table import GROUPS, VocabTable
 
@@ -218,7 +219,10 @@ class Reporter:
     def _open_board(self) -> TensorBoardView | None:
         if not (self._main and self._config.log.tensorboard):
             return None
-        options: dict[str, Any] = {"table": self._table, "histogram": self._config.log.histogram}
+        log = self._config.log
+        options: dict[str, Any] = {
+            "table": self._table, "histogram": log.histogram, "chosen": ChosenKeys(log.keys),
+        }  # fmt: skip
         if self._writer is not None:
             return TensorBoardView(self._writer, **options)
         return None if self._folder is None else open_view(self._folder, **options)

@@ -29,6 +29,7 @@ from vocabguard.rows.baselines import (
 )
 from vocabguard.rows.checkpoints import open_baseline
 from vocabguard.rows.matrices import VocabMatrix, find_matrices
+from vocabguard.rows.proposals import proposal
 from vocabguard.rows.sharding import ShardBaseline, reshard
 from vocabguard.vocabulary.table import GROUPS, VocabTable, build_table, fit_rows, ids_beyond, plain_table
 
@@ -158,8 +159,9 @@ def watch_model(
     """
     reshard(model)
     try:
-        matrices = find_matrices(model, config.matrices.head, config.matrices.embedding)
-        rows = vocabulary_rows(model, matrices)
+        tokens = None if tokenizer is None else 1 + max(tokenizer.get_vocab().values(), default=-1)
+        matrices = find_matrices(model, config.matrices.head, config.matrices.embedding, tokens)
+        rows = vocabulary_rows(model, matrices, tokens)
         table = _table(tokenizer, rows)
         baselines, lost = _baselines(matrices, config, resumed["baselines"] if resumed else None, steps_done)
     except (ValueError, FileNotFoundError) as error:
@@ -212,8 +214,13 @@ def _table(tokenizer: Any, rows: int) -> VocabTable:
     return build_table(tokenizer, rows)
 
 
-def vocabulary_rows(model: nn.Module, matrices: Mapping[MatrixName, VocabMatrix | NotApplicable]) -> int:
+def vocabulary_rows(
+    model: nn.Module, matrices: Mapping[MatrixName, VocabMatrix | NotApplicable], tokens: int | None = None
+) -> int:
     """V: of the matrices, or of the model's input embedding where none of them can move.
+
+    Args:
+        tokens: how many the tokenizer has, if known.
 
     Raises:
         ValueError: if the model has neither, or no process has its rows outside of a forward pass (DeepSpeed ZeRO-3).
@@ -224,8 +231,11 @@ def vocabulary_rows(model: nn.Module, matrices: Mapping[MatrixName, VocabMatrix 
     # DistributedDataParallel keeps the model inside.
     inputs = getattr(getattr(model, "module", model), "get_input_embeddings", lambda: None)()
     if inputs is None:
+        name = type(model).__name__
+        if perhaps := proposal(model, ("head", "embedding"), tokens):
+            raise ValueError(f"matrices: nothing to watch in {name}; name its modules: {perhaps}")
         reasons = {name: matrix.reason for name, matrix in matrices.items() if isinstance(matrix, NotApplicable)}
-        raise ValueError(f"matrices: nothing to watch in {type(model).__name__}: {reasons}")
+        raise ValueError(f"matrices: nothing to watch in {name}: {reasons}")
     if hasattr(inputs.weight, "ds_shape") and inputs.weight.numel() == 0:
         raise ValueError(
             "matrices: DeepSpeed ZeRO stage 3 leaves no rows in the parameters; allowed: ZeRO stages 0 to 2, or FSDP2"

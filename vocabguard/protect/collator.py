@@ -53,6 +53,8 @@ class RowMaker:
 class EchoCollator:
     """Wraps a collate function: examples and echo rows in, a batch with `ECHO_KEY` out.
 
+    Examples may come as lists of those that are packed into one row: each echo row is then such a list.
+
     A batch that gets no echo rows passes through untouched. If a batch cannot take echo rows it goes on without them,
     and echo is off from then on: a run is never ended.
 
@@ -96,14 +98,16 @@ class EchoCollator:
     def _collated(self, features: list[Any], ids: Sequence[int], number: int) -> Any:
         """The examples and the rows of all `ids` in one batch."""
         began = time.perf_counter()
-        length = _longest(features)
+        like, length = _first(features), max(_lengths(features))
         rows = self.maker(ids, batch=number, rank=self.feed.rank, length=length)
         stacked = _all_as_long(features, length) and not (self.maker.seq2seq or self._joined)
         fill = length if stacked else 0
-        extra = [_as_example(row, features[0], fill) for row in rows]
+        nested = isinstance(features[0], list)
+        extra = [_as_example(row, like, fill) for row in rows]
         made = time.perf_counter()
         # Some collate functions take keys out of the examples, which are needed once more if this fails.
-        batch = self.inner([*map(copy, features), *extra])
+        kept = [[*map(copy, pack)] for pack in features] if nested else [*map(copy, features)]
+        batch = self.inner([*kept, *([row] for row in extra)] if nested else [*kept, *extra])
         collated = time.perf_counter()
         batch[ECHO_KEY] = _mark(batch, len(features), rows, fill, seq2seq=self.maker.seq2seq)
         self.feed.spend(time.perf_counter() - collated + made - began)
@@ -128,17 +132,24 @@ def data_targets(labels: Tensor, *, seq2seq: bool, echo_mask: Tensor | None = No
     return int((asked if seq2seq else asked[:, 1:]).sum())
 
 
-def _longest(features: list[Any]) -> int:
-    first = features[0]
+def _first(features: list[Any]) -> Mapping[str, Any]:
+    """An example that echo rows are made like."""
+    first = features[0][0] if isinstance(features[0], list) and features[0] else features[0]
     if not isinstance(first, Mapping) or "input_ids" not in first:
         got = f"the keys {sorted(first)}" if isinstance(first, Mapping) else type(first).__name__
         raise EchoError(f"an example holds {got}; echo rows need examples with 'input_ids'")
-    return max(len(example["input_ids"]) for example in features)
+    return first
+
+
+def _lengths(features: list[Any]) -> list[int]:
+    """Tokens of each row: of an example, or of all that are packed into it."""
+    packs = (one if isinstance(one, list) else [one] for one in features)
+    return [sum(len(example["input_ids"]) for example in pack) for pack in packs]
 
 
 def _all_as_long(features: list[Any], length: int) -> bool:
-    """Whether the examples are of one length, so that the collator may not pad at all."""
-    return all(len(example["input_ids"]) == length for example in features)
+    """Whether the rows are of one length, so that the collator may not pad at all."""
+    return all(one == length for one in _lengths(features))
 
 
 def _as_example(row: EchoRow, like: Mapping[str, Any], fill: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vocabguard.results import MatrixName, NotApplicable
 from vocabguard.rows.adapters import AdaptedRows, adapter_of, plain_module, plain_name
 from vocabguard.rows.models import text_config_of, unwrapped
+from vocabguard.rows.proposals import proposal
 from vocabguard.rows.sharding import Shard, local_rows, shard_of
 
 _GETTERS: dict[MatrixName, str] = {"head": "get_output_embeddings", "embedding": "get_input_embeddings"}
@@ -148,7 +149,7 @@ class VocabMatrix:
 
 
 def find_matrices(
-    model: nn.Module, head: str | None = None, embedding: str | None = None
+    model: nn.Module, head: str | None = None, embedding: str | None = None, tokens: int | None = None
 ) -> dict[MatrixName, VocabMatrix | NotApplicable]:
     """Find the rows behind a model's inputs and outputs.
 
@@ -157,6 +158,7 @@ def find_matrices(
         head: dotted name of the module whose ``weight`` holds the output rows (``matrices.head``); None asks
             ``get_output_embeddings()``.
         embedding: the same for the input rows (``matrices.embedding``, ``get_input_embeddings()``).
+        tokens: how many the tokenizer has, if known, to propose modules where none is found.
 
     Returns:
         For ``head`` and ``embedding`` the matrix, or why there is nothing to watch. A module named by the user may
@@ -168,17 +170,20 @@ def find_matrices(
     bare = unwrapped(model)
     paths: dict[MatrixName, str | None] = {"head": head, "embedding": embedding}
     return {
-        "head": _judge(VocabMatrix("head", bare, head, embedding), paths),
-        "embedding": _judge(VocabMatrix("embedding", bare, embedding, head), paths),
+        "head": _judge(VocabMatrix("head", bare, head, embedding), paths, tokens),
+        "embedding": _judge(VocabMatrix("embedding", bare, embedding, head), paths, tokens),
     }
 
 
-def _judge(matrix: VocabMatrix, paths: dict[MatrixName, str | None]) -> VocabMatrix | NotApplicable:
+def _judge(matrix: VocabMatrix, paths: dict[MatrixName, str | None], tokens: int | None) -> VocabMatrix | NotApplicable:
     """The matrix, unless it is missing, no row per token, or frozen."""
     name = matrix.name
     module = _locate(matrix.model, name, matrix.path)
     if isinstance(module, NotApplicable):
-        return module
+        # A model that gives an odd module, such as a quantised one, is right about which it is.
+        odd = module.reason.startswith(f"the {name} is ")
+        perhaps = "" if odd else proposal(matrix.model, (name,), tokens)
+        return NotApplicable(f"{module.reason}; it may be {perhaps}") if perhaps else module
     expected = _vocabulary_size(matrix.model, paths)
     if matrix.path is None and expected is not None and matrix.rows < expected:
         return NotApplicable(f"the {name} has {matrix.rows} rows for {expected} tokens, so it is not a row per token")

@@ -5,7 +5,7 @@ Tags are a fixed, small set. There is never a tag per token: thousands of tags m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,25 +14,14 @@ import numpy as np
 from vocabguard.alerts.notify import transition_markdown
 from vocabguard.results import CheckResult, Finding, RowDrift, Transition, Watch
 from vocabguard.text import escape_markdown, large_groups, preflight_sentences, watch_sentences, worst_markdown
+from vocabguard.views.charts import charts
+from vocabguard.views.keys import ChosenKeys
 
 if TYPE_CHECKING:
     from vocabguard.vocabulary.table import VocabTable
 
 ALERTS_SHOWN = 100
 """Newest alert changes kept in the text of ``vocabguard/alert_log``."""
-
-_CLASSES = r"(never|1-4|5-19|20\+)"
-_GROUPS = rf"(?!{_CLASSES}/)[^/]+"
-# TensorBoard matches these as regular expressions, so that one chart holds a line for each group that is logged.
-_LAYOUT = {
-    "vocabguard": {
-        "head rows below 0.95, by group": ["Multiline", [rf"vocabguard/head/{_GROUPS}/below_0\.95$"]],
-        "head rows below 0.95, by exposure class": ["Multiline", [rf"vocabguard/head/{_CLASSES}/below_0\.95$"]],
-        "forecast of head rows below 0.95, by group": ["Multiline", [rf"vocabguard/forecast/{_GROUPS}/below_0\.95$"]],
-        "retained, by group": ["Multiline", [rf"vocabguard/probe/{_GROUPS}/retained$"]],
-        "retained, by exposure class": ["Multiline", [rf"vocabguard/probe/{_CLASSES}/retained$"]],
-    }
-}
 
 
 class Writer(Protocol):
@@ -70,7 +59,9 @@ class TensorBoardView:
 
     | tag | what |
     |---|---|
-    | the keys of `CheckResult.scalars` | scalars |
+    | ``vocabguard/...`` | scalars: the chosen keys of `CheckResult.scalars` |
+    | ``vocabguard-detail/...`` | the other ones |
+    | ``vocabguard-detail-alerts/...`` | where each rule stands |
     | ``vocabguard/head/cosine``, ``vocabguard/embedding/cosine`` | histogram over live finite rows |
     | ``vocabguard/watch`` | text: what is watched, and preflight |
     | ``vocabguard/worst``, ``vocabguard/watched`` | text: tables of the worst tokens and of the watch list |
@@ -79,11 +70,16 @@ class TensorBoardView:
 
     Args:
         writer: a ``SummaryWriter``; Lightning's ``TensorBoardLogger.experiment`` is one.
+        chosen: keys that keep their names as tags; None stands for all.
         owned: whether `close` closes the writer, and whether a layout of charts is written, of which a writer has one.
     """
 
-    def __init__(self, writer: Writer, *, table: VocabTable, histogram: bool = True, owned: bool = False) -> None:
+    def __init__(
+        self, writer: Writer, *, table: VocabTable, histogram: bool = True, chosen: ChosenKeys | None = None,
+        owned: bool = False,
+    ) -> None:  # fmt: skip
         self._writer = writer
+        self._chosen = chosen or ChosenKeys("all")
         self._table = table
         self._histogram = histogram
         self._owned = owned
@@ -95,12 +91,11 @@ class TensorBoardView:
         text = "\n".join(f"- {escape_markdown(sentence)}" for sentence in sentences)
         self._writer.add_text("vocabguard/watch", text, global_step=0)
         if self._owned:
-            self._writer.add_custom_scalars(_layout(large_groups(self._table)))
+            self._writer.add_custom_scalars(charts(large_groups(self._table), self._chosen))
 
     def check(self, result: CheckResult) -> None:
         """Write one check at its step."""
-        for key, value in result.scalars.items():
-            self._writer.add_scalar(key, value, global_step=result.step)
+        self._scalars(result.scalars, result.step)
         if self._histogram:
             self._histograms(result)
         for tag, reports in (("vocabguard/worst", result.worst), ("vocabguard/watched", result.watched)):
@@ -110,8 +105,7 @@ class TensorBoardView:
 
     def finding(self, found: Finding) -> None:
         """Write what was found beside the checks, at its step."""
-        for key, value in found.scalars.items():
-            self._writer.add_scalar(key, value, global_step=found.step)
+        self._scalars(found.scalars, found.step)
         text = "\n\n".join(filter(None, (escape_markdown(found.sentence), found.table)))
         self._writer.add_text(f"vocabguard/{found.kind}", text, global_step=found.step)
         self._alert_log(found.step, found.transitions)
@@ -120,6 +114,10 @@ class TensorBoardView:
         """Close the writer if it is ours; a trainer's writer is left alone."""
         if self._owned:
             self._writer.close()
+
+    def _scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        for key, value in scalars.items():
+            self._writer.add_scalar(self._chosen.tag(key), value, global_step=step)
 
     def _histograms(self, result: CheckResult) -> None:
         for name, drift in (("head", result.head), ("embedding", result.embedding)):
@@ -139,18 +137,9 @@ class TensorBoardView:
         self._writer.add_text("vocabguard/alert_log", "\n\n".join(self._alerts), global_step=step)
 
 
-def _layout(groups: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
-    """Charts of several scalars: all groups on one, and for each large one how it is and how it will end."""
-    ends = {}
-    for name in ("all", *groups):
-        inner = "" if name == "all" else f"{name}/"
-        now, then = f"vocabguard/head/{inner}below_0.95", f"vocabguard/forecast/{inner}below_0.95"
-        # A line for now, and a band from it to the forecast.
-        ends[f"{name}: head rows below 0.95, now and forecast for the end"] = ["Margin", [now, now, then]]
-    return {**_LAYOUT, "vocabguard, now and at the end": ends}
-
-
-def open_view(folder: str | Path, *, table: VocabTable, histogram: bool = True) -> TensorBoardView:
+def open_view(
+    folder: str | Path, *, table: VocabTable, histogram: bool = True, chosen: ChosenKeys | None = None
+) -> TensorBoardView:
     """A view with an event file of its own in `folder`, made if it is missing.
 
     Use a folder beside the trainer's event file, not the same one: TensorBoard reads one live file a folder.
@@ -160,7 +149,7 @@ def open_view(folder: str | Path, *, table: VocabTable, histogram: bool = True) 
 
     # Written by the writer's own thread, so a short interval does not hold up a step.
     writer = SummaryWriter(str(folder), flush_secs=10)  # type: ignore[no-untyped-call, unused-ignore]
-    return TensorBoardView(writer, table=table, histogram=histogram, owned=True)
+    return TensorBoardView(writer, table=table, histogram=histogram, chosen=chosen, owned=True)
 
 
 def _cosine_edges() -> np.ndarray[Any, np.dtype[np.float32]]:
