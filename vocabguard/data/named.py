@@ -96,16 +96,16 @@ def named_sentences(
     if missing:
         shown = listed([_name(tokenizer, one) for one in missing], len(missing))
         said.append(
-            f"Added tokens: {len(missing):,} of {len(fresh):,} {_are(missing)} never a target in {where}: {shown}. If the "
-            "model is to write them, add examples whose answers contain them."
+            f"Added tokens: {len(missing):,} of {len(fresh):,} {_are(missing)} never a target in {where}: {shown}. "
+            "If the model is to write them, add examples whose answers contain them."
         )
     lost = [text for text, ids in (words or {}).items() if any(not int(counts[one]) for one in ids)]
     if lost:
         shown = listed([visible(text) for text in lost], len(lost))
         remedy = "; echo repeats them" if protected else ', or turn protection on: VocabGuardCallback("protect")'
         said.append(
-            f"Watched words: {len(lost):,} of {len(words or {}):,} {_are(lost)} never a target in {where}: {shown}. Add "
-            f"examples whose answers contain them{remedy}."
+            f"Watched words: {len(lost):,} of {len(words or {}):,} {_are(lost)} never a target in {where}: {shown}. "
+            f"Add examples whose answers contain them{remedy}."
         )
     return tuple(filter(None, said))
 
