@@ -90,7 +90,7 @@ def test_tokens_added_since_the_base(tokenizer: Any) -> None:
     [said] = named_sentences(
         counts(_8160=0), tokenizer, end_tokens(tokenizer), "the data", added=added_tokens(tokenizer)
     )
-    assert said.startswith("Added tokens: 1 of 2 are never a target in the data: <call>. If the model is to write")
+    assert said.startswith("Added tokens: 1 of 2 is never a target in the data: <call>. If the model is to write")
 
 
 def test_added_tokens_of_a_saved_tokenizer(tokenizer: Any, tmp_path: Path) -> None:

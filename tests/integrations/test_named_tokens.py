@@ -58,9 +58,9 @@ def test_words_and_added_tokens(kit: Any, tokenizer: Any, tmp_path: Path) -> Non
     token = kit.random_rows(12)[0]["input_ids"][-1]
     notes = notes_of(kit, longer, tmp_path, probe={"enabled": False, "watch": [7000, token]})
     [added] = [note for note in notes if note.startswith("Added tokens")]
-    assert added.startswith("Added tokens: 1 of 1 are never a target in all 3 batches")
+    assert added.startswith("Added tokens: 1 of 1 is never a target in all 3 batches")
     [words] = [note for note in notes if note.startswith("Watched words")]
-    assert "1 of 2 are never a target in all 3 batches (12 rows) of the training data: " in words
+    assert "1 of 2 is never a target in all 3 batches (12 rows) of the training data: " in words
     assert "(7000). Add examples whose answers contain them, or turn protection on" in words
 
 
@@ -94,5 +94,5 @@ def test_coverage_says_it_too(tmp_path: Path, tokenizer: Any, pad: bool) -> None
     ends = [one for one in told["named"] if one.startswith("End tokens")]
     assert len(ends) == 1
     assert "<|fim|> is never a target in the data; answers end with <|end|> (3 times)" in ends[0]
-    assert any(one.startswith("Watched words: 1 of 2 are never a target in the data: data.") for one in told["named"])
+    assert any(one.startswith("Watched words: 1 of 2 is never a target in the data: data.") for one in told["named"])
     assert any("<|end|> is the padding too" in one for one in told["named"]) == pad

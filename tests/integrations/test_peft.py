@@ -184,7 +184,7 @@ def test_saved_modules(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
     assert_counts_are_those_of_the_data(guard, keep)
     assert guard.last.exposure.push_samples == STEPS
     assert (guard.last.exposure.pull[guard.last.exposure.data_target > 0] > 0).all()
-    assert not guard.watch.notes
+    assert not [note for note in guard.watch.notes if "makes the" in note or "unties" in note]
 
 
 def test_a_saved_head_unties_the_base(kit: Any, tokenizer: Any, tmp_path: Path) -> None:

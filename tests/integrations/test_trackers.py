@@ -211,21 +211,29 @@ def wandb_history(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def test_wandb_gets_them_without_an_argument(
-    kit: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wandb = pytest.importorskip("wandb")
+@pytest.fixture
+def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Offline, in a folder of the test's own."""
+    found = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_WATCH", "false")
+    return found
+
+
+def history_of(wandb: Any, folder: Path) -> list[dict[str, float]]:
+    wandb.finish()
+    wandb.teardown()  # its process has written all of the file then
+    [path] = folder.glob("wandb/offline-run-*/run-*.wandb")
+    return wandb_history(path)
+
+
+def test_wandb_gets_them_without_an_argument(kit: Any, tokenizer: Any, tmp_path: Path, wandb: Any) -> None:
     callback = VocabGuardCallback(tokenizer=tokenizer, **OPTIONS)
     trainer = trainer_of(kit, tokenizer, tmp_path / "out", callback, report_to="wandb")
     trainer.train()
-    wandb.finish()
-    wandb.teardown()  # its process has written all of the file then
-    [path] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    rows = wandb_history(path)
+    rows = history_of(wandb, tmp_path)
     checks = checks_of(callback)
     found = {row["train/global_step"]: row for row in rows if KEY in row}
     assert list(found) == list(checks)
@@ -234,6 +242,17 @@ def test_wandb_gets_them_without_an_argument(
         assert "vocabguard/head/cosine_mean" not in found[step]
     assert [row["train/global_step"] for row in rows if f"eval_{KEY}" in row] == [3, 6]
     assert [row["train/global_step"] for row in rows if "train/loss" in row] == [3, 6]
+
+
+def test_what_the_trainer_reports_comes_once(kit: Any, tokenizer: Any, tmp_path: Path, wandb: Any) -> None:
+    trainer = trainer_of(kit, tokenizer, tmp_path / "out", report_to="wandb")
+    callback = VocabGuardCallback.add_to(trainer, tokenizer=tokenizer, **OPTIONS)
+    trainer.train()
+    rows = history_of(wandb, tmp_path)
+    found = {row["train/global_step"]: row[f"train/{KEY}"] for row in rows if f"train/{KEY}" in row}
+    assert found == pytest.approx({step: scalars[KEY] for step, scalars in checks_of(callback).items()})
+    assert [row["train/global_step"] for row in rows if f"eval/{KEY}" in row] == [3, 6]
+    assert not [row for row in rows if KEY in row or f"eval_{KEY}" in row]
 
 
 @pytest.fixture

@@ -96,16 +96,16 @@ def named_sentences(
     if missing:
         shown = listed([_name(tokenizer, one) for one in missing], len(missing))
         said.append(
-            f"Added tokens: {len(missing):,} of {len(fresh):,} are never a target in {where}: {shown}. If the "
-            "model is to write them, add examples whose answers contain them."
+            f"Added tokens: {len(missing):,} of {len(fresh):,} {_are(missing)} never a target in {where}: {shown}. "
+            "If the model is to write them, add examples whose answers contain them."
         )
     lost = [text for text, ids in (words or {}).items() if any(not int(counts[one]) for one in ids)]
     if lost:
         shown = listed([visible(text) for text in lost], len(lost))
         remedy = "; echo repeats them" if protected else ', or turn protection on: VocabGuardCallback("protect")'
         said.append(
-            f"Watched words: {len(lost):,} of {len(words or {}):,} are never a target in {where}: {shown}. Add "
-            f"examples whose answers contain them{remedy}."
+            f"Watched words: {len(lost):,} of {len(words or {}):,} {_are(lost)} never a target in {where}: {shown}. "
+            f"Add examples whose answers contain them{remedy}."
         )
     return tuple(filter(None, said))
 
@@ -116,7 +116,7 @@ def _ends(counts: Tensor, tokenizer: Any, ends: EndTokens, where: str) -> str:
     if not missing:
         return ""
     names = listed([_name(tokenizer, one) for one in missing], len(missing))
-    state = f"{names} {'is' if len(missing) == 1 else 'are'} never a target in {where}"
+    state = f"{names} {_are(missing)} never a target in {where}"
     learned = [one for one in known if one not in missing]
     if not learned:
         why = "the model does not learn to stop"
@@ -150,6 +150,10 @@ def _shared_padding(tokenizer: Any, padding: int | None) -> str:
         f"{name} is the padding too, which DataCollatorForLanguageModeling and others take out of the labels. Give "
         f"padding a token of its own: {remedy}."
     )
+
+
+def _are(found: Sequence[object]) -> str:
+    return "is" if len(found) == 1 else "are"
 
 
 def _name(tokenizer: Any, token: int | None) -> str:
