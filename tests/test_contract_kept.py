@@ -83,10 +83,11 @@ CHANGED: dict[str, dict[str, Any]] = {
         "default.probe.contexts.quoted.*": "gone",
         "default.probe.contexts.sentence.*": "gone",
         "default.probe.contexts.three.*": "gone",
-        # On SmolLM2 135M hold kept fewer tokens, and one echo target for ten of the data's was enough: `hold_echo` is
-        # what `protect` was.
+        # On SmolLM2 135M one echo target for ten of the data's was enough, every token in turn: `hold_echo` is what
+        # `protect` was.
         "preset protect.echo.targets_per_live_token": "gone",
-        "preset protect.hold.enabled": "gone",
+        "preset protect.echo.mode": "gone",
+        "preset early.echo.mode": "gone",
         # A share of few tokens is no evidence: the end of its interval is compared, without noise and lost skill.
         "default.alerts.tokens_forgotten.metric": "probe/tokens_retained_high",
         "default.alerts.tokens_forgotten.threshold": 0.98,

@@ -437,7 +437,7 @@ def test_presets_switch_on_what_they_are_named_for() -> None:
     switched = {name: (load_config(name).echo.enabled, load_config(name).hold.enabled) for name in presets()}
     assert switched["echo"] == (True, False)
     assert switched["hold"] == (False, True)
-    assert switched["protect"] == (True, False)
+    assert switched["protect"] == (True, True)
     assert switched["hold_echo"] == (True, True)
     assert switched["early"] == (False, False)
     at_risk = VocabGuard("early")._rules[0]

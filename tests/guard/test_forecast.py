@@ -101,7 +101,7 @@ def test_on_wider_models_than_it_was_fitted_on_nothing_is_said(kit: Any, tokeniz
     assert not [key for key in guard.last.scalars if "/forecast/" in key]
     assert "at_risk" not in guard.last.firing
     actions = {name: rule.actions for name, rule in load_config("early").alerts.items()}
-    assert (actions["at_risk"], actions["tokens_forgotten"]) == (["log", "echo", "hold"], ["log", "echo"])
+    assert actions["at_risk"] == actions["tokens_forgotten"] == ["log", "echo", "hold"]
 
 
 def test_rates_set_by_hand_end_the_forecast(kit: Any, tokenizer: Any) -> None:
