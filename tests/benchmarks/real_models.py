@@ -134,7 +134,8 @@ def entry_of(path: Path, keeper: Judge) -> dict[str, Any]:
     steps = sorted(cpu for _, cpu in told["step_seconds"])
     return {
         "recipe": path.parent.name, "arm": told["arm"], "seed": told["seed"], "loss": told["loss"],
-        "cpu": told["cpu"], "wall": told["wall"], "step_cpu_median": steps[len(steps) // 2], "step_cpu_mean": sum(steps) / len(steps),
+        "cpu": told["cpu"], "wall": told["wall"], "step_cpu_median": steps[len(steps) // 2],
+        "step_cpu_mean": sum(steps) / len(steps),
         "tokens": verdicts(path, keeper, 100), "failure": told.get("failure"),
         "alerts": sorted({line["rule"] for line in alerts_of(path)}),
         "guard": {key: latest.get(key) for key in ("probe/retained", "head/cosine_mean", "head/cosine_min",
