@@ -48,7 +48,7 @@ LATER = {"counting a batch": 3, "reading a gradient": 3, "closing a step": 3, "m
 PROTECTS = {"holding rows", "making a plan"}
 
 
-class OnPurposeError(OSError):
+class OnPurposeError(RuntimeError):
     """What is raised."""
 
 
@@ -66,7 +66,7 @@ def failing(case: str) -> Iterator[None]:
     def broken(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
         if calls[0] >= LATER.get(case, 1):
-            raise OnPurposeError(28, f"no space left on device ({case})")
+            raise OnPurposeError(f"broken on purpose ({case})")
         return real(*args, **kwargs)
 
     with patch.object(owner, name, broken):
