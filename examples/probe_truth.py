@@ -84,7 +84,15 @@ def fresh_prompts(context: PromptContext, ids: Sequence[int], company: Sequence[
     for token in ids:
         words = [other for other in rng.sample(company, context.k) if other != token][: context.k - 1]
         words.insert(rng.randint(0, len(words)), token)
-        yield token, [*context.before, *words, *context.after]
+        yield token, shown(context, words)
+
+
+def shown(context: PromptContext, words: Sequence[int]) -> list[int]:
+    """The prompt of a list, up to where its copy begins."""
+    prompt = [*context.before, *words]
+    for between in context.between:
+        prompt += [*between, *words]
+    return [*prompt, *context.after]
 
 
 def probe_prompts(context: PromptContext, ids: Sequence[int], prober: Prober) -> Iterator[Asked]:
@@ -94,8 +102,7 @@ def probe_prompts(context: PromptContext, ids: Sequence[int], prober: Prober) ->
     where = torch.empty(len(prober.ids), dtype=torch.int64)
     where[lists.flatten().flip(0)] = torch.arange(lists.numel()).flip(0) // lists.shape[1]  # fillers come last
     for token in ids:
-        words = prober.ids[lists[where[place[token]]]].tolist()
-        yield token, [*context.before, *words, *context.after]
+        yield token, shown(context, prober.ids[lists[where[place[token]]]].tolist())
 
 
 def found(model: PreTrainedModel, asked: Sequence[Asked], context: PromptContext, end: int) -> Tensor:
