@@ -12,7 +12,8 @@ a run of SmolLM2). Everything is resumable: what is there is not done again. ``j
 tokens in two ways that nothing else uses (`real.recall`); ``--percent`` asks earlier ones too. Recipes and arms:
 `real.train`. ``replay`` runs the guard over a run's saved weights (`real.replay`). On 2 cores a run of ``tied`` takes 6
 to 10 minutes, a judgement 2. In ``real/``: ``results.json`` of ``judge``, ``replays.json`` of ``replay tied lora
-full1e-4 --arms all --looks 2 --set probe.budget=1``, ``probing.json`` of ``probe --seeds 0,1 --tokens 128``.
+full1e-4 --arms all --looks 2 --set probe.budget=1`` and ``constant --looks 1``, ``probing.json`` of ``probe --seeds 0,1
+--tokens 128``.
 """
 
 from __future__ import annotations
