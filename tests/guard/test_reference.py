@@ -315,4 +315,4 @@ def test_in_a_short_run_less_is_read(kit: Any, tokenizer: Any) -> None:
         reader = choose_reader(model, config, tokenizer, none, to_train)
         assert isinstance(reader, Reader)
         read[str(to_train)] = int((reader.windows.lengths - 1).sum())
-    assert 1500 < read["1000.0"] <= 2048 + 64 < 3500 < read["1000000000000.0"] == read["nan"] <= 4096 + 64
+    assert 2500 < read["1000.0"] <= 3072 + 64 < 3500 < read["1000000000000.0"] == read["nan"] <= 4096 + 64
