@@ -31,8 +31,8 @@ _BLANK_LINES = re.compile(r"\n\s*\n")
 
 
 LEAST_READ = 3072
-"""Targets that are read in the shortest run, if so many are wanted: of 2,048, SmolLM2 predicted too few frequent ones for
-``reference/rare_rise`` to be measured."""
+"""Targets that are read in the shortest run, if so many are wanted: of 2,048, SmolLM2 predicted too few frequent ones
+for ``reference/rare_rise`` to be measured."""
 
 
 def reference_texts(config: ReferenceConfig) -> tuple[str, ...]:
