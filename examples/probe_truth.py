@@ -32,9 +32,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from vocabguard.config import ProbeConfig
+from vocabguard.config import ContextConfig, ProbeConfig
 from vocabguard.guard.evaluations import greedy_answers
-from vocabguard.guard.probe import Prober, build_prober
+from vocabguard.guard.probe import EARLIER, Prober, build_prober
 from vocabguard.measure.probe import PromptContext, probe_lists
 from vocabguard.protect.prompts import render_context
 from vocabguard.vocabulary.table import build_table
@@ -168,7 +168,9 @@ def measure(
 ) -> dict[str, Any]:
     """Probe both models, draw tokens, ask for them freely."""
     table = build_table(tokenizer, base.get_output_embeddings().weight.shape[0])
-    prober = build_prober(ProbeConfig(whole_vocabulary=True), tokenizer, table, None, 0)
+    # Short lists too, as in 0.1.0: a free answer to a list of 16 goes astray at its first miss.
+    contexts = {name: ContextConfig(*way) for name, way in EARLIER.items()}
+    prober = build_prober(ProbeConfig(whole_vocabulary=True, contexts=contexts), tokenizer, table, None, 0)
     sorts, rng = sorted_out(prober, base, tuned), Random(seed)
     drawn = {kind: rng.sample(ids, min(count, len(ids))) for kind, ids in sorts.items()}
     held_out = [render_context(tokenizer, name, text, k) for name, (text, k) in HELD_OUT.items()]
