@@ -91,7 +91,7 @@ def coverage(
         if out is not None:
             result.save(out)
     except (ValueError, OSError) as error:
-        raise InputError(one_line(error, 400)) from error
+        raise InputError(one_line(error, 2000)) from error
     _tell(result, table, watched, top, out, as_json, _named(tokenizer, loaded, result, table, watched))
     if threshold is not None and result.never_share > threshold:
         raise typer.Exit(1)

@@ -75,7 +75,7 @@ def replay(
         _write(out, written_rows(read, found.chosen))
         told = _verified(found, read_examples([out]), encoder, table, out)
     except (ValueError, OSError) as error:
-        raise InputError(one_line(error, 400)) from error
+        raise InputError(one_line(error, 2000)) from error
     if as_json:
         sys.stdout.write(json.dumps({"schema": 1, "file": str(out), **told}) + "\n")
     else:
