@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from vocabguard import collective
@@ -66,6 +66,7 @@ def without_secrets(config: GuardConfig) -> dict[str, Any]:
     return plain
 
 
+T = TypeVar("T")
 _NO_MORE = "vocabguard: nothing more is written to %s (%s); the guard works on"
 
 
@@ -184,27 +185,24 @@ class Reporter:
 
     def _write(self, write: Callable[[RunWriter], object]) -> None:
         """Write to the run folder; where that fails, as on a full disk, the rest of the run is not logged there."""
-        if self._log is None:
-            return
-        try:
-            write(self._log)
-        except OSError as error:
-            if self._config.on_error == "raise":
-                raise
-            logger.warning(_NO_MORE, self._log.folder, error)
+        if self._log is not None and not self._done(self._log.folder, write, self._log):
             self._log = None
 
-    def _draw(self, draw: Callable[[TensorBoardView], None]) -> None:
+    def _draw(self, draw: Callable[[TensorBoardView], object]) -> None:
         """Write to TensorBoard; where that fails, the rest of the run is not shown there."""
-        if self._board is None:
-            return
+        if self._board is not None and not self._done("TensorBoard's files", draw, self._board):
+            self._board = None
+
+    def _done(self, where: object, write: Callable[[T], object], to: T) -> bool:
+        """Whether something could be written; where not, it is told."""
         try:
-            draw(self._board)
+            write(to)
         except OSError as error:
             if self._config.on_error == "raise":
                 raise
-            logger.warning(_NO_MORE, "TensorBoard's files", error)
-            self._board = None
+            logger.warning(_NO_MORE, where, error)
+            return False
+        return True
 
     def _page(self, log: RunLog) -> None:
         """The report page; a run is not blamed for it."""
