@@ -103,7 +103,7 @@ def check_new_file(option: str, path: Path, inputs: Iterable[str | Path] = ()) -
             raise InputError(f"{option} {path}: the folder {path.parent} does not exist")
         lost = found is not None and any(os.path.samefile(path, one) for one in inputs if os.path.exists(one))
     except OSError as error:
-        raise InputError(f"{option} {_shown(path)}: cannot be written ({error.strerror or error})") from error
+        raise InputError(f"{option} {path}: cannot be written ({error.strerror or error})") from error
     except ValueError as error:  # a null byte
         raise InputError(f"{option} {str(path)!r}: cannot be written ({error})") from error
     if lost:
@@ -320,12 +320,6 @@ class Grid:
         if column.words and not whole:
             texts = [word for text in texts for word in text.split(" ")]
         return max(map(cell_len, texts), default=1)
-
-
-def _shown(path: Path, most: int = 160) -> str:
-    """A path as an error names it: a message is cut, and its reason must not be lost behind a very long name."""
-    name, half = str(path), most // 2
-    return name if len(name) <= most else f"{name[:half]}...{name[-half:]}"
 
 
 def ways_of_asking(tokenizer: Any) -> tuple[PromptContext, ...]:
