@@ -23,6 +23,20 @@ TRAINING = 3.0
 """Forward passes that training on a token takes, forward and backward."""
 
 
+def forward_tokens(budget: float, to_train: float) -> float:
+    """Tokens that a forward pass may read twice in a run, at its base and at its end, within a share of its work.
+
+    Args:
+        budget: share in [0, 1].
+        to_train: tokens that the run will train on; NaN where unknown.
+
+    Example:
+        >>> forward_tokens(0.005, 400_000)
+        3000.0
+    """
+    return budget * to_train * TRAINING / 2
+
+
 def round_up(steps: float) -> int:
     """The next of 1, 2, 5, 10, 20, 50, ... that is at least `steps`.
 

@@ -26,7 +26,7 @@ from vocabguard.measure.probe import probe_applicable, undisturbed
 from vocabguard.protect.prompts import PLACE, render_context, render_echo
 from vocabguard.results import CheckResult, Finding, MatrixName, NotApplicable, RowDrift
 from vocabguard.rows.matrices import VocabMatrix
-from vocabguard.rows.models import core_of, text_config_of, unwrapped
+from vocabguard.rows.models import core_of, longest_prompt, unwrapped
 from vocabguard.views.findings import body_finding, confusion_finding, neighbors_finding
 from vocabguard.vocabulary.table import fit_rows
 
@@ -189,9 +189,9 @@ def _stops(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _require_room(model: nn.Module, questions: Sequence[Question], max_new_tokens: int) -> None:
-    most = getattr(text_config_of(model), "max_position_embeddings", None)
+    most = longest_prompt(model)
     longest = max(len(question.ids) for question in questions)
-    if isinstance(most, int) and 0 < most < longest + max_new_tokens:
+    if most is not None and most < longest + max_new_tokens:
         raise ConfigError(
             f"confusion.max_new_tokens is {max_new_tokens}; allowed: {max(0, most - longest)}, since the model takes "
             f"{most} tokens and a question has {longest}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vocabguard import collective
 from vocabguard.config import ConfigError, ContextConfig, GuardConfig, ProbeConfig
-from vocabguard.guard.cadence import TRAINING
+from vocabguard.guard.cadence import forward_tokens
 from vocabguard.guard.words import WatchedWord, watched_words
 from vocabguard.measure.contexts import asked_in, choose_asks, prompt_length
 from vocabguard.measure.exposure import exposure_classes
@@ -193,9 +193,9 @@ class Prober:
         Args:
             seconds: that a token of a prompt takes.
         """
-        cost = seconds * sum(map(prompt_length, self.contexts))
+        length = sum(map(prompt_length, self.contexts))
         if not (self.population.whole or math.isnan(self.to_train)):
-            allowed = self.budget * self.to_train * TRAINING * seconds / (2 * cost)
+            allowed = forward_tokens(self.budget, self.to_train) / length
             beside = len(self.ids) - int((self.weights > 0).sum())
             self._draw(min(self.size, max(LEAST_SAMPLE, int(allowed) - beside)))
         if self.say is not None:
@@ -206,7 +206,7 @@ class Prober:
             self.say(
                 f"Probe: {drawn:,} of {live:,} live tokens, {len(self.contexts)} asks each: {names} (the base repeats "
                 f"up to {percent(best)} of {CHOOSING} others). "
-                f"About {cost * len(self.ids) + seconds * self.beside:.0f} s each time{text}."
+                f"About {seconds * (length * len(self.ids) + self.beside):.0f} s each time{text}."
             )
 
     def _teller(self, began: float) -> Callable[[float], None]:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from vocabguard import collective
 from vocabguard.config import ConfigError, GuardConfig, ReferenceConfig
 from vocabguard.data.readers import DataError, Text, is_plain_text, read_examples
-from vocabguard.guard.cadence import TRAINING
+from vocabguard.guard.cadence import forward_tokens
 from vocabguard.measure.intervals import z_of_look
 from vocabguard.measure.probe import probe_applicable
 from vocabguard.measure.reference import Windows, cut_windows, summarise_reference, token_nll
 from vocabguard.results import NotApplicable
-from vocabguard.rows.models import text_config_of
+from vocabguard.rows.models import longest_prompt
 
 logger = logging.getLogger("vocabguard")
 
@@ -81,8 +81,7 @@ def windows_of(model: nn.Module, tokenizer: Any, texts: Sequence[str], config: R
     Raises:
         ConfigError: if the texts hold no target.
     """
-    longest = getattr(text_config_of(model), "max_position_embeddings", None)
-    window = min(config.window, longest) if isinstance(longest, int) and longest > 0 else config.window
+    window = min(config.window, longest_prompt(model) or config.window)
     # Of more texts than tokens are wanted, not all need to be tokenized.
     chosen = texts[:: -(-len(texts) // config.max_tokens)]
     begin = tokenizer.bos_token_id
@@ -182,7 +181,7 @@ def choose_reader(
             logger.warning("vocabguard: reference.texts are not read: %s", reason.reason)
         return reason
     if not math.isnan(to_train):
-        affordable = int(config.probe.budget * to_train * TRAINING / 2)
+        affordable = int(forward_tokens(config.probe.budget, to_train))
         wanted = replace(wanted, max_tokens=min(wanted.max_tokens, max(LEAST_READ, affordable)))
     windows = windows_of(model, tokenizer, reference_texts(wanted), wanted)
     # All processes read what rank 0 has found: a file may differ between machines.

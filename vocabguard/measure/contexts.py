@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from vocabguard.measure.probe import PromptContext, longest_prompt, probe, prompts_of
+from vocabguard.measure.probe import PromptContext, probe, prompts_of
+from vocabguard.rows.models import longest_prompt
 
 
 def choose_contexts(shares: Mapping[str, float], lengths: Mapping[str, float], asks: int) -> tuple[str, ...]:

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from vocabguard.results import NotApplicable, ProbeResult
-from vocabguard.rows.models import core_of, has_head, is_encoder_decoder, looks_ahead, parameters_of, text_config_of
+from vocabguard.rows.models import (
+    core_of,
+    has_head,
+    input_device,
+    is_encoder_decoder,
+    logits_width,
+    longest_prompt,
+    looks_ahead,
+    parameters_of,
+)
 
 _LOGITS_AT_ONCE = 2**25
 _LOGITS_IN_FLOAT = 2**22
@@ -306,26 +315,9 @@ def _check_length(model: nn.Module, name: str, length: int) -> None:
         raise ValueError(f"probe.contexts.{name}: a prompt has {length} tokens; the model takes at most {longest}")
 
 
-def longest_prompt(model: nn.Module) -> int | None:
-    """``max_position_embeddings`` of a model; None where it names none.
-
-    >>> longest_prompt(nn.Linear(2, 2)) is None
-    True
-    """
-    longest = getattr(text_config_of(model), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) and longest > 0 else None
-
-
 def _rows_per_batch(model: nn.Module, length: int, last: int, batch_tokens: int) -> int:
-    logits_a_row = (last if _accepts(model, "logits_to_keep") else length) * _vocabulary_size(model)
+    logits_a_row = (last if _accepts(model, "logits_to_keep") else length) * logits_width(model)
     return max(1, min(batch_tokens // length, _LOGITS_AT_ONCE // max(1, logits_a_row)))
-
-
-def _vocabulary_size(model: nn.Module) -> int:
-    output_of = getattr(model, "get_output_embeddings", None)
-    weight = getattr(output_of(), "weight", None) if callable(output_of) else None
-    # Unknown: as many as Gemma 3 has, so that a batch is rather too small.
-    return len(weight) if isinstance(weight, Tensor) else 2**18
 
 
 def _logits_at(model: nn.Module, prompts: Tensor, places: Tensor) -> Tensor:
@@ -333,7 +325,7 @@ def _logits_at(model: nn.Module, prompts: Tensor, places: Tensor) -> Tensor:
     last = prompts.shape[1] - int(places[0])
     options: dict[str, Any] = {"logits_to_keep": last, "use_cache": False}
     accepted = {name: value for name, value in options.items() if _accepts(model, name)}
-    logits: Tensor = model(input_ids=prompts.to(_device(model)), **accepted).logits
+    logits: Tensor = model(input_ids=prompts.to(input_device(model)), **accepted).logits
     return logits[:, (places - prompts.shape[1]).to(logits.device)]
 
 
@@ -383,9 +375,3 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 def _accepts(model: nn.Module, name: str) -> bool:
     return name in parameters_of(model)
-
-
-def _device(model: nn.Module) -> torch.device:
-    input_of = getattr(model, "get_input_embeddings", None)
-    first = input_of() if callable(input_of) else model
-    return next((p.device for p in first.parameters()), torch.device("cpu"))

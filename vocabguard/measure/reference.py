@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vocabguard.measure.probe import undisturbed
-from vocabguard.rows.models import parameters_of, text_config_of
+from vocabguard.rows.models import input_device, logits_width, longest_prompt, parameters_of
 
 _LOGITS_AT_ONCE = 2**25
 _LOGITS_IN_FLOAT = 2**22
@@ -132,8 +132,8 @@ def token_nll(model: nn.Module, windows: Windows, *, batch_tokens: int) -> Tenso
         tensor([[0.1392, 3.1392]])
     """
     model = getattr(model, "_orig_mod", model)
-    longest = getattr(text_config_of(model), "max_position_embeddings", None)
-    if isinstance(longest, int) and windows.ids.shape[1] > longest > 0:
+    longest = longest_prompt(model)
+    if longest is not None and windows.ids.shape[1] > longest:
         raise ValueError(f"a window has {windows.ids.shape[1]} tokens; the model takes at most {longest}")
     found = torch.full(windows.targets.shape, math.nan)
     with undisturbed(model):
@@ -146,7 +146,7 @@ def token_nll(model: nn.Module, windows: Windows, *, batch_tokens: int) -> Tenso
 
 def _batches(model: nn.Module, windows: Windows, batch_tokens: int) -> Iterator[tuple[Tensor, int]]:
     """(rows, length) of windows of about one length, as many as fit."""
-    size = _vocabulary_size(model)
+    size = logits_width(model)
     rounded = (-(-windows.lengths // _LENGTHS_APART) * _LENGTHS_APART).clamp(max=windows.ids.shape[1])
     for length in torch.unique(rounded).tolist():
         rows = (rounded == length).nonzero().flatten()
@@ -154,20 +154,10 @@ def _batches(model: nn.Module, windows: Windows, batch_tokens: int) -> Iterator[
         yield from ((part, length) for part in torch.split(rows, most))
 
 
-def _vocabulary_size(model: nn.Module) -> int:
-    output_of = getattr(model, "get_output_embeddings", None)
-    weight = getattr(output_of(), "weight", None) if callable(output_of) else None
-    # Unknown: as many as Gemma 3 has, so that a batch is rather too small.
-    return len(weight) if isinstance(weight, Tensor) else 2**18
-
-
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     """(B, T, V) logits in the model's dtype."""
-    input_of = getattr(model, "get_input_embeddings", None)
-    first = input_of() if callable(input_of) else model
-    device = next((p.device for p in first.parameters()), torch.device("cpu"))
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters_of(model) else {}
-    logits: Tensor = model(input_ids=ids.to(device), **options).logits
+    logits: Tensor = model(input_ids=ids.to(input_device(model)), **options).logits
     return logits
 
 

@@ -6,7 +6,8 @@ import inspect
 import re
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vocabguard.results import NotApplicable
 
@@ -40,6 +41,38 @@ def text_config_of(model: nn.Module) -> Any:
     """The part of a model's configuration that speaks of its vocabulary and its texts; None where it has none."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def longest_prompt(model: nn.Module) -> int | None:
+    """``max_position_embeddings`` of a model; None where it names none.
+
+    >>> longest_prompt(nn.Linear(2, 2)) is None
+    True
+    """
+    longest = getattr(text_config_of(model), "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
+
+
+def logits_width(model: nn.Module) -> int:
+    """Logits of a place, by the output matrix; where none is known as many as Gemma 3 has, so rather too many.
+
+    >>> logits_width(nn.Linear(2, 2))
+    262144
+    """
+    output_of = getattr(model, "get_output_embeddings", None)
+    weight = getattr(output_of(), "weight", None) if callable(output_of) else None
+    return len(weight) if isinstance(weight, Tensor) else 2**18
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its ids: the device of its input matrix, else of its first parameter.
+
+    >>> input_device(nn.Linear(2, 2))
+    device(type='cpu')
+    """
+    input_of = getattr(model, "get_input_embeddings", None)
+    first = input_of() if callable(input_of) else model
+    return next((p.device for p in first.parameters()), torch.device("cpu"))
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
