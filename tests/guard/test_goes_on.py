@@ -260,17 +260,29 @@ def test_another_dtype_in_mid_run(kit: Any, tmp_path: Path, dtype: torch.dtype, 
     assert guard.state_dict()["step"] == STEPS
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+@pytest.fixture(params=["cuda", "lazy"])
+def other_device(request: pytest.FixtureRequest) -> str:
+    """A device that is not the CPU; torch's lazy tensors are one that every machine has."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs an accelerator")
+    if request.param == "lazy":
+        from torch._lazy import ts_backend
+
+        with contextlib.suppress(RuntimeError):  # it is on already
+            ts_backend.init()
+    return str(request.param)
+
+
 @pytest.mark.parametrize("hold", [False, True])
-def test_another_device_in_mid_run(kit: Any, tmp_path: Path, hold: bool) -> None:
+def test_another_device_in_mid_run(kit: Any, tmp_path: Path, hold: bool, other_device: str) -> None:
     model, data = kit.llama(), kit.batches(STEPS)
     guard = VocabGuard(drift={"every_n_steps": 1}, hold={"enabled": hold}, **kit.QUIET)
     optimizer = kit.sgd(model, lr=0.05)
     guard.attach(model, optimizer, total_steps=STEPS, run_dir=tmp_path / "run")
     base = kit.copy_of(model)["lm_head.weight"]
     kit.loop(guard, model, optimizer, data[:4])
-    model.to("cuda")
-    moved = [{name: value.to("cuda") for name, value in batch.items()} for batch in data[4:]]
+    model.to(other_device)
+    moved = [{name: value.to(other_device) for name, value in batch.items()} for batch in data[4:]]
     kit.loop(guard, model, optimizer, moved, first=5)
     assert guard.failure is None
     cosine = cosine_similarity(base.double(), model.lm_head.weight.detach().cpu().double(), dim=1)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -17,6 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from vocabguard import VocabGuard
 
 ROWS, WIDTH = 96, 16
+# An optional package: without it no Parquet file is made, and none is damaged.
+PARQUET = find_spec("pyarrow") is not None
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>"
     "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
@@ -128,7 +129,11 @@ def _data(folder: Path) -> None:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
         (folder / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+        if PARQUET:
+            import pyarrow as pa  # type: ignore[import-untyped]
+            from pyarrow import parquet
+
+            parquet.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
     (folder / "lines.txt").write_text("a cab\nbad ace\n", encoding="utf-8")
     (folder / "answer.txt").write_text("a cab bade a face " * 20, encoding="utf-8")
 
