@@ -15,6 +15,8 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from vocabguard import RunLog, VocabGuard
+from vocabguard.guard.loaders import untouched_rng
+from vocabguard.measure.probe import undisturbed
 
 STEPS = 8
 CONSOLE = {"log": {"tensorboard": False}}
@@ -260,17 +262,23 @@ def test_another_dtype_in_mid_run(kit: Any, tmp_path: Path, dtype: torch.dtype, 
     assert guard.state_dict()["step"] == STEPS
 
 
+def lazy_device() -> str:
+    """torch's lazy tensors: a device that is not the CPU and that every machine has; no module of torch serves it."""
+    from torch._lazy import ts_backend
+
+    with contextlib.suppress(RuntimeError):  # it is on already
+        ts_backend.init()
+    return "lazy"
+
+
 @pytest.fixture(params=["cuda", "lazy"])
 def other_device(request: pytest.FixtureRequest) -> str:
-    """A device that is not the CPU; torch's lazy tensors are one that every machine has."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs an accelerator")
+    """A device that is not the CPU."""
     if request.param == "lazy":
-        from torch._lazy import ts_backend
-
-        with contextlib.suppress(RuntimeError):  # it is on already
-            ts_backend.init()
-    return str(request.param)
+        return lazy_device()
+    if not torch.cuda.is_available():
+        pytest.skip("needs an accelerator")
+    return "cuda"
 
 
 @pytest.mark.parametrize("hold", [False, True])
@@ -287,6 +295,32 @@ def test_another_device_in_mid_run(kit: Any, tmp_path: Path, hold: bool, other_d
     assert guard.failure is None
     cosine = cosine_similarity(base.double(), model.lm_head.weight.detach().cpu().double(), dim=1)
     torch.testing.assert_close(guard.last.head.cosine.double(), cosine, atol=1e-5, rtol=0)
+
+
+def test_a_model_is_asked_on_a_kind_of_device_that_torch_has_no_module_for(kit: Any) -> None:
+    model = kit.llama().to(lazy_device())
+    with undisturbed(model):
+        assert not model.training
+    assert model.training
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_generators_of_accelerators_that_are_not_in_use_are_let_alone(
+    monkeypatch: pytest.MonkeyPatch, used: bool
+) -> None:
+    asked: list[list[int]] = []
+
+    @contextlib.contextmanager
+    def fork_rng(devices: list[int]) -> Iterator[None]:
+        asked.append(devices)
+        yield
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: used)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    with untouched_rng():
+        pass
+    assert asked == [[3] if used else []]
 
 
 # -- standard output ---------------------------------------------------------------------------------------------------

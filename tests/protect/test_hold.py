@@ -55,8 +55,8 @@ def stepped(name: str, dtype: torch.dtype, steps: int = 3) -> tuple[Tensor, Tens
     return weight, keeper.rows.clone(), optimizer.state[weight]
 
 
-def chosen() -> Tensor:
-    return torch.rand(V, generator=torch.Generator().manual_seed(2)) < 0.6
+def chosen(share: float = 0.6) -> Tensor:
+    return torch.rand(V, generator=torch.Generator().manual_seed(2)) < share
 
 
 def by_row(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -75,9 +75,12 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_frozen_rows_are_what_they_were_and_their_moments_are_cleared(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_frozen_rows_are_what_they_were_and_their_moments_are_cleared(
+    name: str, dtype: torch.dtype, share: float
+) -> None:
     weight, before, state = stepped(name, dtype)
-    held, after, moments = chosen(), weight.detach().clone(), copied(state)
+    held, after, moments = chosen(share), weight.detach().clone(), copied(state)
     assert not torch.equal(after[held], before[held])
     hold_rows(weight, before, held, "freeze", state)
     assert torch.equal(weight[held], before[held])
@@ -93,9 +96,10 @@ def test_frozen_rows_are_what_they_were_and_their_moments_are_cleared(name: str,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_shared_rows_move_by_their_mean_and_share_their_moments(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_shared_rows_move_by_their_mean_and_share_their_moments(name: str, dtype: torch.dtype, share: float) -> None:
     weight, before, state = stepped(name, dtype)
-    held, after, moments = chosen(), weight.detach().clone(), copied(state)
+    held, after, moments = chosen(share), weight.detach().clone(), copied(state)
     hold_rows(weight, before, held, "shared", state)
     ids = [row for row in range(V) if held[row]]
     shift = sum(after[row].double() - before[row].double() for row in ids) / len(ids)
@@ -161,8 +165,9 @@ def test_a_frozen_run_keeps_its_rows_through_all_steps() -> None:
     assert not torch.isclose(weight[~held], start[~held]).all(1).any()
 
 
-def test_the_keeper_copies_and_follows_a_new_shape() -> None:
-    keeper, weight = RowKeeper(), nn.Parameter(torch.randn(V, D))
+@pytest.mark.parametrize("on_host", [False, True])
+def test_the_keeper_copies_and_follows_a_new_shape(on_host: bool) -> None:
+    keeper, weight = RowKeeper(on_host), nn.Parameter(torch.randn(V, D))
     with pytest.raises(RuntimeError, match=r"call keep\(\) before"):
         _ = keeper.rows
     keeper.keep(weight)

@@ -40,6 +40,7 @@ class HoldOptions(TypedDict, total=False):
     armed: bool
     mode: Literal["freeze", "shared"]
     window_steps: int | None
+    anchor: Literal["device", "host"]
 
 
 class RuleOptions(TypedDict, total=False):

@@ -105,12 +105,15 @@ class HoldConfig:
         armed: though no rule names it, `VocabGuard.switch` may switch it on.
         mode: ``freeze`` puts such rows back after each step, ``shared`` moves them by their common mean only.
         window_steps: hold rows without a data target in so many steps; null holds those that never were one.
+        anchor: where the rows before a step are kept: ``device`` (beside the weights: the memory of one more output
+            matrix), or ``host`` (each step moves the matrix there and back).
     """
 
     enabled: bool = False
     armed: bool = False
     mode: str = limited("shared", choices=("freeze", "shared"))
     window_steps: int | None = limited(None, at_least=1)
+    anchor: str = limited("device", choices=("device", "host"))
 
 
 @dataclass

@@ -35,7 +35,7 @@ class Holder:
         self.on = False
         self.held: Tensor | None = None
         self._config, self._matrix, self._counter = config, matrix, counter
-        self._keeper = RowKeeper()
+        self._keeper = RowKeeper(on_host=config.anchor == "host")
         self._kept = False
         self._last: Tensor | None = None
 

@@ -135,7 +135,9 @@ def untouched_rng(*owners: Any) -> Iterator[None]:
             put_back.append(functools.partial(setattr, part.bit_generator, "state", part.bit_generator.state))
         elif isinstance(part, torch.Generator):
             put_back.append(functools.partial(part.set_state, part.get_state()))
-    with torch.random.fork_rng():
+    # All devices of the host, as is the default, would open a context on each of them in each process.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices):
         try:
             yield
         finally:

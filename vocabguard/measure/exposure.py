@@ -271,10 +271,12 @@ class ExposureCounter:
         gradient, first = head_grad.detach(), first_row or 0
         rows = is_target[first : first + len(gradient)].nonzero().squeeze(1)
         if not sample_push and not gradient.is_sparse:
-            self.pull.index_add_(0, rows + first, gradient_norms(gradient, rows))
+            # The matrix may lie on another device than the first parameters, or have moved since.
+            norms = gradient_norms(gradient, rows.to(gradient.device))
+            self.pull.index_add_(0, rows + first, norms.to(rows.device))
             return
         norms = torch.zeros_like(self.pull)
-        norms[first : first + len(gradient)] = self._all_norms(gradient)
+        norms[first : first + len(gradient)] = self._all_norms(gradient).to(norms.device)
         self.pull += norms.masked_fill(~is_target, 0.0)
         if sample_push:
             was_input = self.inputs_now() if inputs is None else inputs.to(self.pull.device)
@@ -343,7 +345,7 @@ class ExposureCounter:
         if not gradient.is_sparse:
             return gradient_norms(gradient)
         gradient = gradient.coalesce()
-        norms = torch.zeros_like(self.pull)
+        norms = torch.zeros(self.rows, dtype=torch.float32, device=gradient.device)
         return norms.index_copy_(0, gradient.indices()[0], gradient_norms(gradient.values()))
 
     def _add_push(self, norms: Tensor, is_target: Tensor, was_input: Tensor, *, sharded: bool) -> None:

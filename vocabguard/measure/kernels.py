@@ -17,6 +17,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -198,7 +199,9 @@ def sums_by_torch(
         [25.0, 16.0, 7.0, 4.0]
     """
     sums = torch.full((5, matrix.rows), math.nan, device=shift.device)
-    with torch.autocast(shift.device.type, enabled=False):
+    kind = shift.device.type
+    plain = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    with plain:
         for part, now, before in _pairs(matrix, baseline, chunk_rows):
             rows, base = now.float(), before.to(now.device).float()
             moved = rows - base

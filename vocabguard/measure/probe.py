@@ -358,7 +358,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     True
     """
     modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta", "mps")}
+    # A kind of device without a module of its own in torch (XLA's, lazy tensors) has no generator to be had there.
+    silent = ("cpu", "meta", "mps")
+    devices = {p.device for p in model.parameters() if p.device.type not in silent and hasattr(torch, p.device.type)}
     fork: dict[str, Any] = {"devices": [device.index for device in devices]}
     if devices:
         fork["device_type"] = next(iter(devices)).type

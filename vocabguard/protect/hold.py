@@ -1,12 +1,12 @@
 """Holding rows of the output matrix still, or moving them by their common mean only, around an optimizer's step.
 
-The rows before the step are kept on the CPU and streamed back in chunks, so an accelerator holds no second matrix.
 Put back after the step, a row is exactly what it was, whatever the optimizer did to it: weight decay, momentum, noise.
+The rows before the step are kept beside the weights, or on the host and streamed back in chunks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,20 +15,28 @@ from torch import Tensor
 HoldMode = Literal["freeze", "shared"]
 HOLD_MODES: tuple[HoldMode, ...] = ("freeze", "shared")
 
-_CHUNK, _CHUNK_ACCELERATOR = 2**17, 2**24
+_CHUNK, _CHUNK_ACCELERATOR = 2**19, 2**24
 
 
 class RowKeeper:
-    """The (V, D) rows before a step, on the CPU; the buffer is made once and used at every step."""
+    """The (V, D) rows before a step; the buffer is made once and used at every step.
 
-    def __init__(self) -> None:
+    Args:
+        on_host: keep them in the host's memory, where an accelerator has no room for a second matrix: each step then
+            moves the matrix there and back.
+    """
+
+    def __init__(self, on_host: bool = False) -> None:
+        self._on_host = on_host
         self._rows: Tensor | None = None
 
     def keep(self, weight: Tensor) -> None:
         """Copy the rows, from any device."""
-        if self._rows is None or self._rows.shape != weight.shape or self._rows.dtype != weight.dtype:
-            pinned = weight.device.type == "cuda"
-            self._rows = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=pinned)
+        device = torch.device("cpu") if self._on_host else weight.device
+        new = self._rows is None or self._rows.shape != weight.shape or self._rows.dtype != weight.dtype
+        if self._rows is None or new or self._rows.device != device:
+            pinned = self._on_host and weight.device.type == "cuda"
+            self._rows = torch.empty(weight.shape, dtype=weight.dtype, device=device, pin_memory=pinned)
         self._rows.copy_(weight.detach())
 
     @property
@@ -49,7 +57,7 @@ def hold_rows(weight: Tensor, before: Tensor, held: Tensor, mode: HoldMode, stat
 
     Args:
         weight: (V, D) parameter after the step.
-        before: (V, D) its rows before the step, on the CPU.
+        before: (V, D) its rows before the step, on any device.
         held: (V,) bool on the weight's device.
         state: the optimizer's state of the parameter: tensors of V rows are moments by row, others are left alone, as
             are quantised ones.
@@ -61,18 +69,20 @@ def hold_rows(weight: Tensor, before: Tensor, held: Tensor, mode: HoldMode, stat
         >>> weight.flatten().tolist()
         [2.0, 2.0, 5.0]
     """
-    if not bool(held.any()):
+    free = (~held).nonzero().flatten()
+    if len(free) == len(held):
         return
-    shift = _held_mean(weight, held, before) if mode == "shared" else None
-    for part in _parts(weight):
-        old = before[part].to(weight.device, non_blocking=True)
-        put = old if shift is None else (old + shift).to(weight.dtype)
-        torch.where(held[part, None], put, weight[part], out=weight[part])
+    old = _moved(before, weight.device)
+    if mode == "freeze":
+        _put(weight, held, free, old)
+    else:
+        shift = _held_mean(weight, held, lambda part: weight[part].float() - old(part))
+        _put(weight, held, free, lambda part: (old(part) + shift).to(weight.dtype))
     for moment in _moments(weight, state):
-        rows = moment if moment.ndim > 1 else moment[:, None]
-        put = _held_mean(rows, held).to(rows.dtype) if mode == "shared" else rows.new_zeros(())
-        for part in _parts(rows):
-            torch.where(held[part, None], put, rows[part], out=rows[part])
+        level = moment.new_zeros(moment.shape[1:])
+        if mode == "shared":
+            level = _held_mean(moment, held, _moved(moment, moment.device)).to(moment.dtype)
+        _put(moment, held, free, _moved(level.expand_as(moment), moment.device))
 
 
 def rows_to_hold(
@@ -98,16 +108,42 @@ def rows_to_hold(
     return held if inputs_now is None else held & ~inputs_now
 
 
-def _held_mean(rows: Tensor, held: Tensor, before: Tensor | None = None) -> Tensor:
-    """(D,) float32: the mean of the held rows, or of what they moved by since before."""
-    total = torch.zeros(rows.shape[1], dtype=torch.float32, device=rows.device)
+def _moved(rows: Tensor, device: torch.device) -> Callable[[slice], Tensor]:
+    """Chunks of rows, on the device."""
+    return lambda part: rows[part].to(device, non_blocking=True)
+
+
+def _held_mean(rows: Tensor, held: Tensor, values: Callable[[slice], Tensor]) -> Tensor:
+    """(D,) or () float32: the mean over the held rows of what `values` makes of a chunk.
+
+    A product with the mask is three times as fast as a masked sum on a CPU; it needs all rows finite, and rows that are
+    not held may hold anything.
+    """
+    total = torch.zeros(rows.shape[1:], dtype=torch.float32, device=rows.device)
+    mask = held.float()
     for part in _parts(rows):
-        values = rows[part].float()
-        if before is not None:
-            values = values - before[part].to(rows.device, non_blocking=True).float()
-        # Rows that are not held may hold anything, NaN too.
-        total += values.masked_fill(~held[part, None], 0).sum(dim=0)
+        total += mask[part] @ values(part).float()
+    if not bool(total.isfinite().all()):
+        total.zero_()
+        for part in _parts(rows):
+            total += values(part)[held[part]].float().sum(dim=0)
     return total / held.sum()
+
+
+def _put(rows: Tensor, held: Tensor, free: Tensor, values: Callable[[slice], Tensor]) -> None:
+    """Give the held rows the values, chunk by chunk; `free` are the others' numbers.
+
+    Where few rows are free, writing all and putting those few back is faster than choosing for each value.
+    """
+    if 2 * len(free) < len(held):
+        others = rows.index_select(0, free)
+        for part in _parts(rows):
+            rows[part] = values(part)
+        rows.index_copy_(0, free, others)
+        return
+    for part in _parts(rows):
+        mask = held[part] if rows.ndim == 1 else held[part, None]
+        torch.where(mask, values(part), rows[part], out=rows[part])
 
 
 def _moments(weight: Tensor, state: Mapping[Any, Any]) -> Iterator[Tensor]:
@@ -126,5 +162,5 @@ def _moments(weight: Tensor, state: Mapping[Any, Any]) -> Iterator[Tensor]:
 def _parts(matrix: Tensor) -> Iterator[slice]:
     """Chunks of rows that fit a CPU's cache; on an accelerator few launches matter more."""
     elements = _CHUNK if matrix.device.type == "cpu" else _CHUNK_ACCELERATOR
-    size = max(1, elements // max(1, matrix.shape[1]))
+    size = max(1, elements // max(1, matrix[0].numel()))
     return (slice(begin, min(begin + size, len(matrix))) for begin in range(0, len(matrix), size))
