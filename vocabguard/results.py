@@ -171,6 +171,8 @@ class Forecast:
 
 EXPOSURE_CLASSES = ("never", "1-4", "5-19", "20+")
 """Exposure classes of a token, by its data targets so far; the index is the value in ``classes`` vectors."""
+EVERYDAY_QUESTIONS = 16
+"""How many answers ``echo/copies`` is a share of."""
 
 MatrixName = Literal["head", "embedding"]
 

@@ -147,7 +147,7 @@ def make_run(tmp_path: Path) -> Callable[..., RunLog]:
             now = 1 - (1 - cosine) * step / 20
             scalars = _scalars(now, live, group, classes)
             scalars |= {"probe/retained": (40 - missed * step // 20) / 40, "probe/latin/retained": 0.5} if step else {}
-            scalars |= {"echo/dose": step / 100, "loss/echo": 2.0} if echo else {}
+            scalars |= {"echo/dose": step / 100, "loss/echo": 2.0, "echo/copies": 0.125} if echo else {}
             forecast, shares = (None, {}) if end is None else _forecast(step, end, scalars)
             scalars |= shares
             result = CheckResult(

@@ -241,7 +241,10 @@ def test_the_course_shows_what_was_logged(make_run):
 
 
 def test_echo_is_shown_by_group(make_run):
-    text = Page(render(run_data(make_run(echo=True)))).text
+    data = run_data(make_run(echo=True))
+    assert dict(key_numbers(data))["answers that copy the question"] == "12.5 % of 16"
+    assert as_json(data, Limits())["echo"]["copies"] == 0.125
+    text = Page(render(data)).text
     assert "1,234 echo targets so far" in text
     assert re.search(r"Latin 1,000 33\.3", text)
 

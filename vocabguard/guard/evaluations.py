@@ -24,7 +24,7 @@ from vocabguard.measure.localize import End, head_or_body
 from vocabguard.measure.neighbors import compare_neighbors
 from vocabguard.measure.probe import probe_applicable, undisturbed
 from vocabguard.protect.prompts import PLACE, render_context, render_echo
-from vocabguard.results import CheckResult, Finding, MatrixName, NotApplicable, RowDrift
+from vocabguard.results import EVERYDAY_QUESTIONS, CheckResult, Finding, MatrixName, NotApplicable, RowDrift
 from vocabguard.rows.matrices import VocabMatrix
 from vocabguard.rows.models import core_of, longest_prompt, unwrapped
 from vocabguard.views.findings import body_finding, confusion_finding, neighbors_finding
@@ -278,7 +278,8 @@ class Evaluations:
 
     def _share_of_copies(self) -> float | None:
         if self._everyday is None:
-            config = ConfusionConfig(enabled=True, languages=list(_EVERYDAY), per_language=4, max_new_tokens=_SHORT)
+            each = EVERYDAY_QUESTIONS // len(_EVERYDAY)
+            config = ConfusionConfig(enabled=True, languages=list(_EVERYDAY), per_language=each, max_new_tokens=_SHORT)
             self._everyday = choose_confuser(self._model, config, self._watched.tokenizer)
         return self._everyday.copies(self._model) if isinstance(self._everyday, Confuser) else None
 

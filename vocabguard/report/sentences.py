@@ -9,6 +9,7 @@ import numpy as np
 
 from vocabguard.measure.retention import ENOUGH
 from vocabguard.report.data import PageData
+from vocabguard.results import EVERYDAY_QUESTIONS
 from vocabguard.text import LARGE_GROUP, ReportRow, number, percent
 
 Level = Literal["fine", "drifted", "lost", "unknown"]
@@ -149,6 +150,8 @@ def key_numbers(data: PageData) -> tuple[tuple[str, str], ...]:
         found.append(("rare tokens' loss in natural text, nats", f"{rise:+.2f} ({low:+.2f} to {high:+.2f})"))
     if (foreign := data.scalars.get("confusion/foreign")) is not None:
         found.append(("answers with foreign script", percent(foreign)))
+    if (copied := data.scalars.get("echo/copies")) is not None:
+        found.append(("answers that copy the question", f"{percent(copied)} of {EVERYDAY_QUESTIONS}"))
     if data.kind == "run":
         found.append(("alerts firing", str(len(data.firing))))
         found.append(("optimizer steps", None if data.step is None else f"{data.step:,}"))
@@ -173,7 +176,7 @@ def as_json(data: PageData, limits: Limits) -> dict[str, Any]:
         "forecast": None if (end := at_end(data)) is None else {"below_0.95": end, "step": data.end},
         "never": data.scalars.get("exposure/never"),
         "probe": None if data.probed is None else {"step": data.probe_step, "tokens": len(data.probed.ids)},
-        "echo": {key: data.scalars.get(f"echo/{key}") for key in ("dose", "targets_per_live_token")},
+        "echo": {key: data.scalars.get(f"echo/{key}") for key in ("dose", "targets_per_live_token", "copies")},
         "firing": list(data.firing),
         "beside": {one.kind: one.story.sentence for one in data.beside},
         "groups": rows["group"],
