@@ -136,7 +136,7 @@ def assert_ended_alike(found: dict[str, torch.Tensor], expected: dict[str, torch
     for name, value in found.items():
         if name.startswith("cosine/"):
             torch.testing.assert_close(value, expected[name], atol=1e-2, rtol=0, equal_nan=True)
-            assert ((value - expected[name]).abs() > 1e-4).float().mean() < 0.03
+            assert ((value - expected[name]).abs() > 1e-4).float().mean() < 0.1
         else:
             assert torch.equal(value, expected[name]), name
 
