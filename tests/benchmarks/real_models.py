@@ -5,6 +5,7 @@
     python tests/benchmarks/real_models.py CACHE replay tied --looks 2
     python tests/benchmarks/real_models.py CACHE probe smollm2 gemma3 --seeds 0,1,2,3,4
     python tests/benchmarks/real_models.py CACHE steptime constant --set echo.armed=true echo.dose=0.1
+    python tests/benchmarks/real_models.py CACHE price constant --planned 2400
     python tests/benchmarks/real_models.py CACHE table
 
 CACHE is a folder outside the repository: converted models, and for every run its weights at each tenth (bfloat16, 3 GB
@@ -31,6 +32,7 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 
 import torch
 from real.models import SOURCES, load_base
+from real.price import price
 from real.probing import agreement, null_run
 from real.recall import ask, judge
 from real.replay import load_weights, replay
@@ -221,6 +223,14 @@ def show_step_time(asked: argparse.Namespace, names: list[str], console: Console
     console.print([step_time(asked.cache, name, asked.overrides) for name in names])
 
 
+def show_price(asked: argparse.Namespace, names: list[str], console: Console) -> None:
+    """What watching costs a run of so many steps."""
+    found = [price(asked.cache, name, asked.overrides, planned=asked.planned) for name in names]
+    console.print(found)
+    if asked.json:
+        asked.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
 def show_probe(asked: argparse.Namespace, names: list[str], console: Console) -> None:
     """Agreement with free generation, and runs in which nothing is lost."""
     found: dict[str, Any] = {}
@@ -239,7 +249,7 @@ def show_probe(asked: argparse.Namespace, names: list[str], console: Console) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path)
-    parser.add_argument("what", choices=("train", "judge", "replay", "probe", "steptime", "table"))
+    parser.add_argument("what", choices=("train", "judge", "replay", "probe", "steptime", "price", "table"))
     parser.add_argument("recipes", nargs="*", default=[], help=f"of {', '.join(RECIPES)}; all where none is named")
     parser.add_argument("--arms", default="control,protect", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--seeds", default="0")
@@ -247,12 +257,15 @@ def main() -> None:
     parser.add_argument("--percent", default="100", help="of the runs, whose weights judge asks: 10,20,...")
     parser.add_argument("--looks", type=int, default=1, help="replay: checks after the base's, a divisor of ten")
     parser.add_argument("--set", nargs="*", default=[], dest="overrides", help="dotted settings of the guard")
+    parser.add_argument("--planned", type=int, default=2400, help="price: steps of the run that is planned for")
     parser.add_argument("--label", help="name of the arm with these settings")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     names = asked.recipes or list(RECIPES)
     console = Console(width=200, highlight=False)
-    done = {"train": train_all, "replay": replay_all, "probe": show_probe, "steptime": show_step_time}
+    done = {
+        "train": train_all, "replay": replay_all, "probe": show_probe, "steptime": show_step_time, "price": show_price
+    }  # fmt: skip
     if asked.what in done:
         done[asked.what](asked, names, console)
         return

@@ -28,6 +28,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
     "echo": {"config": "echo"},
     "protect": {"config": "protect"},
     "hold_echo": {"config": "hold_echo"},
+    "early": {"config": "early"},
 }
 """Arm -> arguments of the callback; None trains without it."""
 

@@ -1,0 +1,112 @@
+"""What watching costs a real model's run of an hour: parts measured in its first steps, by the process's own clock."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from real.data import training_rows
+from real.models import load_base
+from real.train import QUIET, RECIPES, Ordered
+from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
+
+from vocabguard.integrations.huggingface import VocabGuardCallback
+
+
+class Timed(VocabGuardCallback):
+    """The guard, with the CPU seconds that its start, each of its step ends and its end take."""
+
+    start = end = 0.0
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.ends: list[float] = []
+
+    def on_train_begin(self, *arguments: Any, **rest: Any) -> Any:
+        began = time.process_time()
+        found = super().on_train_begin(*arguments, **rest)
+        self.start = time.process_time() - began
+        return found
+
+    def on_step_end(self, *arguments: Any, **rest: Any) -> Any:
+        began = time.process_time()
+        found = super().on_step_end(*arguments, **rest)
+        self.ends.append(time.process_time() - began)
+        return found
+
+    def on_train_end(self, *arguments: Any, **rest: Any) -> Any:
+        began = time.process_time()
+        found = super().on_train_end(*arguments, **rest)
+        self.end = time.process_time() - began
+        return found
+
+
+class StopEarly(TrainerCallback):
+    """Times whole steps, and ends the run after some of them."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps, self._began = steps, 0.0
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.process_time() - self._began)
+        control.should_training_stop = state.global_step >= self._steps
+
+
+def price(cache: Path, name: str, overrides: Sequence[str], *, planned: int, steps: int = 40) -> dict[str, Any]:
+    """The guard's share of the CPU time of a run.
+
+    The guard plans for `planned` steps and is watched for the first `steps`: its start with the base's probe, its
+    checks, its counting, and its end with the last probe. A probe in between costs what the last one does.
+
+    Args:
+        cache: the bench's folder.
+        name: of a recipe.
+        overrides: settings of the guard.
+        planned: optimizer steps of the run that is planned for.
+        steps: that are made.
+
+    Returns:
+        CPU ``seconds`` of the parts, the cadence that was chosen, and the ``share`` of the planned run that is the
+        guard's. Counting inside the forward pass is not in it: `overhead.py` times that.
+    """
+    recipe = RECIPES[name]
+    model, tokenizer = load_base(cache, recipe.model, untied=recipe.untied)
+    rows = training_rows(
+        tokenizer, steps=steps, batch=recipe.batch, copies=recipe.copies, longest=recipe.longest, seed=0
+    )
+    guarded, stop = Timed("watch", overrides=list(overrides), **QUIET), StopEarly(steps)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, max_steps=planned, per_device_train_batch_size=recipe.batch, learning_rate=1e-5,
+            logging_steps=1000, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, seed=0,
+        )  # fmt: skip
+        Ordered(
+            model=model, args=arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer),
+            processing_class=tokenizer, callbacks=[guarded, stop],
+        ).train()  # fmt: skip
+    guard = guarded.guard
+    saved = guard.state_dict()["cadence"]
+    every, probe_every = int(saved["every"]), int(saved["probe_every"])
+    whole = statistics.fmean(stop.seconds)
+    of_ends = statistics.fmean(guarded.ends)
+    check = max(guarded.ends)
+    plain = statistics.median(guarded.ends)
+    step = whole - of_ends
+    between = max(0, -(-planned // probe_every) - 1)
+    work = guarded.start + guarded.end + planned * plain + planned // every * check + between * guarded.end
+    return {
+        "recipe": name, "planned": planned, "made": steps, "every": every, "probe_every": probe_every,
+        "seconds": {
+            "start": guarded.start, "end": guarded.end, "check": check, "each_step": plain, "step": step, "guard": work
+        },
+        "known": guard.latest.get("vocabguard/probe/known"),
+        "share": work / (work + planned * step),
+    }  # fmt: skip
