@@ -7,14 +7,15 @@
     python tests/benchmarks/real_models.py CACHE steptime constant --set echo.armed=true echo.dose=0.1
     python tests/benchmarks/real_models.py CACHE price constant --planned 2400
     python tests/benchmarks/real_models.py CACHE table
+    python tests/benchmarks/real_models.py CACHE summary
 
 CACHE is a folder outside the repository: converted models, and for every run its weights at each tenth (bfloat16, 3 GB
 a run of SmolLM2). Everything is resumable: what is there is not done again. ``judge`` asks the weights of a run for
 tokens in two ways that nothing else uses (`real.recall`); ``--percent`` asks earlier ones too. Recipes and arms:
 `real.train`. ``replay`` runs the guard over a run's saved weights (`real.replay`). On 2 cores a run of ``tied`` takes 6
-to 10 minutes, a judgement 2. In ``real/``: ``results.json`` of ``judge``, ``replays.json`` of ``replay tied lora
-full1e-4 --arms all --looks 2 --set probe.budget=1`` and ``constant --looks 1``, ``probing.json`` of ``probe --seeds 0,1
---tokens 128``.
+to 10 minutes, a judgement 2. ``summary`` writes the tables of ``tests/README.md`` from the files in ``real/``:
+``results.json`` of ``judge``, ``replays.json`` of ``replay tied lora full1e-4 --arms all --looks 2 --set
+probe.budget=1`` and ``constant --looks 1``; ``probing.json`` there is of ``probe --seeds 0,1 --tokens 128``.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from real.probing import agreement, null_run
 from real.recall import ask, judge
 from real.replay import load_weights, replay
 from real.steptime import step_time
+from real.summary import README, written
 from real.train import ARMS, RECIPES, Recipe, run
 from rich.console import Console
 from rich.table import Table
@@ -249,7 +251,7 @@ def show_probe(asked: argparse.Namespace, names: list[str], console: Console) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path)
-    parser.add_argument("what", choices=("train", "judge", "replay", "probe", "steptime", "price", "table"))
+    parser.add_argument("what", choices=("train", "judge", "replay", "probe", "steptime", "price", "table", "summary"))
     parser.add_argument("recipes", nargs="*", default=[], help=f"of {', '.join(RECIPES)}; all where none is named")
     parser.add_argument("--arms", default="control,protect", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--seeds", default="0")
@@ -266,6 +268,9 @@ def main() -> None:
     done = {
         "train": train_all, "replay": replay_all, "probe": show_probe, "steptime": show_step_time, "price": show_price
     }  # fmt: skip
+    if asked.what == "summary":
+        README.write_text(written(), encoding="utf-8")
+        return
     if asked.what in done:
         done[asked.what](asked, names, console)
         return
