@@ -10,6 +10,7 @@ TESTS = Path(__file__).parent
 
 
 def test_tables_of_the_real_models_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TESTS.parent / "examples"))
     monkeypatch.syspath_prepend(str(TESTS / "benchmarks"))
     from real.summary import README, written
 

@@ -91,8 +91,8 @@ def markdown() -> str:
             *recall_table(entries),
             "",
             f"Each token is asked for {ASKS} times: the base says it where it does three times or more, and it is lost",
-            "where the run's model does once or never. Asked once more among other neighbours, the bases themselves 'lose'",
-            f"{lost} of {known}; so a run's model is asked among the base's neighbours.",
+            "where the run's model does once or never. Asked once more among other neighbours, the bases themselves",
+            f"'lose' {lost} of {known}; so a run's model is asked among the base's neighbours.",
             "",
             *alert_table(entries, replays),
         ]
