@@ -147,6 +147,30 @@ class VocabGuardCallback(Callback):
             self.guard.load_state_dict(state_dict)
 
 
+class GuardAtSetup(Callback):
+    """Adds a `VocabGuardCallback` when a fit begins, unless the trainer has one by then.
+
+    For Lightning's entry point, which is asked for callbacks before the trainer's own are known.
+
+    Args:
+        config: as for `VocabGuardCallback`.
+        overrides: the same.
+
+    Raises:
+        ConfigError: for a configuration that cannot be used.
+    """
+
+    def __init__(self, config: ConfigSource = None, *, overrides: Iterable[str] = ()) -> None:
+        self._callback = VocabGuardCallback(config, overrides=overrides)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Add it behind this one: the loop over the callbacks that calls this one comes to it next."""
+        has = any(isinstance(one, VocabGuardCallback) for one in trainer.callbacks)  # type: ignore[attr-defined]
+        if stage == "fit" and not has:
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            callbacks.insert(callbacks.index(self) + 1, self._callback)
+
+
 def language_model(module: nn.Module) -> nn.Module:
     """The module itself or its first descendant that knows its output embeddings, as Hugging Face models do.
 

@@ -58,7 +58,7 @@ ADDED: dict[str, tuple[str, ...]] = {
         "huggingface.VocabGuardCallback.trainer",
         "huggingface.VocabGuardCallback.add_to.*",
     ),
-    "commands": (),
+    "commands": ("run.*",),
     "command_line": (
         "json.explain *: tokens[[]]/emission/*/gone",
         "json.scan *: untrained/*",
