@@ -53,7 +53,7 @@ class VocabGuardPlugin(BasePlugin):  # type: ignore[misc, unused-ignore]
             ConfigError: for a section that cannot be used.
         """
         # Kept as it is here: axolotl's own checks drop what is null, and null is a setting.
-        self._section = plain(cfg.get(SECTION))
+        self._section = as_dicts(cfg.get(SECTION))
         config, options = settings_of(self._section)
         load_config(config, options=options)
 
@@ -82,8 +82,8 @@ def settings_of(section: Any) -> tuple[str | None, dict[str, Any]]:
     return config, options
 
 
-def plain(value: Any) -> Any:
+def as_dicts(value: Any) -> Any:
     """A part of axolotl's configuration as dicts and lists, which its own mapping is not for every library."""
     if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
-    return [plain(one) for one in value] if isinstance(value, list) else value
+        return {str(key): as_dicts(one) for key, one in value.items()}
+    return [as_dicts(one) for one in value] if isinstance(value, list) else value

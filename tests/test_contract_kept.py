@@ -55,6 +55,8 @@ ADDED: dict[str, tuple[str, ...]] = {
         "TokenExposure.kwargs",
         "LanguageConfusion.kwargs",
         "GuardConfig.reference",
+        "VocabGuard.call",
+        "lightning.VocabGuardCallback.call",
         "huggingface.VocabGuardCallback.trainer",
         "huggingface.VocabGuardCallback.add_to.*",
     ),
