@@ -44,13 +44,19 @@ class AfterImport:
     """
 
     def __init__(self, waits: dict[str, Callable[[ModuleType], None]]) -> None:
-        self._waits = waits
+        self._waits, self._busy = waits, False
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The spec that the path has, its loader changed for this module alone; None for all other modules."""
-        if name not in self._waits:
+        """The spec that the others find, its loader changed for this module alone; None for all other modules."""
+        if name not in self._waits or self._busy:
             return None
-        spec = PathFinder.find_spec(name, path, target)
+        # Other tools wait for modules in the same way, and ask the other finders as this one does.
+        self._busy = True
+        try:
+            asked = (finder.find_spec(name, path, target) for finder in sys.meta_path if hasattr(finder, "find_spec"))
+            spec = next((one for one in asked if one is not None), None)
+        finally:
+            self._busy = False
         if spec is None or spec.loader is None:
             return None
         execute, act = spec.loader.exec_module, self._waits[name]

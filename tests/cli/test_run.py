@@ -22,6 +22,27 @@ PROGRAM = TOP / "tests" / "processes" / "launched.py"
 QUICK = ("--set", "log.console=false", "--set", "probe.enabled=false", "--set", "log.report=false")
 GUARDED = "vocabguard: Trainer is guarded"
 NOTHING = "vocabguard run: nothing was watched"
+OTHER = """
+import importlib.util, sys
+
+class Other:
+    busy = False
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "transformers.trainer" or self.busy:
+            return None
+        self.busy = True
+        spec = importlib.util.find_spec(name)
+        self.busy = False
+        execute = spec.loader.exec_module
+        def then(module):
+            execute(module)
+            open({ran!r}, "w").close()
+        spec.loader.exec_module = then
+        return spec
+
+sys.meta_path.insert(0, Other())
+"""
 
 
 def vocabguard(*arguments: object, **options: object) -> subprocess.Popen[str]:
@@ -50,7 +71,8 @@ def seen(folder: Path, rank: int = 0) -> list[int]:
 def test_a_script_is_guarded_and_keeps_its_exit_code(tmp_path: Path) -> None:
     hidden = tmp_path / "site"
     hidden.mkdir()
-    (hidden / "sitecustomize.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    # Another tool that waits for the same module, and writes that it came.
+    (hidden / "sitecustomize.py").write_text(OTHER.format(ran=str(tmp_path / "ran")))
     paths = os.pathsep.join([str(TOP), str(hidden)])
     run = vocabguard(
         "run", "--config", "protect", *QUICK, PROGRAM, tmp_path / "out", "--exit", 7,

@@ -8,10 +8,10 @@ trainer's log, one file a process.
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import json
 import os
 import sys
-from importlib.machinery import PathFinder
 from typing import Any
 
 MASK = "vocabguard_echo"
@@ -49,10 +49,14 @@ def spy_on(module: Any) -> None:
 class Finder:
     """Waits for the module of the trainer."""
 
+    busy = False
+
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
-        if name != "transformers.trainer":
+        if name != "transformers.trainer" or self.busy:
             return None
-        spec = PathFinder.find_spec(name, path, target)
+        self.busy = True
+        spec = importlib.util.find_spec(name)
+        self.busy = False
         execute = spec.loader.exec_module
 
         def then(module: Any) -> None:
