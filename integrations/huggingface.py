@@ -26,6 +26,7 @@ from vocabguard.files import one_line, replacing
 from vocabguard.guard import VocabGuard
 from vocabguard.guard.batches import LabelCarrier, Targets, drop_labels
 from vocabguard.guard.hooks import OwnHook
+from vocabguard.guard.loaders import inner_loader
 from vocabguard.guard.resume import read_state
 from vocabguard.guard.watched import Action
 from vocabguard.integrations.trackers import ActiveRuns, insert, log_through, reporters_of
@@ -134,7 +135,7 @@ class VocabGuardCallback(TrainerCallback):
 
     def _carry_labels(self, model: nn.Module, dataloader: Any) -> None:
         """Bring the labels to the model until training ends, also when the guard stands down in between."""
-        loader = getattr(dataloader, "base_dataloader", dataloader)
+        loader = inner_loader(dataloader)
         if self.guard.watch is None or not self.guard.counting or not hasattr(loader, "collate_fn"):
             return
         inner = loader.collate_fn

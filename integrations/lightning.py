@@ -19,6 +19,7 @@ from torch import nn
 from vocabguard.config import ConfigSource, Options
 from vocabguard.guard import VocabGuard
 from vocabguard.guard.batches import Targets
+from vocabguard.guard.called import Call
 from vocabguard.guard.watched import Action
 from vocabguard.measure.learning_rates import rates_by_epoch
 from vocabguard.results import CheckResult
@@ -34,6 +35,7 @@ class VocabGuardCallback(Callback):
         targets: takes (inputs or None, targets) out of a batch; targets are not shifted again. For modules that compute
             their loss outside the model and whose batches have no ``labels``.
         actions: callables that alert rules may name.
+        call: asks a model of your own for logits: takes the model and (B, T) ids, gives (B, T, V) logits.
         **options: sections and settings of the configuration by keyword.
 
     Raises:
@@ -51,10 +53,11 @@ class VocabGuardCallback(Callback):
         overrides: Iterable[str] = (),
         targets: Targets | None = None,
         actions: Mapping[str, Action] | None = None,
+        call: Call | None = None,
         **options: Unpack[Options],
     ) -> None:
         self.guard = VocabGuard(
-            config, tokenizer=tokenizer, overrides=overrides, targets=targets, actions=actions, **options
+            config, tokenizer=tokenizer, overrides=overrides, targets=targets, actions=actions, call=call, **options
         )
         self._global_step = 0
         self._monitored = False
@@ -145,6 +148,30 @@ class VocabGuardCallback(Callback):
         """Go on from a checkpoint when training starts."""
         with self.guard.contain("load_state_dict"):
             self.guard.load_state_dict(state_dict)
+
+
+class GuardAtSetup(Callback):
+    """Adds a `VocabGuardCallback` when a fit begins, unless the trainer has one by then.
+
+    For Lightning's entry point, which is asked for callbacks before the trainer's own are known.
+
+    Args:
+        config: as for `VocabGuardCallback`.
+        overrides: the same.
+
+    Raises:
+        ConfigError: for a configuration that cannot be used.
+    """
+
+    def __init__(self, config: ConfigSource = None, *, overrides: Iterable[str] = ()) -> None:
+        self._callback = VocabGuardCallback(config, overrides=overrides)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Add it behind this one: the loop over the callbacks that calls this one comes to it next."""
+        has = any(isinstance(one, VocabGuardCallback) for one in trainer.callbacks)  # type: ignore[attr-defined]
+        if stage == "fit" and not has:
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            callbacks.insert(callbacks.index(self) + 1, self._callback)
 
 
 def language_model(module: nn.Module) -> nn.Module:

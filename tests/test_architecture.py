@@ -42,7 +42,7 @@ SET_FROM_OUTSIDE = {
 
 def modules() -> list[Path]:
     package = [path for path in (TOP / "vocabguard").rglob("*.py") if "integrations" not in path.parts]
-    return sorted(package) + sorted((TOP / "integrations").glob("*.py"))
+    return sorted(package) + sorted((TOP / "integrations").rglob("*.py"))
 
 
 def name_of(path: Path) -> str:

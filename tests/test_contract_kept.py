@@ -56,10 +56,12 @@ ADDED: dict[str, tuple[str, ...]] = {
         "TokenExposure.kwargs",
         "LanguageConfusion.kwargs",
         "GuardConfig.reference",
+        "VocabGuard.call",
+        "lightning.VocabGuardCallback.call",
         "huggingface.VocabGuardCallback.trainer",
         "huggingface.VocabGuardCallback.add_to.*",
     ),
-    "commands": (),
+    "commands": ("run.*",),
     "command_line": (
         "json.explain *: tokens[[]]/emission/*/gone",
         "json.scan *: untrained/*",

@@ -35,7 +35,7 @@ def forget(folder: Path, trainer: str, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hf_trainer", "lightning_trainer", "pytorch_loop"])
+@pytest.mark.parametrize("name", ["hf_trainer", "lightning_trainer", "pytorch_loop", "fabric_loop"])
 def test_shortest_examples(tmp_path: Path, name: str) -> None:
     run_example(f"{name}.py", tmp_path)
     (meta,) = (tmp_path / "runs").rglob("run.json")

@@ -179,6 +179,9 @@ OPTIONS = {
         "--instruction", "--separator", "--chat-template", "--seed",
     ),
     "report {}/run": ("--out", "--tokenizer", "--threshold", "--threshold-forgotten", ""),
+    # Without a program that is there: it would take this process's place.
+    "run": ("--config", "--set"),
+    "run {}/absent.py": ("",),
 }  # fmt: skip
 """A command that works, and its options; an empty name is a further argument."""
 

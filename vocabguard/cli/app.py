@@ -17,7 +17,8 @@ from rich.console import Console
 from vocabguard.results import VocabGuardError
 
 COMMANDS = {
-    name: f"vocabguard.cli.{name}" for name in ("scan", "coverage", "echo", "replay", "explain", "repair", "report")
+    name: f"vocabguard.cli.{name}"
+    for name in ("scan", "coverage", "echo", "replay", "explain", "repair", "report", "run")
 }
 """Command -> the module whose function of the same name is the command.
 
@@ -42,7 +43,9 @@ def build(names: tuple[str, ...]) -> typer.Typer:
         help="See and prevent the forgetting of sparse tokens.", no_args_is_help=True, add_completion=False
     )
     for name in names:
-        app.command(name)(getattr(importlib.import_module(COMMANDS[name]), name))
+        # What follows the program that `run` starts is the program's, options too.
+        settings = {"allow_interspersed_args": name != "run"}
+        app.command(name, context_settings=settings)(getattr(importlib.import_module(COMMANDS[name]), name))
     app.callback()(lambda: None)  # a single command stays a subcommand
     return app
 

@@ -102,6 +102,45 @@ def keep_within(batch: MutableMapping[str, Any], echo: Tensor, rows: int) -> Non
             batch[name] = value.masked_fill(gone, instead)
 
 
+def mask_of_labels(mask: Tensor, inputs: Tensor, labels: Tensor, kept: Any) -> Tensor:
+    """An echo mask for labels that were trimmed to what the loss needs, as ms-swift does with ``logits_to_keep``.
+
+    Args:
+        mask: (1, T) bool, of the inputs.
+        inputs: (1, T) ids.
+        labels: (1, K): the last K, or -100 and the labels of the places whose logits are kept.
+        kept: how many places at the end, or (T,) bool, whose logits are kept; else it is taken to be K.
+
+    Returns:
+        (1, K) bool.
+
+    Raises:
+        ValueError: if labels are not the inputs at those places, so that nobody knows which of them are echo's.
+
+    Example:
+        >>> ids, labels = torch.tensor([[4, 5, 6, 7]]), torch.tensor([[-100, 5, 7]])
+        >>> mask, kept = torch.tensor([[False, False, True, True]]), torch.tensor([True, False, True, True])
+        >>> mask_of_labels(mask, ids, labels, kept)
+        tensor([[False, False,  True]])
+        >>> mask_of_labels(mask, ids, ids[:, 2:], kept=2)
+        tensor([[True, True]])
+    """
+    width = labels.shape[1]
+    if isinstance(kept, Tensor) and kept.dtype == torch.bool:
+        # The logits before a token ask for it.
+        asked = kept[:-1].nonzero().flatten().to(mask.device) + 1
+        places = torch.cat([asked.new_zeros(1), asked])
+    else:
+        places = torch.arange(inputs.shape[1] - width, inputs.shape[1], device=mask.device)
+    if len(places) == width and int(places[0]) >= 0:
+        told = labels != IGNORE
+        if torch.equal(labels[told], inputs[:, places.to(inputs.device)].to(labels.device)[told]):
+            return mask[:, places]
+    raise ValueError(
+        f"labels of shape {tuple(labels.shape)} for inputs of shape {tuple(inputs.shape)}: echo's cannot be told apart"
+    )
+
+
 class BatchContext:
     """The batch in flight, in one place: observer, loss meter and echo read it, nobody else keeps a part of it.
 
@@ -114,6 +153,7 @@ class BatchContext:
         aligned: (B, T) int64, targets of the extractor, which are not shifted again; None without one.
         attention_mask: (B, T), 0 at padding, or None.
         echo: (B,) or (B, T) bool, True at echo rows; None where there are none.
+        echo_inputs: the same in the shape of the inputs, where the labels have another; else None.
     """
 
     def __init__(self, targets: Targets | None = None) -> None:
@@ -123,6 +163,7 @@ class BatchContext:
         self.aligned: Tensor | None = None
         self.attention_mask: Tensor | None = None
         self.echo: Tensor | None = None
+        self.echo_inputs: Tensor | None = None
         self._arrived = False
         self._rows: int | None = None
 
@@ -130,20 +171,34 @@ class BatchContext:
         """A training batch, before it reaches the model. `batch`: as the trainer has it, our own keys taken out."""
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         self.labels, self.echo = labels if isinstance(labels, Tensor) else None, echo
+        self.echo_inputs = None
         self._arrived = self.labels is not None
 
     def take_out(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook: take the echo mask out of what the model is called with."""
         if ECHO_KEY in kwargs or LABELS_KEY in kwargs:
-            self.echo = kwargs.pop(ECHO_KEY, None)
+            self.echo, self.echo_inputs = kwargs.pop(ECHO_KEY, None), None
             if self.echo is not None:
                 self.fit(kwargs, self.echo, module)
             self.labels, self._arrived = kwargs.get(LABELS_KEY), False
             return args, kwargs
         # Evaluation and generation in mid-run must not be taken for the batch before them.
         if module.training and not self._arrived:
-            self.echo = self.labels = None
+            self.echo = self.echo_inputs = self.labels = None
         return None
+
+    def follow_labels(self, batch: Mapping[str, Any]) -> None:
+        """Trim the mask of a joined row, which `take_out` has found, as its labels were.
+
+        Raises:
+            ValueError: see `mask_of_labels`.
+        """
+        inputs, labels, echo = batch.get("input_ids"), batch.get("labels"), self.echo
+        if echo is None or echo.ndim != 2 or LABELS_KEY in batch:
+            return
+        if isinstance(inputs, Tensor) and isinstance(labels, Tensor) and labels.shape != echo.shape == inputs.shape:
+            self.echo = mask_of_labels(echo, inputs, labels, batch.get("logits_to_keep"))
+            self.echo_inputs = echo
 
     def fit(self, batch: MutableMapping[str, Any], echo: Tensor, model: nn.Module) -> None:
         """Take ids out of echo rows that are gone since the model's matrix was cut to fewer rows."""
@@ -431,13 +486,13 @@ class Observer:
         assert labels is not None
         self.observe(
             context.inputs, labels, attention_mask=context.attention_mask, echo_mask=context.echo,
-            shift=self._shift and context.aligned is None,
+            echo_inputs=context.echo_inputs, shift=self._shift and context.aligned is None,
         )  # fmt: skip
         return True
 
     def observe(
         self, inputs: Tensor | None, labels: Tensor, *, attention_mask: Tensor | None = None,
-        echo_mask: Tensor | None = None, shift: bool | None = None,
+        echo_mask: Tensor | None = None, echo_inputs: Tensor | None = None, shift: bool | None = None,
     ) -> None:  # fmt: skip
         """Count one micro-batch."""
         if not torch.compiler.is_compiling():
@@ -448,6 +503,7 @@ class Observer:
             shift=self._shift if shift is None else shift,
             attention_mask=attention_mask,
             echo_mask=echo_mask,
+            echo_inputs=echo_inputs,
         )
 
     def remove(self) -> None:

@@ -18,13 +18,14 @@ from vocabguard.alerts.machine import AlertMachine
 from vocabguard.alerts.rules import AlertRule
 from vocabguard.config import ConfigError, GuardConfig
 from vocabguard.guard.batches import BatchContext, Observer, Targets, inner_optimizers
+from vocabguard.guard.called import Call, CalledModel
 from vocabguard.guard.checks import Checker
 from vocabguard.guard.echo import EchoControl, EchoSource, Pace
 from vocabguard.guard.evaluations import Evaluations
 from vocabguard.guard.failures import Faults
 from vocabguard.guard.forecast import Forecaster
 from vocabguard.guard.hold import Holder
-from vocabguard.guard.loaders import first_examples, own_copy, untouched_rng
+from vocabguard.guard.loaders import first_examples, inner_loader, own_copy, untouched_rng
 from vocabguard.guard.named import named_notes
 from vocabguard.guard.preflight import wanted_preflight
 from vocabguard.guard.probe import Prober, choose_prober
@@ -67,8 +68,8 @@ class Run:
 
     @property
     def loader(self) -> Any:
-        """The dataloader inside accelerate's wrapper."""
-        return getattr(self.dataloader, "base_dataloader", self.dataloader)
+        """The dataloader inside accelerate's wrapper or Fabric's."""
+        return inner_loader(self.dataloader)
 
 
 def arm(
@@ -238,6 +239,8 @@ class Parts:
         """Set all hooks."""
         if self.observer is None:
             return
+        if optimizer is None and self.protection is not None and self.protection.holder is not None:
+            raise ConfigError("hold: attach got no optimizer, and rows are put back after its steps; pass it")
         if optimizer is not None:
             optimizers = inner_optimizers(optimizer)
             forecaster = self.checker.forecaster
@@ -253,7 +256,7 @@ class Parts:
 def put_together(
     config: GuardConfig, rules: Iterable[AlertRule], run: Run, tokenizer: Any, resumed: Mapping[str, Any], *,
     hook_model: bool, faults: Faults, targets: Targets | NotApplicable | None, source: EchoSource | None,
-    steps_done: int = 0,
+    steps_done: int = 0, call: Call | None = None,
 ) -> Parts:  # fmt: skip
     """Find what is watched, count targets of the data to come, choose what probes, and build the parts.
 
@@ -263,6 +266,7 @@ def put_together(
         targets: the user's extractor, if any, or why labels are no targets of the data here.
         source: of echo rows, where `VocabGuard.collator` was called.
         steps_done: optimizer steps that the trainer has behind it.
+        call: how a model of the user's own is asked; None for ``model(input_ids=...).logits``.
 
     Raises:
         ConfigError: for settings that do not fit the model, the tokenizer or the data; where echo or hold would be
@@ -270,11 +274,12 @@ def put_together(
     """
     rules = tuple(rules)
     watched = watch_model(run.model, tokenizer, config, resumed, steps_done)
+    asked = run.model if call is None else CalledModel(run.model, call, watched.rows).tried()
     shift = config.exposure.shift_labels
     shift = predicts_next(run.model) if shift is None else shift
     flight = wanted_preflight(config, run.dataloader, watched.rows, shift, targets, hook_model, tokenizer)
     batches = None if run.total_steps is None else run.total_steps * run.batches_per_step
-    prober = choose_prober(run.model, config, tokenizer, watched.table, flight, batches)
+    prober = choose_prober(asked, config, tokenizer, watched.table, flight, batches)
     run = replace(run, shift=shift, flight=flight)
     uncounted = targets if isinstance(targets, NotApplicable) else None
     counts = config.exposure.enabled and uncounted is None and (shift is not None or targets is not None)
@@ -289,14 +294,14 @@ def put_together(
         )  # fmt: skip
     asks = prober if isinstance(prober, Prober) else None
     watch, to_train = (torch.empty(0).long(), math.nan) if asks is None else (asks.watched, asks.to_train)
-    reader = choose_reader(run.model, config, tokenizer, watch, to_train)
+    reader = choose_reader(asked, config, tokenizer, watch, to_train)
     if asks is not None and isinstance(reader, Reader):
         asks.read_beside(int(reader.windows.lengths.sum()))
     checker = Checker(
         run.model, watched, counter, asks, AlertMachine(rules), config.drift.chunk_rows, config.log.top_k,
         protection=protection, uncounted=uncounted, total_steps=run.total_steps,
-        evaluations=Evaluations(config, run.model, watched, asks), forecaster=_forecaster(config, run, watched),
-        reader=reader if isinstance(reader, Reader) else None,
+        evaluations=Evaluations(config, asked, watched, asks), forecaster=_forecaster(config, run, watched),
+        reader=reader if isinstance(reader, Reader) else None, called=None if call is None else asked,
     )  # fmt: skip
     named: tuple[str, ...] = ()
     if shift or is_encoder_decoder(run.model):

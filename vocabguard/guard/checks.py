@@ -153,6 +153,7 @@ class Checker:
         uncounted: why labels are no targets of the data here; None where they are.
         forecaster: says where the rows will end; None where that is off.
         reader: reads the reference text beside each probe; None where that is off or does not apply.
+        called: what is asked in the model's place; None asks the model.
         pending: what rules have asked of the trainer and nobody has taken yet.
         groups: (V,) bool masks by script group.
     """
@@ -170,12 +171,17 @@ class Checker:
     forecaster: Forecaster | None = None
     reader: Reader | None = None
     total_steps: int | None = None
+    called: nn.Module | None = None
     pending: list[str] = field(default_factory=list)
     groups: dict[str, Tensor] = field(init=False)
     group_rows: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
         self._regroup()
+
+    @property
+    def _asked(self) -> nn.Module:
+        return self.model if self.called is None else self.called
 
     def _regroup(self) -> None:
         self.groups = summary.group_masks(self.watched.table)
@@ -188,7 +194,7 @@ class Checker:
         collective.raise_if_peer_failed()
         self._follow_resize()
         probes = self._probe() if with_probe else None
-        read = self.reader.read(self.model) if with_probe and self.reader is not None else None
+        read = self.reader.read(self._asked) if with_probe and self.reader is not None else None
         probe_seconds = time.perf_counter() - began if probes or read is not None else 0.0
         exposure = self.exposure()
         classes = self.classes(exposure)
@@ -356,6 +362,6 @@ class Checker:
     def _probe(self) -> tuple[ProbeResult, ProbeResult] | None:
         if self.prober is None:
             return None
-        now = self.prober.run(self.model)
+        now = self.prober.run(self._asked)
         assert self.prober.base is not None
         return self.prober.base, now

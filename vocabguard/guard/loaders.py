@@ -24,6 +24,19 @@ _DEPTH, _FEW = 4, 64
 _MOST = 100_000
 
 
+def inner_loader(dataloader: Any) -> Any:
+    """The torch ``DataLoader`` inside accelerate's wrapper or Fabric's; what is in neither comes back.
+
+    >>> plain = DataLoader([1, 2])
+    >>> inner_loader(plain) is plain
+    True
+    """
+    for name in ("base_dataloader", "_dataloader"):
+        if isinstance(inner := getattr(dataloader, name, None), DataLoader):
+            return inner
+    return dataloader
+
+
 def sampled_examples(loader: DataLoader[Any], seed: int) -> Iterator[tuple[int, Any]]:
     """(number of examples, what the collate function gets) of a map-style dataset, drawn from everywhere.
 

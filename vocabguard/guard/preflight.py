@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from vocabguard.config import ConfigError, GuardConfig
 from vocabguard.data.coverage import load_coverage, vocabulary_hash
 from vocabguard.guard.batches import Targets, labels_of
-from vocabguard.guard.loaders import own_copy, sampled_examples, untouched_rng
+from vocabguard.guard.loaders import inner_loader, own_copy, sampled_examples, untouched_rng
 from vocabguard.measure.exposure import count_targets
 from vocabguard.results import NotApplicable, Preflight
 
@@ -72,7 +72,7 @@ def preflight(
     Raises:
         ConfigError: if a batch carries no labels though it must, and there is no extractor.
     """
-    loader = getattr(dataloader, "base_dataloader", dataloader)
+    loader = inner_loader(dataloader)
     if not isinstance(loader, DataLoader):
         return NotApplicable(f"preflight needs a DataLoader to sample from, got {type(loader).__name__}")
     if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):

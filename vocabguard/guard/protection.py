@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vocabguard.alerts.rules import AlertRule
@@ -91,7 +92,15 @@ class Protection:
         if self._losses is None:
             return
         self._model = model
-        self._handles.append(model.register_forward_pre_hook(OwnHook(self._context.take_out), with_kwargs=True))
+
+        def take_out(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            taken = self._context.take_out(module, args, kwargs)
+            if taken is not None and not faults.down and not torch.compiler.is_compiling():
+                with faults.contain("finding echo in trimmed labels"):
+                    self._context.follow_labels(kwargs)
+            return taken
+
+        self._handles.append(model.register_forward_pre_hook(OwnHook(take_out), with_kwargs=True))
         self._handles.append(self._losses.hook(model, self._context, faults))
 
     def on_finish(self, unwrap: Callable[[], None]) -> None:

@@ -19,6 +19,7 @@ from vocabguard.files import one_line
 from vocabguard.guard.batches import Observer, Targets, inner_optimizers
 from vocabguard.guard.build import Parts, Route, Run, put_together
 from vocabguard.guard.cadence import Cadence, StepTimer
+from vocabguard.guard.called import Call
 from vocabguard.guard.checks import Checker, Moment
 from vocabguard.guard.echo import EchoSource
 from vocabguard.guard.failures import Faults
@@ -47,6 +48,8 @@ class VocabGuard:
         overrides: dotted settings, e.g. ``("drift.every_n_steps=50",)``.
         targets: takes (inputs or None, targets) out of a batch, where batches have no ``labels``.
         actions: callables that rules may name in their ``actions``.
+        call: asks a model of your own for logits, where it is not called as ``model(input_ids=...).logits``: takes the
+            model and (B, T) ids, gives (B, T, V) logits, e.g. ``lambda model, ids: model(ids)``.
         **options: sections and settings of the configuration by keyword, e.g. ``probe={"watch": ["word"]}``.
 
     Raises:
@@ -90,12 +93,13 @@ class VocabGuard:
         overrides: Iterable[str] = (),
         targets: Targets | None = None,
         actions: Mapping[str, Action] | None = None,
+        call: Call | None = None,
         **options: Unpack[Options],
     ) -> None:
         self.config: GuardConfig = load_config(config, overrides, options)
         _require_tokenizer(tokenizer)
         self.tokenizer = tokenizer
-        self._targets = targets
+        self._targets, self._call = targets, call
         self._rules = build_rules(self.config, actions or {})
         self._faults = Faults(self.config.on_error)
         self._cadence = Cadence.of(self.config)
@@ -290,7 +294,7 @@ class VocabGuard:
         """The parts of the run, with the numbers of the state that is resumed."""
         parts = put_together(
             self.config, self._rules, run, self.tokenizer, self._resumed, hook_model=hook_model, faults=self._faults,
-            targets=targets, source=self._source, steps_done=steps_done,
+            targets=targets, source=self._source, steps_done=steps_done, call=self._call,
         )  # fmt: skip
         self._observer, self._checker, self._protection = parts.observer, parts.checker, parts.protection
         if self._protection is not None:

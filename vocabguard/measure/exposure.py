@@ -197,7 +197,7 @@ class ExposureCounter:
 
     def observe(
         self, inputs: Tensor | None, labels: Tensor, *, shift: bool, attention_mask: Tensor | None = None,
-        echo_mask: Tensor | None = None,
+        echo_mask: Tensor | None = None, echo_inputs: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Count one micro-batch. Safe inside `torch.compile`: no graph break and no recompile from call to call.
 
@@ -208,18 +208,23 @@ class ExposureCounter:
             attention_mask: (B, T), 0 where an input is padding; a mask of another shape is not used.
             echo_mask: (B,) or, in the shape of the labels and inputs, (B, T) bool: True on rows or positions that echo
                 injection added. Their targets are counted apart and their inputs not at all.
+            echo_inputs: the same in the shape of the inputs, where the labels have another; None takes `echo_mask`.
         """
-        echo = None if echo_mask is None else echo_mask.to(self._counts.device, torch.bool)
-        if echo is not None and echo.ndim == 1:
-            echo = echo[:, None]
+        echo = self._columns(echo_mask)
         wide = echo is not None and echo.shape[1] > 1
         of_targets = targets_of(echo, shift) if echo is not None and wide else echo
         targets = targets_of(labels, shift)
         add_counts(self._counts, targets, row=_TARGET if of_targets is None else of_targets.long() * _ECHO_TARGET)
         if inputs is not None:
             real = attention_mask != 0 if attention_mask is not None and attention_mask.shape == inputs.shape else None
+            echo = echo if echo_inputs is None else self._columns(echo_inputs)
             add_counts(self._counts, inputs, row=_INPUT if echo is None else _INPUT + echo.long(), keep=real)
         self._batches += 1
+
+    def _columns(self, mask: Tensor | None) -> Tensor | None:
+        """A mask on the counters' device, (B, 1) where it is of rows."""
+        mask = None if mask is None else mask.to(self._counts.device, torch.bool)
+        return mask[:, None] if mask is not None and mask.ndim == 1 else mask
 
     @property
     def batches(self) -> int:

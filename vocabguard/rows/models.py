@@ -30,8 +30,10 @@ def core_of(model: nn.Module) -> nn.Module:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and its like, and inside ``torch.compile``, adapters and all."""
+    """The model inside DistributedDataParallel and its like, ``torch.compile`` and Fabric, adapters and all."""
     children = dict(model.named_children())
+    if "_forward_module" in children:  # Fabric's, which may hold the model a second time
+        return unwrapped(children["_forward_module"])
     if len(children) == 1 and children.keys() <= {"module", "_orig_mod"}:
         return unwrapped(*children.values())
     return model
@@ -43,14 +45,19 @@ def text_config_of(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+_LONGEST = ("max_position_embeddings", "block_size", "max_seq_len", "context_length")
+"""What configurations call it: Hugging Face's first, then those of models of one's own."""
+
+
 def longest_prompt(model: nn.Module) -> int | None:
-    """``max_position_embeddings`` of a model; None where it names none.
+    """``max_position_embeddings`` or ``block_size`` of a model's configuration; None where it names none.
 
     >>> longest_prompt(nn.Linear(2, 2)) is None
     True
     """
-    longest = getattr(text_config_of(model), "max_position_embeddings", None)
-    return longest if isinstance(longest, int) and longest > 0 else None
+    config = text_config_of(model)
+    lengths = (getattr(config, name, None) for name in _LONGEST)
+    return next((one for one in lengths if isinstance(one, int) and one > 0), None)
 
 
 def logits_width(model: nn.Module) -> int:
