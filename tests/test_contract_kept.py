@@ -58,11 +58,16 @@ ADDED: dict[str, tuple[str, ...]] = {
         "huggingface.VocabGuardCallback.trainer",
         "huggingface.VocabGuardCallback.add_to.*",
     ),
-    "commands": (),
+    "commands": ("coverage.*", "replay.*"),
     "command_line": (
         "json.explain *: tokens[[]]/emission/*/gone",
         "json.scan *: untrained/*",
         "json.coverage *: named*",
+        "json.coverage *: example*",
+        "json.coverage *: rows/calls_lost",
+        "json.coverage *: rows/chats_*",
+        "json.coverage *: rows/turns_silent",
+        "json.coverage *: source/*",
     ),
     "run": (
         "keys: vocabguard/reference/*",
