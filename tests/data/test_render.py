@@ -88,8 +88,6 @@ def test_template_whose_copies_of_messages_hide_them(tokenizer: Any) -> None:
     texts = "{% for t in messages | map(attribute='content') %}<|user|>{{ t }}<|end|>{% endfor %}"
     own = with_template(tokenizer, texts)
     assert said(own, chat("quick", "brown"), trainer="transformers") == "<|user|>brown<|end|>"
-        said(with_template(tokenizer, texts), chat("quick", "brown"), trainer="transformers") == "<|user|>brown<|end|>"
-    )
 
 
 def test_unknown_roles_are_listed_with_counts(tokenizer: Any, tmp_path: Path) -> None:
