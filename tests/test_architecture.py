@@ -36,7 +36,7 @@ SET_FROM_OUTSIDE = {
     "moved._schedulers",
     # Records of the module that sets them: the process group's state, a reader's place, counts of turns.
     "line.opened", "line.failed", "line.sent", "behind.rows",
-    "self.tally.exact", "self.tally.by_text", "self.tally.missing",
+    "loop.body",  # of a parsed chat template, which gets marks
 }  # fmt: skip
 
 

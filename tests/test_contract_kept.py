@@ -61,12 +61,21 @@ ADDED: dict[str, tuple[str, ...]] = {
         "huggingface.VocabGuardCallback.trainer",
         "huggingface.VocabGuardCallback.add_to.*",
     ),
-    "commands": ("run.*",),
+    "commands": (
+        "run.*",
+        "coverage.*",
+        "replay.*",
+    ),
     "command_line": (
         "json.explain *: tokens[[]]/emission/*/gone",
         "json.scan *: untrained/*",
         "json.coverage *: named*",
         "json.report *: sources[[]]/echo/copies",
+        "json.coverage *: example*",
+        "json.coverage *: rows/calls_lost",
+        "json.coverage *: rows/chats_*",
+        "json.coverage *: rows/turns_silent",
+        "json.coverage *: source/*",
     ),
     "run": (
         "keys: vocabguard/reference/*",

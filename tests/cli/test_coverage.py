@@ -56,11 +56,11 @@ def test_exit_code_follows_the_threshold_only(data: Path, threshold: float | Non
 def test_notes_tell_what_was_done(data: Path, tmp_path: Path) -> None:
     template = tmp_path / "t.jinja"
     template.write_text(
-        "{{ messages | length }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}",
+        "{{ messages | length }}{{ messages | map(attribute='content') | join('<|end|>') }}",
         encoding="utf-8",
     )
     result = run(data, "--chat-template", template, "--max-length", 4)
     assert "does not mark the assistant's tokens" in result.stdout
-    assert "not prefix-preserving: 3 turns were found by their text" in result.stdout
+    assert "does not show where turns begin: 3 turns were found by their text" in result.stdout
     assert "3 rows are cut off at 4 tokens." in result.stdout
     assert "3 rows ask for nothing." in result.stdout

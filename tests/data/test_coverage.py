@@ -201,14 +201,23 @@ def test_saved_truncation_and_padding_are_not_used(tokenizer: Any) -> None:
 
 
 def test_a_template_that_rewrites_earlier_turns(tokenizer: Any) -> None:
-    """Earlier answers lose their thoughts, so the renderings are no prefixes; the turns are found all the same."""
+    """Earlier answers lose their thoughts, so the renderings are no prefixes; each turn is found all the same."""
     own = with_template(tokenizer, FORGETFUL)
     encoder = TargetEncoder(own)
     said = [("user", "Hello ok."), ("assistant", "ok."), ("user", "ok."), ("assistant", " Hello ")]
     row = encoder.encode([Chat("here", [{"role": role, "content": text} for role, text in said])])[0]
     targets = tokenizer.decode([i for i, asked in zip(row.ids, row.target, strict=True) if asked])
     assert targets == "ok.<|end|><think>thoughts</think>Hello<|end|>"
-    assert (encoder.renderer.tally.exact, encoder.renderer.tally.by_text) == (1, 1)
+    assert (encoder.renderer.tally.exact, encoder.renderer.tally.by_text) == (2, 0)
+
+
+def test_a_template_without_a_loop_has_its_turns_found_by_text(tokenizer: Any) -> None:
+    own = with_template(tokenizer, "{{ messages | length }}{{ messages | map(attribute='content') | join('<|end|>') }}")
+    encoder = TargetEncoder(own)
+    said = [("user", "Hello ok."), ("assistant", "there"), ("user", "ok."), ("assistant", "fine")]
+    row = encoder.encode([Chat("here", [{"role": role, "content": text} for role, text in said])])[0]
+    assert tokenizer.decode([i for i, asked in zip(row.ids, row.target, strict=True) if asked]) == "therefine"
+    assert (encoder.renderer.tally.exact, encoder.renderer.tally.by_text) == (0, 2)
 
 
 def test_a_turn_that_the_template_drops_counts_as_missing(tokenizer: Any, table: Any) -> None:

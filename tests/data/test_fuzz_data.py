@@ -61,6 +61,17 @@ LINES: dict[str, str | bytes] = {
     "tools is a number": GOOD[:-2] + ', "tools": 3}\n',
     "tools is broken": GOOD[:-2] + ', "tools": "[{"}\n',
     "options is a list": GOOD[:-2] + ', "chat_template_kwargs": []}\n',
+    "unknown role": '{"messages": [{"role": "oracle", "content": "Hi"}]}\n',
+    "ids are texts": '{"input_ids": ["a"]}\n',
+    "ids are negative": '{"input_ids": [-1, 5]}\n',
+    "ids are of another tokenizer": '{"input_ids": [5, 1000000]}\n',
+    "ids are huge": '{"input_ids": [5, 99999999999999999999]}\n',
+    "labels are shorter": '{"input_ids": [5, 6], "labels": [6]}\n',
+    "labels are shifted": '{"input_ids": [5, 6, 7], "labels": [6, 7, -100]}\n',
+    "pairs without a prompt": '{"chosen": "a", "rejected": "b"}\n',
+    "pairs with nothing in common": '{"chosen": [{"role": "user", "content": "a"}], '
+    '"rejected": [{"role": "user", "content": "b"}]}\n',
+    "answer is a list": '{"question": "a", "answer": ["b"]}\n',
     "latin-1": '{"text": "Größe"}\n'.encode("latin-1"),
     "utf-16": GOOD.encode("utf-16"),
     "garbage": Random(0).randbytes(5000),
@@ -87,7 +98,18 @@ FILES: dict[str, tuple[str, str | bytes]] = {
     "parquet garbage": ("a.parquet", b"PAR1" + Random(3).randbytes(500) + b"PAR1"),
     "parquet text": ("a.parquet", GOOD),
     "parquet packed": ("a.parquet.gz", b""),
-    "unknown ending": ("a.csv", "text\nhello\n"),
+    "unknown ending": ("a.xlsx", "text\nhello\n"),
+    "csv without a column": ("a.csv", "title,body\na,b\n"),
+    "csv with too few values": ("a.csv", "text,more\nhello\n"),
+    "csv with an open quote": ("a.csv", 'text\n"hello\n'),
+    "csv latin-1": ("a.csv", "text\nGröße\n".encode("latin-1")),
+    "empty csv": ("a.tsv", ""),
+    "not zst": ("a.jsonl.zst", GOOD),
+    "cut zst": ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x04\x00\x00"),
+    "not xz": ("a.jsonl.xz", GOOD),
+    "not bz2": ("a.jsonl.bz2", GOOD),
+    "arrow garbage": ("a.arrow", b"ARROW1" + Random(5).randbytes(300)),
+    "empty arrow": ("a.arrow", b""),
     "no ending": ("data", GOOD),
 }
 
@@ -137,7 +159,7 @@ def test_lines(case: str, tmp_path: Path, shared: Any, monkeypatch: Any, capsys:
 @pytest.mark.parametrize("case", FILES)
 def test_files(case: str, tmp_path: Path, shared: Any, monkeypatch: Any, capsys: Any) -> None:
     name, content = FILES[case]
-    if "parquet" in name:
+    if "parquet" in name or "arrow" in name or "zst" in name:
         pytest.importorskip("pyarrow")
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -148,7 +170,7 @@ def test_files(case: str, tmp_path: Path, shared: Any, monkeypatch: Any, capsys:
 def test_corpora(case: str, tmp_path: Path, shared: Any, monkeypatch: Any, capsys: Any) -> None:
     """The same for ``replay``, which leaves no half-written file behind."""
     name, content = FILES.get(case) or ("data.jsonl", LINES[case])
-    if "parquet" in name:
+    if "parquet" in name or "arrow" in name or "zst" in name:
         pytest.importorskip("pyarrow")
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -7,17 +7,8 @@ from typing import Any
 
 import pytest
 
-from vocabguard.data.readers import (
-    _JSON_CHUNK,
-    Chat,
-    Completion,
-    DataError,
-    Example,
-    Text,
-    data_files,
-    read_examples,
-    rows_of,
-)
+from vocabguard.data.readers import Chat, Completion, DataError, Example, Text, data_files, read_examples, rows_of
+from vocabguard.data.tables import _JSON_CHUNK
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Grüß dich\u2028!"}]
 ROWS: dict[str, list[dict[str, Any]]] = {

@@ -34,6 +34,7 @@ from vocabguard.compare.scan import Scan, scan
 from vocabguard.compare.trial import require_readable, try_tokenizer
 from vocabguard.config import ProbeConfig
 from vocabguard.data.counts import read_counts
+from vocabguard.data.readers import KINDS
 from vocabguard.files import kind_of, one_line, read_text
 from vocabguard.measure.probe import PromptContext
 from vocabguard.protect.prompts import render_pool
@@ -49,6 +50,12 @@ HeadKey = Annotated[str | None, typer.Option("--head", help="Name of the output 
 EmbeddingKey = Annotated[str | None, typer.Option("--embedding", help="Name of the input rows' tensor.")]
 Coverage = Annotated[str | None, typer.Option(help="Targets of the training data, from `vocabguard coverage`.")]
 Run = Annotated[str | None, typer.Option(help="Run folder of the guarded training: its counts of targets.")]
+DataKind = Annotated[
+    str | None, typer.Option("--kind", help=f"Format of the rows, if their columns do not tell: {', '.join(KINDS)}.")
+]
+Roles = Annotated[
+    list[str] | None, typer.Option("--role", help="NAME=ROLE: a role of the data and what it is, e.g. bot=assistant.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 # Blank cells that come with each column, and the one that closes the table.
@@ -108,6 +115,21 @@ def check_new_file(option: str, path: Path, inputs: Iterable[str | Path] = ()) -
         raise InputError(f"{option} {str(path)!r}: cannot be written ({error})") from error
     if lost:
         raise InputError(f"{option} {path}: is read here, and would be lost; allowed: another file")
+
+
+def read_roles(given: Sequence[str] | None) -> dict[str, str]:
+    """The roles of ``--role NAME=ROLE``, by name.
+
+    Raises:
+        InputError: for another form.
+    """
+    found = {}
+    for item in given or ():
+        name, sign, role = item.partition("=")
+        if not (name and sign and role):
+            raise InputError(f"--role is {item!r}; allowed: NAME=ROLE, e.g. bot=assistant")
+        found[name] = role
+    return found
 
 
 def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:

@@ -12,21 +12,26 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from vocabguard.cli.app import InputError
 from vocabguard.cli.common import (
     MOST_TOKENS,
     Column,
+    DataKind,
     Grid,
+    Roles,
     check_most,
     check_new_file,
     check_threshold,
     load_tokenizer,
+    read_roles,
     row_progress,
 )
-from vocabguard.data.coverage import Coverage, at_risk, coverage_totals, group_rows, measure_coverage
+from vocabguard.data.coverage import Coverage, RowTally, at_risk, coverage_totals, group_rows, measure_coverage
 from vocabguard.data.named import added_tokens, end_tokens, named_sentences, shared_padding
 from vocabguard.data.readers import data_files, read_examples
+from vocabguard.data.tables import DataFile, RowShard
 from vocabguard.files import one_line
 from vocabguard.results import EXPOSURE_CLASSES
 from vocabguard.text import percent, visible
@@ -34,19 +39,36 @@ from vocabguard.vocabulary.table import VocabTable, build_table, resolve_token
 
 _PARALLEL_FROM = 2**26  # bytes of data from which starting processes, some seconds each, pays
 _MOST_WORKERS = 8
+_PIECES, _PIECE = 12, 400  # parts of the row that is shown, and characters of each
 # What may be asked for.
 _WORKERS, _EPOCHS = 256, 1_000_000
 
 
+Trainers = Annotated[
+    str,
+    typer.Option(
+        help="Whose rules where the chat template marks no targets: trl (its training template, where TRL is "
+        "installed) or transformers (always the tokenizer's own)."
+    ),
+]
+
+
 def coverage(
     tokenizer: Annotated[str, typer.Argument(help="Tokenizer: a folder, or a name on the Hugging Face hub.")],
-    data: Annotated[list[str], typer.Argument(help="Data files, folders of them, glob patterns.")],
-    kind: Annotated[str | None, typer.Option(help="messages, completion or text, where columns leave it open.")] = None,
+    data: Annotated[
+        list[str], typer.Argument(help="Data files, folders of them, glob patterns, addresses that fsspec knows.")
+    ],
+    kind: DataKind = None,
     column: Annotated[
         list[str] | None, typer.Option(help="Name of the column; give it twice for prompt and completion.")
     ] = None,
+    role: Roles = None,
     loss: Annotated[str, typer.Option(help="Targets: assistant, completion or all.")] = "assistant",
+    trainer: Trainers = "trl",
     eos: Annotated[bool, typer.Option(help="Texts and text completions end with the EOS token.")] = True,
+    shard: Annotated[
+        str, typer.Option(help="I/N: count the I-th of N parts of the rows; see `coverage merge`.")
+    ] = "1/1",
     max_length: Annotated[int | None, typer.Option(help="Tokens of a row; the rest is cut off.")] = None,
     chat_template: Annotated[Path | None, typer.Option(help="File with another chat template.")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the data; multiplies the counts.")] = 1,
@@ -67,16 +89,21 @@ def coverage(
     Exit code 0: fine; 1: a larger share than the threshold allows; 2: bad input.
     """
     _check_ranges(threshold, top, workers, epochs, max_length)
+    roles, part = read_roles(role), _shard(shard)
     loaded = load_tokenizer(tokenizer, chat_template)
     try:
         table = build_table(loaded, 1 + max(loaded.get_vocab().values(), default=-1))
         watched = [resolve_token(loaded, int(item) if item.isdigit() else item, len(table)) for item in watch or ()]
         files = data_files(data)
         if out is not None:
-            check_new_file("--out", out, files)
+            check_new_file("--out", out, [file for file in files if isinstance(file, Path)])
+        examples = read_examples(
+            files, kind=kind, columns=column or (), roles=roles, chats=bool(loaded.chat_template), shard=part,  # type: ignore[arg-type]
+            blocks=True,
+        )  # fmt: skip
         with row_progress() as advance:
             result = measure_coverage(
-                read_examples(files, kind=kind, columns=column or ()),  # type: ignore[arg-type]
+                examples,
                 loaded,
                 table,
                 name=tokenizer,
@@ -84,6 +111,7 @@ def coverage(
                 loss=loss,  # type: ignore[arg-type]
                 eos=eos,
                 max_length=max_length,
+                trainer=trainer,  # type: ignore[arg-type]
                 epochs=epochs,
                 workers=workers or _workers_for(files),
                 progress=advance,
@@ -107,8 +135,17 @@ def _check_ranges(threshold: float | None, top: int, workers: int, epochs: int, 
             raise InputError(f"{name} is {value}; allowed: 0 or more")
 
 
-def _workers_for(files: list[Path]) -> int:
-    size = sum(part.stat().st_size for file in files for part in ([file] if file.is_file() else file.rglob("*.arrow")))
+def _shard(text: str) -> RowShard:
+    index, _, count = text.partition("/")
+    try:
+        return RowShard(int(index), int(count))
+    except ValueError as error:
+        raise InputError(f"--shard is {text!r}; allowed: I/N, 1/N to N/N") from error
+
+
+def _workers_for(files: Sequence[DataFile]) -> int:
+    local = [file for file in files if isinstance(file, Path)]
+    size = sum(part.stat().st_size for file in local for part in ([file] if file.is_file() else file.rglob("*.arrow")))
     return min(_MOST_WORKERS, os.cpu_count() or 1) if size >= _PARALLEL_FROM else 1
 
 
@@ -162,7 +199,8 @@ def _as_json(result: Coverage, table: VocabTable, shown: tuple[int, ...], watche
         **coverage_totals(result),
         "groups": groups,
         "rows": asdict(result.tally),
-        "source": asdict(result.source),
+        "source": {name: told for name, told in asdict(result.source).items() if name != "example"},
+        "example": [{"text": text, "target": asked} for text, asked in result.source.example],
         "watched": tokens[:watched],
         "at_risk": tokens[watched:],
     }
@@ -180,6 +218,9 @@ def _print(
     console.print(f"Of {numbers['live']:,} live tokens {never} are never a target.")
     for note in (*_notes(result), *named):
         console.print(note, markup=False)
+    if result.source.example:
+        console.print("A row as it is counted; targets stand between ⟦ and ⟧:", style="bold")
+        console.print(_marked(result.source.example), markup=False)
     console.print(_group_table(result))
     if watched:
         console.print("watched tokens", style="bold")
@@ -192,19 +233,68 @@ def _print(
 
 
 def _notes(result: Coverage) -> list[str]:
-    tally, notes = result.tally, []
-    if tally.turns_exact + tally.turns_by_text + tally.turns_missing:
-        notes.append("The chat template does not mark the assistant's tokens; its turns were found by rendering.")
-    if tally.turns_by_text or tally.turns_missing:
+    tally = result.tally
+    notes = [f"Read as {kind}." for kind in result.source.kinds]
+    notes += [f"{note[:1].upper()}{note[1:]}." for note in result.source.notes]
+    notes += _template_notes(tally)
+    if tally.turns_silent:
         notes.append(
-            f"It is not prefix-preserving: {tally.turns_by_text:,} turns were found by their text, "
-            f"{tally.turns_missing:,} not at all and count as no target."
+            f"{tally.turns_silent:,} turns with weight 0 or train false count as no target, as at OpenAI and in "
+            "axolotl; TRL does not know these keys and trains on them."
+        )
+    if tally.calls_lost:
+        notes.append(
+            f"{tally.calls_lost:,} turns have tool calls that the chat template does not write: they count as no "
+            "target. --chat-template takes one that writes them."
         )
     if tally.cut:
         notes.append(f"{tally.cut:,} rows are cut off at {result.source.max_length:,} tokens.")
     if tally.without_targets:
         notes.append(f"{tally.without_targets:,} rows ask for nothing.")
     return notes
+
+
+def _template_notes(tally: RowTally) -> list[str]:
+    """How the assistant's words were found: exactly as a trainer does, or not."""
+    notes = []
+    if tally.chats_marked:
+        notes.append(
+            f"The chat template marks the assistant's tokens ({tally.chats_marked:,} conversations): exact, as TRL and "
+            "transformers mask them."
+        )
+    if tally.chats_trl:
+        notes.append(
+            f"TRL's training template stands in for the tokenizer's own ({tally.chats_trl:,} conversations), as in "
+            "SFTTrainer(assistant_only_loss=True): exact for TRL. --trainer transformers takes the own one."
+        )
+    if tally.turns_exact + tally.turns_by_text + tally.turns_missing:
+        notes.append(
+            "The chat template does not mark the assistant's tokens; its turns were found by rendering. TRL knows no "
+            "training template for it or was not asked, so that its targets may differ: compare the row below."
+        )
+    if tally.turns_by_text or tally.turns_missing:
+        notes.append(
+            f"It does not show where turns begin: {tally.turns_by_text:,} turns were found by their text, "
+            f"{tally.turns_missing:,} not at all and count as no target."
+        )
+    return notes
+
+
+def _marked(example: Sequence[tuple[str, bool]]) -> Text:
+    """A row with its targets marked, shortened in the middle of long pieces."""
+    text = Text()
+    for piece, asked in example[:_PIECES]:
+        short = piece if len(piece) <= _PIECE else f"{piece[: _PIECE // 2]} [...] {piece[-_PIECE // 2 :]}"
+        shown = _printable(short)
+        text.append(f"\u27e6{shown}\u27e7" if asked else shown, style="bold" if asked else "dim")
+    if len(example) > _PIECES:
+        text.append(f" [... {len(example) - _PIECES:,} more parts]", style="dim")
+    return text
+
+
+def _printable(text: str) -> str:
+    """A text without control characters but line ends."""
+    return "".join(one if one == "\n" or one.isprintable() else f"\\x{ord(one):02x}" for one in text)
 
 
 def _group_table(result: Coverage) -> Grid:

@@ -18,16 +18,19 @@ from vocabguard.cli.common import (
     MOST_TARGETS,
     MOST_TOKENS,
     Column,
+    DataKind,
     Grid,
+    Roles,
     check_most,
     check_new_file,
     check_threshold,
     load_tokenizer,
+    read_roles,
     row_progress,
 )
 from vocabguard.data.coverage import load_coverage, vocabulary_hash
 from vocabguard.data.encode import TargetEncoder
-from vocabguard.data.readers import Chat, Completion, Example, Text, data_files, read_examples
+from vocabguard.data.readers import Completion, Example, Preference, Text, TokenRows, data_files, read_examples
 from vocabguard.data.replay import Replay, count_targets_in, find_replay, needed_targets, written_rows
 from vocabguard.files import one_line, replacing, write_lines
 from vocabguard.text import percent
@@ -44,8 +47,9 @@ def replay(
         Path | None, typer.Option(help="File of `vocabguard coverage`: only what it lacks is needed.")
     ] = None,
     targets: Annotated[int, typer.Option(help="Targets wanted for each live token.")] = 20,
-    kind: Annotated[str | None, typer.Option(help="messages, completion or text, where columns leave it open.")] = None,
+    kind: DataKind = None,
     column: Annotated[list[str] | None, typer.Option(help="Name of the column.")] = None,
+    role: Roles = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a row; the rest does not count.")] = None,
     pool: Annotated[int, typer.Option(help="Candidates to keep, in times the need: more gives fewer rows.")] = 8,
     threshold: Annotated[
@@ -59,21 +63,23 @@ def replay(
     """
     check_threshold(threshold)
     check_most(("--targets", targets, MOST_TARGETS), ("--max-length", max_length, MOST_TOKENS), ("--pool", pool, _POOL))
+    roles = read_roles(role)
     loaded = load_tokenizer(tokenizer)
     try:
         table = build_table(loaded, 1 + max(loaded.get_vocab().values()))
         need = needed_targets(table.live, targets, _targets_of(coverage, loaded))
         encoder = TargetEncoder(loaded, max_length=max_length)
         files = data_files(corpus)
-        check_new_file("--out", out, files)
+        check_new_file("--out", out, [file for file in files if isinstance(file, Path)])
 
         def read() -> Iterator[Example]:
-            return read_examples(files, kind=kind, columns=column or ())  # type: ignore[arg-type]
+            chats = bool(loaded.chat_template)
+            return iter(read_examples(files, kind=kind, columns=column or (), roles=roles, chats=chats))  # type: ignore[arg-type]
 
         with row_progress() as advance:
             found = find_replay(read, encoder, need, pool=pool, progress=advance)
         _write(out, written_rows(read, found.chosen))
-        told = _verified(found, read_examples([out]), encoder, table, out)
+        told = _verified(found, iter(read_examples([out])), encoder, table, out)
     except (ValueError, OSError) as error:
         raise InputError(one_line(error, 2000)) from error
     if as_json:
@@ -139,11 +145,16 @@ def _line(example: Example) -> str:
 def _row(example: Example) -> dict[str, Any]:
     if isinstance(example, Text):
         return {"text": example.text}
+    if isinstance(example, TokenRows):
+        labels = [one if asked else -100 for one, asked in zip(example.ids.tolist(), example.target, strict=True)]
+        return {"input_ids": example.ids.tolist(), "labels": labels}
     if isinstance(example, Completion):
         row: dict[str, Any] = {"prompt": example.prompt, "completion": example.completion}
+    elif isinstance(example, Preference):
+        row = {"prompt": example.prompt, "chosen": example.chosen, "rejected": example.rejected}
     else:
         row = {"messages": example.turns}
-    options = dict(example.options) if isinstance(example, (Chat, Completion)) else {}
+    options = dict(example.options)
     tools = options.pop("tools", None)
     return {**row, **({"tools": tools} if tools else {}), **({"chat_template_kwargs": options} if options else {})}
 

@@ -7,6 +7,7 @@ and what they were counted from as JSON in the metadata's ``coverage``.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,8 +26,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vocabguard.data.encode import Batch, Loss, Source, TargetEncoder, TurnTally
-from vocabguard.data.readers import Example, in_chunks
+from vocabguard.data.encode import Batch, Loss, Source, TargetEncoder
+from vocabguard.data.readers import Example, Examples, Text, TokenRows
+from vocabguard.data.render import Trainer, TurnTally
+from vocabguard.data.roles import ROLES, UnknownRoleError
+from vocabguard.data.tables import DataError
 from vocabguard.files import one_line, require_regular, write_file
 from vocabguard.measure.exposure import CLASS_STARTS, exposure_classes
 from vocabguard.results import EXPOSURE_CLASSES
@@ -36,7 +40,11 @@ SCHEMA = 1
 """Version of the file's layout; a newer one is refused."""
 
 CHUNK = 512
-"""Examples that are encoded at once."""
+"""Examples that are encoded at once, fewer where they are long."""
+
+_LONG = 2**21  # characters, or token ids, that are encoded at once
+_READ_ON = 1_000_000  # rows that are read on for a full list of unknown roles
+_SHOWN = 20  # rows among which one with targets is looked for, to be shown
 
 _VECTORS = {"data_target": torch.int64, "inputs": torch.int64, "group": torch.uint8, "live": torch.bool}
 _WORKER: list[TargetEncoder] = []
@@ -54,6 +62,11 @@ class CoverageSource:
         max_length: tokens of a row, or None.
         epochs: the counts are those of so many passes.
         groups: names of the script groups, in the order of ``group``.
+        trainer: whose rules for conversations without marks; empty in files of older versions, as what follows.
+        template: SHA-256 of the tokenizer's chat templates, and of TRL's where that was used.
+        kinds: what the rows were read as.
+        notes: what else was done with them.
+        example: a row as the model reads it, in pieces, each with whether it is a target.
     """
 
     tokenizer: str
@@ -64,6 +77,11 @@ class CoverageSource:
     max_length: int | None
     epochs: int
     groups: tuple[str, ...]
+    trainer: str = ""
+    template: str = ""
+    kinds: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    example: tuple[tuple[str, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +94,10 @@ class RowTally:
         turns_exact: assistant turns found exactly, where the template does not mark them; see `TurnTally`.
         turns_by_text: found by their text.
         turns_missing: not found, so that they count as no target.
+        turns_silent: out of the loss by ``weight: 0`` or ``train: false``.
+        chats_marked: conversations whose template marks the assistant's text.
+        chats_trl: conversations encoded with TRL's training template.
+        calls_lost: turns whose tool calls the template does not write.
     """
 
     rows: int = 0
@@ -84,6 +106,10 @@ class RowTally:
     turns_exact: int = 0
     turns_by_text: int = 0
     turns_missing: int = 0
+    turns_silent: int = 0
+    chats_marked: int = 0
+    chats_trl: int = 0
+    calls_lost: int = 0
 
     def __add__(self, other: RowTally) -> RowTally:
         return RowTally(*(getattr(self, spec.name) + getattr(other, spec.name) for spec in fields(self)))
@@ -133,9 +159,12 @@ class Coverage:
         Raises:
             OSError: if it cannot be written.
         """
-        told = {"schema": SCHEMA, "tally": asdict(self.tally), **asdict(self.source)}
+        # What is new since the first version has an entry of its own, for that version to read these files too.
+        both = [_parted(asdict(part)) for part in (self.source, self.tally)]
+        (told, more), (tally, more_tally) = both
+        metadata = {"coverage": {"schema": SCHEMA, "tally": tally, **told}, "more": {"tally": more_tally, **more}}
         vectors = {name: getattr(self, name).contiguous() for name in _VECTORS}
-        content = safetensors.torch.save(vectors, metadata={"coverage": json.dumps(told)})
+        content = safetensors.torch.save(vectors, metadata={key: json.dumps(part) for key, part in metadata.items()})
         write_file(path, content)
 
 
@@ -147,12 +176,16 @@ def load_coverage(path: str | Path) -> Coverage:
     """
     try:
         with safe_open(str(require_regular(path)), framework="pt") as file:
-            told = json.loads((file.metadata() or {})["coverage"])
+            metadata = file.metadata() or {}
+            told, more = json.loads(metadata["coverage"]), json.loads(metadata.get("more", "{}"))
             if told.pop("schema") != SCHEMA:
                 raise ValueError(f"{path}: is of another schema; this version of vocabguard reads schema {SCHEMA}")
             vectors = {name: file.get_tensor(name) for name in _VECTORS}
-        tally = RowTally(**told.pop("tally"))
+        tally = RowTally(**told.pop("tally"), **more.pop("tally", {}))
+        told |= more
         lists: dict[str, Any] = {key: tuple(value) for key, value in told.items() if isinstance(value, list)}
+        if "example" in lists:
+            lists["example"] = tuple((str(text), bool(asked)) for text, asked in lists["example"])
         source = CoverageSource(**{**told, **lists})
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(
@@ -165,6 +198,14 @@ def load_coverage(path: str | Path) -> Coverage:
     return Coverage(**vectors, tally=tally, source=source)
 
 
+_MORE = ("trainer", "template", "kinds", "notes", "example", "turns_silent", "chats_marked", "chats_trl", "calls_lost")
+
+
+def _parted(told: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the first version of the file knew, and what is new."""
+    return {k: v for k, v in told.items() if k not in _MORE}, {k: v for k, v in told.items() if k in _MORE}
+
+
 def vocabulary_hash(tokenizer: Any) -> str:
     """SHA-256 of a tokenizer's pieces and ids: two with the same one number their tokens alike."""
     pieces = sorted((index, piece) for piece, index in tokenizer.get_vocab().items())
@@ -174,7 +215,7 @@ def vocabulary_hash(tokenizer: Any) -> str:
 def measure_coverage(
     examples: Iterable[Example], tokenizer: Any, table: VocabTable, *, name: str = "", files: Sequence[str] = (),
     loss: Loss = "assistant", eos: bool = True, max_length: int | None = None, epochs: int = 1, workers: int = 1,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] | None = None, trainer: Trainer = "trl",
 ) -> Coverage:  # fmt: skip
     """Count targets and inputs of all examples.
 
@@ -183,7 +224,7 @@ def measure_coverage(
         table: of the same tokenizer.
         name: of the tokenizer, kept with the counts.
         files: names of the data files, kept with the counts.
-        loss, eos, max_length: see `TargetEncoder`.
+        loss, eos, max_length, trainer: see `TargetEncoder`.
         epochs: the counts are multiplied by it.
         workers: processes that encode; 1 is this one, with the tokenizer's own threads.
         progress: gets the rows of each chunk that is done.
@@ -195,32 +236,53 @@ def measure_coverage(
     for label, value in (("epochs", epochs), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{label} is {value}; allowed: at least 1")
-    options = {"loss": loss, "eos": eos, "max_length": max_length}
-    counts = np.zeros((2, len(table)), dtype=np.int64)
-    tally = RowTally()
-    for ids, found, rows in _counted(examples, tokenizer, options, workers):
-        counts[:, ids] += found
-        tally += rows
-        if progress is not None:
-            progress(rows.rows)
+    options: dict[str, Any] = {"loss": loss, "eos": eos, "max_length": max_length, "trainer": trainer}
+    encoder = TargetEncoder(tokenizer, **options)  # wrong options are refused here, not in a worker that then breaks
+    counts, tally, example = np.zeros((2, len(table)), dtype=np.int64), RowTally(), ShownRow(tokenizer, encoder)
+    remaining = iter(examples)
+    try:
+        for found in _counted(example.seen(remaining), tokenizer, options, encoder, workers):
+            found.add_to(counts)
+            tally += found.rows
+            if progress is not None:
+                progress(found.rows.rows)
+    except UnknownRoleError as error:
+        raise _all_unknown(error, examples, remaining) from error
     if not tally.rows:
         raise ValueError(f"no rows in {', '.join(files) or 'the data'}; there is nothing to count")
     both = torch.from_numpy(counts) * epochs
-    source = CoverageSource(name, vocabulary_hash(tokenizer), tuple(files), loss, eos, max_length, epochs, table.names)
+    kinds, notes = _reading(examples)
+    source = CoverageSource(
+        name, vocabulary_hash(tokenizer), tuple(files), loss, eos, max_length, epochs, table.names, trainer,
+        encoder.renderer.identity(tally.chats_trl > 0), kinds, notes, example.pieces,
+    )  # fmt: skip
     return Coverage(both[0].clone(), both[1].clone(), table.group, table.live, tally, source)
 
 
-_Counted = tuple[NDArray[np.int64], NDArray[np.int64], RowTally]
-
-
-def count_rows(encoder: TargetEncoder, examples: Sequence[Example]) -> _Counted:
+@dataclass(frozen=True, eq=False)
+class Counted:
     """Counts of a few examples.
+
+    Attributes:
+        ids: (n,) int64, those that occur.
+        counts: (2, n) int64, how often each is a target and an input.
+        rows: what was counted.
+    """
+
+    ids: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    rows: RowTally
+
+    def add_to(self, counts: NDArray[np.int64]) -> None:
+        """Add to (2, V) int64 counts."""
+        counts[:, self.ids] += self.counts
+
+
+def count_rows(encoder: TargetEncoder, examples: Sequence[Example]) -> Counted:
+    """Counts of a few examples: a pure function of them, for `datasets.map(batched=True)` and the like.
 
     Args:
         examples: at least one.
-
-    Returns:
-        (n,) int64 ids that occur; (2, n) int64 how often each is a target and an input; the rows.
 
     Raises:
         DataError: for an example that cannot be used.
@@ -229,32 +291,66 @@ def count_rows(encoder: TargetEncoder, examples: Sequence[Example]) -> _Counted:
     return _count_batches(encoder.batches(sources), encoder.renderer.take_tally())
 
 
-def _count_batches(batches: Sequence[Batch], turns: TurnTally) -> _Counted:
-    """Counts of the batches of a few examples; see `count_rows`."""
-    all_ids = np.concatenate([batch.ids for batch in batches])
-    is_target = np.concatenate([batch.target for batch in batches])
-    ids, place = np.unique(all_ids, return_inverse=True)
-    counts = np.stack([np.bincount(place[is_target], minlength=len(ids)), np.bincount(place, minlength=len(ids))])
-    rows, without = (sum(of) for of in zip(*((len(b.lengths), b.without_targets) for b in batches), strict=True))
+def _count_batches(batches: Sequence[Batch], turns: TurnTally) -> Counted:
+    """Counts of the batches of a few examples."""
+    # Counting into a vector is linear; sorting the ids, as `numpy.unique` does, took as long as the tokenizer.
+    read = sum_counts([np.bincount(batch.ids) for batch in batches])
+    asked = sum_counts([np.bincount(batch.ids[batch.target]) for batch in batches])
+    ids = np.flatnonzero(read)
+    asked = np.append(asked, np.zeros(len(read) - len(asked), dtype=np.int64))
     cut = sum(int(batch.cut.sum()) for batch in batches)
-    return ids, counts, RowTally(rows, without, cut, turns.exact, turns.by_text, turns.missing)
+    rows, without = sum(batch.count for batch in batches), sum(batch.without_targets for batch in batches)
+    tally = RowTally(
+        rows, without, cut, turns.exact, turns.by_text, turns.missing, turns.silent, turns.marked, turns.trl
+    )
+    return Counted(ids, np.stack([asked[ids], read[ids]]), tally)
 
 
-def _counted(examples: Iterable[Example], tokenizer: Any, options: dict[str, Any], workers: int) -> Iterator[_Counted]:
-    chunks = in_chunks(examples, CHUNK)
-    encoder = TargetEncoder(tokenizer, **options)  # wrong options are refused here, not in a worker that then breaks
+def sum_counts(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """The sum of vectors of which some are shorter.
+
+    >>> sum_counts([np.array([1, 2]), np.array([5])]).tolist()
+    [6, 2]
+    """
+    total = np.zeros(max(map(len, parts), default=0), dtype=np.int64)
+    for part in parts:
+        total[: len(part)] += part
+    return total
+
+
+def _counted(
+    examples: Iterable[Example], tokenizer: Any, options: dict[str, Any], encoder: TargetEncoder, workers: int
+) -> Iterator[Counted]:
+    chunks = _chunks(examples)
     if workers == 1:
         return _counted_here(chunks, encoder)
     return _counted_elsewhere(chunks, tokenizer, options, workers)
 
 
-def _counted_here(chunks: Iterable[Sequence[Example]], encoder: TargetEncoder) -> Iterator[_Counted]:
+def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """The examples, so many at a time, and no more than memory has room for."""
+    chunk: list[Example] = []
+    weight = 0
+    for example in examples:
+        chunk.append(example)
+        if isinstance(example, Text):
+            weight += len(example.text)
+        elif isinstance(example, TokenRows):
+            weight += len(example.ids)
+        if len(chunk) >= CHUNK or weight >= _LONG:
+            yield chunk
+            chunk, weight = [], 0
+    if chunk:
+        yield chunk
+
+
+def _counted_here(chunks: Iterable[Sequence[Example]], encoder: TargetEncoder) -> Iterator[Counted]:
     """Chat templates are rendered here while a thread has the tokenizer, which lets go of Python's lock."""
 
-    def count(sources: Sequence[Source], turns: TurnTally) -> _Counted:
+    def count(sources: Sequence[Source | TokenRows], turns: TurnTally) -> Counted:
         return _count_batches(encoder.batches(sources), turns)
 
-    def submitted(pool: ThreadPoolExecutor) -> Iterator[Future[_Counted]]:
+    def submitted(pool: ThreadPoolExecutor) -> Iterator[Future[Counted]]:
         for chunk in chunks:
             sources = encoder.render(chunk)
             yield pool.submit(count, sources, encoder.renderer.take_tally())
@@ -265,7 +361,7 @@ def _counted_here(chunks: Iterable[Sequence[Example]], encoder: TargetEncoder) -
 
 def _counted_elsewhere(
     chunks: Iterable[Sequence[Example]], tokenizer: Any, options: dict[str, Any], workers: int
-) -> Iterator[_Counted]:
+) -> Iterator[Counted]:
     # Forked children of a process with running threads may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, options)) as pool:
@@ -277,9 +373,9 @@ def _counted_elsewhere(
             pool.shutdown(cancel_futures=True)
 
 
-def _in_order(futures: Iterable[Future[_Counted]], most: int) -> Iterator[_Counted]:
+def _in_order(futures: Iterable[Future[Counted]], most: int) -> Iterator[Counted]:
     """Results in order, of which so many may be on their way: the data need not fit in memory."""
-    waiting: deque[Future[_Counted]] = deque()
+    waiting: deque[Future[Counted]] = deque()
     for future in futures:
         waiting.append(future)
         if len(waiting) > most:
@@ -293,8 +389,79 @@ def _start_worker(tokenizer: Any, options: dict[str, Any]) -> None:
     _WORKER.append(TargetEncoder(tokenizer, **options))
 
 
-def _count_in_worker(examples: Sequence[Example]) -> _Counted:
+def _count_in_worker(examples: Sequence[Example]) -> Counted:
     return count_rows(_WORKER[0], examples)
+
+
+class ShownRow:
+    """A row in words, for people to see what is counted as a target.
+
+    Attributes:
+        pieces: of the first row that has targets among the first few, or of the first: text, and whether it is one.
+    """
+
+    def __init__(self, tokenizer: Any, encoder: TargetEncoder) -> None:
+        self.pieces: tuple[tuple[str, bool], ...] = ()
+        self._tokenizer, self._encoder, self._looked = tokenizer, encoder, 0
+
+    def seen(self, examples: Iterable[Example]) -> Iterator[Example]:
+        """The same examples, of which the first are looked at."""
+        for example in examples:
+            if self._looked < _SHOWN:
+                self._look(example)
+            yield example
+
+    def _look(self, example: Example) -> None:
+        self._looked += 1
+        try:
+            row = next(iter(self._encoder.encode([_first_row(example)])))
+        except DataError:  # it is refused where it is counted
+            return
+        finally:
+            self._encoder.renderer.take_tally()
+        if row.target.any():
+            self._looked = _SHOWN
+        elif self.pieces:
+            return
+        edges = [0, *(np.flatnonzero(np.diff(row.target)) + 1).tolist(), len(row.ids)]
+        self.pieces = tuple(
+            (self._tokenizer.decode(row.ids[begin:end].tolist()), bool(row.target[begin]))
+            for begin, end in itertools.pairwise(edges)
+            if end > begin
+        )
+
+
+def _first_row(example: Example) -> Example:
+    if not isinstance(example, TokenRows) or len(example.lengths) < 2:
+        return example
+    end = int(example.lengths[0])
+    return TokenRows(example.place, example.ids[:end], example.target[:end].copy(), example.lengths[:1])
+
+
+def _reading(examples: Iterable[Example]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the rows were read as, and what else was done with them."""
+    if not isinstance(examples, Examples):
+        return (), ()
+    kinds = tuple(f"{kind}{f', {count} files' if count > 1 else ''}" for kind, count in examples.kinds.items())
+    renamed = tuple(
+        f"role {name!r} read as {role!r} in {count:,} turns" for (name, role), count in examples.roles.renamed.items()
+    )
+    if renamed:
+        renamed = (
+            *renamed,
+            "TRL renames no roles: where the names above stand in your data, it renders them as they are",
+        )
+    return kinds, (*renamed, *(f"{note} ({count:,} rows)" for note, count in examples.notes.items()))
+
+
+def _all_unknown(error: UnknownRoleError, examples: Iterable[Example], remaining: Iterator[Example]) -> DataError:
+    """All roles of the data that nobody knows, with their counts."""
+    if not isinstance(examples, Examples):
+        return error
+    rows = sum(1 for _ in itertools.islice(remaining, _READ_ON))
+    counts = ", ".join(f"{r!r} ({n:,} turns)" for r, n in examples.roles.seen.most_common() if r not in ROLES)
+    upto = f" in the first {rows:,} rows" if rows == _READ_ON else ""
+    return DataError(f"{error}. All that are unknown{upto}: {counts}; say what they are, e.g. --role NAME=assistant")
 
 
 AT_RISK = CLASS_STARTS[1]

@@ -1,139 +1,22 @@
 """Training examples as token ids with a mask of targets, as a supervised fine-tuning trainer would make them.
 
-The rules are those of TRL's ``SFTTrainer``, without packing, which changes neither inputs nor targets.
+The rules are those of TRL's ``SFTTrainer``, and of its ``DPOTrainer`` for preference pairs, without packing, which
+changes neither inputs nor targets. `render` says which text of a conversation is the assistant's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, get_args
 
 import numpy as np
-import regex
 from numpy.typing import NDArray
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from vocabguard.data.readers import Chat, Completion, DataError, Example, Text, Turn
+from vocabguard.data.readers import Chat, Completion, DataError, Example, Preference, Text, TokenRows
+from vocabguard.data.render import ChatRenderer, Span, Trainer
 from vocabguard.files import one_line
-
-Span = tuple[int, int]
-"""Characters from the first to before the second."""
-
-_GENERATION = regex.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-@dataclass
-class TurnTally:
-    """How the assistant's turns were found where the template does not mark them.
-
-    Attributes:
-        exact: the renderings with and without the turn differ by it alone.
-        by_text: the template is not prefix-preserving here; the turn was found by its text and what follows it.
-        missing: neither; the turn counts as no target.
-    """
-
-    exact: int = 0
-    by_text: int = 0
-    missing: int = 0
-
-
-class ChatRenderer:
-    """A tokenizer's chat template."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tally = TurnTally()
-        self._tokenizer = tokenizer
-        self._special: dict[str, Any] = dict(tokenizer.special_tokens_map)
-
-    def take_tally(self) -> TurnTally:
-        """How turns were found since the last call."""
-        taken, self.tally = self.tally, TurnTally()
-        return taken
-
-    def text(self, place: str, turns: Sequence[Turn], options: Mapping[str, Any], *, generate: bool = False) -> str:
-        """The conversation as text.
-
-        Args:
-            options: further arguments of the template.
-            generate: end with what comes before an answer of the assistant.
-
-        Raises:
-            DataError: if there is no template, or it fails.
-        """
-        return self._render(place, turns, options, generate, False)[0]
-
-    def assistant_spans(self, place: str, turns: Sequence[Turn], options: Mapping[str, Any]) -> tuple[str, list[Span]]:
-        """The conversation as text, and where the assistant speaks, with what ends its turns.
-
-        A template with ``{% generation %}`` tells itself. Otherwise a turn is what the rendering up to it has more than
-        the rendering of what comes before, with the generation prompt. Where these are no prefixes of the whole (some
-        templates drop the reasoning of earlier turns), the turn's text is looked for, and its end as it would be alone.
-
-        Raises:
-            DataError: if there is no template, or it fails.
-        """
-        if _GENERATION.search(self._template(place, options)):
-            return self._render(place, turns, options, False, True)
-        whole = self.text(place, turns, options)
-        spans: list[Span] = []
-        for number, turn in enumerate(turns):
-            if turn["role"] == "assistant":
-                before = self.text(place, turns[:number], options, generate=True) if number else ""
-                last = number == len(turns) - 1
-                after = whole if last else self.text(place, turns[: number + 1], options)
-                begin = spans[-1][1] if spans else 0
-                span = self._span(whole, before, after, turn, begin)
-                spans += [span] if span else []
-        return whole, spans
-
-    def _span(self, whole: str, before: str, after: str, turn: Turn, begin: int) -> Span | None:
-        if before and after.startswith(before) and whole.startswith(after):
-            self.tally.exact += 1
-            return len(before), len(after)
-        content = turn.get("content")
-        text = content.strip() if isinstance(content, str) else ""
-        at = whole.find(text, len(before) if before and whole.startswith(before) else begin) if text else -1
-        if at < 0:
-            self.tally.missing += 1
-            return None
-        self.tally.by_text += 1
-        start = len(before) if before and whole.startswith(before) else at
-        end, close = at + len(text), after[after.rfind(text) + len(text) :] if text in after else ""
-        return start, end + len(close) * whole.startswith(close, end)
-
-    def _template(self, place: str, options: Mapping[str, Any]) -> str:
-        try:
-            template = self._tokenizer.get_chat_template(None, options.get("tools"))
-        except Exception as error:  # several, by what is missing
-            raise DataError(f"{place}: messages need a chat template, and the tokenizer has none") from error
-        if not isinstance(template, str) or not template:
-            raise DataError(f"{place}: messages need a chat template, and the tokenizer's is empty")
-        return template
-
-    def _render(
-        self, place: str, turns: Sequence[Turn], options: Mapping[str, Any], generate: bool, track: bool
-    ) -> tuple[str, list[Span]]:
-        template = self._template(place, options)
-        try:
-            rendered: Any = render_jinja_template(
-                conversations=[list(turns)],
-                chat_template=template,
-                return_assistant_tokens_mask=track,
-                add_generation_prompt=generate,
-                **{**self._special, **options},
-            )
-        except Exception as error:  # templates are programs of their own and raise what they like
-            raise DataError(f"{place}: the chat template fails on roles {_roles(turns)}: {one_line(error)}") from error
-        texts, spans = rendered
-        return str(texts[0]), [(int(begin), int(end)) for begin, end in spans[0]] if track else []
-
-
-def _roles(turns: Sequence[Turn]) -> str:
-    roles = [str(turn["role"]) for turn in turns]
-    return ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "")
-
 
 Loss = Literal["assistant", "completion", "all"]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
@@ -166,7 +49,7 @@ class Batch:
         target: (T,) bool, see `Encoded`.
         lengths: (n,) int64, tokens of each row.
         cut: (n,) bool, see `Encoded`.
-        order: (n,) int64, which example each row is.
+        order: (n,) int64, which example each row is; -1 for what is read beside it, a rejected answer.
     """
 
     ids: Ids
@@ -179,13 +62,21 @@ class Batch:
     def without_targets(self) -> int:
         """Rows that ask for nothing."""
         row_of = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        return int((np.bincount(row_of[self.target], minlength=len(self.lengths)) == 0).sum())
+        asked = np.bincount(row_of[self.target], minlength=len(self.lengths))
+        return int(((asked == 0) & (self.order >= 0)).sum())
+
+    @property
+    def count(self) -> int:
+        """Rows, without what is read beside them."""
+        return int((self.order >= 0).sum())
 
     def rows(self) -> Iterator[tuple[int, Encoded]]:
         """The rows, each with its place among the examples."""
         edges = np.cumsum(self.lengths)[:-1]
         parts = zip(np.split(self.ids, edges), np.split(self.target, edges), self.cut.tolist(), strict=True)
-        yield from ((place, Encoded(*part)) for place, part in zip(self.order.tolist(), parts, strict=True))
+        for place, part in zip(self.order.tolist(), parts, strict=True):
+            if place >= 0:
+                yield place, Encoded(*part)
 
 
 @dataclass(frozen=True)
@@ -196,6 +87,7 @@ class Source:
         special: whether the tokenizer puts its own special tokens around.
         spans: the targets by characters; None is all of the text.
         prompt: targets begin where the ids of this text end, or part from those of `text`.
+        beside: a rejected answer with its prompt, which is read, and may part from the prompt earlier.
     """
 
     place: str
@@ -203,6 +95,7 @@ class Source:
     special: bool
     spans: list[Span] | None = None
     prompt: str | None = None
+    beside: str | None = None
 
 
 class TargetEncoder:
@@ -211,26 +104,31 @@ class TargetEncoder:
     - Conversations: the assistant's tokens and what ends its turns (``assistant``); only the last such turn, with later
       turns cut off (``completion``); everything (``all``). No end-of-sequence token but the template's own.
     - Prompts with completions: the completion (``assistant``, ``completion``), everything (``all``).
+    - Preference pairs: the chosen answer; the rejected one is read only, since the loss pushes it away.
     - Texts: everything. Texts and completions that are texts get the EOS token if they do not end with it.
+    - Token ids: what their labels ask for.
 
     Args:
         loss: which tokens of conversations and prompts are targets.
         eos: whether texts get the EOS token.
         max_length: tokens of a row; the rest is cut off at the end. None cuts nothing.
+        trainer: whose rules for conversations without marks; see `ChatRenderer`.
 
     Raises:
         ValueError: for another loss, or a `max_length` below 1.
     """
 
     def __init__(
-        self, tokenizer: Any, *, loss: Loss = "assistant", eos: bool = True, max_length: int | None = None
-    ) -> None:
+        self, tokenizer: Any, *, loss: Loss = "assistant", eos: bool = True, max_length: int | None = None,
+        trainer: Trainer = "trl",
+    ) -> None:  # fmt: skip
         if loss not in LOSSES:
             raise ValueError(f"loss is {loss!r}; allowed: {', '.join(LOSSES)}")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length is {max_length}; allowed: at least 1")
-        self.renderer = ChatRenderer(tokenizer)
+        self.renderer = ChatRenderer(tokenizer, trainer)
         self._tokenizer, self._loss, self._max_length = tokenizer, loss, max_length
+        self._size = _ids_of(tokenizer)
         self._eos: str = (tokenizer.eos_token or "") if eos else ""
         self._backend = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
         if self._backend is not None:
@@ -251,7 +149,7 @@ class TargetEncoder:
         found = dict(row for batch in self.batches(self.render(examples)) for row in batch.rows())
         return [found[place] for place in range(len(found))]
 
-    def render(self, examples: Sequence[Example]) -> list[Source]:
+    def render(self, examples: Sequence[Example]) -> list[Source | TokenRows]:
         """The examples as texts: the first half of `encode`, which holds Python's lock.
 
         Raises:
@@ -259,27 +157,52 @@ class TargetEncoder:
         """
         return [self._source(example) for example in examples]
 
-    def batches(self, sources: Sequence[Source]) -> list[Batch]:
+    def batches(self, sources: Sequence[Source | TokenRows]) -> list[Batch]:
         """The texts as ids, in batches that are tokenized alike: the second half, during which other threads can run.
 
         Raises:
-            DataError: for a text that the tokenizer refuses.
+            DataError: for a text that the tokenizer refuses, or an id that is no token's.
         """
-        kinds: dict[tuple[bool, bool], list[int]] = {}
+        kinds: dict[tuple[bool, bool], list[tuple[int, Source]]] = {}
+        tokens: list[tuple[int, TokenRows]] = []
         for place, source in enumerate(sources):
-            kinds.setdefault((source.special, source.spans is not None), []).append(place)
-        return [self._batch([sources[i] for i in places], np.array(places), *kind) for kind, places in kinds.items()]
+            if isinstance(source, TokenRows):
+                tokens.append((place, source))
+            else:
+                kinds.setdefault((source.special, source.spans is not None), []).append((place, source))
+        found = [
+            self._batch([source for _, source in of_kind], np.array([place for place, _ in of_kind]), *kind)
+            for kind, of_kind in kinds.items()
+        ]
+        if any(source.beside is not None for of_kind in kinds.values() for _, source in of_kind):
+            found.append(self._beside([source for of_kind in kinds.values() for _, source in of_kind]))
+        return [*found, *([self._token_batch(tokens)] if tokens else [])]
 
-    def _source(self, example: Example) -> Source:
+    def _source(self, example: Example) -> Source | TokenRows:
+        if isinstance(example, TokenRows):
+            return example
         if isinstance(example, Text):
             return Source(example.place, self._ended(example.text), special=True)
         if isinstance(example, Chat):
             return self._chat(example)
+        if isinstance(example, Preference):
+            return self._pair(example)
         prompt, completion = example.prompt, example.completion
         if isinstance(prompt, str) and isinstance(completion, str):
             whole = self._ended(prompt + completion)
             return Source(example.place, whole, special=True, prompt=None if self._loss == "all" else prompt)
         return self._answer(example)
+
+    def _pair(self, pair: Preference) -> Source:
+        """The chosen answer as a completion; TRL's ``DPOTrainer`` has no loss on prompts, whatever `loss`."""
+        if isinstance(pair.prompt, str) and isinstance(pair.chosen, str) and isinstance(pair.rejected, str):
+            chosen, rejected = (self._ended(pair.prompt + text) for text in (pair.chosen, pair.rejected))
+            return Source(pair.place, chosen, special=True, prompt=pair.prompt, beside=rejected)
+        prompt, *both = (list(part) for part in (pair.prompt, pair.chosen, pair.rejected))
+        texts = (self.renderer.text(pair.place, prompt + part, pair.options) for part in both)  # type: ignore[arg-type]
+        chosen, rejected = texts
+        before = self.renderer.text(pair.place, prompt, pair.options, generate=True)  # type: ignore[arg-type]
+        return Source(pair.place, chosen, special=False, prompt=before, beside=rejected)
 
     def _chat(self, chat: Chat) -> Source:
         if self._loss == "all":
@@ -314,11 +237,41 @@ class TargetEncoder:
             target = np.concatenate([self._by_prefixes(source, row) for source, row in rows])
         else:
             target = self._after_prompts(sources, ids, lengths, special)
+        return self._cut(ids, target, lengths, order)
+
+    def _beside(self, sources: list[Source]) -> Batch:
+        """The rejected answers, which ask for nothing."""
+        chosen = [source for source in sources if source.beside is not None]
+        found = [
+            self._tokenize(alike, [source.beside or "" for source in alike], special, False)
+            for special in (False, True)
+            if (alike := [source for source in chosen if source.special is special])
+        ]
+        ids, lengths = (np.concatenate([part[i] for part in found]) for i in (0, 1))
+        return self._cut(ids, np.zeros(len(ids), dtype=np.bool_), lengths, np.full(len(lengths), -1))
+
+    def _token_batch(self, sources: list[tuple[int, TokenRows]]) -> Batch:
+        """Rows that are ids already; those of one example share its place."""
+        rows = [source for _, source in sources]
+        ids = np.concatenate([source.ids for source in rows])
+        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self._size):
+            wrong = next(
+                row for row in rows if len(row.ids) and (int(row.ids.min()) < 0 or int(row.ids.max()) >= self._size)
+            )
+            raise DataError(f"{wrong.place}: 'input_ids' goes from {wrong.ids.min()} to {wrong.ids.max()}; allowed: 0 "
+                            f"to {self._size - 1}, the ids of this tokenizer")  # fmt: skip
+        order = np.repeat([place for place, _ in sources], [len(source.lengths) for source in rows])
+        target = np.concatenate([source.target for source in rows])
+        return self._cut(ids, target, np.concatenate([source.lengths for source in rows]), order)
+
+    def _cut(self, ids: Ids, target: Mask, lengths: NDArray[np.int64], order: NDArray[np.int64]) -> Batch:
+        """Rows without what is too long of them, and without targets that nothing comes before."""
+        starts = np.cumsum(lengths) - lengths
         target[starts[lengths > 0]] = False
         if self._max_length is None:
             return Batch(ids, target, lengths, np.zeros(len(lengths), dtype=np.bool_), order)
         kept = np.arange(len(ids)) - np.repeat(starts, lengths) < self._max_length
-        cut = lengths > self._max_length
+        cut = (lengths > self._max_length) & (order >= 0)
         return Batch(ids[kept], target[kept], np.minimum(lengths, self._max_length), cut, order)
 
     def _after_prompts(self, sources: list[Source], ids: Ids, lengths: NDArray[np.int64], special: bool) -> Mask:
@@ -327,13 +280,25 @@ class TargetEncoder:
         asked = [i for i, source in enumerate(sources) if source.prompt is not None]
         if not asked:
             return target
-        chosen = [sources[i] for i in asked]
-        found, counts, _ = self._tokenize(chosen, [source.prompt or "" for source in chosen], special, False)
+        prompts = self._rows([sources[i] for i in asked], [sources[i].prompt or "" for i in asked], special)
+        pairs = [i for i in asked if sources[i].beside is not None]
+        beside = self._rows([sources[i] for i in pairs], [sources[i].beside or "" for i in pairs], special)
+        rejected = dict(zip(pairs, beside, strict=True))
         ends = np.cumsum(lengths)
-        for i, prompt in zip(asked, np.split(found, np.cumsum(counts)[:-1]), strict=True):
+        for i, prompt in zip(asked, prompts, strict=True):
             start = ends[i] - lengths[i]
-            target[start : start + common_prefix(prompt, ids[start : ends[i]])] = False
+            shared = common_prefix(prompt, ids[start : ends[i]])
+            if i in rejected:
+                shared = min(shared, common_prefix(prompt, rejected[i]))
+            target[start : start + shared] = False
         return target
+
+    def _rows(self, sources: list[Source], texts: list[str], special: bool) -> list[Ids]:
+        """The ids of each text."""
+        if not sources:
+            return []
+        found, counts, _ = self._tokenize(sources, texts, special, False)
+        return np.split(found, np.cumsum(counts)[:-1])
 
     def _tokenize(
         self, sources: list[Source], texts: list[str], special: bool, marked: bool
@@ -397,6 +362,12 @@ def _inside(places: NDArray[np.int64], lengths: NDArray[np.int64], sources: Sequ
     shift = np.repeat(shifts, lengths)
     inside: Mask = begun[np.searchsorted(ends, places[:, 0] + shift, side="right")] < places[:, 1] + shift
     return inside
+
+
+def _ids_of(tokenizer: Any) -> int:
+    """Ids that a tokenizer has; without its vocabulary none is refused."""
+    vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
+    return 1 + max(vocabulary.values(), default=np.iinfo(np.int64).max - 1)
 
 
 def _joined(rows: Sequence[Sequence[int]]) -> tuple[Ids, NDArray[np.int64]]:

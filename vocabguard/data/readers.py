@@ -1,283 +1,60 @@
-"""Data files row by row: JSON and its lines, Parquet, plain text, folders that `datasets` saved.
+"""Training examples from the rows of data files, in the formats that people have.
 
-Nothing is read whole: lines, Parquet row groups and Arrow batches pass by, and only the columns that are wanted.
+A file's first row decides what its columns hold; see `FORMATS`.
 """
 
 from __future__ import annotations
 
-import glob
-import gzip
-import io
-import json
-import re
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
-from typing import IO, Any, Literal, TypeVar, get_args
+from itertools import islice, takewhile
+from typing import Any, Literal, TypeVar, get_args
 
-from vocabguard.files import one_line
-from vocabguard.results import VocabGuardError
+import numpy as np
+from numpy.typing import NDArray
 
-_LINES, _JSON, _TABLE, _TEXT = (".jsonl", ".ndjson"), (".json",), (".parquet",), (".txt", ".text", ".md")
-SUFFIXES = (*_LINES, *_JSON, *_TABLE, *_TEXT)
-"""Endings of data files; all but Parquet may have ``.gz`` after them."""
+from vocabguard.data.roles import RoleReader, Turn, shown
+from vocabguard.data.tables import (
+    WHOLE,
+    DataError,
+    DataFile,
+    Row,
+    RowShard,
+    batches_of,
+    data_files,
+    decode_json,
+    is_plain_text,
+    is_table,
+    rows_of,
+)
 
-Row = tuple[str, Any]
-"""(place, value): where a row was read, for messages, and its columns by name or, of plain text, the line."""
+__all__ = ["Chat", "Completion", "DataError", "Example", "Examples", "Kind", "Preference", "Text", "TokenRows", "Turn",
+           "data_files", "in_chunks", "is_plain_text", "read_examples", "rows_of"]  # fmt: skip
 
-_Item = TypeVar("_Item")
-_BATCH_ROWS = 1024
-_BETWEEN = re.compile(r"[ \t\r\n,]*")
-_JSON_CHUNK = 2**18
-_LONGEST = 2**28  # bytes of a line, or characters of a JSON value: more is not training data
-
-
-class DataError(VocabGuardError, ValueError):
-    """Data that cannot be read; the message names the file, the place in it and what is allowed."""
-
-
-def data_files(patterns: Sequence[str | Path]) -> list[Path]:
-    """The files that the arguments name, each once, in order.
-
-    Args:
-        patterns: files, glob patterns, and folders: one that `datasets` saved stands for itself, of another all data
-            files in it and below it are taken.
-
-    Raises:
-        DataError: if one names nothing, or no data file.
-    """
-    found: dict[Path, Path] = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        matches = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(pattern), recursive=True))]
-        if not matches:
-            raise DataError(f"{pattern}: not found; allowed: data files, folders of them and glob patterns")
-        for match in matches:
-            # The same file by a folder and by a pattern is one file.
-            found |= {file.resolve(): file for file in _files_of(match) if file.resolve() not in found}
-    return list(found.values())
-
-
-def rows_of(file: Path, names: Collection[str] = ()) -> Iterator[Row]:
-    """The rows of a file, or of a folder that `datasets` saved.
-
-    Args:
-        file: as `data_files` gives them.
-        names: columns that are wanted; of a wide table others are not read, unless it has none of these.
-
-    Raises:
-        DataError: for a file that cannot be read.
-    """
-    form = None if file.is_dir() else _form(file)
-    if form is None and not file.is_dir():
-        raise DataError(f"{file}: unknown kind of file; allowed: {_allowed_files()}")
-    return _dataset_rows(file, names) if form is None else _ROWS_OF[form](file, names)
-
-
-def is_plain_text(file: Path) -> bool:
-    """Whether the rows of a file are lines of text, without columns."""
-    return file.is_file() and _form(file) in _TEXT
-
-
-def _files_of(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if _is_saved_dataset(path):
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and _form(file) is not None)
-    if not files:
-        raise DataError(f"{path}: no data file in it; allowed: {_allowed_files()}")
-    return files
-
-
-def _is_saved_dataset(path: Path) -> bool:
-    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-
-
-def _form(file: Path) -> str | None:
-    """The ending that tells how to read a file, without ``.gz``; None for other files."""
-    name = file.name.lower().removesuffix(".gz")
-    suffix = Path(name).suffix
-    packed_table = suffix in _TABLE and name != file.name.lower()
-    return suffix if suffix in SUFFIXES and not packed_table else None
-
-
-def _allowed_files() -> str:
-    return f"{', '.join(SUFFIXES)} (all but .parquet also .gz), folders of `datasets.save_to_disk`"
-
-
-def _open(file: Path) -> IO[bytes]:
-    return gzip.open(file) if file.name.lower().endswith(".gz") else file.open("rb")  # type: ignore[return-value]
-
-
-def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
-    """(place, line) of the lines that are not blank, without their ends."""
-    number = 0
-    try:
-        with _open(file) as opened:
-            while line := opened.readline(_LONGEST + 1):
-                number += 1
-                if len(line) > _LONGEST:
-                    raise DataError(f"{file}, line {number}: is longer than {_LONGEST:,} bytes")
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if line := line.rstrip(b"\r\n"):
-                    yield f"{file}, line {number}", line
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file}: cannot be read after line {number} ({error})") from error
-
-
-def _text_lines(file: Path, _: Collection[str]) -> Iterator[Row]:
-    for place, line in _lines(file):
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{place}: is not UTF-8 ({error.reason} at byte {error.start})") from error
-        if not text.isspace():
-            yield place, text
-
-
-def in_chunks(items: Iterable[_Item], size: int) -> Iterator[tuple[_Item, ...]]:
-    """The items, so many at a time; the last chunk may be smaller.
-
-    >>> list(in_chunks("abc", 2))
-    [('a', 'b'), ('c',)]
-    """
-    remaining = iter(items)
-    return iter(lambda: tuple(islice(remaining, size)), ())
-
-
-def decode_json(place: str, content: bytes | str) -> Any:
-    """The value of a JSON text.
-
-    Args:
-        content: the text; bytes are UTF-8.
-
-    Raises:
-        DataError: if it is not JSON.
-    """
-    try:
-        return json.loads(content)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: is not UTF-8 ({error.reason} at byte {error.start})") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: is not JSON ({error})") from error
-
-
-def _json_lines(file: Path, _: Collection[str]) -> Iterator[Row]:
-    return ((place, decode_json(place, line)) for place, line in _lines(file) if not line.isspace())
-
-
-def _json_rows(file: Path, _: Collection[str]) -> Iterator[Row]:
-    """The items of a JSON list, or JSON values one after the other."""
-    place = f"{file}, at the beginning"
-    try:
-        with _open(file) as opened, io.TextIOWrapper(opened, encoding="utf-8-sig") as stream:
-            for number, value in enumerate(_values(stream), start=1):
-                place = f"{file}, item {number}"
-                yield place, value
-                place = f"{file}, after item {number}"
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: is not UTF-8 ({error.reason})") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: is not JSON ({error.msg})") from error
-    except (OSError, EOFError, zlib.error, RecursionError) as error:
-        raise DataError(f"{place}: cannot be read ({error})") from error
-
-
-def _values(stream: IO[str]) -> Iterator[Any]:
-    """Decode values from a stream; a value that is not whole is tried again with twice as much text."""
-    decoder, size = json.JSONDecoder(), _JSON_CHUNK
-    while (text := stream.read(size)).isspace():
-        pass
-    at = len(text) - len(text.lstrip())
-    in_list = text[at : at + 1] == "["
-    at += in_list
-    while True:
-        # A regular expression, since cutting the text at every value would copy it again and again.
-        at = _BETWEEN.match(text, at).end()  # type: ignore[union-attr]
-        if in_list and text[at : at + 1] == "]":
-            return
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError:
-            more = stream.read(size)
-            if not more and at == len(text) and not in_list:
-                return
-            if not more or len(text) - at > _LONGEST:
-                raise
-            text, at, size = text[at:] + more, 0, 2 * size
-            continue
-        yield value
-        size = _JSON_CHUNK
-
-
-def _parquet_rows(file: Path, names: Collection[str]) -> Iterator[Row]:
-    try:
-        from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
-    except ImportError as error:
-        raise DataError(f"{file}: reading Parquet needs pyarrow; `pip install pyarrow` brings it ({error})") from error
-    number = 0
-    try:
-        with parquet.ParquetFile(file) as opened:
-            for batch in opened.iter_batches(_BATCH_ROWS, columns=_wanted(opened.schema_arrow.names, names)):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file}, row {number}", row
-    except DataError:
-        raise
-    except Exception as error:  # Arrow's own errors have several bases
-        raise DataError(f"{file}: cannot be read as Parquet after row {number} ({one_line(error)})") from error
-
-
-def _dataset_rows(folder: Path, names: Collection[str]) -> Iterator[Row]:
-    try:
-        import datasets  # type: ignore[import-untyped, unused-ignore]
-    except ImportError as error:
-        raise DataError(f"{folder}: reading it needs datasets; `pip install datasets` brings it ({error})") from error
-    number = 0
-    try:
-        saved = datasets.load_from_disk(str(folder))
-        if isinstance(saved, dict):
-            if "train" not in saved:
-                raise DataError(f"{folder}: has the splits {list(saved)}, none named 'train'; name one, {folder}/SPLIT")
-            saved = saved["train"]
-        for row in saved.with_format(None).select_columns(_wanted(saved.column_names, names)):
-            number += 1
-            yield f"{folder}, row {number}", row
-    except DataError:
-        raise
-    except Exception as error:  # whatever datasets and Arrow find wrong with a folder
-        raise DataError(f"{folder}: cannot be read as a saved dataset ({one_line(error)})") from error
-
-
-def _wanted(there: list[str], names: Collection[str]) -> list[str]:
-    """The columns to read: wide tables may hold much else. All if none fits, for the error message to name them."""
-    return [name for name in there if name in names] or there
-
-
-_ROWS_OF: dict[str, Callable[[Path, Collection[str]], Iterator[Row]]] = {
-    **dict.fromkeys(_LINES, _json_lines),
-    **dict.fromkeys(_JSON, _json_rows),
-    **dict.fromkeys(_TABLE, _parquet_rows),
-    **dict.fromkeys(_TEXT, _text_lines),
-}
-
-
-Kind = Literal["messages", "completion", "text"]
+Kind = Literal["messages", "completion", "text", "tokens", "preference", "alpaca", "question"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-Turn = dict[str, Any]
-"""One message: ``role`` and ``content``, and what else the chat template knows."""
-
-_DEFAULT_COLUMNS: dict[Kind, tuple[tuple[str, ...], ...]] = {
-    "messages": (("messages",), ("conversations",)),
+FORMATS: dict[Kind, tuple[tuple[str, ...], ...]] = {
+    "tokens": (("input_ids",),),
+    "preference": (("chosen", "rejected"),),
+    "messages": (("messages",), ("conversations",), ("conversation",)),
     "completion": (("prompt", "completion"),),
     "text": (("text",),),
-}
+    "alpaca": (("instruction", "output"), ("instruction", "response")),
+    "question": (
+        ("question", "answer"), ("prompt", "response"), ("query", "response"), ("query", "answer"),
+        ("problem", "solution"), ("input", "output"),
+    ),
+}  # fmt: skip
+"""What the rows hold -> the columns that show it. ``tokens`` and ``preference`` go before the others, as in TRL."""
+
+_MASKS = ("labels", "assistant_masks", "completion_mask", "attention_mask")
 _OPTIONS = ("tools", "chat_template_kwargs")
-_ROLE_OF = {"human": "user", "gpt": "assistant"}
+_BESIDE = ("system", "input", "context", "history", "prompt")
+_IGNORED = -100  # a label that the loss leaves out
+_Item = TypeVar("_Item")
+_Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +83,17 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class Preference:
+    """A prompt with a chosen and a rejected answer, as texts or as lists of messages; options as in `Chat`."""
+
+    place: str
+    prompt: str | list[Turn]
+    chosen: str | list[Turn]
+    rejected: str | list[Turn]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Text:
     """A document."""
 
@@ -313,46 +101,172 @@ class Text:
     text: str
 
 
-Example = Chat | Completion | Text
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenRows:
+    """Rows that are token ids already, one after the other.
 
-
-def read_examples(files: Iterable[Path], *, kind: Kind | None = None, columns: Sequence[str] = ()) -> Iterator[Example]:
-    """All examples of the files, as they are read.
-
-    A file's first row decides what its columns hold: ``messages`` (or ``conversations``), ``prompt`` and
-    ``completion``, or ``text``. Empty lines are left out.
-
-    Args:
-        kind: what the rows hold, where the columns do not tell.
-        columns: names of the columns, where they are others: one, or two for prompt and completion.
-
-    Raises:
-        DataError: for a file or a row that cannot be used.
+    Attributes:
+        place: of the first.
+        ids: (T,) int64, of all rows.
+        target: (T,) bool, the labels ask for this token.
+        lengths: (n,) int64, tokens of each row.
     """
-    if kind not in (None, *KINDS):
-        raise DataError(f"the kind is {kind!r}; allowed: {', '.join(KINDS)}")
-    if len(columns) > 2 or (kind and columns and len(columns) != len(_DEFAULT_COLUMNS[kind][0])):
-        needed = {"completion": "two", None: "one, or two for prompt and completion"}.get(kind, "one")
-        raise DataError(f"{len(columns)} columns are named, {list(columns)}; allowed: {needed}")
-    for file in files:
-        yield from _examples_of(file, kind, tuple(columns))
+
+    place: str
+    ids: _Ids
+    target: NDArray[np.bool_]
+    lengths: _Ids
 
 
-def _examples_of(file: Path, kind: Kind | None, columns: tuple[str, ...]) -> Iterator[Example]:
-    if is_plain_text(file):
-        if kind not in (None, "text") or columns:
+Example = Chat | Completion | Preference | Text | TokenRows
+
+
+class Examples:
+    """All examples of some files, as they are read; see `read_examples`.
+
+    Attributes:
+        kinds: files by what their rows were read as.
+        roles: what the turns' roles were read as.
+        notes: rows by what was done with them that one should know.
+    """
+
+    def __init__(
+        self, files: Iterable[DataFile], kind: Kind | None, columns: tuple[str, ...], roles: Mapping[str, str],
+        chats: bool, shard: RowShard, blocks: bool,
+    ) -> None:  # fmt: skip
+        self.kinds: Counter[str] = Counter()
+        self.roles = RoleReader(roles)
+        self.notes: Counter[str] = Counter()
+        self._files, self._kind, self._columns = files, kind, columns
+        self._chats, self._shard, self._blocks = chats, shard, blocks
+
+    def __iter__(self) -> Iterator[Example]:
+        for place, file in enumerate(self._files):
+            yield from self._of(file, place)
+
+    def _of(self, file: DataFile, first: int) -> Iterator[Example]:
+        if is_plain_text(file):
+            if self._kind not in (None, "text") or self._columns:
+                raise DataError(
+                    f"{file}: plain text has no columns; allowed without --kind and --column, a document a line"
+                )
+            self.kinds["text, a document a line"] += 1
+            yield from (Text(place, text) for place, text in rows_of(file, shard=self._shard, first=first))
+            return
+        known = (name for alternatives in FORMATS.values() for names in alternatives for name in names)
+        names = {*(self._columns or known), *_OPTIONS, *_MASKS, *_BESIDE}
+        if self._blocks and is_table(file):
+            yield from self._of_table(file, names, first)
+        else:
+            yield from self._of_rows(rows_of(file, names, self._shard, first))
+
+    def _of_rows(self, rows: Iterable[Row]) -> Iterator[Example]:
+        chosen: _Columns | None = None
+        for place, row in rows:
+            if not isinstance(row, dict):
+                raise DataError(f"{place}: holds {shown(row)}; allowed: an object with {_allowed_columns()}")
+            chosen = chosen or self._choose(place, row)
+            yield self._example(place, row, chosen)
+
+    def _of_table(self, file: DataFile, names: set[str], first: int) -> Iterator[Example]:
+        """Of a table of token ids a whole batch is one example: no row becomes Python objects."""
+        chosen: _Columns | None = None
+        for number, batch in batches_of(file, names, self._shard, first):
+            if not batch.num_rows:
+                continue
+            place = f"{file}, row {number}"
+            chosen = chosen or self._choose(place, batch.slice(0, 1).to_pylist()[0])
+            if chosen.kind == "tokens":
+                yield _token_block(place, batch, chosen.names[0])
+                continue
+            for at, row in enumerate(batch.to_pylist(), start=number):
+                yield self._example(f"{file}, row {at}", row, chosen)
+
+    def _choose(self, place: str, row: Mapping[str, Any]) -> _Columns:
+        found = _choose(place, row, self._kind, self._columns)
+        self.kinds[self._told(found, row)] += 1
+        return found
+
+    def _told(self, columns: _Columns, row: Mapping[str, Any]) -> str:
+        """How rows are read, in words."""
+        named = f"column{'s' * (len(columns.names) > 1)} {', '.join(columns.names)}"
+        if columns.kind == "tokens":
+            masks = [name for name in _MASKS if row.get(name) is not None]
+            return f"tokens ({named}; targets by {', '.join(masks) if masks else 'no mask: every token'})"
+        if columns.kind == "preference":
+            return f"preference pairs ({named}): targets are the chosen answers', the rejected ones are only read"
+        if columns.kind in ("alpaca", "question"):
+            how = "conversations by the chat template" if self._chats else "plain text, a prompt and a completion"
+            return f"{columns.kind} rows ({named}), as {how}"
+        return f"{columns.kind} ({named})"
+
+    def _example(self, place: str, row: Mapping[str, Any], columns: _Columns) -> Example:
+        for name in columns.names:
+            if name not in row:
+                raise DataError(f"{place}: no column {name!r}; allowed: one of {list(row)[:20]}")
+        values = [row[name] for name in columns.names]
+        if columns.kind == "text":
+            return Text(place, _string(place, columns.names[0], values[0]))
+        if columns.kind == "tokens":
+            return _token_row(place, columns.names[0], row)
+        if columns.kind == "messages":
+            return Chat(place, self._conversation(place, columns.names[0], row), _options(place, row))
+        if columns.kind in ("alpaca", "question"):
+            return self._question(place, row, columns.names)
+        return self._answered(place, row, columns, values)
+
+    def _conversation(self, place: str, name: str, row: Mapping[str, Any]) -> list[Turn]:
+        turns, system = self.roles.turns(place, name, row[name]), row.get("system")
+        if not isinstance(system, str) or not system or turns[0]["role"] == "system":
+            return turns
+        if isinstance(row[name], list) and not any("from" in turn for turn in row[name]):
+            self.notes["column 'system' not read beside 'messages', as in TRL"] += 1
+            return turns
+        self.notes["column 'system' read as the first message"] += 1
+        return [{"role": "system", "content": system}, *turns]
+
+    def _question(self, place: str, row: Mapping[str, Any], names: Sequence[str]) -> Example:
+        """An instruction with its input, or a question, and the answer."""
+        asked, answer = (_string(place, name, row[name]) for name in names)
+        beside = [row.get(name) for name in ("input", "context") if name not in names]
+        question = "\n".join([asked, *(text for text in beside if isinstance(text, str) and text)])
+        if not self._chats:
+            return Completion(place, question + "\n", answer)
+        system = row.get("system")
+        turns: list[Turn] = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
+        for past in row.get("history") or ():
+            if not isinstance(past, list) or len(past) != 2 or not all(isinstance(text, str) for text in past):
+                raise DataError(f"{place}: 'history' holds {shown(past)}; allowed: pairs of texts")
+            turns += [{"role": "user", "content": past[0]}, {"role": "assistant", "content": past[1]}]
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return Chat(place, turns)
+
+    def _answered(self, place: str, row: Mapping[str, Any], columns: _Columns, values: list[Any]) -> Example:
+        """A prompt with a completion, or with a chosen and a rejected one."""
+        pair = columns.kind == "preference"
+        strings = [
+            isinstance(value, str) for value in (*values, *([row["prompt"]] if pair and "prompt" in row else []))
+        ]
+        if all(strings) and (not pair or len(strings) == 3):
+            return Preference(place, row["prompt"], *values) if pair else Completion(place, *values)
+        if any(strings[:2]):
+            kinds = " and ".join(shown(value) for value in values)
+            beside = " and a 'prompt' like them" if pair else ""
             raise DataError(
-                f"{file}: plain text has no columns; allowed without --kind and --column, a document a line"
+                f"{place}: {columns.names} hold {kinds}; allowed: two texts, or two lists of messages{beside}"
             )
-        yield from (Text(place, text) for place, text in rows_of(file))
-        return
-    known = (name for alternatives in _DEFAULT_COLUMNS.values() for names in alternatives for name in names)
-    chosen: _Columns | None = None
-    for place, row in rows_of(file, {*(columns or known), *_OPTIONS}):
-        if not isinstance(row, dict):
-            raise DataError(f"{place}: holds {_told(row)}; allowed: an object with {_allowed_columns()}")
-        chosen = chosen or _choose(place, row, kind, columns)
-        yield _example(place, row, chosen)
+        first, second = (self.roles.turns(place, name, row[name]) for name in columns.names)
+        if not pair:
+            return Completion(place, first, second, _options(place, row))
+        if isinstance(row.get("prompt"), list):
+            return Preference(
+                place, self.roles.turns(place, "prompt", row["prompt"]), first, second, _options(place, row)
+            )
+        common = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(first, second, strict=False)))
+        if not common or common == min(len(first), len(second)):
+            raise DataError(f"{place}: 'chosen' and 'rejected' begin with no common messages that a prompt can be, or "
+                            "are the same; allowed: a column 'prompt', or both with the prompt's messages")  # fmt: skip
+        return Preference(place, first[:common], first[common:], second[common:], _options(place, row))
 
 
 @dataclass(frozen=True)
@@ -361,19 +275,60 @@ class _Columns:
     names: tuple[str, ...]
 
 
+def read_examples(
+    files: Iterable[DataFile], *, kind: Kind | None = None, columns: Sequence[str] = (),
+    roles: Mapping[str, str] | None = None, chats: bool = True, shard: RowShard = WHOLE, blocks: bool = False,
+) -> Examples:  # fmt: skip
+    """All examples of the files, as they are read.
+
+    A file's first row decides what its columns hold; see `FORMATS`. Empty lines are left out.
+
+    Args:
+        kind: what the rows hold, where the columns do not tell.
+        columns: names of the columns, where they are others: one, or two for a prompt and its completion.
+        roles: roles by the names that the data has for them, beside `roles.ROLE_OF`.
+        chats: questions and instructions become conversations; else plain texts.
+        shard: the part of the rows to read.
+        blocks: give token ids of tables a batch at a time.
+
+    Raises:
+        DataError: for a file or a row that cannot be used, when it is reached.
+    """
+    if kind not in (None, *KINDS):
+        raise DataError(f"the kind is {kind!r}; allowed: {', '.join(KINDS)}")
+    if len(columns) > 2 or (kind and columns and len(columns) != len(FORMATS[kind][0])):
+        needed = "one, or two for prompt and completion" if kind is None else ("one", "two")[len(FORMATS[kind][0]) - 1]
+        raise DataError(f"{len(columns)} columns are named, {list(columns)}; allowed: {needed}")
+    return Examples(files, kind, tuple(columns), roles or {}, chats, shard, blocks)
+
+
+def in_chunks(items: Iterable[_Item], size: int) -> Iterator[tuple[_Item, ...]]:
+    """The items, so many at a time; the last chunk may be smaller.
+
+    >>> list(in_chunks("abc", 2))
+    [('a', 'b'), ('c',)]
+    """
+    remaining = iter(items)
+    return iter(lambda: tuple(islice(remaining, size)), ())
+
+
 def _choose(place: str, row: Mapping[str, Any], kind: Kind | None, columns: tuple[str, ...]) -> _Columns:
     """What a file's rows hold, by its first row."""
     if columns:
         one: Kind = "text" if isinstance(row.get(columns[0]), str) else "messages"
         return _Columns(kind or ("completion" if len(columns) == 2 else one), columns)
     possible = [
-        _Columns(name, next(names for names in _DEFAULT_COLUMNS[name] if row.keys() >= set(names)))
-        for name in ([kind] if kind else KINDS)
-        if any(row.keys() >= set(names) for names in _DEFAULT_COLUMNS[name])
+        _Columns(name, next(names for names in FORMATS[name] if row.keys() >= set(names)))
+        for name in ([kind] if kind else FORMATS)
+        if any(row.keys() >= set(names) for names in FORMATS[name])
     ]
     if not possible:
         wanted = _allowed_columns([kind] if kind else KINDS)
         raise DataError(f"{place}: has the columns {list(row)[:20]}; allowed: {wanted}, or others named with --column")
+    if possible[0].kind in ("tokens", "preference"):
+        return possible[0]
+    if len(possible) > 1 and possible[0].kind in ("completion", "alpaca") and possible[-1].names[0] in _BESIDE:
+        possible.pop()  # a prompt with a completion, or an instruction with an input, has a question's columns too
     if len(possible) > 1:
         kinds = " or ".join(f"--kind {choice.kind}" for choice in possible)
         raise DataError(f"{place}: has the columns {list(row)[:20]}, which can be read in several ways; say {kinds}")
@@ -381,64 +336,84 @@ def _choose(place: str, row: Mapping[str, Any], kind: Kind | None, columns: tupl
 
 
 def _allowed_columns(kinds: Sequence[Kind] = KINDS) -> str:
-    return " or ".join("+".join(repr(name) for name in _DEFAULT_COLUMNS[kind][0]) for kind in kinds)
-
-
-def _example(place: str, row: Mapping[str, Any], columns: _Columns) -> Example:
-    for name in columns.names:
-        if name not in row:
-            raise DataError(f"{place}: no column {name!r}; allowed: one of {list(row)[:20]}")
-    values = [row[name] for name in columns.names]
-    if columns.kind == "text":
-        return Text(place, _string(place, columns.names[0], values[0]))
-    if columns.kind == "messages":
-        return Chat(place, _turns(place, columns.names[0], values[0]), _options(place, row))
-    if all(isinstance(value, str) for value in values):
-        return Completion(place, values[0], values[1])
-    if any(isinstance(value, str) for value in values):
-        kinds = " and ".join(_told(value) for value in values)
-        raise DataError(f"{place}: {columns.names} hold {kinds}; allowed: two texts, or two lists of messages")
-    prompt, completion = (_turns(place, name, row[name]) for name in columns.names)
-    return Completion(place, prompt, completion, _options(place, row))
+    return " or ".join("+".join(repr(name) for name in FORMATS[kind][0]) for kind in kinds)
 
 
 def _string(place: str, name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{place}: {name!r} holds {_told(value)}; allowed: a text")
+        raise DataError(f"{place}: {name!r} holds {shown(value)}; allowed: a text")
     return value
-
-
-def _turns(place: str, name: str, value: Any) -> list[Turn]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{place}: {name!r} holds {_told(value)}; allowed: a list of messages")
-    return [_turn(place, name, turn) for turn in value]
-
-
-def _turn(place: str, name: str, turn: Any) -> Turn:
-    if isinstance(turn, dict) and "role" not in turn and isinstance(turn.get("from"), str):
-        turn = {"role": _ROLE_OF.get(turn["from"], turn["from"]), "content": turn.get("value")}
-    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-        raise DataError(f"{place}: {name!r} holds a message that is {_told(turn)}; allowed: 'role' and 'content'")
-    # Tables fill what other rows have with nulls, which templates would read as given.
-    turn = {key: part for key, part in turn.items() if part is not None}
-    if not isinstance(turn.get("content", ""), (str, list)):
-        raise DataError(f"{place}: a message's 'content' is {_told(turn['content'])}; allowed: a text, a list of parts")
-    found: Turn = turn
-    return found
 
 
 def _options(place: str, row: Mapping[str, Any]) -> dict[str, Any]:
     tools, further = (row.get(name) for name in _OPTIONS)
     if isinstance(tools, str):
-        tools = decode_json(place, tools)
+        tools = decode_json(place, tools) if tools.strip() else None
+    if isinstance(further, str):
+        further = decode_json(place, further) if further.strip() else None
     if not isinstance(tools, list | None) or not isinstance(further, dict | None):
-        raise DataError(f"{place}: 'tools' is {_told(tools)}, 'chat_template_kwargs' {_told(further)}; "
+        raise DataError(f"{place}: 'tools' is {shown(tools)}, 'chat_template_kwargs' {shown(further)}; "
                         "allowed: a list and an object, or none")  # fmt: skip
-    return {**({"tools": tools} if tools else {}), **(further or {})}
+    return {**({} if tools is None else {"tools": tools}), **(further or {})}
 
 
-def _told(value: Any) -> str:
-    """A value for an error message."""
-    kinds = {dict: "an object", list: "a list", str: "a text", bool: "a truth value", type(None): "null"}
-    shown = repr(value)
-    return f"{kinds.get(type(value), 'a ' + type(value).__name__)} ({shown[:40]}{'...' if len(shown) > 40 else ''})"
+def _token_row(place: str, name: str, row: Mapping[str, Any]) -> TokenRows:
+    columns = {key: _numbers(place, key, row[key]) for key in (name, *_MASKS) if row.get(key) is not None}
+    return _token_rows(place, columns, name, np.array([len(columns[name])]))
+
+
+def _numbers(place: str, name: str, value: Any) -> _Ids:
+    if isinstance(value, str):
+        value = decode_json(place, value)
+    if not isinstance(value, list) or any(type(one) not in (int, bool) for one in value):
+        raise DataError(f"{place}: {name!r} holds {shown(value)}; allowed: a list of whole numbers")
+    try:
+        return np.array(value, dtype=np.int64)
+    except OverflowError as error:
+        raise DataError(f"{place}: {name!r} holds a number that is no token id; allowed: below 2**63") from error
+
+
+def _token_block(place: str, batch: Any, name: str) -> TokenRows:
+    """The rows of an Arrow batch, without a Python object for each."""
+    found = {key: batch.column(key) for key in (name, *_MASKS) if key in batch.schema.names}
+    found = {key: column for key, column in found.items() if key == name or column.null_count < len(column)}
+    flat: dict[str, _Ids] = {}
+    edges: Any = None
+    for key, column in found.items():
+        values = column.flatten() if hasattr(column, "flatten") else None
+        if values is None or column.null_count or values.null_count or not hasattr(column.type, "value_type"):
+            raise DataError(f"{place}: {key!r} holds {column.type} or nulls; allowed: lists of whole numbers")
+        lengths = np.asarray(column.value_lengths())
+        if edges is not None and not np.array_equal(edges, lengths):
+            raise DataError(f"{place}: {key!r} is not as long as {name!r} in each row; allowed: a value for each token")
+        edges = lengths
+        numbers = values.to_numpy(zero_copy_only=False)
+        if numbers.dtype.kind not in "iub":
+            raise DataError(f"{place}: {key!r} holds {column.type}; allowed: lists of whole numbers")
+        flat[key] = numbers.astype(np.int64, copy=False)
+    return _token_rows(place, flat, name, edges.astype(np.int64))
+
+
+def _token_rows(place: str, columns: Mapping[str, _Ids], name: str, lengths: _Ids) -> TokenRows:
+    """Rows with what their labels ask for, as TRL builds them: labels as they are, else the masks, else all."""
+    ids = columns[name]
+    for key, column in columns.items():
+        if len(column) != len(ids):
+            raise DataError(f"{place}: {key!r} has {len(column)} values, {name!r} {len(ids)}; allowed: as many")
+    if (labels := columns.get("labels")) is not None:
+        target = labels != _IGNORED
+        if not np.array_equal(labels[target], ids[target]):
+            raise DataError(f"{place}: 'labels' asks for other tokens than 'input_ids' has there; allowed: the same "
+                            f"id or {_IGNORED} (labels are not shifted: the trainer does that)")  # fmt: skip
+    else:
+        target = np.ones(len(ids), dtype=np.bool_)
+        for key in _MASKS[1:]:
+            if key in columns:
+                target &= columns[key] != 0
+    read = columns.get("attention_mask")
+    if read is None or bool((read != 0).all()):
+        return TokenRows(place, ids, target, lengths)
+    # Padding is not read. Labels that ask for it are kept: the loss has them.
+    kept = (read != 0) | target
+    rows = np.repeat(np.arange(len(lengths)), lengths)[kept]
+    return TokenRows(place, ids[kept], target[kept], np.bincount(rows, minlength=len(lengths)))
