@@ -17,7 +17,8 @@ from rich.console import Console
 from vocabguard.results import VocabGuardError
 
 COMMANDS = {
-    name: f"vocabguard.cli.{name}" for name in ("scan", "coverage", "echo", "replay", "explain", "repair", "report")
+    name: f"vocabguard.cli.{name}"
+    for name in ("probe", "scan", "coverage", "echo", "replay", "explain", "repair", "report")
 }
 """Command -> the module whose function of the same name is the command.
 

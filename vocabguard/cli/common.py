@@ -26,11 +26,13 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vocabguard.cli.app import InputError
 from vocabguard.compare.matching import folder_tokenizer
 from vocabguard.compare.scan import Scan, scan
+from vocabguard.compare.summary import KINDS
 from vocabguard.compare.trial import require_readable, try_tokenizer
 from vocabguard.config import ProbeConfig
 from vocabguard.data.counts import read_counts
@@ -38,6 +40,7 @@ from vocabguard.files import kind_of, one_line, read_text
 from vocabguard.measure.probe import PromptContext
 from vocabguard.protect.prompts import render_pool
 from vocabguard.rows.checkpoints import Checkpoint, open_checkpoint
+from vocabguard.rows.tensors import TORCH_SUFFIXES
 
 Base = Annotated[str, typer.Argument(help="The model before training: a folder, .safetensors, .bin or .ckpt.")]
 Tuned = Annotated[str, typer.Argument(help="The model after training: the same, or a PEFT adapter's folder.")]
@@ -108,6 +111,23 @@ def check_new_file(option: str, path: Path, inputs: Iterable[str | Path] = ()) -
         raise InputError(f"{option} {str(path)!r}: cannot be written ({error})") from error
     if lost:
         raise InputError(f"{option} {path}: is read here, and would be lost; allowed: another file")
+
+
+def weight_files(*paths: str) -> list[Path]:
+    """The files that hold checkpoints' tensors, or may: what ``--out`` must not replace."""
+    found = map(Path, paths)
+    return [file for one in found for file in (one.glob("*.*") if one.is_dir() else (one,)) if _is_weights(file)]
+
+
+def _is_weights(file: Path) -> bool:
+    """Whether a file is of a checkpoint, and not of an earlier scan or probe."""
+    if file.suffix != ".safetensors":
+        return file.suffix in (*TORCH_SUFFIXES, ".json")
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            return (opened.metadata() or {}).get("kind") not in KINDS
+    except (OSError, SafetensorError):
+        return True
 
 
 def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:

@@ -10,13 +10,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
 
 from vocabguard.cli import common
 from vocabguard.cli.app import InputError
 from vocabguard.cli.common import Column, Grid
 from vocabguard.compare.summary import save_scan, summarise_scan
-from vocabguard.rows.tensors import TORCH_SUFFIXES
 from vocabguard.text import listed, number, percent, visible
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -159,23 +157,6 @@ def _tokens(tokens: Sequence[Mapping[str, Any]], tied: bool) -> Grid:
     return table
 
 
-def _weights(*paths: str) -> list[Path]:
-    """The files that hold the checkpoints' tensors, or may."""
-    found = map(Path, paths)
-    return [file for one in found for file in (one.glob("*.*") if one.is_dir() else (one,)) if _is_weights(file)]
-
-
-def _is_weights(file: Path) -> bool:
-    """Whether a file is one that `--out` must not replace: of a checkpoint, not of an earlier scan."""
-    if file.suffix != ".safetensors":
-        return file.suffix in (*TORCH_SUFFIXES, ".json")
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            return (opened.metadata() or {}).get("kind") != "vocabguard.scan"
-    except (OSError, SafetensorError):
-        return True
-
-
 def scan(
     base: common.Base,
     tuned: common.Tuned,
@@ -198,7 +179,7 @@ def scan(
     """
     common.check_most(("--threshold", threshold, 1))
     if out is not None:
-        common.check_new_file("--out", out, _weights(base, tuned))
+        common.check_new_file("--out", out, common.weight_files(base, tuned))
     pair = common.open_pair(base, tuned, tokenizer, head, embedding, coverage, run)
     found = common.measured(pair)
     told = summarise_scan(found, top=top)

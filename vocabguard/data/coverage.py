@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from vocabguard.data.encode import Batch, Loss, Source, TargetEncoder, TurnTally
 from vocabguard.data.readers import Example, in_chunks
-from vocabguard.files import one_line, require_regular, write_file
+from vocabguard.files import one_line, require_regular, tensor_file, write_file
 from vocabguard.measure.exposure import CLASS_STARTS, exposure_classes
 from vocabguard.results import EXPOSURE_CLASSES
 from vocabguard.vocabulary.table import VocabTable, fit_rows
@@ -135,8 +134,7 @@ class Coverage:
         """
         told = {"schema": SCHEMA, "tally": asdict(self.tally), **asdict(self.source)}
         vectors = {name: getattr(self, name).contiguous() for name in _VECTORS}
-        content = safetensors.torch.save(vectors, metadata={"coverage": json.dumps(told)})
-        write_file(path, content)
+        write_file(path, tensor_file(vectors, {"coverage": json.dumps(told)}))
 
 
 def load_coverage(path: str | Path) -> Coverage:
