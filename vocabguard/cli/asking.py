@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -101,6 +101,13 @@ class Asking:
         )  # fmt: skip
 
     @property
+    def given(self) -> dict[str, Any]:
+        """All of it as a file keeps it."""
+        names = ("sample", "whole", "watch", "texts", "text_tokens", "asks", "batch", "seed")
+        loading = {name: getattr(self.loading, name) for name in ("device", "device_map", "dtype")}
+        return {name: getattr(self, name) for name in names} | loading
+
+    @property
     def words(self) -> list[str]:
         """The watched words.
 
@@ -119,7 +126,7 @@ class Asking:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Interview:
     """What both models said; without a base, the one.
 
     Attributes:
@@ -161,7 +168,7 @@ class Asked:
         return found
 
 
-def ask_both(pair: common.Pair, found: Scan, asking: Asking) -> Asked:
+def ask_both(pair: common.Pair, found: Scan, asking: Asking) -> Interview:
     """Ask the base, then the tuned model, one after the other, so that only one is in memory.
 
     Raises:
@@ -177,7 +184,7 @@ def ask_both(pair: common.Pair, found: Scan, asking: Asking) -> Asked:
     return _refusing(lambda: _ask_both(pair, found, asking))
 
 
-def ask_one(pair: common.Pair, found: Scan, asking: Asking) -> Asked:
+def ask_one(pair: common.Pair, found: Scan, asking: Asking) -> Interview:
     """Ask a model alone; the pair holds it twice.
 
     Raises:
@@ -188,7 +195,7 @@ def ask_one(pair: common.Pair, found: Scan, asking: Asking) -> Asked:
     return _refusing(lambda: _ask_one(pair, found, asking))
 
 
-def ask_again(pair: common.Pair, found: Scan, asking: Asking, plan: ProbePlan, base: Answered) -> Asked:
+def ask_again(pair: common.Pair, found: Scan, asking: Asking, plan: ProbePlan, base: Answered) -> Interview:
     """Ask a model what another one was asked earlier.
 
     Raises:
@@ -197,7 +204,7 @@ def ask_again(pair: common.Pair, found: Scan, asking: Asking, plan: ProbePlan, b
     return _refusing(lambda: _ask_again(pair, found, asking, plan, base))
 
 
-def _refusing(work: Callable[[], Asked]) -> Asked:
+def _refusing(work: Callable[[], Interview]) -> Interview:
     try:
         with out_of_memory("for the probe"):
             return work()
@@ -207,7 +214,7 @@ def _refusing(work: Callable[[], Asked]) -> Asked:
         raise InputError("not enough memory for the probe; allowed: a smaller --batch, --dtype bfloat16") from error
 
 
-def _ask_both(pair: common.Pair, found: Scan, asking: Asking) -> Asked:
+def _ask_both(pair: common.Pair, found: Scan, asking: Asking) -> Interview:
     prompts = pair.tokenizer if pair.base_tokenizer is None else pair.base_tokenizer
     with telling() as tell:
         model = load_model(pair.base.path, asking.loading)
@@ -219,18 +226,18 @@ def _ask_both(pair: common.Pair, found: Scan, asking: Asking) -> Asked:
         now = ask_model(model, plan, batch_tokens=asking.batch, name="tuned", tell=tell)
         where = _where(model, found, plan, base, now, asking)
     device = _device_of(model)
-    return Asked(plan, base, now, found.table, found.live, found.data_target, device, where)
+    return Interview(plan, base, now, found.table, found.live, found.data_target, device, where)
 
 
-def _ask_one(pair: common.Pair, found: Scan, asking: Asking) -> Asked:
+def _ask_one(pair: common.Pair, found: Scan, asking: Asking) -> Interview:
     with telling() as tell:
         model = load_model(pair.tuned.path, asking.loading)
         plan = plan_for(model, pair.tokenizer, pair.tokenizer, found, asking, tell)
         now = ask_model(model, plan, batch_tokens=asking.batch, name="model", tell=tell)
-    return Asked(plan, None, now, found.table, found.live, found.data_target, _device_of(model))
+    return Interview(plan, None, now, found.table, found.live, found.data_target, _device_of(model))
 
 
-def _ask_again(pair: common.Pair, found: Scan, asking: Asking, plan: ProbePlan, base: Answered) -> Asked:
+def _ask_again(pair: common.Pair, found: Scan, asking: Asking, plan: ProbePlan, base: Answered) -> Interview:
     if int(plan.ids.max()) >= len(found.table):
         raise ValueError(
             f"the earlier probe asked for token {int(plan.ids.max())}; the model has {len(found.table)} rows"
@@ -238,7 +245,7 @@ def _ask_again(pair: common.Pair, found: Scan, asking: Asking, plan: ProbePlan, 
     with telling() as tell:
         model = load_model(pair.tuned.path, asking.loading)
         now = ask_model(model, plan, batch_tokens=asking.batch, name="model", tell=tell)
-    return Asked(plan, base, now, found.table, found.live, found.data_target, _device_of(model))
+    return Interview(plan, base, now, found.table, found.live, found.data_target, _device_of(model))
 
 
 def plan_for(model: nn.Module, prompts: Any, tokenizer: Any, found: Scan, asking: Asking, tell: Tell) -> ProbePlan:
@@ -345,12 +352,3 @@ def telling() -> Iterator[Tell]:
 
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
-
-
-def where_sentence(where: Mapping[str, int] | None) -> str:
-    """What brings lost tokens back, in words; empty where that is not known."""
-    if not where or not where["forgotten"]:
-        return ""
-    parts = [f"{where['head']:,} with the base's output row", f"{where['input']:,} with its input row too",
-             f"{where['body']:,} with neither, so they were lost in the body"]  # fmt: skip
-    return f"Of {where['forgotten']:,} lost tokens that were asked for again, these come back: {', '.join(parts)}."

@@ -31,11 +31,13 @@ from torch import Tensor
 
 from vocabguard.cli.app import InputError
 from vocabguard.compare.matching import folder_tokenizer
+from vocabguard.compare.models import Loading
 from vocabguard.compare.scan import Scan, scan
 from vocabguard.compare.summary import KINDS
 from vocabguard.compare.trial import require_readable, try_tokenizer
 from vocabguard.config import ProbeConfig
-from vocabguard.data.counts import read_counts
+from vocabguard.data.counts import read_counts, vocabulary_in
+from vocabguard.data.coverage import vocabulary_hash
 from vocabguard.files import kind_of, one_line, read_text
 from vocabguard.measure.probe import PromptContext
 from vocabguard.protect.prompts import render_pool
@@ -79,6 +81,18 @@ def check_most(*asked: tuple[str, float | None, float]) -> None:
             raise InputError(f"{option} is {value}; allowed: at most {most:,}")
 
 
+def loading(device: str | None, device_map: str | None, dtype: str) -> Loading:
+    """Where models go.
+
+    Raises:
+        InputError: for a device that is not there, or a type that is none.
+    """
+    try:
+        return Loading(device, device_map, dtype)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
 def check_threshold(threshold: float | None) -> None:
     """Refuse what is no share.
 
@@ -113,7 +127,7 @@ def check_new_file(option: str, path: Path, inputs: Iterable[str | Path] = ()) -
         raise InputError(f"{option} {path}: is read here, and would be lost; allowed: another file")
 
 
-def weight_files(*paths: str) -> list[Path]:
+def checkpoint_files(*paths: str) -> list[Path]:
     """The files that hold checkpoints' tensors, or may: what ``--out`` must not replace."""
     found = map(Path, paths)
     return [file for one in found for file in (one.glob("*.*") if one.is_dir() else (one,)) if _is_weights(file)]
@@ -206,9 +220,22 @@ def open_pair(
         else:
             own, other = folder_tokenizer(tuned), folder_tokenizer(base)
         counts, rows = coverage or run, after.rows or before.rows
+        if coverage is not None:
+            _check_counted(coverage, own, other)
         return Pair(before, after, other, own or other, None if counts is None else read_counts(counts, rows))
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
+
+
+def _check_counted(coverage: str, *tokenizers: Any) -> None:
+    """Refuse counts of a tokenizer that neither side has.
+
+    Raises:
+        ValueError: where their vocabularies differ.
+    """
+    counted, known = vocabulary_in(coverage), [one for one in tokenizers if one is not None]
+    if counted is not None and known and counted not in map(vocabulary_hash, known):
+        raise ValueError(f"--coverage {coverage}: was counted with another tokenizer than the models'")
 
 
 def measured(pair: Pair) -> Scan:

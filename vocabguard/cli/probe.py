@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
 from vocabguard.cli import asking, common
+from vocabguard.cli.answers import probe_parts
 from vocabguard.cli.app import InputError
-from vocabguard.cli.asking import Asked, Asking
-from vocabguard.cli.common import Column, Grid
+from vocabguard.cli.asking import Asking, Interview
 from vocabguard.compare.evidence import evidence_of, tokenizer_of, unequal
-from vocabguard.compare.models import Loading
 from vocabguard.compare.probing import Answered, Bars, ProbePlan, answers_of, plan_of_json
 from vocabguard.compare.scan import Scan
 from vocabguard.compare.summary import KINDS, load_scan, save_scan, summarise_scan
 from vocabguard.files import one_line
 from vocabguard.results import NotApplicable
-from vocabguard.text import listed, number, percent, visible
 
 SCHEMA = 1
 """Version of the fields that ``--json`` prints."""
 
 _BARS = Bars()
-_WORD_KINDS = (("lost", "lost"), ("known", "still said"), ("unknown", "not said by the base"))
 
 Model = Annotated[str, typer.Argument(help="The model to ask: a folder, or a PEFT adapter's folder.")]
 Against = Annotated[
@@ -91,18 +88,19 @@ def probe(
     """
     began = time.perf_counter()
     common.check_most(("--threshold", threshold, 1), ("--threshold-loss", threshold_loss, 1e6), ("--top", top, 10**7))
-    options = _options(sample, whole, watch, texts, text_tokens, asks, batch, seed, device, device_map, dtype)
+    loading = common.loading(device, device_map, dtype)
+    options = Asking(sample, whole, watch, texts, text_tokens, asks, batch, seed, loading)
     bars = Bars(_BARS.lost if threshold is None and base is not None else threshold, threshold_loss)
     _check_texts(options)
     if out is not None:
         inputs = [one for one in (watch, texts, coverage) if one is not None]
-        common.check_new_file("--out", out, [*common.weight_files(model, *([base] if base else [])), *inputs])
+        common.check_new_file("--out", out, [*common.checkpoint_files(model, *([base] if base else [])), *inputs])
     given = {"model": model, "base": base, "tokenizer": tokenizer, "coverage": coverage, "run": run,
              "threshold": threshold, "threshold_loss": threshold_loss, "top": top}  # fmt: skip
     pair, found, asked = _asked(model, base, options, tokenizer, coverage, run)
     told = asked.told(bars, top)
     if out is not None:
-        _save(pair, found, asked, told, out, given | _given(options), one_sided=base is None)
+        _save(pair, found, asked, told, out, given | options.given, one_sided=base is None)
     verdict = told["verdict"]
     if as_json:
         shown = {"schema": SCHEMA, "model": str(pair.tuned.path), "base": base and str(pair.base.path)}
@@ -119,17 +117,6 @@ def probe(
         raise typer.Exit(1)
 
 
-def _options(
-    sample: int, whole: bool, watch: Path | None, texts: Path | None, text_tokens: int, asks: int, batch: int,
-    seed: int, device: str | None, device_map: str | None, dtype: str,
-) -> Asking:  # fmt: skip
-    try:
-        loading = Loading(device, device_map, dtype)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    return Asking(sample, whole, watch, texts, text_tokens, asks, batch, seed, loading)
-
-
 def _check_texts(options: Asking) -> None:
     """Read what is small before the models are: a wrong file is refused at once."""
     _ = options.words
@@ -139,16 +126,9 @@ def _check_texts(options: Asking) -> None:
         raise InputError("--texts is given and --text-tokens is 0; allowed: one of them")
 
 
-def _given(options: Asking) -> dict[str, Any]:
-    """Options as a file keeps them."""
-    loading = {name: getattr(options.loading, name) for name in ("device", "device_map", "dtype")}
-    names = ("sample", "whole", "watch", "texts", "text_tokens", "asks", "batch", "seed")
-    return {name: getattr(options, name) for name in names} | loading
-
-
 def _asked(
     model: str, base: str | None, options: Asking, tokenizer: str | None, coverage: str | None, run: str | None
-) -> tuple[common.Pair, Scan, Asked]:
+) -> tuple[common.Pair, Scan, Interview]:
     """Rows and answers of both sides, or of the one that there is."""
     if base is not None and is_probe_file(base):
         return _asked_again(model, Path(base), options, tokenizer, coverage, run)
@@ -179,7 +159,7 @@ def is_probe_file(path: str) -> bool:
 
 def _asked_again(
     model: str, file: Path, options: Asking, tokenizer: str | None, coverage: str | None, run: str | None
-) -> tuple[common.Pair, Scan, Asked]:
+) -> tuple[common.Pair, Scan, Interview]:
     """Ask a model what an earlier probe asked its own, whose answers are the base's."""
     pair = common.open_pair(model, model, tokenizer, coverage=coverage, run=run)
     plan, base = earlier_probe(file, pair.tokenizer)
@@ -215,7 +195,7 @@ def earlier_probe(file: Path, tokenizer: Any) -> tuple[ProbePlan, Answered]:
 
 
 def _save(
-    pair: common.Pair, found: Scan, asked: Asked, told: Mapping[str, Any], out: Path, given: Mapping[str, Any], *,
+    pair: common.Pair, found: Scan, asked: Interview, told: Mapping[str, Any], out: Path, given: Mapping[str, Any], *,
     one_sided: bool,
 ) -> None:  # fmt: skip
     base = None if one_sided else pair.base
@@ -228,89 +208,3 @@ def _save(
         save_scan(found, out, whole, asked.vectors(), KINDS[1])
     except Exception as error:  # safetensors has an error of its own for a full disk
         raise InputError(f"--out {out}: cannot be written ({one_line(error)})") from error
-
-
-def probe_parts(told: Mapping[str, Any], top: int) -> list[RenderableType]:
-    """What a probe found, for a terminal."""
-    verdict = told["verdict"]
-    parts: list[RenderableType] = [Text(verdict["sentence"], "bold")]
-    parts += [Text(f"over the threshold: {one}", "red") for one in verdict["findings"]]
-    parts += map(Text, _sentences(told))
-    parts += [_share_table(told, kind) for kind in ("groups", "classes") if told.get(kind)]
-    lists = (("lost", "lost tokens, by their probability"), ("gained", "repeated only now"), ("unsaid", "not repeated"))
-    for key, title in lists:
-        if told.get(key) and top:
-            more = told[f"{key}_count"] - len(told[key])
-            parts += [Text(f"\n{title}{f' ({more:,} more)' if more else ''}", "bold"), _token_table(told[key])]
-    return parts
-
-
-def _sentences(told: Mapping[str, Any]) -> list[str]:
-    asked, said = told["asked"], []
-    follows = max(asked["base_follows"].values(), default=None)
-    best = "" if follows is None else f" (of others {percent(follows)} are repeated in the best of these)"
-    said.append(f"Asked {len(asked['asks'])} times each: {', '.join(asked['asks'])}{best}; seed {asked['seed']}. "
-                f"Intervals hold in {percent(asked['confidence'])} of samples.")  # fmt: skip
-    if told["instead"]:
-        named = [f"{visible(one['text'], 16)} ({one['answers']:,})" for one in told["instead"][:8]]
-        said.append(f"Said instead: {listed(named, len(told['instead']))}.")
-    if where := asking.where_sentence(told.get("where")):
-        said.append(where)
-    said += _word_sentences(told["words"])
-    said.append(f"Not measured: {'; '.join(told['verdict']['not_measured'])}.")
-    return said
-
-
-def _word_sentences(words: Sequence[Mapping[str, Any]]) -> list[str]:
-    sorted_out: dict[str, list[str]] = {kind: [] for kind, _ in _WORD_KINDS}
-    for word in words:
-        kind = "lost" if word["lost"] else "known" if word["known"] else "unknown"
-        sorted_out[kind].append(visible(word["text"], 24))
-    return [
-        f"Watched words, {label}: {listed(sorted_out[kind], len(sorted_out[kind]))}."
-        for kind, label in _WORD_KINDS
-        if sorted_out[kind]
-    ]
-
-
-def _share_table(told: Mapping[str, Any], kind: str) -> Grid:
-    """Groups or classes with their intervals, the worst first."""
-    two = "outright" in told
-    value, count = ("retained", "known") if two else ("repeated", "asked")
-    counted = "base repeats" if two else "asked"
-    grid = Grid([Column("", words=True), Column(counted, spare=1), Column(value), Column("from", spare=2),
-                 Column("to", spare=2)])  # fmt: skip
-    numbers = told["numbers"]
-    whole = (numbers.get(count), numbers.get(value), numbers.get(f"{value}_low"), numbers.get(f"{value}_high"))
-    if kind == "groups":
-        grid.add("all", *_share_cells(*whole), end=True)
-    parts = list(told[kind].items())
-    if kind == "groups":
-        parts.sort(key=lambda item: 2.0 if item[1][value] is None else item[1][value])
-    for name, part in parts:
-        if part[count]:
-            label = name.replace("_", " ") if kind == "groups" else f"targets {name}"
-            grid.add(label, *_share_cells(part[count], part[value], part["low"], part["high"]))
-    return grid
-
-
-def _share_cells(count: float | None, value: float | None, low: float | None, high: float | None) -> list[str]:
-    return ["-" if count is None else f"{count:,.0f}", percent(value), percent(low), percent(high)]
-
-
-def _token_table(tokens: Sequence[Mapping[str, Any]]) -> Grid:
-    two = any("probability_at_base" in token for token in tokens)
-    counted = any(token["data_target"] is not None for token in tokens)
-    columns = [Column("id"), Column("token", words=True), Column("group", words=True, spare=1)]
-    columns += [Column("base", spare=2)] if two else []
-    columns += [Column("prob."), Column("says instead", words=True, spare=1)]
-    columns += [Column("targets", spare=3)] if counted else []
-    grid = Grid(columns)
-    for token in tokens:
-        cells = [str(token["id"]), visible(token["text"], 24), token["group"].replace("_", " ")]
-        cells += [number(token["probability_at_base"], 3)] if two else []
-        cells += [number(token["probability"], 3)]
-        cells += ["" if token["instead"] is None else visible(token["instead"], 24)]
-        cells += ["-" if token["data_target"] is None else f"{token['data_target']:,}"] if counted else []
-        grid.add(*cells)
-    return grid

@@ -69,7 +69,7 @@ def summarise_scan(scan: Scan, *, top: int = 30) -> dict[str, Any]:
 
     Returns:
         ``head`` and ``embedding``: the keys of `vocabguard.measure.drift.summarise` with ``groups`` and, where targets
-        are known, ``classes``; ``l2_histogram`` (``edges``, ``counts``) and ``norm_outliers``; or
+        are known, ``classes``; ``l2_histogram`` (``edges``, ``counts``), ``norm_outliers`` and ``zeroed_rows``; or
         ``not_applicable``. ``worst``: live tokens by cosine; ``control_moved``: control tokens by L2; ``untrained``;
         ``tokens``: counts; ``matched``; ``base`` and ``tuned``; ``residual_over``; ``seconds``.
     """
@@ -118,8 +118,16 @@ def matrix_summary(scan: Scan, name: MatrixName) -> dict[str, Any]:
     usable = scan.live & ~drift.bad & ~drift.zero
     nested["l2_histogram"] = _histogram(drift.l2[usable])
     outliers = _norm_outliers(drift, usable)
+    zeroed = _zeroed(scan, name)
+    nested["zeroed_rows"] = {"count": len(zeroed), "texts": [scan.table.text(i) for i in zeroed[:_NAMED]]}
     nested["norm_outliers"] = outliers | {"texts": [scan.table.text(i) for i in outliers["ids"][:_NAMED]]}
     return nested
+
+
+def _zeroed(scan: Scan, name: MatrixName) -> list[int]:
+    """Ids of the live rows that are zero now and were not at the base."""
+    found = scan.zeroed.get(name)
+    return [] if found is None else [int(token) for token in found.nonzero().flatten()]
 
 
 def _worst(scan: Scan, top: int) -> list[int]:
@@ -128,7 +136,8 @@ def _worst(scan: Scan, top: int) -> list[int]:
         return []
     drift = scan.drift(scan.judged)
     assert isinstance(drift, RowDrift)
-    return _lowest(drift.cosine, scan.live, top)
+    zeroed = _zeroed(scan, scan.judged)[:top]
+    return zeroed + _lowest(drift.cosine, scan.live, top)[: top - len(zeroed)]
 
 
 def _row_line(scan: Scan, token_id: int) -> dict[str, Any]:

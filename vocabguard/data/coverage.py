@@ -29,6 +29,7 @@ from vocabguard.data.readers import Example, in_chunks
 from vocabguard.files import one_line, require_regular, tensor_file, write_file
 from vocabguard.measure.exposure import CLASS_STARTS, exposure_classes
 from vocabguard.results import EXPOSURE_CLASSES
+from vocabguard.runlog import versions
 from vocabguard.vocabulary.table import VocabTable, fit_rows
 
 SCHEMA = 1
@@ -134,7 +135,8 @@ class Coverage:
         """
         told = {"schema": SCHEMA, "tally": asdict(self.tally), **asdict(self.source)}
         vectors = {name: getattr(self, name).contiguous() for name in _VECTORS}
-        write_file(path, tensor_file(vectors, {"coverage": json.dumps(told)}))
+        evidence = {"versions": versions(), "tokenizer": {"vocabulary": self.source.vocabulary}}
+        write_file(path, tensor_file(vectors, {"coverage": json.dumps(told), "evidence": json.dumps(evidence)}))
 
 
 def load_coverage(path: str | Path) -> Coverage:
