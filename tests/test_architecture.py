@@ -24,6 +24,7 @@ FLOORS = {
 READS_CONFIG = {"config", "settings", "guard", "cli", "integrations", "__init__"}
 TWO_HOMES = {
     "scan": "the command bears the name of the function that does its work",
+    "probe": "the command bears the name of the function that does its work",
     "VocabGuardCallback": "one name in both trainers, told apart by the module",
 }
 """Public names that two modules define, and why."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 from torch import Tensor
 
 from vocabguard.results import NotApplicable
@@ -102,6 +103,23 @@ def write_file(path: str | Path, content: bytes | str) -> None:
     """Write a whole file, text as UTF-8; see `replacing`."""
     with replacing(path) as new:
         new.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def tensor_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file in which the same content is the same bytes.
+
+    The library writes metadata in the order of a hash table, another one in each process; here names are sorted.
+
+    >>> import torch
+    >>> content = tensor_file({"a": torch.ones(1)}, {"y": "2", "x": "1"})
+    >>> content[8:41]
+    b'{"__metadata__":{"x":"1","y":"2"}'
+    """
+    content = safetensors.torch.save({name: one.contiguous() for name, one in tensors.items()}, metadata=dict(metadata))
+    length = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -317,6 +318,17 @@ def installed_version() -> str | None:
         return metadata.version("vocabguard")
     except metadata.PackageNotFoundError:
         return None
+
+
+def versions() -> dict[str, str | None]:
+    """Of this package and of those whose numbers a measurement depends on, and of Python."""
+    found: dict[str, str | None] = {"vocabguard": installed_version(), "python": platform.python_version()}
+    for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

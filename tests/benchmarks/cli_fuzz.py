@@ -107,6 +107,13 @@ ON_COUNTS = (
     "echo {}/tok --ids {}/ids.jsonl --needs {F} --targets 1", "report {F} --out {}/page.html",
     "replay {}/data --tokenizer {}/tok --out {}/o.jsonl --coverage {F}",
 )  # fmt: skip
+ON_PROBE = (
+    "probe {}/tuned {F} --json", "report {F} --json", "echo {}/tok --ids {}/ids.jsonl --needs {F} --targets 1",
+    "replay {}/data --tokenizer {}/tok --out {}/o.jsonl --needs {F} --targets 1", "report {F} --out {}/page.html",
+)  # fmt: skip
+ASK = "--sample 8 --asks 1 --text-tokens 40"
+ON_MODELS = (f"probe {{}}/tuned {{}}/base {ASK} --json", f"probe {{}}/tuned {ASK}",
+             "scan {}/base {}/tuned --probe --sample 8 --json")  # fmt: skip
 table_ways = (ways.bend_bytes, ways.bend_bytes, ways.bend_path)
 # Mostly what is still read as a file of its kind.
 json_ways, line_ways = (*[ways.bend_json] * 9, *table_ways), (*[ways.bend_lines] * 9, *table_ways)
@@ -133,6 +140,15 @@ TARGETS = (
     Target("rows of a run", ("run/rows-4.safetensors",), rows_ways, ON_RUN, 30),
     Target("counts", ("scan.safetensors", "coverage.safetensors"), (*rows_ways, *[ways.bend_metadata] * 6),
            ON_COUNTS, 50),
+    Target("probe", ("probe.safetensors",), (*rows_ways, *[ways.bend_metadata] * 6), ON_PROBE, 60),
+    Target("asked model", (*CONFIGS, "tuned/tokenizer.json", "tuned/tokenizer_config.json", "tuned/model.safetensors"),
+           (*[ways.bend_json] * 6, *table_ways), ON_MODELS, 60),
+    Target("asked adapter", ("lora/adapter_config.json", "lora/adapter_model.safetensors"), table_ways,
+           (f"probe {{}}/lora {{}}/base {ASK} --json",), 12),
+    Target("words", ("data/lines.txt",), table_ways, (
+        f"probe {{}}/tuned {{}}/base {ASK} --watch {{F}} --json",
+        "probe {}/tuned {}/base --sample 8 --asks 1 --texts {F}",
+    ), 16),
 )  # fmt: skip
 
 
@@ -172,12 +188,18 @@ OPTIONS = {
         "--watch", "--top", "--workers", "",
     ),
     "replay {}/data --tokenizer {}/tok --out {}/o.jsonl": (
-        "--coverage", "--targets", "--kind", "--column", "--max-length", "--pool", "--threshold", "--out", ""
+        "--coverage", "--targets", "--kind", "--column", "--max-length", "--pool", "--threshold", "--out", "--needs", ""
     ),
     "echo {}/tok --ids {}/ids.jsonl --targets 1": (
         "--ids", "--chats", "--targets", "--list-tokens", "--needs", "--below", "--cosine", "--exclude",
         "--instruction", "--separator", "--chat-template", "--seed",
     ),
+    f"probe {{}}/tuned {{}}/base {ASK}": (
+        "--sample", "--asks", "--batch", "--seed", "--watch", "--texts", "--text-tokens", "--coverage", "--run",
+        "--tokenizer", "--device", "--device-map", "--dtype", "--threshold", "--threshold-loss", "--top", "--out", "",
+    ),
+    "probe {}/tuned": ("",),
+    "scan {}/base {}/tuned --probe --sample 8": ("--watch", "--texts", "--batch", "--seed", "--dtype"),
     "report {}/run": ("--out", "--tokenizer", "--threshold", "--threshold-forgotten", ""),
     # Without a program that is there: it would take this process's place.
     "run": ("--config", "--set"),
@@ -307,6 +329,7 @@ def prepared(folder: Path) -> Path:
     for argv in (
         ["scan", f"{folder}/base", f"{folder}/tuned", "--out", f"{folder}/scan.safetensors", "--json"],
         ["coverage", f"{folder}/tok", f"{folder}/data/chats.jsonl", "--out", f"{folder}/coverage.safetensors"],
+        ["probe", f"{folder}/tuned", f"{folder}/base", *ASK.split(), "--out", f"{folder}/probe.safetensors", "--json"],
     ):
         code, _, errors, told = run(argv)
         assert code in (0, 1), errors + told

@@ -26,11 +26,11 @@ from vocabguard.compare.explain import (
     cut_of,
     emissions,
     judge,
-    load_model,
     neighbours,
     story,
     token_row,
 )
+from vocabguard.compare.models import load_model
 from vocabguard.compare.scan import Scan, scan
 from vocabguard.measure.probe import probe
 from vocabguard.results import NotApplicable

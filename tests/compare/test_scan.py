@@ -236,6 +236,7 @@ def test_file_of_a_scan(tmp_path: Path, kit: Any, tokenizer: Any) -> None:
     told = summarise_scan(found)
     save_scan(found, tmp_path / "scan.safetensors", told)
     vectors, again, texts = load_scan(tmp_path / "scan.safetensors")
+    told.pop("seconds")  # the same measurement makes the same bytes
     assert again == told
     assert texts == list(found.table.texts)
     assert torch.equal(vectors["live"], found.live)

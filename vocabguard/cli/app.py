@@ -18,7 +18,7 @@ from vocabguard.results import VocabGuardError
 
 COMMANDS = {
     name: f"vocabguard.cli.{name}"
-    for name in ("scan", "coverage", "echo", "replay", "explain", "repair", "report", "run")
+    for name in ("probe", "scan", "coverage", "echo", "replay", "explain", "repair", "report", "run")
 }
 """Command -> the module whose function of the same name is the command.
 

@@ -26,19 +26,24 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vocabguard.cli.app import InputError
 from vocabguard.compare.matching import folder_tokenizer
+from vocabguard.compare.models import Loading
 from vocabguard.compare.scan import Scan, scan
+from vocabguard.compare.summary import KINDS
 from vocabguard.compare.trial import require_readable, try_tokenizer
 from vocabguard.config import ProbeConfig
-from vocabguard.data.counts import read_counts
-from vocabguard.data.readers import KINDS
+from vocabguard.data.counts import read_counts, vocabulary_in
+from vocabguard.data.coverage import vocabulary_hash
+from vocabguard.data.readers import KINDS as DATA_KINDS
 from vocabguard.files import kind_of, one_line, read_text
 from vocabguard.measure.probe import PromptContext
 from vocabguard.protect.prompts import render_pool
 from vocabguard.rows.checkpoints import Checkpoint, open_checkpoint
+from vocabguard.rows.tensors import TORCH_SUFFIXES
 
 Base = Annotated[str, typer.Argument(help="The model before training: a folder, .safetensors, .bin or .ckpt.")]
 Tuned = Annotated[str, typer.Argument(help="The model after training: the same, or a PEFT adapter's folder.")]
@@ -51,7 +56,8 @@ EmbeddingKey = Annotated[str | None, typer.Option("--embedding", help="Name of t
 Coverage = Annotated[str | None, typer.Option(help="Targets of the training data, from `vocabguard coverage`.")]
 Run = Annotated[str | None, typer.Option(help="Run folder of the guarded training: its counts of targets.")]
 DataKind = Annotated[
-    str | None, typer.Option("--kind", help=f"Format of the rows, if their columns do not tell: {', '.join(KINDS)}.")
+    str | None,
+    typer.Option("--kind", help=f"Format of rows whose columns do not tell it: {', '.join(DATA_KINDS)}."),
 ]
 Roles = Annotated[
     list[str] | None, typer.Option("--role", help="NAME=ROLE: a role of the data and what it is, e.g. bot=assistant.")
@@ -81,6 +87,18 @@ def check_most(*asked: tuple[str, float | None, float]) -> None:
     for option, value, most in asked:
         if value is not None and not value <= most:
             raise InputError(f"{option} is {value}; allowed: at most {most:,}")
+
+
+def loading(device: str | None, device_map: str | None, dtype: str) -> Loading:
+    """Where models go.
+
+    Raises:
+        InputError: for a device that is not there, or a type that is none.
+    """
+    try:
+        return Loading(device, device_map, dtype)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def check_threshold(threshold: float | None) -> None:
@@ -130,6 +148,23 @@ def read_roles(given: Sequence[str] | None) -> dict[str, str]:
             raise InputError(f"--role is {item!r}; allowed: NAME=ROLE, e.g. bot=assistant")
         found[name] = role
     return found
+
+
+def checkpoint_files(*paths: str) -> list[Path]:
+    """The files that hold checkpoints' tensors, or may: what ``--out`` must not replace."""
+    found = map(Path, paths)
+    return [file for one in found for file in (one.glob("*.*") if one.is_dir() else (one,)) if _is_weights(file)]
+
+
+def _is_weights(file: Path) -> bool:
+    """Whether a file is of a checkpoint, and not of an earlier scan or probe."""
+    if file.suffix != ".safetensors":
+        return file.suffix in (*TORCH_SUFFIXES, ".json")
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            return (opened.metadata() or {}).get("kind") not in KINDS
+    except (OSError, SafetensorError):
+        return True
 
 
 def load_tokenizer(name: str, chat_template: Path | None = None) -> Any:
@@ -208,9 +243,22 @@ def open_pair(
         else:
             own, other = folder_tokenizer(tuned), folder_tokenizer(base)
         counts, rows = coverage or run, after.rows or before.rows
+        if coverage is not None:
+            _check_counted(coverage, own, other)
         return Pair(before, after, other, own or other, None if counts is None else read_counts(counts, rows))
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
+
+
+def _check_counted(coverage: str, *tokenizers: Any) -> None:
+    """Refuse counts of a tokenizer that neither side has.
+
+    Raises:
+        ValueError: where their vocabularies differ.
+    """
+    counted, known = vocabulary_in(coverage), [one for one in tokenizers if one is not None]
+    if counted is not None and known and counted not in map(vocabulary_hash, known):
+        raise ValueError(f"--coverage {coverage}: was counted with another tokenizer than the models'")
 
 
 def measured(pair: Pair) -> Scan:

@@ -15,7 +15,9 @@ from rich.console import Console
 from vocabguard.cli.app import InputError
 from vocabguard.cli.common import MOST_TARGETS, MOST_TOKENS, check_most, check_new_file, load_tokenizer
 from vocabguard.config import EchoConfig
-from vocabguard.data.echo_rows import EchoTally, echo_lists, needy_ids, write_chats, write_ids
+from vocabguard.data.counts import vocabulary_in
+from vocabguard.data.coverage import vocabulary_hash
+from vocabguard.data.echo_rows import EchoTally, echo_lists, holds_lost, needy_ids, write_chats, write_ids
 from vocabguard.files import one_line
 from vocabguard.protect.plan import allowed_ids
 from vocabguard.protect.prompts import render_echo
@@ -29,7 +31,7 @@ def echo(
     chats: Annotated[Path | None, typer.Option(help="Write JSON lines of messages: text, some tokens merge.")] = None,
     targets: Annotated[int, typer.Option(help="How often each token is a target.")] = 20,
     list_tokens: Annotated[int, typer.Option(help="Tokens in a list; a row has twice as many and the prompt.")] = 8000,
-    needs: Annotated[Path | None, typer.Option(help="Coverage or scan file: only tokens in need by it.")] = None,
+    needs: Annotated[Path | None, typer.Option(help="Coverage, scan or probe file: only tokens in need by it.")] = None,
     below: Annotated[int | None, typer.Option(help="In need: fewer data targets than this (default 5).")] = None,
     cosine: Annotated[float | None, typer.Option(help="In need: a cosine below this.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Never echo: an id, a text, or re:PATTERN.")] = None,
@@ -84,6 +86,17 @@ def echo(
         console.print(f"  {name}: {_told(tally)}")
 
 
+def _require_same(file: Path, tokenizer: Any) -> None:
+    """Refuse a file that was measured with another tokenizer.
+
+    Raises:
+        ValueError: where their vocabularies differ.
+    """
+    known = vocabulary_in(file)
+    if known is not None and known != vocabulary_hash(tokenizer):
+        raise ValueError(f"{file}: was measured with another tokenizer")
+
+
 def _told(tally: EchoTally) -> str:
     said = f"{tally.conversations:,} conversations, {tally.targets:,} targets, longest {tally.longest:,} tokens"
     if tally.survived == 1.0:
@@ -98,7 +111,8 @@ def _chosen(
     if needs is None:
         all_ids: list[int] = allowed_ids(table, tokenizer, items).tolist()
         return all_ids
-    if below is None and cosine is None:
+    _require_same(needs, tokenizer)
+    if below is None and cosine is None and not holds_lost(needs):
         below = 5
     needy, trained = needy_ids(needs, len(table), below=below, cosine=cosine)
     allowed = allowed_ids(table.with_trained(trained), tokenizer, items)

@@ -13,7 +13,8 @@ from rich.text import Text
 from vocabguard.cli import common
 from vocabguard.cli.app import InputError
 from vocabguard.cli.common import Column, Grid
-from vocabguard.compare.explain import LOST, Sides, asks_of, load_model, story
+from vocabguard.compare.explain import LOST, Sides, asks_of, story
+from vocabguard.compare.models import load_model
 from vocabguard.compare.scan import Scan
 from vocabguard.text import number, percent, visible
 from vocabguard.vocabulary.table import resolve_token
@@ -160,7 +161,8 @@ def _askable(found: Scan, tokenizer: Any) -> tuple[list[Any], Any]:
     if found.match.by != "id":
         return [], "the base has another vocabulary, so both cannot be asked alike"
     try:
-        pool, models = common.ways_of_asking(tokenizer), (load_model(found.base.path), load_model(found.tuned.path))
+        base = found.base.path
+        pool, models = common.ways_of_asking(tokenizer), (load_model(base), load_model(found.tuned.path, base=base))
         return list(asks_of(models[0], found, pool)), models
     except ValueError as error:
         return [], str(error)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vocabguard.cli import common
 from vocabguard.cli.app import InputError
 from vocabguard.cli.repair_train import EchoRun, data_rows, train_echo, write_trained
-from vocabguard.compare.explain import load_model
+from vocabguard.compare.models import load_model
 from vocabguard.compare.repair import (
     METHODS,
     STRENGTH,
@@ -145,7 +145,9 @@ def _measured(found: Scan, tokenizer: Any, lost: Tensor, out: Path, text: Path |
     told: dict[str, Any] = {}
     try:
         models: dict[str, nn.Module] = {
-            name: load_model(path) for name, path in paths.items() if name != "base" or found.match.by == "id"
+            name: load_model(path, base=found.base.path)
+            for name, path in paths.items()
+            if name != "base" or found.match.by == "id"
         }
         if "base" in models:
             told["recall"] = recall_of(models, found, common.ways_of_asking(tokenizer), lost, sample)

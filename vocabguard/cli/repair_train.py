@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vocabguard.compare.explain import load_model
+from vocabguard.compare.models import load_model
 from vocabguard.compare.repair import Plan, copy_files, weight_files
 from vocabguard.config import EchoConfig, GuardConfig, ProbeConfig
 from vocabguard.data.encode import TargetEncoder

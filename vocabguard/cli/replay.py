@@ -28,7 +28,9 @@ from vocabguard.cli.common import (
     read_roles,
     row_progress,
 )
+from vocabguard.data.counts import vocabulary_in
 from vocabguard.data.coverage import load_coverage, vocabulary_hash
+from vocabguard.data.echo_rows import needy_ids
 from vocabguard.data.encode import TargetEncoder
 from vocabguard.data.readers import Completion, Example, Preference, Text, TokenRows, data_files, read_examples
 from vocabguard.data.replay import Replay, count_targets_in, find_replay, needed_targets, written_rows
@@ -45,6 +47,9 @@ def replay(
     out: Annotated[Path, typer.Option(help="Write the chosen rows: .jsonl, or .txt for plain text.")],
     coverage: Annotated[
         Path | None, typer.Option(help="File of `vocabguard coverage`: only what it lacks is needed.")
+    ] = None,
+    needs: Annotated[
+        Path | None, typer.Option(help="File of `vocabguard probe MODEL BASE --out`: only lost tokens are needed.")
     ] = None,
     targets: Annotated[int, typer.Option(help="Targets wanted for each live token.")] = 20,
     kind: DataKind = None,
@@ -67,7 +72,8 @@ def replay(
     loaded = load_tokenizer(tokenizer)
     try:
         table = build_table(loaded, 1 + max(loaded.get_vocab().values()))
-        need = needed_targets(table.live, targets, _targets_of(coverage, loaded))
+        wanted = table.live if needs is None else table.live & _lost_of(needs, loaded, len(table))
+        need = needed_targets(wanted, targets, _targets_of(coverage, loaded))
         encoder = TargetEncoder(loaded, max_length=max_length)
         files = data_files(corpus)
         check_new_file("--out", out, [file for file in files if isinstance(file, Path)])
@@ -97,6 +103,17 @@ def _targets_of(coverage: Path | None, tokenizer: Any) -> Tensor | None:
     if counted.source.vocabulary != vocabulary_hash(tokenizer):
         raise ValueError(f"{coverage}: was counted with another tokenizer, {counted.source.tokenizer}")
     return counted.data_target
+
+
+def _lost_of(needs: Path, tokenizer: Any, rows: int) -> Tensor:
+    """(V,) bool: the tokens that a probe found lost."""
+    known = vocabulary_in(needs)
+    if known is not None and known != vocabulary_hash(tokenizer):
+        raise ValueError(f"{needs}: was measured with another tokenizer")
+    found = needy_ids(needs, rows, below=None, cosine=None)[0]
+    if not bool(found.any()):
+        raise ValueError(f"{needs}: the probe found no lost token, so no row is needed; nothing is written")
+    return found
 
 
 def _verified(

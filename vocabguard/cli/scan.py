@@ -1,4 +1,4 @@
-"""``vocabguard scan BASE TUNED``: which rows drifted, from two checkpoints on disk."""
+"""``vocabguard scan BASE TUNED``: which rows and layers drifted, from two checkpoints on disk; what they say."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from vocabguard.cli import common
+from vocabguard.cli import asking, common
+from vocabguard.cli.answers import probe_parts
 from vocabguard.cli.app import InputError
+from vocabguard.cli.asking import Asking
 from vocabguard.cli.common import Column, Grid
+from vocabguard.compare.blocks import body_as_json, body_drift
+from vocabguard.compare.evidence import evidence_of
+from vocabguard.compare.probing import Bars
+from vocabguard.compare.scan import Scan
 from vocabguard.compare.summary import save_scan, summarise_scan
-from vocabguard.rows.tensors import TORCH_SUFFIXES
+from vocabguard.compare.verdicts import rows_sentence, unseen_by_scan
+from vocabguard.files import one_line, plain
 from vocabguard.text import listed, number, percent, visible
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -44,12 +51,20 @@ def _tied(found: Mapping[str, Any]) -> bool:
 
 
 def _parts(found: Mapping[str, Any], top: int) -> list[RenderableType]:
-    parts: list[RenderableType] = [Text(_verdict(found), "bold"), *map(Text, _sentences(found))]
+    verdict = found["verdict"]
+    parts: list[RenderableType] = [Text(verdict["rows"], "bold")]
+    parts += [Text(verdict["behaviour"], "bold")] if verdict["behaviour"] else []
+    parts += [Text(f"over the threshold: {one}", "red") for one in verdict["findings"]]
+    parts += map(Text, _sentences(found))
     same = _tied(found)
     for name in ("head",) if same else ("head", "embedding"):
         parts += _matrix(found, name)
     if found["worst"]:
         parts += ["", Text("worst live tokens, by cosine", "bold"), _tokens(found["worst"][:top], same)]
+    if found["body"] and found["body"].get("blocks"):
+        parts += _block_table(found["body"], top)
+    if found["probe"]:
+        parts += ["", Text("what both models say", "bold"), *probe_parts(found["probe"], top, verdict=False)]
     if found["control_moved"]:
         parts += [Text("control tokens that moved most, by L2", "bold"), _tokens(found["control_moved"][:5], same)]
     return parts
@@ -78,10 +93,21 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
         said.append(f"Under-trained tokens not measured: {reason}; only rows of tiny norm are set apart.")
     if found["judged"]:
         said.append(f"Residual: without the mean displacement of the {found['residual_over']}.")
-    said.append(
-        "Rows only: the body, and what the model can say, were not measured; `vocabguard explain` asks the models."
-    )
+    said.append(f"Not measured: {'; '.join(found['verdict']['not_measured'])}.")
     return said
+
+
+def _block_table(body: Mapping[str, Any], top: int) -> list[RenderableType]:
+    """Blocks of the body in their order; none where nothing moved."""
+    if body["identical"] or not top:
+        return []
+    grid = Grid([Column("block", words=True), Column("change"), Column("cosine"), Column("tensors changed", spare=2),
+                 Column("most changed", words=True, spare=3)])  # fmt: skip
+    for one in body["blocks"]:
+        change, cosine = percent(one["relative"]), number(one["cosine"])
+        moved = f"{one['changed']} of {one['tensors']}"
+        grid.add(one["block"], change, cosine, moved, one["worst"]["tensor"] if one["changed"] else "")
+    return [Text("\nbody, by block: norm of the change over the norm at the base", "bold"), grid]
 
 
 def _matrix(found: Mapping[str, Any], name: str) -> list[RenderableType]:
@@ -89,8 +115,9 @@ def _matrix(found: Mapping[str, Any], name: str) -> list[RenderableType]:
     title = Text(f"\n{'head = input embedding (tied)' if _tied(found) else _LABELS[name]}", "bold")
     if "not_applicable" in numbers:
         return [] if found["judged"] is None else [title, Text(f"not applicable: {numbers['not_applicable']}")]
-    if numbers.get("cosine_min", 0.0) >= _UNMOVED:
-        return [title, Text("every live row is where it was (cosine above 0.9999); the body was not measured")]
+    measurable = not (numbers["nonfinite_rows"] or numbers["zeroed_rows"]["count"])
+    if numbers.get("cosine_min", 0.0) >= _UNMOVED and measurable:
+        return [title, Text("every live row is where it was (cosine above 0.9999)")]
     counts = found["tokens"]["groups"]
     table = Grid([
         Column("", words=True), Column("tokens", spare=3), Column("mean"), Column("min", spare=1),
@@ -159,23 +186,6 @@ def _tokens(tokens: Sequence[Mapping[str, Any]], tied: bool) -> Grid:
     return table
 
 
-def _weights(*paths: str) -> list[Path]:
-    """The files that hold the checkpoints' tensors, or may."""
-    found = map(Path, paths)
-    return [file for one in found for file in (one.glob("*.*") if one.is_dir() else (one,)) if _is_weights(file)]
-
-
-def _is_weights(file: Path) -> bool:
-    """Whether a file is one that `--out` must not replace: of a checkpoint, not of an earlier scan."""
-    if file.suffix != ".safetensors":
-        return file.suffix in (*TORCH_SUFFIXES, ".json")
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            return (opened.metadata() or {}).get("kind") != "vocabguard.scan"
-    except (OSError, SafetensorError):
-        return True
-
-
 def scan(
     base: common.Base,
     tuned: common.Tuned,
@@ -188,32 +198,122 @@ def scan(
         float,
         typer.Option(min=0.0, max=1.0, help="Share of live rows below cosine 0.95 from which the exit code is 1."),
     ] = 0.01,
+    body: Annotated[
+        bool, typer.Option(help="Compare the layers between the rows, too; reads both models whole.")
+    ] = True,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Load both models and ask them, as `vocabguard probe` does.")
+    ] = False,
+    sample: asking.Sample = Asking.sample,
+    whole: asking.Whole = False,
+    watch: asking.Watch = None,
+    texts: asking.Texts = None,
+    seed: asking.Seed = 0,
+    batch: asking.Batch = Asking.batch,
+    device: asking.Device = None,
+    device_map: asking.DeviceMap = None,
+    dtype: asking.Dtype = "auto",
     top: Annotated[int, typer.Option(min=0, help="Tokens in the list of the worst.")] = 20,
     out: Annotated[Path | None, typer.Option(help="Write every row's numbers to this .safetensors file.")] = None,
     as_json: common.AsJson = False,
 ) -> None:
-    """Compare every vocabulary row of TUNED with BASE.
+    """Compare every vocabulary row of TUNED with BASE, and the layers between them; with --probe what both can say.
 
-    Exit code 0: fine; 1: more live rows below cosine 0.95 than the threshold allows; 2: bad input.
+    Exit code 0: fine; 1: more live rows below cosine 0.95 than the threshold allows, or NaN or Inf in the body, or a
+    finding of the probe; 2: bad input.
     """
-    common.check_most(("--threshold", threshold, 1))
+    common.check_most(("--threshold", threshold, 1), ("--top", top, 10**7))
+    options = Asking(
+        sample=sample, whole=whole, watch=watch, texts=texts, seed=seed, batch=batch,
+        loading=common.loading(device, device_map, dtype),
+    )  # fmt: skip
+    _check_asking(options, probe=probe)
     if out is not None:
-        common.check_new_file("--out", out, _weights(base, tuned))
+        common.check_new_file("--out", out, common.checkpoint_files(base, tuned))
     pair = common.open_pair(base, tuned, tokenizer, head, embedding, coverage, run)
     found = common.measured(pair)
     told = summarise_scan(found, top=top)
-    numbers = told[found.judged] if found.judged else {}
-    share = numbers.get("below_0.95") or 0.0
-    told |= {"threshold": threshold, "findings": share > threshold}
+    told["body"] = _body(pair) if body else None
+    asked = asking.ask_both(pair, found, options) if probe else None
+    told["probe"] = None if asked is None else asked.told(Bars(), top)
+    told |= _judged(told, threshold)
     if out is not None:
-        try:
-            save_scan(found, out, told)
-        except Exception as error:  # safetensors has an error of its own for a full disk
-            raise InputError(f"--out {out}: cannot be written ({error})") from error
+        given = {"base": base, "tuned": tuned, "tokenizer": tokenizer, "head": head, "embedding": embedding,
+                 "coverage": coverage, "run": run, "threshold": threshold, "top": top, "body": body,
+                 "probe": probe}  # fmt: skip
+        given |= options.given if probe else {}
+        beside = None if asked is None else {"device": asked.device}
+        told["evidence"] = evidence_of(pair.base, pair.tuned, pair.tokenizer, given, beside)
+        _save(found, out, told, {} if asked is None else asked.vectors())
     if as_json:
-        print(json.dumps(told, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(_without_plan(told), ensure_ascii=False, allow_nan=False))
     else:
         for part in _parts(told, top):
             Console().print(part, highlight=False, soft_wrap=isinstance(part, Text))
-    if share > threshold:
+    if told["findings"]:
         raise typer.Exit(1)
+
+
+def _check_asking(options: Asking, *, probe: bool) -> None:
+    """Refuse options of the probe where none is asked for, and files that cannot be read before work is done."""
+    _ = options.words
+    if not probe and options != Asking():
+        raise InputError(
+            "--sample, --all, --watch, --texts, --seed, --batch, --device, --device-map and --dtype are of the probe; "
+            "allowed: beside --probe"
+        )
+    if options.texts is not None and not options.texts.is_file():
+        raise InputError(f"--texts {options.texts}: not found; allowed: a file of texts")
+
+
+def _body(pair: common.Pair) -> dict[str, Any]:
+    with common.progress_bars() as progress:
+        told: dict[str, Any] = plain(body_as_json(body_drift(pair.base, pair.tuned, progress)))
+    return told
+
+
+def _judged(told: Mapping[str, Any], threshold: float) -> dict[str, Any]:
+    """The verdict over rows, body and behaviour, and whether anything is over its threshold."""
+    numbers = told[told["judged"]] if told["judged"] else {}
+    damage = _broken_rows(told)
+    share, body, probe = numbers.get("below_0.95") or 0.0, told["body"], told["probe"]
+    findings = (
+        [f"{percent(share)} of live rows are below cosine 0.95; allowed: {percent(threshold)}"]
+        if share > threshold
+        else []
+    )
+    findings += damage
+    broken = [one["block"] for one in (body or {}).get("blocks", []) if one["broken"]]
+    findings += [f"NaN or Inf in the body: {listed(broken, len(broken))}"] if broken else []
+    findings += probe["verdict"]["findings"] if probe else []
+    unseen = unseen_by_scan(body, probe) + (probe["verdict"]["not_measured"] if probe else [])
+    rows = "; ".join([_verdict(told).removesuffix("."), *damage])
+    verdict = {"rows": rows_sentence(f"{rows}.", body), "behaviour": probe and probe["verdict"]["sentence"],
+               "findings": findings, "not_measured": unseen}  # fmt: skip
+    return {"threshold": threshold, "findings": bool(findings), "verdict": verdict}
+
+
+def _broken_rows(told: Mapping[str, Any]) -> list[str]:
+    """Rows that no share counts, since they have no cosine: a sentence for each kind and matrix."""
+    said = []
+    for name in ("head",) if _tied(told) else ("head", "embedding"):
+        numbers = told[name]
+        if zeroed := numbers.get("zeroed_rows", {}).get("count"):
+            named = listed([visible(text, 24) for text in numbers["zeroed_rows"]["texts"]], zeroed)
+            said.append(f"{zeroed:,} live rows of the {_LABELS[name]} are zero now and were not at the base: {named}")
+        if numbers.get("nonfinite_rows"):
+            said.append(f"{int(numbers['nonfinite_rows']):,} live rows of the {_LABELS[name]} hold NaN or Inf")
+    return said
+
+
+def _without_plan(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What is printed: the prompts in ids are for the file."""
+    probe = told["probe"]
+    return {**told, "probe": probe and {key: value for key, value in probe.items() if key != "plan"}}
+
+
+def _save(found: Scan, out: Path, told: Mapping[str, Any], vectors: Mapping[str, Tensor]) -> None:
+    try:
+        save_scan(found, out, told, vectors)
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        raise InputError(f"--out {out}: cannot be written ({one_line(error)})") from error

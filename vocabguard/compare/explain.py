@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +12,11 @@ from torch import Tensor, nn
 
 from vocabguard.compare.scan import Scan, fitted
 from vocabguard.compare.summary import category_of
-from vocabguard.compare.trial import require_readable
-from vocabguard.files import one_line, plain
+from vocabguard.files import plain
 from vocabguard.measure.contexts import choose_asks
 from vocabguard.measure.localize import End, input_rows_back, output_rows_back
 from vocabguard.measure.neighbors import intruders, nearest_rows
-from vocabguard.measure.probe import PromptContext, probe, probe_applicable
+from vocabguard.measure.probe import PromptContext, probe
 from vocabguard.measure.retention import gone, said
 from vocabguard.measure.undertrained import unused_distances
 from vocabguard.measure.unused import not_measured
@@ -118,32 +116,6 @@ def neighbours(rows: Baseline, scan: Scan, token: int, count: int = 8) -> tuple[
         for i, cosine, intruder in zip(near.ids[0].tolist(), near.cosine[0].tolist(), strange, strict=True)
         if i >= 0
     )
-
-
-def load_model(path: Path) -> nn.Module:
-    """A causal language model of a folder.
-
-    Raises:
-        ValueError: if there is none, or it cannot be loaded.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # one for each model, where that is no terminal too
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path} has no config.json, so no model can be loaded from it")
-    try:
-        require_readable(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path), local_files_only=True, dtype="auto", trust_remote_code=False
-        )
-    except Exception as error:  # loading raises what it likes
-        raise ValueError(f"{path}: the model cannot be loaded ({one_line(error)})") from error
-    found: nn.Module = model
-    reason = probe_applicable(found)
-    if reason is not None:
-        raise ValueError(f"{path}: {reason.reason}")
-    return found.eval()
 
 
 def asks_of(model: nn.Module, scan: Scan, pool: Sequence[PromptContext], asks: int = ASKS) -> tuple[PromptContext, ...]:

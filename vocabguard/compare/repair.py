@@ -56,6 +56,8 @@ class Plan:
 def lost_rows(scan: Scan, cosine_below: float = 0.95, targets_below: int = 20) -> tuple[Tensor, str]:
     """Live rows to be repaired: those with few data targets where counts are known, else those of low cosine.
 
+    Rows that are broken are among them: NaN or Inf, or zero now and not at the base.
+
     Args:
         cosine_below: the bar without counts.
         targets_below: the bar with counts.
@@ -69,10 +71,12 @@ def lost_rows(scan: Scan, cosine_below: float = 0.95, targets_below: int = 20) -
     drift = scan.head
     if isinstance(drift, NotApplicable):
         raise ValueError(f"there is no head to repair: {drift.reason}")
-    usable = scan.live & ~drift.bad & ~drift.zero
+    broken = scan.live & (drift.bad | scan.zeroed.get("head", torch.zeros_like(drift.bad)))
+    usable, beside = scan.live & ~drift.bad & ~drift.zero, ", or broken" if bool(broken.any()) else ""
     if scan.data_target is not None:
-        return usable & (scan.data_target < targets_below), f"live rows with fewer than {targets_below} data targets"
-    return usable & (drift.cosine < cosine_below), f"live rows with cosine below {cosine_below:g}"
+        few = usable & (scan.data_target < targets_below)
+        return few | broken, f"live rows with fewer than {targets_below} data targets{beside}"
+    return usable & (drift.cosine < cosine_below) | broken, f"live rows with cosine below {cosine_below:g}{beside}"
 
 
 def plan_repair(scan: Scan, lost: Tensor, chosen_by: str, method: Method, strength: float = STRENGTH) -> Plan:
@@ -93,15 +97,24 @@ def plan_repair(scan: Scan, lost: Tensor, chosen_by: str, method: Method, streng
         raise ValueError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
     base, now = _heads(scan)
     ids = lost.nonzero().flatten()
-    before, after = _taken(base, ids), _taken(now, ids)
-    new = before.clone()
+    before = _taken(base, ids)
+    # A row that is broken at the base already cannot be put right by it.
+    sound = _sound(before)
+    ids, before = ids[sound], before[sound]
+    after, new = _taken(now, ids), before.clone()
     if method == "shift":
         classes = torch.zeros(len(ids)) if scan.data_target is None else exposure_classes(scan.data_target[ids])
         for kind in range(len(EXPOSURE_CLASSES)):
             members = classes == kind
-            if members.any():
-                new[members] += strength * (after[members] - before[members]).double().mean(dim=0).float()
+            moved = members & _sound(after)
+            if moved.any():
+                new[members] += strength * (after[moved] - before[moved]).double().mean(dim=0).float()
     return Plan(ids, new, chosen_by)
+
+
+def _sound(rows: Tensor) -> Tensor:
+    """(n,) bool: rows that are finite and not zero."""
+    return rows.isfinite().all(1) & rows.any(1)
 
 
 def write_repaired(tuned: Checkpoint, plan: Plan, out: Path) -> None:

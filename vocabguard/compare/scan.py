@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -124,6 +124,8 @@ class Scan:
         unused: (V,) bool, rows of the base that are known to be unused.
         data_target: (V,) int64 targets of the training data, if they are known.
         seconds: what reading and measuring took.
+        zeroed: (V,) bool by matrix, live rows that are zero now and were not at the base. They have no cosine, so that
+            no share counts them.
     """
 
     base: Checkpoint
@@ -135,6 +137,7 @@ class Scan:
     unused: Tensor
     data_target: Tensor | None
     seconds: float
+    zeroed: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def live(self) -> Tensor:
@@ -187,8 +190,16 @@ def scan(
         else:
             found[name] = _drift(name, now[name], before[name], unexposed, norms, progress)
     table = table.with_trained(~of_base.never_trained(norms))
+    live = table.live & match.mask
+    zeroed = {
+        name: live & drift.zero & (norms.get(name, norms.get("head", torch.zeros(rows))) > 0)
+        for name, drift in found.items()
+        if isinstance(drift, RowDrift)
+    }
     seconds = time.perf_counter() - began
-    return Scan(base, tuned, found["head"], found["embedding"], table, match, of_base.unused, data_target, seconds)
+    return Scan(
+        base, tuned, found["head"], found["embedding"], table, match, of_base.unused, data_target, seconds, zeroed
+    )  # fmt: skip
 
 
 @one_torch_thread()

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import regex
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vocabguard.compare.scan import Scan
-from vocabguard.files import one_line, plain, require_regular, write_file
+from vocabguard.files import one_line, plain, require_regular, tensor_file, write_file
 from vocabguard.measure.drift import summarise
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.measure.unused import not_measured
@@ -27,6 +26,9 @@ from vocabguard.vocabulary.table import VocabTable
 
 SCHEMA = 1
 """Version of the file that `save_scan` writes."""
+
+KINDS = ("vocabguard.scan", "vocabguard.probe")
+"""What such a file says of itself."""
 
 VECTORS = ("cosine", "residual", "l2", "norm_ratio")
 """(V,) float32 of each matrix in that file, as ``head/cosine`` and so on."""
@@ -67,7 +69,7 @@ def summarise_scan(scan: Scan, *, top: int = 30) -> dict[str, Any]:
 
     Returns:
         ``head`` and ``embedding``: the keys of `vocabguard.measure.drift.summarise` with ``groups`` and, where targets
-        are known, ``classes``; ``l2_histogram`` (``edges``, ``counts``) and ``norm_outliers``; or
+        are known, ``classes``; ``l2_histogram`` (``edges``, ``counts``), ``norm_outliers`` and ``zeroed_rows``; or
         ``not_applicable``. ``worst``: live tokens by cosine; ``control_moved``: control tokens by L2; ``untrained``;
         ``tokens``: counts; ``matched``; ``base`` and ``tuned``; ``residual_over``; ``seconds``.
     """
@@ -116,8 +118,16 @@ def matrix_summary(scan: Scan, name: MatrixName) -> dict[str, Any]:
     usable = scan.live & ~drift.bad & ~drift.zero
     nested["l2_histogram"] = _histogram(drift.l2[usable])
     outliers = _norm_outliers(drift, usable)
+    zeroed = _zeroed(scan, name)
+    nested["zeroed_rows"] = {"count": len(zeroed), "texts": [scan.table.text(i) for i in zeroed[:_NAMED]]}
     nested["norm_outliers"] = outliers | {"texts": [scan.table.text(i) for i in outliers["ids"][:_NAMED]]}
     return nested
+
+
+def _zeroed(scan: Scan, name: MatrixName) -> list[int]:
+    """Ids of the live rows that are zero now and were not at the base."""
+    found = scan.zeroed.get(name)
+    return [] if found is None else [int(token) for token in found.nonzero().flatten()]
 
 
 def _worst(scan: Scan, top: int) -> list[int]:
@@ -126,7 +136,8 @@ def _worst(scan: Scan, top: int) -> list[int]:
         return []
     drift = scan.drift(scan.judged)
     assert isinstance(drift, RowDrift)
-    return _lowest(drift.cosine, scan.live, top)
+    zeroed = _zeroed(scan, scan.judged)[:top]
+    return zeroed + _lowest(drift.cosine, scan.live, top)[: top - len(zeroed)]
 
 
 def _row_line(scan: Scan, token_id: int) -> dict[str, Any]:
@@ -147,12 +158,21 @@ def _row_line(scan: Scan, token_id: int) -> dict[str, Any]:
     }
 
 
-def save_scan(scan: Scan, path: Path, found: Mapping[str, Any]) -> None:
-    """Write every row's numbers and, as JSON in the header's ``summarise_scan``, the whole `summarise_scan`.
+def save_scan(
+    scan: Scan, path: Path, found: Mapping[str, Any], more: Mapping[str, Tensor] | None = None, kind: str = KINDS[0]
+) -> None:
+    """Write every row's numbers and, as JSON in the header's ``summary``, the whole `summarise_scan`.
+
+    The time that it took is left out: the same measurement makes the same bytes.
 
     Tensors, all (V,): ``group`` uint8, ``live``, ``control`` and ``trained`` bool, ``base_ids`` int64, ``data_target``
     int64 where known; ``head/`` and ``embedding/`` ``cosine``, ``residual``, ``l2``, ``norm_ratio`` float32, as far as
     they apply. Texts are JSON in the header's ``texts``, group names in ``groups``.
+
+    Args:
+        found: what `summarise_scan` gave, and what else is to be kept with it, such as ``probe`` and ``evidence``.
+        more: other tensors, such as a probe's.
+        kind: one of `KINDS`.
 
     Raises:
         OSError: if it cannot be written.
@@ -172,13 +192,13 @@ def save_scan(scan: Scan, path: Path, found: Mapping[str, Any]) -> None:
         if isinstance(drift, RowDrift):
             vectors |= {f"{name}/{key}": getattr(drift, key) for key in VECTORS}
     header = {
-        "kind": "vocabguard.scan",
-        "summary": json.dumps(found, allow_nan=False),
+        "kind": kind,
+        "summary": json.dumps({key: value for key, value in found.items() if key != "seconds"}, allow_nan=False),
         "groups": json.dumps(table.names),
         "texts": json.dumps(table.texts),
     }
-    whole = {name: vector.contiguous().clone() for name, vector in vectors.items()}
-    write_file(path, safetensors.torch.save(whole, metadata=header))
+    whole = {name: vector.contiguous().clone() for name, vector in {**vectors, **(more or {})}.items()}
+    write_file(path, tensor_file(whole, header))
 
 
 def load_scan(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,25 @@ def read_counts(path: str | Path, rows: int) -> Tensor:
             f"{path}: data_target is {list(found.shape)} {found.dtype}; allowed: whole counts of at most {rows} rows"
         )
     return fit_rows(found.to(torch.int64), rows)
+
+
+def vocabulary_in(path: str | Path) -> str | None:
+    """SHA-256 of the vocabulary that a file of coverage, scan or probe is about; None where it does not tell.
+
+    See `vocabguard.data.coverage.vocabulary_hash`.
+    """
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+        counted = json.loads(header.get("coverage", "{}")).get("vocabulary")
+        measured = ((json.loads(header.get("summary", "{}")).get("evidence") or {}).get("tokenizer") or {}).get(
+            "vocabulary"
+        )
+    except (OSError, SafetensorError, ValueError, AttributeError, RecursionError):
+        return None
+    return next((one for one in (counted, measured) if isinstance(one, str)), None)
 
 
 def _of_run(folder: Path) -> Tensor:

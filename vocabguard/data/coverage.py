@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -31,9 +30,10 @@ from vocabguard.data.readers import Example, Examples, Text, TokenRows
 from vocabguard.data.render import Trainer, TurnTally
 from vocabguard.data.roles import ROLES, UnknownRoleError
 from vocabguard.data.tables import DataError
-from vocabguard.files import one_line, require_regular, write_file
+from vocabguard.files import one_line, require_regular, tensor_file, write_file
 from vocabguard.measure.exposure import CLASS_STARTS, exposure_classes
 from vocabguard.results import EXPOSURE_CLASSES
+from vocabguard.runlog import versions
 from vocabguard.vocabulary.table import VocabTable, fit_rows
 
 SCHEMA = 1
@@ -164,8 +164,8 @@ class Coverage:
         (told, more), (tally, more_tally) = both
         metadata = {"coverage": {"schema": SCHEMA, "tally": tally, **told}, "more": {"tally": more_tally, **more}}
         vectors = {name: getattr(self, name).contiguous() for name in _VECTORS}
-        content = safetensors.torch.save(vectors, metadata={key: json.dumps(part) for key, part in metadata.items()})
-        write_file(path, content)
+        metadata["evidence"] = {"versions": versions(), "tokenizer": {"vocabulary": self.source.vocabulary}}
+        write_file(path, tensor_file(vectors, {key: json.dumps(part) for key, part in metadata.items()}))
 
 
 def load_coverage(path: str | Path) -> Coverage:

@@ -78,7 +78,8 @@ def needy_ids(path: str | Path, rows: int, *, below: int | None, cosine: float |
     """The tokens that a coverage or scan file shows to be in need.
 
     Args:
-        path: what ``vocabguard coverage --out`` or ``vocabguard scan --out`` wrote.
+        path: what ``vocabguard coverage --out``, ``vocabguard scan --out`` or ``vocabguard probe --out`` wrote. Of a
+            probe, where neither bar is given, the tokens that it found lost are in need.
         rows: V of the tokenizer; a scan may have more, padded rows.
         below: tokens with fewer data targets are in need.
         cosine: tokens whose head row (embedding row where there is no head) has a lower cosine, or none that is finite,
@@ -90,7 +91,9 @@ def needy_ids(path: str | Path, rows: int, *, below: int | None, cosine: float |
     Raises:
         ValueError: if the file cannot be read, lacks what is asked for, or is of fewer rows.
     """
-    found = _vectors(path, ("data_target", "head/cosine", "embedding/cosine", "trained"))
+    found = _vectors(path, ("data_target", "head/cosine", "embedding/cosine", "trained", "lost"))
+    if below is None and cosine is None and "lost" not in found:
+        raise ValueError(f"{path}: holds no lost tokens; allowed: a file of `vocabguard probe MODEL BASE --out`")
     drift = found.get("head/cosine", found.get("embedding/cosine"))
     if below is not None and "data_target" not in found:
         raise ValueError(f"{path}: holds no data_target; allowed with --below: a file of `vocabguard coverage --out`")
@@ -100,11 +103,18 @@ def needy_ids(path: str | Path, rows: int, *, below: int | None, cosine: float |
     if short:
         raise ValueError(f"{path}: its shapes are {short}, the tokenizer has {rows} ids; they do not belong together")
     needy = torch.zeros(rows, dtype=torch.bool)
+    if below is None and cosine is None:
+        needy |= found["lost"][:rows].bool()
     if below is not None:
         needy |= found["data_target"][:rows] < below
     if cosine is not None and drift is not None:
         needy |= ~(drift[:rows] >= cosine)
     return needy, found.get("trained", torch.ones(rows))[:rows].bool()
+
+
+def holds_lost(path: str | Path) -> bool:
+    """Whether a file says which tokens were found lost, as `vocabguard probe MODEL BASE --out` writes it."""
+    return "lost" in _vectors(path, ("lost",))
 
 
 def write_ids(

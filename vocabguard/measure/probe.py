@@ -96,7 +96,7 @@ def probe(
         ids: (n,) int64, the tokens asked for.
         contexts: the ways of asking; at least one.
         batch_tokens: prompt tokens in one forward pass. Fewer are taken where the logits would exceed 2**25 numbers.
-        progress: called with the share in [0, 1] of the contexts that is done.
+        progress: called with the share in [0, 1] that is done, after each forward pass.
 
     Returns:
         What was said, on the CPU. Of equal logits the first counts as emitted; rank counts strictly larger ones. Where
@@ -122,10 +122,9 @@ def probe(
     model = getattr(model, "_orig_mod", model)
     with undisturbed(model), torch.no_grad():
         found = []
-        for done, context in enumerate(contexts, start=1):
-            found.append(_probe_context(model, ids, context, seed, batch_tokens))
-            if progress is not None:
-                progress(done / len(contexts))
+        for done, context in enumerate(contexts):
+            tell = None if progress is None else _part_of(progress, done, len(contexts))
+            found.append(_probe_context(model, ids, context, seed, batch_tokens, tell))
     probability, rank, instead = (torch.stack(columns, dim=1) for columns in zip(*found, strict=True))
     return ProbeResult(
         contexts=tuple(context.name for context in contexts), ids=ids,
@@ -137,13 +136,19 @@ Answers = tuple[Tensor, Tensor, Tensor]
 """Probability (float32), rank (int64) and most likely token (int64), of one shape."""
 
 
+def _part_of(progress: Callable[[float], None], done: int, count: int) -> Callable[[float], None]:
+    """Tells of a part as of a share of the whole."""
+    return lambda share: progress((done + share) / count)
+
+
 def _probe_context(
-    model: nn.Module, ids: Tensor, context: PromptContext, seed: int, batch_tokens: int
-) -> tuple[Tensor, ...]:
+    model: nn.Module, ids: Tensor, context: PromptContext, seed: int, batch_tokens: int,
+    progress: Callable[[float], None] | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     if not len(ids):
         return torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
     lists = probe_lists(len(ids), context, seed)
-    found = ask_lists(model, ids[lists], context, batch_tokens=batch_tokens)
+    found = ask_lists(model, ids[lists], context, batch_tokens=batch_tokens, progress=progress)
     where = lists.flatten()[: len(ids)]
     answers = []
     for column in found:
@@ -152,12 +157,16 @@ def _probe_context(
     return tuple(answers)
 
 
-def ask_lists(model: nn.Module, lists: Tensor, context: PromptContext, *, batch_tokens: int) -> Answers:
+def ask_lists(
+    model: nn.Module, lists: Tensor, context: PromptContext, *, batch_tokens: int,
+    progress: Callable[[float], None] | None = None,
+) -> Answers:  # fmt: skip
     """Ask for every list in one context. The caller sees to modes, generators and gradients (`undisturbed`).
 
     Args:
         lists: (n, k) int64 token ids.
         batch_tokens: prompt tokens in one forward pass.
+        progress: called with the share in [0, 1] that is done, after each forward pass.
 
     Returns:
         Probability (float32), rank (int64) and most likely token (int64) of each place, (n, k), on the CPU.
@@ -177,7 +186,11 @@ def ask_lists(model: nn.Module, lists: Tensor, context: PromptContext, *, batch_
     _check_length(model, context.name, prompts.shape[1])
     per_batch = _rows_per_batch(model, prompts.shape[1], prompts.shape[1] - int(places[0]), batch_tokens)
     batches = zip(torch.split(prompts, per_batch), torch.split(lists, per_batch), strict=True)
-    parts = [_answers(_logits_at(model, batch, places), wanted) for batch, wanted in batches]
+    parts: list[Answers] = []
+    for number, (batch, wanted) in enumerate(batches, start=1):
+        parts.append(_answers(_logits_at(model, batch, places), wanted))
+        if progress is not None:
+            progress(min(1.0, number * per_batch / len(lists)))
     probability, rank, instead = (torch.cat(column) for column in zip(*parts, strict=True))
     return probability, rank, instead
 

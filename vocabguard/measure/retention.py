@@ -181,22 +181,55 @@ def reask_noise(emitted: Tensor) -> float:
         >>> abs(reask_noise(first) - seen) < 0.005
         True
     """
-    count, asks = emitted.shape
-    if asks < 2 or not count:
+    found = _chances(emitted)
+    if found is None:
         return math.nan
-    right = emitted.sum(1).double()
-    mean, both = float(right.mean()) / asks, float((right * (right - 1)).mean()) / (asks * (asks - 1))
-    spread = both - mean * mean
-    if not 0 < mean < 1 or spread >= mean * (1 - mean):
+    asks, a, b = found
+    if math.isinf(a):
         return 0.0
-    # A beta distribution of the same mean and spread; without any spread all tokens have one chance.
-    weight = mean * (1 - mean) / max(spread, 1e-9) - 1
-    a, b = mean * weight, (1 - mean) * weight
     first = [n for n in range(asks + 1) if 2 * n > asks]
     second = [n for n in range(asks + 1) if 2 * n < asks]
     chance = sum(_joint(x, y, asks, a, b) for x in first for y in second)
     total = sum(_joint(x, y, asks, a, b) for x in first for y in range(asks + 1))
     return chance / total if total > 0 else 0.0
+
+
+def outright_noise(emitted: Tensor) -> float:
+    """Of the tokens that every ask gets, the share in [0, 1] that no ask would get if the model was asked once more.
+
+    As `reask_noise`; NaN with a single ask.
+
+    Args:
+        emitted: (n, C) bool, of one round.
+
+    Example:
+        >>> asks = torch.tensor([[1, 1, 1, 1]] * 90 + [[1, 1, 1, 0]] * 10).bool()
+        >>> outright_noise(asks) < 1e-5
+        True
+    """
+    found = _chances(emitted)
+    if found is None:
+        return math.nan
+    asks, a, b = found
+    if math.isinf(a):
+        return 0.0
+    total = sum(_joint(asks, y, asks, a, b) for y in range(asks + 1))
+    return _joint(asks, 0, asks, a, b) / total if total > 0 else 0.0
+
+
+def _chances(emitted: Tensor) -> tuple[int, float, float] | None:
+    """Asks, and the beta distribution of the tokens' chances; infinite where all have one of 0 or 1; None: one ask."""
+    count, asks = emitted.shape
+    if asks < 2 or not count:
+        return None
+    right = emitted.sum(1).double()
+    mean, both = float(right.mean()) / asks, float((right * (right - 1)).mean()) / (asks * (asks - 1))
+    spread = both - mean * mean
+    if not 0 < mean < 1 or spread >= mean * (1 - mean):
+        return asks, math.inf, math.inf
+    # A beta distribution of the same mean and spread; without any spread all tokens have one chance.
+    weight = mean * (1 - mean) / max(spread, 1e-9) - 1
+    return asks, mean * weight, (1 - mean) * weight
 
 
 def _joint(x: int, y: int, asks: int, a: float, b: float) -> float:
@@ -251,6 +284,26 @@ def share_of(hit: Tensor, among: Tensor, weights: Tensor, z: float) -> Share:
     value = float(taken[hit[among]].sum()) / total
     low, high = wilson_share(value, total * total / float(taken.square().sum()), z)
     return Share(value, low, high, len(taken))
+
+
+def lost_outright(base: ProbeResult, now: ProbeResult) -> Tensor:
+    """(n,) bool: got in every ask at the base, and in none now.
+
+    A share of lost tokens hides a small damage, since noise takes as many. These are hardly ever noise
+    (`outright_noise`), so that few of them are evidence.
+
+    Raises:
+        ValueError: if the two probes asked for different tokens or in different contexts.
+
+    Example:
+        >>> ids, none = torch.tensor([5, 9]), torch.zeros(2, 2)
+        >>> base = ProbeResult(("a", "b"), ids, torch.ones(2, 2).bool(), none, none, none)
+        >>> now = ProbeResult(("a", "b"), ids, torch.tensor([[False, False], [False, True]]), none, none, none)
+        >>> lost_outright(base, now)
+        tensor([ True, False])
+    """
+    _require_pair(base, now)
+    return base.emitted.all(1) & ~now.emitted.any(1)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from vocabguard.compare.summary import load_scan
+from vocabguard.compare.blocks import body_sentence
+from vocabguard.compare.evidence import evidence_sentences
+from vocabguard.compare.summary import KINDS, load_scan
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.measure.retention import gone, said, said_instead
 from vocabguard.results import (
@@ -135,6 +137,16 @@ class Beside:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """A verdict that a file brings with it, see `vocabguard.compare.verdicts.probe_verdict`."""
+
+    level: str
+    sentence: str
+    findings: tuple[str, ...]
+    not_measured: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class PageData:
     """One run or scan, ready to be shown.
 
@@ -155,10 +167,11 @@ class PageData:
         tokens: lost tokens, worst tokens and watched tokens; lost ones first, then by cosine.
         echo: what echo has done by the last check; None without echo.
         beside: what was found beside the checks, the latest of each kind.
+        verdict: that of a probe that the file holds; None where there is none.
     """
 
     name: str
-    kind: Literal["run", "scan"]
+    kind: Literal["run", "scan", "probe"]
     step: int | None
     about: tuple[str, ...]
     names: tuple[str, ...]
@@ -179,6 +192,7 @@ class PageData:
     tokens: tuple[TokenLine, ...] = ()
     echo: EchoDone | None = None
     beside: tuple[Beside, ...] = ()
+    verdict: Judged | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     text: TextOf = field(default=lambda token: f"<row {token}>", repr=False)
 
@@ -501,19 +515,58 @@ def _scan_data(
     names, matrix = _group_names(path), found["judged"]
     rows = _scan_rows(vectors, matrix)
     scalars = {key: value for name in MATRICES for key, value in _scan_flat(name, found[name])}
+    scalars |= dict(_asked_flat(found.get("probe")))
+    probed = _probed(vectors)
     tied = found["tied"]["base"] and found["tied"]["tuned"]
     both = matrix == "head" and not tied and "embedding/cosine_mean" in scalars
+    evidence = found.get("evidence") or {}
 
     def text(token: int) -> str:
         return texts[token] or f"<row {token}>"
 
     return PageData(
-        name=path, kind="scan", step=None, about=(*_about(found), *_odd_rows(found, matrix)), names=names,
-        matrix=matrix, live=int(found["tokens"]["live"]), table=report_rows(_result(scalars), names, matrix),
+        name=path, kind=_kind_of(path), step=None,
+        about=(*_about(found, asked=probed is not None), *_odd_rows(found, matrix), *evidence_sentences(evidence)),
+        names=names, matrix=matrix, live=int(found["tokens"]["live"]),
+        table=report_rows(_result(scalars), names, matrix),
         embedding=report_rows(_result(scalars), names, "embedding") if both else (), sizes=sizes_of(rows, names),
-        scalars=scalars, rows=rows, tokens=token_lines(choose_tokens(rows, None, top), rows, None, names, text, 0),
-        text=text,
+        scalars=scalars, rows=rows, probed=probed,
+        tokens=token_lines(choose_tokens(rows, probed, top), rows, probed, names, text, 0), text=text,
+        verdict=_page_verdict(found.get("probe")), settings=_flat(evidence.get("arguments") or {}) if evidence else {},
     )  # fmt: skip
+
+
+def _page_verdict(probe: Mapping[str, Any] | None) -> Judged | None:
+    if not probe:
+        return None
+    found = probe["verdict"]
+    return Judged(
+        str(found["level"]), str(found["sentence"]), tuple(map(str, found["findings"])),
+        tuple(map(str, found["not_measured"])),
+    )  # fmt: skip
+
+
+def _asked_flat(probe: Mapping[str, Any] | None) -> Iterator[tuple[str, float]]:
+    """A probe's numbers by the keys that a run logs."""
+    if not probe:
+        return
+    parts = {"": probe["numbers"], **probe.get("groups", {}), **probe.get("classes", {})}
+    for part, values in parts.items():
+        for key, value in values.items():
+            if isinstance(value, (int, float)) and key not in ("low", "high"):
+                yield f"probe/{part}/{key}" if part else f"probe/{key}", float(value)
+    for key, value in probe.get("reference", {}).items():
+        if isinstance(value, (int, float)):
+            yield f"reference/{key}", float(value)
+    known = [word for word in probe.get("words", ()) if word["known"]]
+    if known and "outright" in probe:
+        yield "probe/watch", 1 - sum(bool(word["lost"]) for word in known) / len(known)
+
+
+def _kind_of(path: str) -> Literal["scan", "probe"]:
+    """What a file says of itself."""
+    with safe_open(path, framework="pt") as file:
+        return "probe" if (file.metadata() or {}).get("kind") == KINDS[1] else "scan"
 
 
 def _group_names(path: str) -> tuple[str, ...]:
@@ -523,7 +576,9 @@ def _group_names(path: str) -> tuple[str, ...]:
 
 def _scan_rows(vectors: Mapping[str, Tensor], matrix: MatrixName | None) -> RowNumbers:
     counts = vectors.get("data_target")
-    shapes = {name: tuple(vector.shape) for name, vector in vectors.items() if vector.shape != vectors["live"].shape}
+    # A probe's vectors are of the tokens that it asked for.
+    of_rows = {name: one for name, one in vectors.items() if not name.startswith(("probe/", "reference/", "words/"))}
+    shapes = {name: tuple(vector.shape) for name, vector in of_rows.items() if vector.shape != vectors["live"].shape}
     if shapes:
         raise ValueError(f"vectors of other lengths than live's {tuple(vectors['live'].shape)}: {shapes}")
 
@@ -539,6 +594,8 @@ def _scan_rows(vectors: Mapping[str, Tensor], matrix: MatrixName | None) -> RowN
 
 def _scan_flat(name: str, numbers: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """One matrix's numbers by the keys that a run logs."""
+    if zeroed := (numbers.get("zeroed_rows") or {}).get("count"):
+        yield f"{name}/zeroed_rows", float(zeroed)
     parts = {"": numbers, **numbers.get("groups", {}), **numbers.get("classes", {})}
     for part, values in parts.items():
         for key, value in values.items():
@@ -546,9 +603,10 @@ def _scan_flat(name: str, numbers: Mapping[str, Any]) -> Iterator[tuple[str, flo
                 yield f"{name}/{part}/{key}" if part else f"{name}/{key}", float(value)
 
 
-def _about(found: Mapping[str, Any]) -> tuple[str, ...]:
+def _about(found: Mapping[str, Any], *, asked: bool) -> tuple[str, ...]:
     tokens, matched = found["tokens"], found["matched"]
-    said = [f"Base: {found['base']}", f"Tuned: {found['tuned']}"]
+    said = ["Base: none"] if found.get("one_sided") else [f"Base: {found['base']}"]
+    said.append(f"{'Model' if found.get('one_sided') else 'Tuned'}: {found['tuned']}")
     said += [
         f"{name.capitalize()} not applicable: {found[name]['not_applicable']}."
         for name in MATRICES
@@ -559,7 +617,28 @@ def _about(found: Mapping[str, Any]) -> tuple[str, ...]:
     said.append(f"Residual: without the mean displacement of the {found['residual_over']}.")
     apart = f"{tokens['control']:,} control, {tokens['unreachable']:,} unreachable, {tokens['padded']:,} padded"
     said.append(f"Set apart: {apart}, {tokens['never_trained']:,} never trained at the base.")
+    if body := found.get("body"):
+        sentence = body_sentence(body)
+        said.append(f"{sentence[0].upper()}{sentence[1:]}.")
+    if asked:
+        return (*said, *_how_asked(found["probe"]))
     return (*said, "A scan reads weights and asks the model nothing: whether a token can still be said is not known.")
+
+
+def _how_asked(probe: Mapping[str, Any]) -> tuple[str, ...]:
+    asked = probe["asked"]
+    sampled = "all" if asked["whole"] else f"{asked['tokens']:,} sampled"
+    said = [
+        f"Asked for {sampled} of {asked['live']:,} live tokens, {len(asked['asks'])} times each "
+        f"({', '.join(asked['asks'])}; seed {asked['seed']}).",
+        f"Not measured: {'; '.join(probe['verdict']['not_measured'])}.",
+    ]
+    if where := probe.get("where"):
+        said.append(
+            f"Of {where['forgotten']:,} lost tokens asked for again, {where['head']:,} come back with the base's "
+            f"output row, {where['input']:,} with its input row too, {where['body']:,} with neither."
+        )
+    return tuple(said)
 
 
 def _odd_rows(found: Mapping[str, Any], matrix: MatrixName | None) -> list[str]:

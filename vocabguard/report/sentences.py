@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -83,6 +84,27 @@ def beside_label(kind: str) -> str:
 
 def verdict_of(data: PageData, limits: Limits) -> Verdict:
     """What was lost, in one sentence, and whether it is more than allowed."""
+    if data.verdict is None:
+        return _verdict_by_numbers(data, limits)
+    rows, asked = (
+        _verdict_by_numbers(replace(data, scalars=_rows_only(data.scalars), probed=None), limits),
+        data.verdict,
+    )
+    # What the file judged when it was written, and the rows by the limits of the page.
+    by_rows = data.matrix is not None
+    sentence = f"{asked.sentence} {rows.sentence if by_rows else ''}".strip()
+    kind: Level = (
+        "lost" if asked.level in ("lost", "harder", "unsaid") else "fine" if asked.level == "fine" else "unknown"
+    )
+    level = max(kind, rows.level if by_rows else kind, key=("fine", "unknown", "drifted", "lost").index)
+    return Verdict(level, sentence, (*asked.findings, *(rows.findings if by_rows else ())))
+
+
+def _rows_only(scalars: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in scalars.items() if not key.startswith(("probe/", "reference/"))}
+
+
+def _verdict_by_numbers(data: PageData, limits: Limits) -> Verdict:
     row = data.whole
     forgotten = None if row is None or row.retained is None else 1.0 - row.retained
     degraded = None if row is None else row.below_95
@@ -104,10 +126,17 @@ def verdict_of(data: PageData, limits: Limits) -> Verdict:
     if broken:
         findings.append(f"{broken:,} live rows hold NaN or Inf; allowed: none")
         level = "lost"
-    if forgotten is None and degraded is None and not broken:
+    zeroed = int(data.scalars.get(f"{data.matrix}/zeroed_rows", 0))
+    if zeroed:
+        findings.append(f"{zeroed:,} live rows are zero now and were not at the base; allowed: none")
+        level = "lost"
+    if forgotten is None and degraded is None and not broken and not zeroed:
         return Verdict("unknown", _nothing_measured(data), ())
-    parts = [_forgotten_part(data, forgotten), _degraded_part(data, degraded)]
+    # The part about behaviour is the probe's own, where a file brings one.
+    parts = [] if data.verdict else [_forgotten_part(data, forgotten)]
+    parts.append(_degraded_part(data, degraded))
     parts += [f"{broken:,} live {'row holds' if broken == 1 else 'rows hold'} NaN or Inf"] if broken else []
+    parts += [f"{zeroed:,} live {'row is' if zeroed == 1 else 'rows are'} zero now"] if zeroed else []
     parts = [part for part in (*parts, _end_part(data)) if part]
     sentence = f"{'; '.join(parts)}."
     return Verdict(level, sentence[0].upper() + sentence[1:], tuple(findings))
@@ -296,7 +325,8 @@ def _degraded_part(data: PageData, degraded: float | None) -> str:
         return "row drift does not apply" if data.matrix is None else ""
     rows_of = "head row" if data.matrix == "head" else "input embedding row"
     if degraded == 0:
-        body = "; the body was not measured" if data.kind == "scan" else ""
+        told = any(sentence.startswith("Body: ") for sentence in data.about)
+        body = "; the body was not measured" if data.kind == "scan" and not told else ""
         return f"no live {rows_of} is below cosine 0.95{body}"
     count = _count_of(data, degraded, 0.95)
     if data.live is None or count is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -245,6 +245,36 @@ def _open_adapter(folder: Path, base: Checkpoint) -> Checkpoint:
         keys={},
         tied=head is not None and head is embedding,
     )
+
+
+def adapted_modules(folder: Path, base: Checkpoint) -> Iterator[tuple[str, Baseline, Baseline | NotApplicable]]:
+    """What an adapter changes beside the vocabulary rows: a tensor's name, its rows at the base, and now or why not.
+
+    Args:
+        folder: the adapter's.
+        base: the model that it sits on.
+
+    Raises:
+        ValueError: for a damaged adapter.
+    """
+    config, store, below = read_json(folder / ADAPTER_CONFIG), open_adapter_store(folder), open_store(base.path)
+    known = {name.removesuffix(".weight") for name in (*base.keys.values(), *COMMON_NAMES["head"])}
+    modules = {re.split(r"\.(?:base_layer|lora_|token_adapter|weight$|modules_to_save)", key)[0] for key in store.names}
+    for module in sorted(module.removeprefix(_PREFIX) for module in modules if module.startswith(_PREFIX)):
+        name, here = f"{module}.weight", f"{_PREFIX}{module}."
+        if module in known or name not in below.names or len(below.form(name)[0]) != 2:
+            continue
+        rows = below.rows(name)
+        try:
+            now = (
+                store.rows(f"{here}weight")
+                if f"{here}weight" in store.names
+                else _with_lora(rows, store, here, config, folder)
+            )
+        except ValueError as error:
+            yield name, rows, NotApplicable(one_line(error))
+            continue
+        yield name, rows, now
 
 
 def _adapted(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import json
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,17 @@ MATRICES: tuple[MatrixName, ...] = ("head", "embedding")
 # Inside a prefix such a name is some layer's.
 _COMMON_WORDS = ("output.weight", "wte.weight")
 
+# Types of elements by their names in safetensors files; older builds of torch lack some.
+_ELEMENTS = {
+    name: found
+    for name, kind in {
+        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
+        "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8",
+        "BOOL": "bool",
+    }.items()
+    if (found := getattr(torch, kind, None)) is not None
+}  # fmt: skip
+
 
 class TensorStore:
     """The tensors of a checkpoint, by name.
@@ -54,6 +67,7 @@ class TensorStore:
 
     def __init__(self, sources: Mapping[str, Path | Tensor], path: Path) -> None:
         self._sources, self._path = dict(sources), path
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
 
     @property
     def names(self) -> Collection[str]:
@@ -90,10 +104,90 @@ class TensorStore:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
+    def form(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape, and the type of the elements as torch calls it; as the file does where torch knows none such."""
+        found = self._source(name)
+        if isinstance(found, Tensor):
+            return tuple(found.shape), str(found.dtype).removeprefix("torch.")
+        entry = self._entry(found, name)[1]
+        kind = _ELEMENTS.get(entry["dtype"])
+        return tuple(entry["shape"]), str(entry["dtype"] if kind is None else kind).removeprefix("torch.")
+
+    def pieces(self, name: str, size: int) -> Iterator[Tensor]:
+        """A tensor's elements in order, at most so many at a time: 1-D, on the CPU, in its own dtype.
+
+        A file is read, not mapped, so that no more than a piece is in memory.
+
+        Raises:
+            ValueError: if it is missing, or of a type or layout that cannot be read.
+            OSError: if the file cannot be read.
+        """
+        found = self._source(name)
+        if isinstance(found, Tensor):
+            _require_memory(f"{self._path}: tensor {name!r}", found)
+            yield from torch.split(found.detach().flatten(), size)
+            return
+        start, entry = self._entry(found, name)
+        kind = _ELEMENTS.get(entry["dtype"])
+        if kind is None:
+            raise ValueError(f"{found}: tensor {name!r} is of {entry['dtype']}; allowed: {', '.join(_ELEMENTS)}")
+        total, begin = math.prod(entry["shape"]), start + int(entry["data_offsets"][0])
+        with found.open("rb") as file:
+            file.seek(begin)
+            for done in range(0, total, size):
+                count = min(size, total - done)
+                buffer = bytearray(count * kind.itemsize)
+                if file.readinto(buffer) != len(buffer):
+                    raise ValueError(f"{found}: ends inside tensor {name!r}")
+                yield torch.frombuffer(buffer, dtype=kind)
+
+    def sampled(self, name: str, places: int, size: int) -> bytes:
+        """The bytes of a tensor at evenly spaced places, the first and the last among them; all of a small one's.
+
+        Args:
+            size: bytes at each place.
+
+        Raises:
+            ValueError: if it is missing or of a layout that cannot be read.
+            OSError: if the file cannot be read.
+        """
+        found = self._source(name)
+        if isinstance(found, Tensor):
+            _require_memory(f"{self._path}: tensor {name!r}", found)
+            whole = found.detach().contiguous().flatten().view(torch.uint8).numpy()
+            return b"".join(whole[at : at + size].tobytes() for at in _places(len(whole), places, size))
+        start, entry = self._entry(found, name)
+        begin, end = (start + int(offset) for offset in entry["data_offsets"])
+        parts = []
+        with found.open("rb") as file:
+            for at in _places(end - begin, places, size):
+                file.seek(begin + at)
+                parts.append(file.read(min(size, end - begin - at)))
+        return b"".join(parts)
+
+    def _entry(self, file: Path, name: str) -> tuple[int, dict[str, Any]]:
+        """Where the file's data begins, and what its header says of a tensor; a header is parsed once."""
+        if file not in self._headers:
+            safetensors_names(file)  # refuses what is none
+            with file.open("rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                self._headers[file] = 8 + length, json.loads(opened.read(length))
+        start, header = self._headers[file]
+        if name not in header:
+            raise ValueError(f"{file}: no tensor {name!r}; its index says it is there")
+        return start, header[name]
+
     def _source(self, name: str) -> Path | Tensor:
         if name not in self._sources:
             raise ValueError(f"{self._path}: no tensor {name!r}; it holds {some(self.names)}")
         return self._sources[name]
+
+
+def _places(total: int, places: int, size: int) -> list[int]:
+    """Where to begin reading, without an overlap."""
+    if total <= places * size:
+        return list(range(0, total, size))
+    return [(total - size) * place // (places - 1) for place in range(places)]
 
 
 def open_store(path: Path) -> TensorStore:

@@ -1,0 +1,382 @@
+"""How far the body of a tuned checkpoint moved from its base's, block by block: every tensor but the vocabulary rows.
+
+Tensors are read piece by piece, so that memory does not grow with the model. Rows that stand still say nothing of the
+layers between them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vocabguard.files import one_line
+from vocabguard.results import NotApplicable
+from vocabguard.rows.baselines import Baseline, one_torch_thread
+from vocabguard.rows.checkpoints import Checkpoint, adapted_modules
+from vocabguard.rows.tensors import ADAPTER_CONFIG, COMMON_NAMES, MATRICES, TensorStore, open_store
+
+CHANGED = 1e-3
+"""Relative change from which on a block is named as changed."""
+
+ROUNDING = {"bfloat16": 2.0**-8, "float16": 2.0**-10, "float8_e4m3fn": 2.0**-3, "float8_e5m2": 2.0**-2}
+"""Largest relative change that writing a tensor in these types makes."""
+
+# Elements that are read at a time, and of them those that are converted and added up at a time.
+_PIECE, _CACHED = 2**20, 2**16
+_NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.)")
+_FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+# Beside the vocabulary rows these are biases over it.
+_OF_HEAD = tuple(f".{name}" for name in ("lm_head.bias", "embed_out.bias"))
+
+_Pieces = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass
+class BlockDrift:
+    """A block's change, its tensors taken together as one vector.
+
+    Attributes:
+        name: the number of the layer, with what stands before it where there are several stacks; ``outside`` for what
+            is in no layer.
+        tensors: compared.
+        changed: of these, in which at least one element is another one.
+        base_sq: squared norm at the base.
+        now_sq: squared norm now.
+        dot: inner product of both.
+        step_sq: squared norm of the difference.
+        worst: name and relative change of the tensor that changed most.
+        broken: tensors with NaN or Inf now.
+    """
+
+    name: str
+    tensors: int = 0
+    changed: int = 0
+    base_sq: float = 0.0
+    now_sq: float = 0.0
+    dot: float = 0.0
+    step_sq: float = 0.0
+    worst: tuple[str, float] = ("", 0.0)
+    broken: int = 0
+
+    @property
+    def relative(self) -> float:
+        """Norm of the difference over the norm at the base; NaN of nothing."""
+        return _ratio(self.step_sq, self.base_sq)
+
+    @property
+    def cosine(self) -> float:
+        """Of both, in [-1, 1]; NaN where one is zero."""
+        product = math.sqrt(self.base_sq * self.now_sq)
+        return max(-1.0, min(1.0, self.dot / product)) if product > 0 else math.nan
+
+    def take(self, name: str, pieces: _Pieces) -> None:
+        """Add a tensor, given as pieces of it at the base and now."""
+        sums = torch.zeros(4, dtype=torch.float64)
+        for before, after in pieces:
+            # Most tensors of most pairs are the same, or none is.
+            same = before.dtype == after.dtype and torch.equal(before, after)
+            sums += _sums(before, before if same else after)
+        base_sq, now_sq, dot, step_sq = sums.tolist()
+        self.tensors += 1
+        self.changed += step_sq != 0
+        if not math.isfinite(now_sq):
+            self.broken += 1
+            return
+        relative = _ratio(step_sq, base_sq)
+        if relative > self.worst[1] or not self.worst[0]:
+            self.worst = name, relative
+        self.base_sq += base_sq
+        self.now_sq += now_sq
+        self.dot += dot
+        self.step_sq += step_sq
+
+
+@dataclass(frozen=True)
+class BodyDrift:
+    """What became of the body.
+
+    Attributes:
+        blocks: in the model's order, what lies in no layer last.
+        only_base: tensors that the tuned checkpoint lacks.
+        only_tuned: tensors that the base lacks.
+        unlike: tensors that cannot be compared, and why.
+        dtypes: types of the elements at the base and now.
+    """
+
+    blocks: tuple[BlockDrift, ...]
+    only_base: tuple[str, ...] = ()
+    only_tuned: tuple[str, ...] = ()
+    unlike: Mapping[str, str] = field(default_factory=dict)
+    dtypes: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
+
+    @property
+    def identical(self) -> bool:
+        """Whether every tensor of the body is there on both sides and the same."""
+        return not (self.only_base or self.only_tuned or self.unlike) and not any(one.changed for one in self.blocks)
+
+    @property
+    def rounded(self) -> bool:
+        """Whether all changes are no larger than what writing the weights in the tuned side's type makes."""
+        if self.dtypes[0] == self.dtypes[1]:
+            return False
+        most = max((ROUNDING.get(kind, 0.0) for kind in self.dtypes[1]), default=0.0)
+        return all(one.worst[1] <= most for one in self.blocks) and not any(one.broken for one in self.blocks)
+
+
+def body_drift(
+    base: Checkpoint, tuned: Checkpoint, progress: Callable[[str, int, int], None] | None = None
+) -> BodyDrift | NotApplicable:
+    """Measure every tensor of the body against the base's.
+
+    Tensors are matched by name; a wrapper's prefix before all names of one side, as Lightning writes it, is seen
+    through. Of an adapter those are measured that it changes; the others are the base's.
+
+    Args:
+        progress: called with ``body``, the tensors done and the tensors there are.
+    """
+    try:
+        # Each operation is small, so that waiting for all cores would cost more than it saves.
+        with one_torch_thread():
+            if (tuned.path / ADAPTER_CONFIG).is_file():
+                return _of_adapter(base, tuned.path, progress)
+            return _of_stores(base, tuned, progress)
+    except (ValueError, OSError) as error:
+        return NotApplicable(one_line(error))
+
+
+def _of_stores(base: Checkpoint, tuned: Checkpoint, progress: Callable[[str, int, int], None] | None) -> BodyDrift:
+    before, after = open_store(base.path), open_store(tuned.path)
+    theirs, ours = _stripped(base, before), _stripped(tuned, after)
+    names = [name for name in theirs if name in ours]
+    blocks, unlike = _Blocks(), dict[str, str]()
+    kinds: tuple[set[str], set[str]] = (set(), set())
+    for done, name in enumerate(names, start=1):
+        forms = before.form(theirs[name]), after.form(ours[name])
+        why = _unlike(*forms)
+        if why:
+            unlike[name] = why
+        else:
+            kinds[0].add(forms[0][1])
+            kinds[1].add(forms[1][1])
+            pieces = zip(
+                before.pieces(theirs[name], _PIECE), after.pieces(ours[name], _PIECE), strict=True
+            )  # fmt: skip
+            blocks.take(name, pieces)
+        if progress is not None:
+            progress("body", done, len(names))
+    return BodyDrift(
+        blocks.ordered(), tuple(sorted(theirs.keys() - ours.keys())), tuple(sorted(ours.keys() - theirs.keys())),
+        unlike, (frozenset(kinds[0]), frozenset(kinds[1])),
+    )  # fmt: skip
+
+
+def _of_adapter(base: Checkpoint, folder: Path, progress: Callable[[str, int, int], None] | None) -> BodyDrift:
+    blocks, unlike = _Blocks(), dict[str, str]()
+    found = list(adapted_modules(folder, base))
+    for done, (name, rows, now) in enumerate(found, start=1):
+        if isinstance(now, NotApplicable):
+            unlike[name] = now.reason
+        elif (now.rows, now.width) != (rows.rows, rows.width):
+            unlike[name] = f"it is {now.rows} x {now.width}, the base's {rows.rows} x {rows.width}"
+        else:
+            blocks.take(name, _row_pieces(rows, now))
+        if progress is not None:
+            progress("body", done, len(found))
+    return BodyDrift(blocks.ordered(), unlike=unlike)
+
+
+def _row_pieces(base: Baseline, now: Baseline) -> Iterator[tuple[Tensor, Tensor]]:
+    size = max(1, _PIECE // base.width)
+    for (_, one), (_, other) in zip(base.chunks(size), now.chunks(size), strict=True):
+        yield one.float(), other.float()
+
+
+def _sums(before: Tensor, after: Tensor) -> Tensor:
+    """(4,) float64: squared norms of both, their inner product, the squared norm of their difference.
+
+    In blocks that stay in the cache, so that each element comes from memory once.
+    """
+    found = torch.zeros(4, dtype=torch.float64)
+    for one, other in zip(torch.split(before.flatten(), _CACHED), torch.split(after.flatten(), _CACHED), strict=True):
+        a = one.float()
+        if before is after:
+            square = torch.dot(a, a)
+            found[:3] += square
+            continue
+        b = other.float()
+        step = b - a
+        found += torch.stack([torch.dot(a, a), torch.dot(b, b), torch.dot(a, b), torch.dot(step, step)])
+    return found
+
+
+class _Blocks:
+    """Blocks by name, made as their tensors come."""
+
+    def __init__(self) -> None:
+        self._drifts: dict[tuple[str, int], BlockDrift] = {}
+
+    def take(self, name: str, pieces: _Pieces) -> None:
+        place = _place(name)
+        self._drifts.setdefault(place, BlockDrift("")).take(name, pieces)
+
+    def ordered(self) -> tuple[BlockDrift, ...]:
+        stacks = {stack for stack, number in self._drifts if number >= 0}
+        places = sorted(self._drifts, key=lambda place: (place[1] < 0, place))
+        return tuple(_named(self._drifts[place], place, several=len(stacks) > 1) for place in places)
+
+
+def _named(drift: BlockDrift, place: tuple[str, int], *, several: bool) -> BlockDrift:
+    stack, number = place
+    name = "outside" if number < 0 else f"{stack}.{number}" if several else str(number)
+    values = {key: value for key, value in vars(drift).items() if key != "name"}
+    return BlockDrift(name, **values)
+
+
+def _place(name: str) -> tuple[str, int]:
+    """The stack of layers that a tensor belongs to and the layer's number; -1 in none."""
+    found = _NUMBER.search(name)
+    return ("", -1) if found is None else (name[: found.start()], int(found[1]))
+
+
+def _stripped(checkpoint: Checkpoint, store: TensorStore) -> dict[str, str]:
+    """The body's tensors, by their names without what a wrapper put before all of them."""
+    before = _wrapper(checkpoint)
+    own = set(checkpoint.keys.values())
+    # A tied head that was saved all the same is no part of the body.
+    heads = {name for name in store.names for known in COMMON_NAMES["head"] if f".{name}".endswith(f".{known}")}
+    kept = [name for name in store.names if name not in own | heads and not f".{name}".endswith(_OF_HEAD)]
+    return {name.removeprefix(before): name for name in kept}
+
+
+def _wrapper(checkpoint: Checkpoint) -> str:
+    """What stands before the well-known name of the vocabulary rows."""
+    for matrix in MATRICES[::-1]:
+        key = checkpoint.keys.get(matrix)
+        names = [name for name in COMMON_NAMES[matrix] if key is not None and f".{key}".endswith(f".{name}")]
+        if key is not None and names:
+            longest = max(names, key=len)
+            return key[: len(key) - len(longest)]
+    return ""
+
+
+def _unlike(base: tuple[tuple[int, ...], str], now: tuple[tuple[int, ...], str]) -> str:
+    """Why two tensors cannot be held against each other; empty where they can."""
+    if base[0] != now[0]:
+        return f"its shape is {list(now[0])}, at the base {list(base[0])}"
+    other = [kind for _, kind in (base, now) if kind not in _FLOATS]
+    if other and base[1] != now[1]:
+        return f"it is of {now[1]}, at the base of {base[1]}"
+    return ""
+
+
+def _ratio(one: float, other: float) -> float:
+    return math.sqrt(one / other) if other > 0 else math.nan if not one else math.inf
+
+
+def body_as_json(found: BodyDrift | NotApplicable) -> dict[str, Any]:
+    """The drift as plain values; see `BodyDrift`."""
+    if isinstance(found, NotApplicable):
+        return {"not_applicable": found.reason}
+    return {
+        "identical": found.identical,
+        "rounded": found.rounded,
+        "blocks": [
+            {
+                "block": one.name, "relative": one.relative, "cosine": one.cosine, "tensors": one.tensors,
+                "changed": one.changed, "broken": one.broken,
+                "worst": {"tensor": one.worst[0], "relative": one.worst[1]},
+            }
+            for one in found.blocks
+        ],
+        "only_base": list(found.only_base),
+        "only_tuned": list(found.only_tuned),
+        "unlike": dict(found.unlike),
+    }  # fmt: skip
+
+
+def body_sentence(told: Mapping[str, Any]) -> str:
+    """What became of the body, in one sentence without its full stop.
+
+    Args:
+        told: what `body_as_json` gave.
+
+    >>> block = {"block": "3", "relative": 0.02, "cosine": 0.9998, "changed": 7, "tensors": 7, "broken": 0}
+    >>> still = block | {"block": "4", "relative": 0.0, "cosine": 1.0, "changed": 0}
+    >>> body = {"identical": False, "rounded": False, "blocks": [block, still], "unlike": {}}
+    >>> body_sentence(body | {"only_base": [], "only_tuned": []})
+    'body: block 3 changed by 2.0 % of its norm (cosine 0.9998); 1 other part is unchanged'
+    """
+    if "not_applicable" in told:
+        return f"the body was not measured: {told['not_applicable']}"
+    if told["identical"]:
+        return "body: every weight is the base's"
+    blocks = told["blocks"]
+    moved = [one for one in blocks if one["changed"] and not _small(one["relative"])]
+    little = [one for one in blocks if one["changed"] and _small(one["relative"])]
+    said = []
+    if told["rounded"]:
+        said.append(f"changed by no more than rounding to its type makes (at most {_percent(_most(blocks))})")
+    else:
+        said += [_moved_part(moved)] if moved else []
+        said += [f"{_named_blocks(little)} changed by less than {_percent(CHANGED)}"] if little else []
+    still = sum(not one["changed"] for one in blocks)
+    if still and said:
+        said.append(f"{still} other part{'s are' if still > 1 else ' is'} unchanged")
+    broken = [one for one in blocks if one["broken"]]
+    said += [f"NaN or Inf in {_named_blocks(broken)}"] if broken else []
+    said += [f"{len(told['unlike'])} tensors could not be compared"] if told["unlike"] else []
+    other = len(told["only_base"]) + len(told["only_tuned"])
+    said += [f"{other} tensors are on one side only"] if other else []
+    return f"body: {'; '.join(said) if said else 'no tensor to compare'}"
+
+
+def _small(relative: float | None) -> bool:
+    return relative is None or relative < CHANGED
+
+
+def _moved_part(moved: Sequence[Mapping[str, Any]]) -> str:
+    least, most = min(one["relative"] for one in moved), _most(moved)
+    cosines = [one["cosine"] for one in moved if one["cosine"] is not None]
+    by = _percent(most) if _percent(least) == _percent(most) else f"{_percent(least)} to {_percent(most)}"
+    whose = "its" if len(moved) == 1 else "their"
+    lowest = f" ({'lowest ' if len(moved) > 1 else ''}cosine {min(cosines):.4f})" if cosines else ""
+    return f"{_named_blocks(moved)} changed by {by} of {whose} norm{lowest}"
+
+
+def _most(blocks: Sequence[Mapping[str, Any]]) -> float:
+    return max((one["relative"] for one in blocks if one["relative"] is not None), default=0.0)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if 0 < share < 0.01 else f"{100 * share:.1f} %"
+
+
+def _named_blocks(blocks: Sequence[Mapping[str, Any]]) -> str:
+    """Blocks by number, neighbours as a range.
+
+    >>> _named_blocks([{"block": name} for name in ("3", "4", "5", "9", "outside")])
+    'blocks 3-5, 9 and what is in no block'
+    """
+    names = [one["block"] for one in blocks if one["block"] != "outside"]
+    runs: list[list[str]] = []
+    for name in names:
+        if runs and _next_to(runs[-1][-1], name):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    shown = [run[0] if len(run) == 1 else f"{run[0]}-{run[-1].rpartition('.')[2]}" for run in runs]
+    parts = [f"block{'s' if len(names) > 1 else ''} {', '.join(shown[:8])}{' ...' if len(shown) > 8 else ''}"]
+    outside = ["what is in no block"] if len(names) < len(blocks) else []
+    return " and ".join([*(parts if names else []), *outside])
+
+
+def _next_to(one: str, other: str) -> bool:
+    left, right = one.rpartition("."), other.rpartition(".")
+    return left[0] == right[0] and left[2].isdigit() and right[2].isdigit() and int(left[2]) + 1 == int(right[2])

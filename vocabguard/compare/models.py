@@ -1,0 +1,139 @@
+"""Causal language models from disk: a folder, or a PEFT adapter's folder on its base; on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vocabguard.compare.trial import require_readable
+from vocabguard.files import full_path, one_line, read_json
+from vocabguard.measure.probe import probe_applicable
+from vocabguard.rows.tensors import ADAPTER_CONFIG
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Where a model goes, and in which numbers.
+
+    Attributes:
+        device: of torch, such as ``cpu`` or ``cuda:1``; None is the CPU.
+        device_map: ``auto`` and its like, which spread a model over all devices; instead of `device`.
+        dtype: one of `DTYPES`, or ``auto``, as it is saved.
+    """
+
+    device: str | None = None
+    device_map: str | None = None
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.device is not None and self.device_map is not None:
+            raise ValueError("--device and --device-map are both given; allowed: one of them")
+        if self.dtype not in ("auto", *DTYPES):
+            raise ValueError(f"--dtype is {self.dtype!r}; allowed: auto, {', '.join(DTYPES)}")
+        allowed = ("auto", "balanced", "balanced_low_0", "sequential")
+        if self.device_map is not None and self.device_map not in allowed:
+            raise ValueError(f"--device-map is {self.device_map!r}; allowed: {', '.join(allowed)}")
+        if self.device is not None:
+            _require_device(self.device)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What ``from_pretrained`` takes."""
+        found: dict[str, Any] = {"dtype": DTYPES.get(self.dtype, "auto")}
+        return found | ({} if self.device_map is None else {"device_map": self.device_map})
+
+
+def load_model(path: Path, loading: Loading | None = None, base: Path | None = None) -> nn.Module:
+    """A causal language model of a folder, ready to be asked.
+
+    Args:
+        path: a model's folder, or a PEFT adapter's.
+        loading: None loads it as it is saved, on the CPU.
+        base: folder of the model that an adapter sits on; None looks where the adapter's configuration says.
+
+    Raises:
+        ValueError: if there is none, it cannot be loaded, or it cannot be asked to continue a prompt.
+    """
+    loading = loading or Loading()
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # one for each model, where that is no terminal too
+    adapter = (path / ADAPTER_CONFIG).is_file()
+    model: nn.Module = _adapted(path, loading, base) if adapter else _loaded(path, loading)
+    reason = probe_applicable(model)
+    if reason is not None:
+        raise ValueError(f"{path}: {reason.reason}")
+    if loading.device is not None:
+        with out_of_memory(f"on the device {loading.device}"):
+            model.to(loading.device)
+    return model.eval()
+
+
+@contextmanager
+def out_of_memory(where: str) -> Iterator[None]:
+    """Turn a device's lack of memory into a ValueError that names what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"not enough memory {where}; allowed: a smaller --batch, --dtype bfloat16, --device-map auto, --device cpu"
+        ) from error
+
+
+def _loaded(path: Path, loading: Loading) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} has no config.json, so no model can be loaded from it")
+    try:
+        require_readable(path)
+        found: nn.Module = AutoModelForCausalLM.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False, **loading.options
+        )
+    except Exception as error:  # loading raises what it likes
+        raise ValueError(f"{path}: the model cannot be loaded ({one_line(error)})") from error
+    return found
+
+
+def _adapted(path: Path, loading: Loading, base: Path | None) -> nn.Module:
+    """A base with an adapter on it, in which its rows and layers are as in training."""
+    if base is None:
+        base = full_path(str(read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")))
+        if not base.is_dir():
+            raise ValueError(f"{path}: its base {str(base)!r} is not on this machine; give it as BASE")
+    try:
+        from peft import PeftModel  # an optional package
+    except ImportError as error:
+        raise ValueError(f"{path} is an adapter, which needs PEFT: pip install peft") from error
+    model: Any = _loaded(base, loading)
+    try:
+        require_readable(path)
+        found: nn.Module = PeftModel.from_pretrained(model, str(path), local_files_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: the adapter cannot be loaded ({one_line(error)})") from error
+    return found
+
+
+def _require_device(name: str) -> None:
+    """Refuse what is no device, or one that is not there.
+
+    Raises:
+        ValueError: with what there is.
+    """
+    there = ["cpu"]
+    if torch.cuda.is_available():
+        there += ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    if torch.xpu.is_available():
+        there += ["xpu", *(f"xpu:{number}" for number in range(torch.xpu.device_count()))]
+    if name not in there:
+        raise ValueError(f"--device is {name!r}; allowed here: {', '.join(there)}")

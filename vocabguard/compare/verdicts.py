@@ -1,0 +1,195 @@
+"""What a scan or a probe found in one sentence, how it counts, and what it did not look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vocabguard.compare.blocks import CHANGED, body_sentence
+from vocabguard.compare.probing import Bars, loss_low, words_of
+from vocabguard.measure.retention import ENOUGH
+from vocabguard.text import listed, number, percent, visible
+
+_GROUPS_NAMED = 3
+
+
+def probe_verdict(told: Mapping[str, Any], bars: Bars) -> dict[str, Any]:
+    """The verdict of what `vocabguard.compare.probing.summarise_answers` gave.
+
+    Returns:
+        ``level``: ``lost``, ``harder`` (only natural text is harder to predict), ``unsaid`` (of one side: less is
+        repeated than was asked for), ``fine`` or ``unknown``; ``sentence``; ``findings``, each over its bar for sure;
+        ``not_measured``.
+    """
+    two = "outright" in told
+    findings = {**(_losses(told, bars) if two else _silence(told, bars)), **_harder(told, bars)}
+    level = next(iter(findings), "fine")
+    known = told["numbers"].get("known", told["numbers"]["asked"])
+    if level == "fine" and known < ENOUGH:
+        level = "unknown"
+    parts = _said_parts(told) if two else _one_sided_parts(told)
+    parts += [_reference_part(told["reference"])] if "nll" in told["reference"] else []
+    return {
+        "level": level if two or level != "fine" else "unknown",
+        "sentence": f"{'; '.join(parts)}.",
+        "findings": [one for found in findings.values() for one in found],
+        "not_measured": _unseen(told, two=two),
+    }
+
+
+def _losses(told: Mapping[str, Any], bars: Bars) -> dict[str, list[str]]:
+    said, low = [], loss_low(told)
+    if bars.lost is not None and low > bars.lost:
+        said.append(f"at least {percent(low)} of the tokens that the base repeats are lost; allowed: "
+                    f"{percent(bars.lost)}")  # fmt: skip
+    missing = words_of(told, "lost")
+    if missing:
+        named = listed([visible(word, 24) for word in missing], len(missing))
+        said.append(
+            f"{len(missing)} of {len(words_of(told, 'known'))} watched words that the base says are lost: {named}"
+        )
+    return {"lost": said} if said else {}
+
+
+def _silence(told: Mapping[str, Any], bars: Bars) -> dict[str, list[str]]:
+    high = told["numbers"]["repeated_high"]
+    if bars.lost is None or high is None or 1 - high <= bars.lost:
+        return {}
+    return {"unsaid": [f"at least {percent(1 - high)} of live tokens are not repeated; allowed: {percent(bars.lost)}"]}
+
+
+def _harder(told: Mapping[str, Any], bars: Bars) -> dict[str, list[str]]:
+    found, said = told["reference"], []
+    rise, rare = found.get("nll_rise_low"), found.get("rare_rise_low")
+    if rise is not None and rise > bars.rise:
+        said.append(f"natural text is harder to predict by at least {number(rise, 2)} nats a token; allowed: "
+                    f"{bars.rise:g}")  # fmt: skip
+    if rare is not None and rare > bars.rare:
+        said.append(f"rare tokens became harder to predict than frequent ones by at least {number(rare, 2)} nats; "
+                    f"allowed: {bars.rare:g}")  # fmt: skip
+    return {"harder": said} if said else {}
+
+
+def _said_parts(told: Mapping[str, Any]) -> list[str]:
+    asked, numbers, outright = told["asked"], told["numbers"], told["outright"]
+    known = int(numbers["known"])
+    those = _those(asked)
+    if known < ENOUGH:
+        return [f"Not enough evidence: the base repeats only {known} of {those}"]
+    missing = told["lost_count"]
+    if not missing:
+        unseen = "" if asked["whole"] else f"; up to {percent(1 - numbers['retained_low'])} could be lost unseen"
+        return [f"No loss found: all {known:,} of {those} that the base repeats are still repeated{unseen}"]
+    low, high = 1 - numbers["retained_high"], 1 - numbers["retained_low"]
+    lead = (
+        f"{missing:,} of the {known:,} tokens that the base repeats, of {those}, are lost: "
+        f"{percent(numbers['lost'])} ({percent(low)} to {percent(high)})"
+    )
+    parts = [lead + _hit(told)]
+    if outright["count"]:
+        chance = outright["by_chance"]
+        by = "" if chance is None else f", of which chance explains {outright['known'] * chance:.1f}"
+        parts.append(f"{outright['count']:,} of them were repeated in every ask and now are in none{by}")
+    if numbers.get("noise"):
+        parts.append(f"asked among other neighbours the base itself would lose {percent(numbers['noise'])}")
+    if "skill" in numbers:
+        parts.append(f"of the tokens that the data asks for often, {percent(1 - numbers['skill'])} are lost")
+    if numbers.get("gained"):
+        parts.append(f"{told['gained_count']:,} tokens are repeated only now")
+    return parts
+
+
+def _one_sided_parts(told: Mapping[str, Any]) -> list[str]:
+    numbers = told["numbers"]
+    if not numbers["asked"]:
+        return ["Nothing was asked: no live token"]
+    share = f"{percent(numbers['repeated_low'])} to {percent(numbers['repeated_high'])}"
+    lead = (
+        f"Without a base no loss can be told. The model repeats {percent(numbers['repeated'])} ({share}) of live tokens"
+    )
+    return [f"{lead}, by {_those(told['asked'])}{_silent(told)}"]
+
+
+def _those(asked: Mapping[str, Any]) -> str:
+    if asked["whole"]:
+        return f"all {asked['live']:,} live tokens"
+    return f"{asked['tokens']:,} sampled of {asked['live']:,} live tokens"
+
+
+def _hit(told: Mapping[str, Any]) -> str:
+    """Groups that lost more than all together, for sure, worst first."""
+    overall = 1 - told["numbers"]["retained"]
+    worse = [(1 - part["retained"], name) for name, part in told["groups"].items()
+             if part["known"] and 1 - part["high"] > overall]  # fmt: skip
+    named = [
+        f"{name.replace('_', ' ')} {percent(share)}" for share, name in sorted(worse, reverse=True)[:_GROUPS_NAMED]
+    ]
+    return f", hit hardest {', '.join(named)}" if named else ""
+
+
+def _silent(told: Mapping[str, Any]) -> str:
+    overall = told["numbers"]["repeated"]
+    fewer = [(part["repeated"], name) for name, part in told["groups"].items()
+             if part["asked"] and part["high"] < overall]  # fmt: skip
+    named = [f"{name.replace('_', ' ')} {percent(share)}" for share, name in sorted(fewer)[:_GROUPS_NAMED]]
+    return f"; fewest {', '.join(named)}" if named else ""
+
+
+def _reference_part(found: Mapping[str, Any]) -> str:
+    targets = f"{int(found['targets']):,} tokens"
+    if found.get("nll_rise") is None:
+        return f"natural text ({targets}): {number(found['nll'], 2)} nats a token"
+    low, high = found["nll_rise_low"], found["nll_rise_high"]
+    change = f"{found['nll_rise']:+.2f} nats a token ({low:+.2f} to {high:+.2f})"
+    rare = ""
+    if found.get("rare_rise") is not None:
+        rare = (f", rare tokens over frequent ones {found['rare_rise']:+.2f} "
+                f"({found['rare_rise_low']:+.2f} to {found['rare_rise_high']:+.2f})")  # fmt: skip
+    return f"loss of natural text ({targets}) {change}{rare}"
+
+
+def _unseen(told: Mapping[str, Any], *, two: bool) -> list[str]:
+    """What a probe did not look at."""
+    asked, said = told["asked"], []
+    if not asked["whole"]:
+        said.append(f"{asked['live'] - asked['tokens']:,} live tokens were not sampled (--all asks for every one)")
+    if not two:
+        said.append("what was lost, which takes a BASE")
+    if "nll_rise" not in told["reference"] and two:
+        said.append("natural text: too few tokens, or none was read")
+    if two and "rare_rise" not in told["reference"]:
+        said.append("rare tokens against frequent ones, which takes --coverage or --run")
+    if two and "skill" not in told["numbers"]:
+        said.append("how much of a loss is only the skill of repeating, which takes --coverage or --run")
+    return [*said, "answers that the model writes freely"]
+
+
+def rows_sentence(rows: str, body: Mapping[str, Any] | None) -> str:
+    """A scan's sentence: the rows' verdict, and what became of the body.
+
+    Args:
+        rows: the verdict over rows.
+        body: what `vocabguard.compare.blocks.body_as_json` gave; None where it was not looked at.
+    """
+    return rows if body is None else f"{rows.removesuffix('.')}; {body_sentence(body)}."
+
+
+def unseen_by_scan(body: Mapping[str, Any] | None, probe: Mapping[str, Any] | None) -> list[str]:
+    """What a scan did not look at, a phrase each."""
+    said = []
+    if body is None:
+        said.append("the body: --no-body was given")
+    elif "not_applicable" in body:
+        said.append(f"the body: {body['not_applicable']}")
+    if probe is None:
+        said.append("what the model can say: --probe asks it")
+    return said
+
+
+def body_moved(body: Mapping[str, Any] | None) -> bool:
+    """Whether a body is known to differ from the base's by more than rounding."""
+    if body is None or "not_applicable" in body or body["identical"] or body["rounded"]:
+        return False
+    blocks: Sequence[Mapping[str, Any]] = body["blocks"]
+    other = body["only_base"] or body["only_tuned"] or body["unlike"]
+    return bool(other) or any(one["broken"] or (one["relative"] or 0.0) >= CHANGED for one in blocks)
