@@ -235,7 +235,7 @@ def test_a_header_of_400_000_names_takes_seconds(tmp_path: Path, run: Callable[.
     (tmp_path / "model.safetensors").write_bytes(content)
     began = time.process_time()
     assert run("scan", tmp_path / "model.safetensors", tmp_path / "model.safetensors", "--json") == 0
-    assert time.process_time() - began < 30
+    assert time.process_time() - began < 60  # each of them is read
 
 
 # -- tokenizers --------------------------------------------------------------------------------------------------------

@@ -78,12 +78,12 @@ class BlockDrift:
 
     def take(self, name: str, pieces: _Pieces) -> None:
         """Add a tensor, given as pieces of it at the base and now."""
-        sums = torch.zeros(4, dtype=torch.float64)
+        base_sq = now_sq = dot = step_sq = 0.0
         for before, after in pieces:
             # Most tensors of most pairs are the same, or none is.
             same = before.dtype == after.dtype and torch.equal(before, after)
-            sums += _sums(before, before if same else after)
-        base_sq, now_sq, dot, step_sq = sums.tolist()
+            for one in _sums(before, before if same else after):
+                base_sq, now_sq, dot, step_sq = base_sq + one[0], now_sq + one[1], dot + one[2], step_sq + one[3]
         self.tensors += 1
         self.changed += step_sq != 0
         if not math.isfinite(now_sq):
@@ -195,25 +195,28 @@ def _of_adapter(base: Checkpoint, folder: Path, progress: Callable[[str, int, in
 def _row_pieces(base: Baseline, now: Baseline) -> Iterator[tuple[Tensor, Tensor]]:
     size = max(1, _PIECE // base.width)
     for (_, one), (_, other) in zip(base.chunks(size), now.chunks(size), strict=True):
-        yield one.float(), other.float()
+        yield one.float().flatten(), other.float().flatten()
 
 
-def _sums(before: Tensor, after: Tensor) -> Tensor:
-    """(4,) float64: squared norms of both, their inner product, the squared norm of their difference.
+def _sums(before: Tensor, after: Tensor) -> Iterator[tuple[float, float, float, float]]:
+    """Squared norms of both, their inner product, the squared norm of their difference, part by part.
 
-    In blocks that stay in the cache, so that each element comes from memory once.
+    The parts stay in the cache, so that each element comes from memory once; a product of one is of float32.
     """
-    found = torch.zeros(4, dtype=torch.float64)
-    for one, other in zip(torch.split(before.flatten(), _CACHED), torch.split(after.flatten(), _CACHED), strict=True):
+    for one, other in zip(_parts(before), _parts(after), strict=True):
         a = one.float()
         if before is after:
-            square = torch.dot(a, a)
-            found[:3] += square
+            square = torch.dot(a, a).item()
+            yield square, square, square, 0.0
             continue
         b = other.float()
         step = b - a
-        found += torch.stack([torch.dot(a, a), torch.dot(b, b), torch.dot(a, b), torch.dot(step, step)])
-    return found
+        yield torch.dot(a, a).item(), torch.dot(b, b).item(), torch.dot(a, b).item(), torch.dot(step, step).item()
+
+
+def _parts(piece: Tensor) -> Iterable[Tensor]:
+    # Of models of many experts most tensors are small, and there are tens of thousands of them.
+    return (piece,) if len(piece) <= _CACHED else torch.split(piece, _CACHED)
 
 
 class _Blocks:
