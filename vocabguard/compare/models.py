@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vocabguard.compare.trial import require_readable
-from vocabguard.files import full_path, one_line, read_json
+from vocabguard.files import full_path, one_line, read_json, some
 from vocabguard.measure.probe import probe_applicable
 from vocabguard.rows.tensors import ADAPTER_CONFIG
 
@@ -95,12 +95,41 @@ def _loaded(path: Path, loading: Loading) -> nn.Module:
         raise ValueError(f"{path} has no config.json, so no model can be loaded from it")
     try:
         require_readable(path)
-        found: nn.Module = AutoModelForCausalLM.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False, **loading.options
-        )
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False, output_loading_info=True, **loading.options
+            )
     except Exception as error:  # loading raises what it likes
         raise ValueError(f"{path}: the model cannot be loaded ({one_line(error)})") from error
-    return found
+    model: nn.Module = loaded[0]
+    _require_whole(path, loaded[1])
+    return model
+
+
+def _require_whole(path: Path, told: Mapping[str, Any]) -> None:
+    """Refuse a model of which a part was made up at random, since its file has none that fits.
+
+    Raises:
+        ValueError: with the parts.
+    """
+    missing = sorted(map(str, told.get("missing_keys") or ()))
+    other = sorted(str(one[0] if isinstance(one, tuple) else one) for one in told.get("mismatched_keys") or ())
+    for names, why in ((missing, "lacks"), (other, "has other shapes than its config.json says of")):
+        if names:
+            raise ValueError(f"{path}: {why} {some(names, 3)}; the library would make them up at random")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let transformers say nothing of what is refused here in a line."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _adapted(path: Path, loading: Loading, base: Path | None) -> nn.Module:
