@@ -141,7 +141,7 @@ TARGETS = (
     Target("counts", ("scan.safetensors", "coverage.safetensors"), (*rows_ways, *[ways.bend_metadata] * 6),
            ON_COUNTS, 50),
     Target("probe", ("probe.safetensors",), (*rows_ways, *[ways.bend_metadata] * 6), ON_PROBE, 60),
-    Target("asked model", (*CONFIGS, "tuned/tokenizer.json", "tuned/tokenizer_config.json", "tuned/model.safetensors"),
+    Target("asked model", (*CONFIGS, "tuned/tokenizer.json", "tuned/tokenizer_config.json"),
            (*[ways.bend_json] * 6, *table_ways), ON_MODELS, 60),
     Target("asked adapter", ("lora/adapter_config.json", "lora/adapter_model.safetensors"), table_ways,
            (f"probe {{}}/lora {{}}/base {ASK} --json",), 12),
@@ -188,7 +188,8 @@ OPTIONS = {
         "--watch", "--top", "--workers", "",
     ),
     "replay {}/data --tokenizer {}/tok --out {}/o.jsonl": (
-        "--coverage", "--targets", "--kind", "--column", "--max-length", "--pool", "--threshold", "--out", "--needs", ""
+        "--coverage", "--targets", "--kind", "--column", "--max-length", "--pool", "--threshold", "--out", "--needs",
+        "",
     ),
     "echo {}/tok --ids {}/ids.jsonl --targets 1": (
         "--ids", "--chats", "--targets", "--list-tokens", "--needs", "--below", "--cosine", "--exclude",

@@ -18,6 +18,7 @@ from vocabguard.cli import asking, common
 from vocabguard.cli.answers import probe_parts
 from vocabguard.cli.app import InputError
 from vocabguard.cli.asking import Asking, Interview
+from vocabguard.cli.served import Served, probe_served, save_served
 from vocabguard.compare.evidence import evidence_of, tokenizer_of, unequal
 from vocabguard.compare.probing import Answered, Bars, ProbePlan, answers_of, plan_of_json
 from vocabguard.compare.scan import Scan
@@ -30,7 +31,13 @@ SCHEMA = 1
 
 _BARS = Bars()
 
-Model = Annotated[str, typer.Argument(help="The model to ask: a folder, or a PEFT adapter's folder.")]
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="The model to ask: a folder, or a PEFT adapter's folder. With --url: a file of an earlier run, as base.",
+    ),
+]
 Against = Annotated[
     str | None,
     typer.Argument(metavar="[BASE]", help="The model before training, or a file that `vocabguard probe --out` wrote."),
@@ -55,7 +62,7 @@ Rise = Annotated[
 
 
 def probe(
-    model: Model,
+    model: Model = None,
     base: Against = None,
     sample: asking.Sample = Asking.sample,
     whole: asking.Whole = False,
@@ -75,8 +82,25 @@ def probe(
     threshold_loss: Rise = _BARS.rise,
     top: Annotated[int, typer.Option(min=0, help="Tokens in each list.")] = 20,
     out: Annotated[
-        Path | None, typer.Option(help="Write every answer to this .safetensors file, which report, echo, replay take.")
+        Path | None,
+        typer.Option(
+            help="Write every answer to this .safetensors file, which report, echo, replay take; with --url a JSON "
+            "file, which a later run takes as its base."
+        ),
     ] = None,
+    url: Annotated[str | None, typer.Option(help="Ask a server instead, http://HOST/v1, for words.")] = None,
+    served: Annotated[str | None, typer.Option("--model", help="--url: the model's name there.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="--url: server of the base; the same one if not given.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="--url: the base's name there.")] = None,
+    key_env: Annotated[
+        str, typer.Option(help="--url: environment variable with the key; NAME_BASE has that of another base server.")
+    ] = Served.key_env,
+    ask_by: Annotated[
+        str | None, typer.Option(help="--url: echo, chat or text; the first that the server knows if not given.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="--url: requests at a time.")] = Served.concurrency,
+    tries: Annotated[int, typer.Option(min=1, help="--url: tries of each request.")] = Served.tries,
+    timeout: Annotated[float, typer.Option(min=0.1, help="--url: seconds that an answer may take.")] = Served.timeout,
     as_json: common.AsJson = False,
 ) -> None:
     """Ask MODEL to repeat its tokens and to read natural text, and hold its answers against those of BASE.
@@ -90,8 +114,19 @@ def probe(
     common.check_most(("--threshold", threshold, 1), ("--threshold-loss", threshold_loss, 1e6), ("--top", top, 10**7))
     loading = common.loading(device, device_map, dtype)
     options = Asking(sample, whole, watch, texts, text_tokens, asks, batch, seed, loading)
-    bars = Bars(_BARS.lost if threshold is None and base is not None else threshold, threshold_loss)
     _check_texts(options)
+    if url is not None:
+        if served is None or base is not None:
+            raise InputError("--url takes --model NAME, and at most one argument: a file of an earlier run")
+        remote = Served(
+            url, served, base_url, base_model, None if model is None else Path(model), key_env, ask_by, concurrency,
+            tries, timeout,
+        )  # fmt: skip
+        _ask_server(remote, options, tokenizer, threshold, top, out, as_json=as_json)
+        return
+    if model is None or served is not None or base_url is not None or base_model is not None:
+        raise InputError("allowed: a MODEL, or --url http://HOST/v1 with --model NAME")
+    bars = Bars(_BARS.lost if threshold is None and base is not None else threshold, threshold_loss)
     if out is not None:
         inputs = [one for one in (watch, texts, coverage) if one is not None]
         common.check_new_file("--out", out, [*common.checkpoint_files(model, *([base] if base else [])), *inputs])
@@ -114,6 +149,33 @@ def probe(
         if out is not None:
             Console(markup=False).print(f"Written: {out}", highlight=False, soft_wrap=True)
     if verdict["findings"]:
+        raise typer.Exit(1)
+
+
+def _ask_server(
+    remote: Served, options: Asking, tokenizer: str | None, threshold: float | None, top: int, out: Path | None, *,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Ask over HTTP, show and keep what was found."""
+    began = time.perf_counter()
+    two = remote.base_url is not None or remote.base_model is not None or remote.file is not None
+    bars = Bars(_BARS.lost if threshold is None and two else threshold)
+    if out is not None:
+        common.check_new_file("--out", out, [one for one in (options.watch, options.texts, remote.file) if one])
+    told = probe_served(remote, options, bars, tokenizer, top)
+    if out is not None:
+        save_served(told["kept"], out)
+    if as_json:
+        shown = {"schema": SCHEMA, **{key: value for key, value in told.items() if key != "kept"}}
+        shown |= {"thresholds": {"lost": bars.lost}, "findings": bool(told["verdict"]["findings"]),
+                  "seconds": time.perf_counter() - began}  # fmt: skip
+        print(json.dumps(shown, ensure_ascii=False, allow_nan=False))
+    else:
+        for part in probe_parts(told, top):
+            Console().print(part, highlight=False, soft_wrap=isinstance(part, Text))
+        if out is not None:
+            Console(markup=False).print(f"Written: {out}", highlight=False, soft_wrap=True)
+    if told["verdict"]["findings"]:
         raise typer.Exit(1)
 
 

@@ -151,10 +151,14 @@ def body_drift(
         return NotApplicable(one_line(error))
 
 
-def _of_stores(base: Checkpoint, tuned: Checkpoint, progress: Callable[[str, int, int], None] | None) -> BodyDrift:
+def _of_stores(
+    base: Checkpoint, tuned: Checkpoint, progress: Callable[[str, int, int], None] | None
+) -> BodyDrift | NotApplicable:
     before, after = open_store(base.path), open_store(tuned.path)
     theirs, ours = _stripped(base, before), _stripped(tuned, after)
     names = [name for name in theirs if name in ours]
+    if not theirs and not ours:
+        return NotApplicable("both files hold vocabulary rows only")
     blocks, unlike = _Blocks(), dict[str, str]()
     kinds: tuple[set[str], set[str]] = (set(), set())
     for done, name in enumerate(names, start=1):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ import torch
 from torch import nn
 
 from vocabguard.compare.trial import require_readable
-from vocabguard.files import full_path, one_line, read_json
+from vocabguard.files import full_path, one_line, read_json, some
 from vocabguard.measure.probe import probe_applicable
-from vocabguard.rows.tensors import ADAPTER_CONFIG
+from vocabguard.rows.tensors import ADAPTER_CONFIG, open_adapter_store
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -95,12 +96,41 @@ def _loaded(path: Path, loading: Loading) -> nn.Module:
         raise ValueError(f"{path} has no config.json, so no model can be loaded from it")
     try:
         require_readable(path)
-        found: nn.Module = AutoModelForCausalLM.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False, **loading.options
-        )
+        with _quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False, output_loading_info=True, **loading.options
+            )
     except Exception as error:  # loading raises what it likes
-        raise ValueError(f"{path}: the model cannot be loaded ({one_line(error)})") from error
-    return found
+        # The library's own words point to a report that is not shown.
+        why = "its weights have other shapes than config.json says" if "ignore_mismatched" in str(error) else None
+        raise ValueError(f"{path}: the model cannot be loaded ({why or one_line(error)})") from error
+    model: nn.Module = loaded[0]
+    _require_whole(path, loaded[1])
+    return model
+
+
+def _require_whole(path: Path, told: Mapping[str, Any]) -> None:
+    """Refuse a model of which a part was made up at random, since its file has none that fits.
+
+    Raises:
+        ValueError: with the parts.
+    """
+    missing = sorted(map(str, told.get("missing_keys") or ()))
+    if missing:
+        raise ValueError(f"{path}: lacks {some(missing, 3)}; the library would make them up at random")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let transformers say nothing of what is refused here in a line."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _adapted(path: Path, loading: Loading, base: Path | None) -> nn.Module:
@@ -110,16 +140,37 @@ def _adapted(path: Path, loading: Loading, base: Path | None) -> nn.Module:
         if not base.is_dir():
             raise ValueError(f"{path}: its base {str(base)!r} is not on this machine; give it as BASE")
     try:
-        from peft import PeftModel  # an optional package
+        from peft import PeftModel, get_peft_model_state_dict  # an optional package
     except ImportError as error:
         raise ValueError(f"{path} is an adapter, which needs PEFT: pip install peft") from error
     model: Any = _loaded(base, loading)
     try:
         require_readable(path)
-        found: nn.Module = PeftModel.from_pretrained(model, str(path), local_files_only=True)
+        with _quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of keys that are missing, which are looked at below
+            found: Any = PeftModel.from_pretrained(model, str(path), local_files_only=True)
+        loaded = set(get_peft_model_state_dict(found, save_embedding_layers=False))
     except Exception as error:
         raise ValueError(f"{path}: the adapter cannot be loaded ({one_line(error)})") from error
-    return found
+    _require_used(path, loaded)
+    whole: nn.Module = found
+    return whole
+
+
+def _require_used(path: Path, loaded: set[str]) -> None:
+    """Refuse an adapter that is not loaded as it was saved: the model asked would be another one, or the base.
+
+    Args:
+        loaded: names of the tensors that PEFT has a place for.
+
+    Raises:
+        ValueError: with tensors of the file that have none, or places that the file has no tensor for.
+    """
+    there = set(open_adapter_store(path).names)
+    for names, why in ((there - loaded, "holds tensors that its configuration has no place for"),
+                       (loaded - there, "lacks tensors that its configuration speaks of")):  # fmt: skip
+        if names:
+            raise ValueError(f"{path}: {why}: {some(names, 3)}")
 
 
 def _require_device(name: str) -> None:

@@ -29,12 +29,28 @@ def probe_verdict(told: Mapping[str, Any], bars: Bars) -> dict[str, Any]:
         level = "unknown"
     parts = _said_parts(told) if two else _one_sided_parts(told)
     parts += [_reference_part(told["reference"])] if "nll" in told["reference"] else []
+    words = told["asked"].get("unit") == "words"
+    name = _as_words if words else str
     return {
         "level": level if two or level != "fine" else "unknown",
-        "sentence": f"{'; '.join(parts)}.",
-        "findings": [one for found in findings.values() for one in found],
-        "not_measured": _unseen(told, two=two),
+        "sentence": name(f"{'; '.join(parts)}."),
+        "findings": [name(one) for found in findings.values() for one in found],
+        "not_measured": _unseen_words(told, two=two) if words else _unseen(told, two=two),
     }
+
+
+def _as_words(said: str) -> str:
+    """A sentence about tokens as one about words, which is what a served model is asked for."""
+    return said.replace("live tokens", "words").replace("tokens", "words")
+
+
+def _unseen_words(told: Mapping[str, Any], *, two: bool) -> list[str]:
+    """What asking a server does not see."""
+    asked, said = told["asked"], []
+    if not asked["whole"]:
+        said.append(f"{asked['live'] - asked['tokens']:,} words were not sampled")
+    said += [] if two else ["what was lost, which takes a base: --base-url, or a file of an earlier run"]
+    return [*said, "single tokens: a word may be said by others", "natural text, rows and body"]
 
 
 def _losses(told: Mapping[str, Any], bars: Bars) -> dict[str, list[str]]:

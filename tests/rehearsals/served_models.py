@@ -1,0 +1,188 @@
+"""``vocabguard probe --url`` against real servers: an untouched copy is fine, a damaged one is not.
+
+    python tests/rehearsals/served_models.py transformers FOLDER --python VENV/bin/python --json FILE
+    python tests/rehearsals/served_models.py llama.cpp FILE.gguf --python VENV/bin/python --json FILE
+
+VENV has the server: ``transformers[serving]`` and torch, or ``llama-cpp-python[server]`` and ``gguf``. FOLDER is a
+model with a chat template, FILE.gguf one of llama.cpp's. Each model is served in turn on this machine: the base, whose
+answers become a file, then the same once more, then a copy of which the rows of some words are zeroed, and (of a
+folder) one with a damaged layer. CI asks a stub instead (``tests/served``). ``served_models.json`` has what came of
+``transformers serve`` 5.24 and of llama-cpp-python's server, both with SmolLM2 135M instruct on 2 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vocabguard.cli.app import main
+
+WAIT = 600
+
+
+@contextmanager
+def served(kind: str, python: str, model: Path) -> Iterator[tuple[str, str]]:
+    """A server of one model: its address and the model's name there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # GGUF: all logits are kept, so that the server can give a prompt's log-probabilities.
+    line = {
+        "transformers": [python, "-m", "transformers.cli.transformers", "serve", str(model), "--port", port,
+                         "--host", "127.0.0.1", "--device", "cpu"],
+        "llama.cpp": [python, "-m", "llama_cpp.server", "--model", str(model), "--port", port, "--host", "127.0.0.1",
+                      "--n_ctx", "2048", "--logits_all", "true", "--verbose", "false"],
+    }[kind]  # fmt: skip
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(line, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            _wait(f"http://127.0.0.1:{port}/v1/models", process, log)
+            yield f"http://127.0.0.1:{port}/v1", str(model)
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            process.kill()
+
+
+def _wait(address: str, process: subprocess.Popen[bytes], log: Any) -> None:
+    for _ in range(WAIT):
+        with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5):
+            return
+        if process.poll() is not None:
+            log.seek(0)
+            raise SystemExit(f"the server ended: {log.read()[-2000:].decode('utf-8', 'replace')}")
+        time.sleep(1)
+    raise SystemExit("the server did not begin")
+
+
+def probed(*arguments: object) -> dict[str, Any]:
+    """What ``--json`` printed, with the exit code."""
+    out, before = io.StringIO(), sys.argv
+    sys.argv = ["vocabguard", "probe", *map(str, arguments), "--json"]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out):
+            main()
+    except SystemExit as left:
+        code = int(left.code or 0)
+    finally:
+        sys.argv = before
+    return {**json.loads(out.getvalue() or "{}"), "exit": code}
+
+
+def damaged(kind: str, model: Path, place: Path, words: list[str]) -> Iterator[tuple[str, Path]]:
+    """Copies with a known damage: the rows of all tokens of some words zeroed; of a folder also a damaged layer."""
+    if kind == "llama.cpp":
+        yield "rows of words zeroed", _gguf_without(model, place / "zeroed.gguf", words)
+        return
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model)
+    rows, layers = loaded.get_output_embeddings().weight, loaded.model.layers
+    whole = rows.detach().clone()
+    with torch.no_grad():
+        rows[sorted(_ids(tokenizer, words))] = 0
+        yield "rows of words zeroed", _saved(loaded, tokenizer, place / "zeroed")
+        rows.copy_(whole)
+        weight = layers[len(layers) // 2].mlp.down_proj.weight
+        weight.copy_(weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+        yield "one MLP damaged", _saved(loaded, tokenizer, place / "mlp")
+
+
+def _ids(tokenizer: Any, words: list[str]) -> set[int]:
+    """Tokens of the words, at the beginning of a line and after a blank."""
+    return {
+        i for word in words for text in (word, f" {word}") for i in tokenizer.encode(text, add_special_tokens=False)
+    }
+
+
+def _saved(model: Any, tokenizer: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _gguf_without(source: Path, target: Path, words: list[str]) -> Path:
+    """A copy of a GGUF file in which the rows of the words' tokens are zeros, in whatever blocks it has."""
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+
+    shutil.copyfile(source, target)
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+    reader = GGUFReader(target, "r+")
+    for tensor in reader.tensors:
+        if tensor.name in ("token_embd.weight", "output.weight"):
+            for token in sorted(_ids(tokenizer, words)):
+                tensor.data[token] = 0
+    reader.data.flush()
+    return target
+
+
+def rehearse() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=["transformers", "llama.cpp"])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("--sample", type=int, default=64)
+    parser.add_argument("--asks", type=int, default=2)
+    parser.add_argument("--json", type=Path, default=None)
+    asked = parser.parse_args()
+    texts = Path(__file__).with_name("served_words.txt")
+    line = ["--sample", asked.sample, "--asks", asked.asks, "--texts", texts, "--timeout", 600, "--concurrency", 2]
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as place:
+        before = Path(place) / "base.json"
+        with served(asked.kind, asked.python, asked.model) as (url, name):
+            began = time.perf_counter()
+            base = probed("--url", url, "--model", name, *line, "--out", before)
+            found["base"] = _brief(base) | {"seconds": round(time.perf_counter() - began, 1)}
+            found["untouched"] = _brief(probed("--url", url, "--model", name, before))
+        print(json.dumps(found, indent=1), flush=True)
+        kept = json.loads(before.read_text(encoding="utf-8"))
+        known = [word for word, right in zip(kept["words"], kept["right"], strict=True) if all(right)]
+        for kind, path in damaged(asked.kind, asked.model, Path(place), known[::3]):
+            with served(asked.kind, asked.python, path) as (url, name):
+                found[kind] = _brief(probed("--url", url, "--model", name, before)) | {"zeroed": len(known[::3])}
+            print(kind, json.dumps(found[kind], indent=1), flush=True)
+    right = found["untouched"]["level"] == "fine" and all(
+        one["level"] == "lost" for name, one in found.items() if name not in ("base", "untouched")
+    )
+    if asked.json is not None:
+        every = json.loads(asked.json.read_text(encoding="utf-8")) if asked.json.exists() else {}
+        every[asked.kind] = {"right": right, **found}
+        asked.json.write_text(json.dumps(every, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    sys.exit(not right)
+
+
+def _brief(told: dict[str, Any]) -> dict[str, Any]:
+    if "verdict" not in told:
+        return {"level": "failed", "exit": told["exit"]}
+    numbers = told["numbers"]
+    kept = ("asked", "known", "repeated", "repeated_low", "repeated_high", "lost", "retained_low", "retained_high")
+    shown = {key: round(numbers[key], 4) for key in kept if key in numbers}
+    return {
+        "by": told["asked"]["by"], "level": told["verdict"]["level"], "exit": told["exit"],
+        "sentence": told["verdict"]["sentence"], "numbers": shown,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    rehearse()
