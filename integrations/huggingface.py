@@ -131,7 +131,6 @@ class VocabGuardCallback(TrainerCallback):
                 self._carry_labels(kwargs["model"], kwargs.get("train_dataloader"))
             self._runs = ActiveRuns(raises=self.guard.config.on_error == "raise")
             self._evaluated = -1
-            self._log(state)
 
     def _carry_labels(self, model: nn.Module, dataloader: Any) -> None:
         """Bring the labels to the model until training ends, also when the guard stands down in between."""
@@ -153,6 +152,8 @@ class VocabGuardCallback(TrainerCallback):
             done = state.global_step % max(1, _steps_in_epoch(loader, args, state)) if skips else 0
             self.guard.start_epoch(skipped=done * args.gradient_accumulation_steps)
             self._resumes = False
+            # The start's keys, only now: callbacks after this one may take no log before their own `on_train_begin`.
+            self._log(state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any

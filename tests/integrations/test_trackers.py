@@ -380,3 +380,27 @@ def test_keys_that_name_nothing_are_refused(keys: Any) -> None:
     with pytest.raises(ConfigError, match=r"log\.keys .*allowed: ('all'|a text or a list)"):
         load_config(None, options={"log": {"keys": keys}})
     assert load_config(None, ["log.keys=all"]).log.keys == "all"
+
+
+def test_a_callback_that_begins_with_training_gets_no_log_before_it_has_begun(
+    kit: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    """As ms-swift's progress bar, which stands behind the user's callbacks and sets its clock in `on_train_begin`."""
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.seen = 0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.begun = True
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            assert self.begun
+            self.seen += KEY in logs
+
+    clock = Clock()
+    trainer = trainer_of(kit, tokenizer, tmp_path)
+    callback = VocabGuardCallback.add_to(trainer, tokenizer=tokenizer, **OPTIONS)
+    trainer.add_callback(clock)
+    trainer.train()
+    assert clock.seen == len(checks_of(callback))
