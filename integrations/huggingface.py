@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from vocabguard.config import ConfigSource, Options
+from vocabguard.config import ConfigError, ConfigSource, Options
 from vocabguard.files import one_line, replacing
 from vocabguard.guard import VocabGuard
 from vocabguard.guard.batches import LabelCarrier, Targets, drop_labels
@@ -37,6 +37,11 @@ from vocabguard.views.keys import ChosenKeys
 STATE_FILE = "vocabguard.pt"
 STATE_KEY = "vocabguard"
 
+_NO_COLLATE = (
+    "hidden_labels: the training dataloader is a {kind} without a collate function, and labels travel through one; "
+    "allowed: a torch DataLoader, or targets="
+)
+_NO_LOG = "trainer is of type {kind}, which has no log(); allowed: the Trainer that the callback is for"
 _NOT_SAVED = "vocabguard: %s could not be written (%s): a run resumed from there starts drift and counts anew"
 
 logger = logging.getLogger("vocabguard")
@@ -79,6 +84,8 @@ class VocabGuardCallback(TrainerCallback):
         self.guard = VocabGuard(
             config, tokenizer=tokenizer, overrides=overrides, targets=targets, actions=actions, **options
         )
+        if trainer is not None and not callable(getattr(trainer, "log", None)):
+            raise ConfigError(_NO_LOG.format(kind=type(trainer).__name__))
         self._targets, self._hidden = targets, hidden_labels
         self._resumes = False
         self._undo = ExitStack()
@@ -135,7 +142,11 @@ class VocabGuardCallback(TrainerCallback):
     def _carry_labels(self, model: nn.Module, dataloader: Any) -> None:
         """Bring the labels to the model until training ends, also when the guard stands down in between."""
         loader = inner_loader(dataloader)
-        if self.guard.watch is None or not self.guard.counting or not hasattr(loader, "collate_fn"):
+        if self.guard.watch is None or not self.guard.counting:
+            return
+        if not hasattr(loader, "collate_fn"):
+            if self._hidden:
+                raise ConfigError(_NO_COLLATE.format(kind=type(loader).__name__))
             return
         inner = loader.collate_fn
         loader.collate_fn = LabelCarrier(inner)
