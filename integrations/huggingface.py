@@ -93,6 +93,7 @@ class VocabGuardCallback(TrainerCallback):
         self._chosen = ChosenKeys(self.guard.config.log.keys)
         self._runs = ActiveRuns(raises=self.guard.config.on_error == "raise")
         self._logged: CheckResult | None = None
+        self._kept: CheckResult | None = None
         self._evaluated = -1
 
     @classmethod
@@ -173,6 +174,8 @@ class VocabGuardCallback(TrainerCallback):
         with self.guard.contain("on_step_end"):
             self.guard.step(state.global_step, _kwargs.get("optimizer"))
             self._log(state)
+            if state.global_step >= state.max_steps or control.should_training_stop:
+                self._keep(state, ended=False)  # some reporters end their runs before this callback's `on_train_end`
             _shared(state)[STATE_KEY] = {"state": str(_checkpoint(args, state) / STATE_FILE)}
             self._ask(control)
 
@@ -218,6 +221,15 @@ class VocabGuardCallback(TrainerCallback):
         if state.is_world_process_zero:
             self._runs.log(values, state.global_step, without=reporters)
 
+    def _keep(self, state: TrainerState, *, ended: bool) -> None:
+        """Keep the worst tokens of the last check, and at the end the report page, with the trackers."""
+        last, folder = self.guard.last, self.guard.run_dir
+        if last is None or not state.is_world_process_zero:
+            return
+        worst = () if self._kept is last else last.worst
+        self._kept = last
+        self._runs.keep(worst, folder / "report.html" if ended and folder is not None else None, last.step)
+
     def _ask(self, control: TrainerControl) -> None:
         """Pass on what alert rules ask of the trainer."""
         asked = self.guard.take_requests()
@@ -246,6 +258,7 @@ class VocabGuardCallback(TrainerCallback):
             self._undo.close()
             self.guard.finish(check=not args.load_best_model_at_end)
             self._log(state, ended=True)
+            self._keep(state, ended=True)
 
 
 def _steps_in_epoch(loader: Any, args: TrainingArguments, state: TrainerState) -> int:

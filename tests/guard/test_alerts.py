@@ -263,7 +263,7 @@ def test_zero_counts_while_training_runs_are_an_alert_with_the_remedy(caplog: py
             num_attention_heads=1,
             bos_token_id=1,
             eos_token_id=2,
-        )  # fmt: skip
+        )
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=5.0)
     guard = VocabGuard(log={"console": False, "tensorboard": False}, drift={"every_n_steps": 1}, on_error="raise")
