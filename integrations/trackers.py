@@ -130,12 +130,15 @@ def _keep_wandb(wandb: Any, table: Table, page: Path | None, step: int) -> None:
         run.log_artifact(artifact)
 
 
-def _keep_trackio(trackio: Any, table: Table, _page: Path | None, step: int) -> None:
-    # It has no place for a page.
-    if table and trackio.context_vars.current_run.get() is not None:
+def _keep_trackio(trackio: Any, table: Table, page: Path | None, step: int) -> None:
+    if trackio.context_vars.current_run.get() is None:
+        return
+    if table:
         import pandas  # trackio has it
 
         trackio.log({WORST: trackio.Table(dataframe=pandas.DataFrame(table)), "train/global_step": step})
+    if page is not None and hasattr(trackio, "log_artifact"):  # not in older ones
+        trackio.log_artifact(page, name="vocabguard-report", type="report")
 
 
 def _keep_comet(comet: Any, table: Table, page: Path | None, step: int) -> None:

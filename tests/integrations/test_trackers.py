@@ -500,3 +500,18 @@ def test_lightnings_runs_keep_them_too(
     callback = kit.CALLBACKS["lightning"](**OPTIONS | {"log": {"console": False, "tensorboard": False}})
     kit.run_lightning(kit.tiny_model(), kit.random_rows(24), tokenizer, tmp_path, callbacks=(callback,))
     assert kept == {"worst_tokens-6.csv": 20, "vocabguard-report.html": 6}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trackio_keeps_the_page_in_a_run_of_the_scripts_own(
+    kit: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio")
+    callback = VocabGuardCallback(tokenizer=tokenizer, **OPTIONS | {"log": {"console": False, "tensorboard": False}})
+    trainer = trainer_of(kit, tokenizer, tmp_path / "out", callback)
+    trackio.init(project="pages", name="one", embed=False)
+    trainer.train()
+    kept = trackio.use_artifact("vocabguard-report").download(tmp_path / "kept")
+    trackio.finish()
+    assert "</html>" in (Path(kept) / "report.html").read_text(encoding="utf-8")
