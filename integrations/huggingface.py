@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from vocabguard.config import ConfigSource, Options
+from vocabguard.config import ConfigError, ConfigSource, Options
 from vocabguard.files import one_line, replacing
 from vocabguard.guard import VocabGuard
 from vocabguard.guard.batches import LabelCarrier, Targets, drop_labels
@@ -37,6 +37,11 @@ from vocabguard.views.keys import ChosenKeys
 STATE_FILE = "vocabguard.pt"
 STATE_KEY = "vocabguard"
 
+_NO_COLLATE = (
+    "hidden_labels: the training dataloader is a {kind} without a collate function, and labels travel through one; "
+    "allowed: a torch DataLoader, or targets="
+)
+_NO_LOG = "trainer is of type {kind}, which has no log(); allowed: the Trainer that the callback is for"
 _NOT_SAVED = "vocabguard: %s could not be written (%s): a run resumed from there starts drift and counts anew"
 
 logger = logging.getLogger("vocabguard")
@@ -79,6 +84,8 @@ class VocabGuardCallback(TrainerCallback):
         self.guard = VocabGuard(
             config, tokenizer=tokenizer, overrides=overrides, targets=targets, actions=actions, **options
         )
+        if trainer is not None and not callable(getattr(trainer, "log", None)):
+            raise ConfigError(_NO_LOG.format(kind=type(trainer).__name__))
         self._targets, self._hidden = targets, hidden_labels
         self._resumes = False
         self._undo = ExitStack()
@@ -86,6 +93,7 @@ class VocabGuardCallback(TrainerCallback):
         self._chosen = ChosenKeys(self.guard.config.log.keys)
         self._runs = ActiveRuns(raises=self.guard.config.on_error == "raise")
         self._logged: CheckResult | None = None
+        self._kept: CheckResult | None = None
         self._evaluated = -1
 
     @classmethod
@@ -131,12 +139,15 @@ class VocabGuardCallback(TrainerCallback):
                 self._carry_labels(kwargs["model"], kwargs.get("train_dataloader"))
             self._runs = ActiveRuns(raises=self.guard.config.on_error == "raise")
             self._evaluated = -1
-            self._log(state)
 
     def _carry_labels(self, model: nn.Module, dataloader: Any) -> None:
         """Bring the labels to the model until training ends, also when the guard stands down in between."""
         loader = inner_loader(dataloader)
-        if self.guard.watch is None or not self.guard.counting or not hasattr(loader, "collate_fn"):
+        if self.guard.watch is None or not self.guard.counting:
+            return
+        if not hasattr(loader, "collate_fn"):
+            if self._hidden:
+                raise ConfigError(_NO_COLLATE.format(kind=type(loader).__name__))
             return
         inner = loader.collate_fn
         loader.collate_fn = LabelCarrier(inner)
@@ -153,6 +164,8 @@ class VocabGuardCallback(TrainerCallback):
             done = state.global_step % max(1, _steps_in_epoch(loader, args, state)) if skips else 0
             self.guard.start_epoch(skipped=done * args.gradient_accumulation_steps)
             self._resumes = False
+            # The start's keys, only now: callbacks after this one may take no log before their own `on_train_begin`.
+            self._log(state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_kwargs: Any
@@ -161,6 +174,8 @@ class VocabGuardCallback(TrainerCallback):
         with self.guard.contain("on_step_end"):
             self.guard.step(state.global_step, _kwargs.get("optimizer"))
             self._log(state)
+            if state.global_step >= state.max_steps or control.should_training_stop:
+                self._keep(state, ended=False)  # some reporters end their runs before this callback's `on_train_end`
             _shared(state)[STATE_KEY] = {"state": str(_checkpoint(args, state) / STATE_FILE)}
             self._ask(control)
 
@@ -206,6 +221,15 @@ class VocabGuardCallback(TrainerCallback):
         if state.is_world_process_zero:
             self._runs.log(values, state.global_step, without=reporters)
 
+    def _keep(self, state: TrainerState, *, ended: bool) -> None:
+        """Keep the worst tokens of the last check, and at the end the report page, with the trackers."""
+        last, folder = self.guard.last, self.guard.run_dir
+        if last is None or not state.is_world_process_zero:
+            return
+        worst = () if self._kept is last else last.worst
+        self._kept = last
+        self._runs.keep(worst, folder / "report.html" if ended and folder is not None else None, last.step)
+
     def _ask(self, control: TrainerControl) -> None:
         """Pass on what alert rules ask of the trainer."""
         asked = self.guard.take_requests()
@@ -234,6 +258,7 @@ class VocabGuardCallback(TrainerCallback):
             self._undo.close()
             self.guard.finish(check=not args.load_best_model_at_end)
             self._log(state, ended=True)
+            self._keep(state, ended=True)
 
 
 def _steps_in_epoch(loader: Any, args: TrainingArguments, state: TrainerState) -> int:

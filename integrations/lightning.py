@@ -21,6 +21,7 @@ from vocabguard.guard import VocabGuard
 from vocabguard.guard.batches import Targets
 from vocabguard.guard.called import Call
 from vocabguard.guard.watched import Action
+from vocabguard.integrations.trackers import ActiveRuns
 from vocabguard.measure.learning_rates import rates_by_epoch
 from vocabguard.results import CheckResult
 
@@ -139,6 +140,10 @@ class VocabGuardCallback(Callback):
         """Close the run."""
         with self.guard.contain("on_train_end"):
             self.guard.finish()
+            last, folder = self.guard.last, self.guard.run_dir
+            if trainer.is_global_zero and last is not None:
+                page = None if folder is None else folder / "report.html"
+                ActiveRuns(raises=self.guard.config.on_error == "raise").keep(last.worst, page, last.step)
 
     def state_dict(self) -> dict[str, Any]:
         """Our part of a Lightning checkpoint."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
-
 from vocabguard.files import one_line
+from vocabguard.results import TokenReport
 
 logger = logging.getLogger("vocabguard")
 
@@ -23,10 +24,19 @@ _FAILED = "vocabguard: %s refuses the logged keys (%s: %s); it gets no more of t
 _NO_MLFLOW = re.compile(r"[^\w\-. :/]")
 
 
-class ActiveRuns:
-    """Hands keys to the active runs of trackers that the script itself has imported; imports none.
+Table = dict[str, list[Any]]
+"""A column's name -> its cells."""
 
-    What a tracker raises is reported once, and it gets no more keys.
+WORST = "vocabguard/worst_tokens"
+"""Where trackers show the table of worst tokens."""
+_COLUMNS = tuple(field.name for field in fields(TokenReport))
+
+
+class ActiveRuns:
+    """Hands keys, and at the end the worst tokens and the report page, to active runs of trackers.
+
+    Only to trackers that the script itself has imported; none is imported here. What a tracker raises is reported once,
+    and it gets no more keys.
 
     Args:
         raises: hand errors on instead.
@@ -44,6 +54,30 @@ class ActiveRuns:
             module = sys.modules.get(name)
             if module is not None and name not in without:
                 self.attempt(name, way, module, dict(values), step)
+            elif module is not None and name == "mlflow":
+                self.attempt(name, self._find_mlflow, module)
+
+    def keep(self, worst: Sequence[TokenReport], page: Path | None, step: int) -> None:
+        """Keep the table of worst tokens, and the report page, with the active runs that have a place for such.
+
+        Args:
+            worst: worst first; none makes no table.
+            page: ``report.html``; None or a file that is not there is left out.
+        """
+        table = {name: [getattr(one, name) for one in worst] for name in _COLUMNS} if worst else {}
+        page = page if page is not None and page.is_file() else None
+        ways = {"wandb": _keep_wandb, "mlflow": self._keep_mlflow, "trackio": _keep_trackio, "comet_ml": _keep_comet}
+        for name, way in ways.items():
+            if (module := sys.modules.get(name)) is not None and (table or page):
+                self.attempt(f"{name} (table and page)", way, module, table, page, step)
+
+    def _keep_mlflow(self, mlflow: Any, table: Table, page: Path | None, step: int) -> None:
+        if self._mlflow_run is None:
+            return
+        if table:
+            mlflow.log_table(table, f"vocabguard/worst_tokens-{step}.json", run_id=self._mlflow_run)
+        if page is not None:
+            mlflow.MlflowClient().log_artifact(self._mlflow_run, str(page), "vocabguard")
 
     def attempt(self, name: str, log: Callable[..., None], *arguments: Any) -> None:
         """Log in one way, unless that has failed before."""
@@ -63,9 +97,12 @@ class ActiveRuns:
             # Without `step`: the trainer's own callback counts wandb's steps, and has this key as the axis.
             run.log({**values, "train/global_step": step})
 
-    def _mlflow(self, mlflow: Any, values: dict[str, float], step: int) -> None:
+    def _find_mlflow(self, mlflow: Any) -> None:
         if (run := mlflow.active_run()) is not None:
             self._mlflow_run = run.info.run_id
+
+    def _mlflow(self, mlflow: Any, values: dict[str, float], step: int) -> None:
+        self._find_mlflow(mlflow)
         if self._mlflow_run is not None:
             # By its id: the trainer's own callback ends the run before the closing check.
             named = {_NO_MLFLOW.sub("_", key): value for key, value in values.items()}
@@ -79,6 +116,40 @@ class ActiveRuns:
         find = getattr(comet, "get_running_experiment", None) or comet.get_global_experiment
         if (experiment := find()) is not None:
             experiment.log_metrics(values, step=step)
+
+
+def _keep_wandb(wandb: Any, table: Table, page: Path | None, step: int) -> None:
+    if (run := getattr(wandb, "run", None)) is None:
+        return
+    if table:
+        rows = wandb.Table(columns=list(table), data=[list(row) for row in zip(*table.values(), strict=True)])
+        run.log({WORST: rows, "train/global_step": step})
+    if page is not None:
+        artifact = wandb.Artifact(f"vocabguard-report-{run.id}", type="report")
+        artifact.add_file(str(page))
+        run.log_artifact(artifact)
+
+
+def _keep_trackio(trackio: Any, table: Table, page: Path | None, step: int) -> None:
+    if trackio.context_vars.current_run.get() is None:
+        return
+    if table:
+        import pandas  # trackio has it
+
+        trackio.log({WORST: trackio.Table(dataframe=pandas.DataFrame(table)), "train/global_step": step})
+    if page is not None and hasattr(trackio, "log_artifact"):  # not in older ones
+        trackio.log_artifact(page, name="vocabguard-report", type="report")
+
+
+def _keep_comet(comet: Any, table: Table, page: Path | None, step: int) -> None:
+    find = getattr(comet, "get_running_experiment", None) or comet.get_global_experiment
+    if (experiment := find()) is None:
+        return
+    if table:
+        rows = [list(row) for row in zip(*table.values(), strict=True)]
+        experiment.log_table(f"worst_tokens-{step}.csv", tabular_data=rows, headers=list(table))
+    if page is not None:
+        experiment.log_asset(str(page), file_name="vocabguard-report.html", step=step)
 
 
 _REPORTERS = {
@@ -100,6 +171,8 @@ def log_through(trainer: Any, values: Mapping[str, float]) -> None:
 
     The entry goes before the last one of ``log_history``: who reads ``log_history[-1]["loss"]`` finds it as before.
     """
+    from transformers import Trainer  # not at the top: Lightning's users need not wait for it
+
     wanted = trainer.control.should_log
     history = trainer.state.log_history
     length = len(history)

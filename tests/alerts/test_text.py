@@ -107,8 +107,10 @@ OTHER = [
      "their worst hundredth at cosine 0.8000 to the base model's.", "Lowest in ja 0.8000."),
     ("head/nonfinite_rows", 3.0, {}, "3 live output rows hold NaN or infinity.", ""),
     ("exposure/never", 0.3, {}, "600 of 2,000 live tokens (30.0 %): never a target so far.", ""),
-    ("exposure/targets", 0.0, {}, "The data's targets counted so far stay at 0 from check to check: the guard sees no "
-     "labels.", ""),
+    ("exposure/targets", 0.0, {}, "No target has been counted in 200 steps: the guard sees no labels, and what it says "
+     "of tokens that are never a target is not to be relied on.", ""),
+    ("exposure/targets", 900.0, {}, "The data's targets counted so far stay at 900 from check to check: the guard sees "
+     "no labels.", ""),
     ("probe/retained", 0.8, {}, "20.0 % of the probed tokens that the base repeats are lost.",
      "Lost most in ja 75.0 %."),
     ("probe/*/retained", 0.25, {"ja": 0.25}, "75.0 % of the probed tokens in ja that the base repeats are "
@@ -155,7 +157,8 @@ def test_a_loss_of_rare_tokens_is_told_with_its_interval_and_its_size():
 def test_what_to_do_where_it_is_not_about_drift():
     [broken] = alert_story(change("head/nonfinite_rows", 3.0), SCENE).advice
     assert "go on from a checkpoint before step 120" in broken
-    silent, masked = alert_story(change("exposure/targets", 0.0), SCENE).advice
+    silent, loop, masked = alert_story(change("exposure/targets", 0.0), SCENE).advice
+    assert "guard.observe_batch(batch) before each batch" in loop
     assert 'targets=lambda batch: (batch["input_ids"], batch["labels"])' in silent
     assert "VocabGuardCallback(hidden_labels=True)" in silent
     assert masked.startswith("otherwise all labels may be -100")

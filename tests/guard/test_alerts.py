@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from vocabguard import ConfigError, RunLog, VocabGuard
 from vocabguard.guard import evaluations as confusing
@@ -248,4 +248,37 @@ def test_without_a_tokenizer_the_only_group_is_not_told_beside_the_whole(kit: An
     assert guard.last.scalars["vocabguard/head/other/below_0.95"] == 0.5
     assert {"head_degraded", "head_severe"} <= set(guard.last.firing)
     assert "group_degraded" not in guard.last.firing
+    guard.finish()
+
+
+def test_zero_counts_while_training_runs_are_an_alert_with_the_remedy(caplog: pytest.LogCaptureFixture) -> None:
+    """A loop that never shows its batches; other alerts do not blame the data for what nobody has counted."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=5.0)
+    guard = VocabGuard(log={"console": False, "tensorboard": False}, drift={"every_n_steps": 1}, on_error="raise")
+    guard.attach(model, optimizer, total_steps=3, hook_model=False)
+    ids = torch.tensor([[1, 5, 5, 7]])
+    fired = {}
+    for step in (1, 2, 3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        result = guard.step(step)
+        assert result is not None
+        fired |= {change.rule: change for change in result.transitions if change.state == "firing"}
+    story = fired["no_targets"].story
+    assert story is not None
+    assert story.what.startswith("No target has been counted in 1 step")
+    assert any("guard.observe_batch(batch)" in sentence for sentence in story.advice)
+    assert not any("never been a target" in line for one in fired.values() if one.story for line in one.story.advice)
     guard.finish()

@@ -380,3 +380,138 @@ def test_keys_that_name_nothing_are_refused(keys: Any) -> None:
     with pytest.raises(ConfigError, match=r"log\.keys .*allowed: ('all'|a text or a list)"):
         load_config(None, options={"log": {"keys": keys}})
     assert load_config(None, ["log.keys=all"]).log.keys == "all"
+
+
+def test_a_callback_that_begins_with_training_gets_no_log_before_it_has_begun(
+    kit: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    """As ms-swift's progress bar, which stands behind the user's callbacks and sets its clock in `on_train_begin`."""
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.seen = 0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.begun = True
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            assert self.begun
+            self.seen += KEY in logs
+
+    clock = Clock()
+    trainer = trainer_of(kit, tokenizer, tmp_path)
+    callback = VocabGuardCallback.add_to(trainer, tokenizer=tokenizer, **OPTIONS)
+    trainer.add_callback(clock)
+    trainer.train()
+    assert clock.seen == len(checks_of(callback))
+
+
+def worst_of(callback: VocabGuardCallback) -> list[tuple[Any, ...]]:
+    """What each tracker's table must hold: a row a token, worst first."""
+    assert callback.guard.last is not None
+    assert len(callback.guard.last.worst) == 20
+    return [(one.id, one.text, one.data_target) for one in callback.guard.last.worst]
+
+
+def test_wandb_keeps_the_worst_tokens_and_the_page(kit: Any, tokenizer: Any, tmp_path: Path, wandb: Any) -> None:
+    callback = VocabGuardCallback(tokenizer=tokenizer, **OPTIONS | {"log": {"console": False, "tensorboard": False}})
+    trainer_of(kit, tokenizer, tmp_path / "out", callback, report_to="wandb").train()
+    wandb.finish()
+    wandb.teardown()
+    [path] = tmp_path.glob("wandb/offline-run-*/files/media/table/vocabguard/worst_tokens_*.table.json")
+    table = json.loads(path.read_text(encoding="utf-8"))
+    assert table["columns"][:2] == ["id", "text"]
+    place = table["columns"].index("data_target")
+    assert [(row[0], row[1], row[place]) for row in table["data"]] == worst_of(callback)
+    [run] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"vocabguard-report-" in run.read_bytes()
+    assert b"report.html" in run.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("through", [False, True])
+def test_mlflow_keeps_the_worst_tokens_and_the_page(
+    kit: Any, tokenizer: Any, tmp_path: Path, mlflow: Any, through: bool
+) -> None:
+    options = OPTIONS | {"log": {"console": False, "tensorboard": False}}
+    trainer = trainer_of(kit, tokenizer, tmp_path / "out", report_to="mlflow", eval_strategy="no")
+    callback = VocabGuardCallback(tokenizer=tokenizer, trainer=trainer if through else None, **options)
+    trainer.add_callback(callback)
+    trainer.train()
+    client = mlflow.MlflowClient()
+    [run] = client.search_runs([one.experiment_id for one in client.search_experiments()])
+    names = {one.path for one in client.list_artifacts(run.info.run_id, "vocabguard")}
+    assert names == {"vocabguard/report.html", "vocabguard/worst_tokens-6.json"}
+    table = mlflow.load_table("vocabguard/worst_tokens-6.json", run_ids=[run.info.run_id])
+    assert list(zip(table["id"], table["text"], table["data_target"], strict=True)) == worst_of(callback)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trackio_keeps_the_worst_tokens_though_its_reporter_ends_first(
+    kit: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio")
+    callback = VocabGuardCallback(tokenizer=tokenizer, **OPTIONS)
+    trainer = trainer_of(kit, tokenizer, tmp_path / "out", callback, report_to="trackio", project="worst")
+    trainer.train()
+    [run] = trackio.Api().runs("worst")
+    [entry] = trackio.sqlite_storage.SQLiteStorage.get_metric_values("worst", run.name, "vocabguard/worst_tokens")
+    rows = [(row["id"], row["text"], row["data_target"]) for row in entry["value"]["_value"]]
+    assert rows == worst_of(callback)
+
+
+def test_comet_keeps_the_worst_tokens_and_the_page(
+    kit: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: dict[str, Any] = {}
+
+    class Experiment:
+        def log_metrics(self, values: Any, step: int) -> None:
+            kept["step"] = step
+
+        def log_table(self, name: str, tabular_data: Any, headers: Any) -> None:
+            kept[name] = [dict(zip(headers, row, strict=True)) for row in tabular_data]
+
+        def log_asset(self, path: str, file_name: str, step: int) -> None:
+            kept[file_name] = Path(path).read_text(encoding="utf-8")
+
+    monkeypatch.setitem(sys.modules, "comet_ml", stub("comet_ml", get_running_experiment=Experiment))
+    callback = VocabGuardCallback(tokenizer=tokenizer, **OPTIONS | {"log": {"console": False, "tensorboard": False}})
+    trainer_of(kit, tokenizer, tmp_path, callback).train()
+    rows = kept["worst_tokens-6.csv"]
+    assert [(row["id"], row["text"], row["data_target"]) for row in rows] == worst_of(callback)
+    assert "</html>" in kept["vocabguard-report.html"]
+
+
+def test_lightnings_runs_keep_them_too(
+    kit: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: dict[str, Any] = {}
+
+    class Experiment:
+        def log_table(self, name: str, tabular_data: Any, headers: Any) -> None:
+            kept[name] = len(tabular_data)
+
+        def log_asset(self, path: str, file_name: str, step: int) -> None:
+            kept[file_name] = step
+
+    monkeypatch.setitem(sys.modules, "comet_ml", stub("comet_ml", get_running_experiment=Experiment))
+    callback = kit.CALLBACKS["lightning"](**OPTIONS | {"log": {"console": False, "tensorboard": False}})
+    kit.run_lightning(kit.tiny_model(), kit.random_rows(24), tokenizer, tmp_path, callbacks=(callback,))
+    assert kept == {"worst_tokens-6.csv": 20, "vocabguard-report.html": 6}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trackio_keeps_the_page_in_a_run_of_the_scripts_own(
+    kit: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio")
+    callback = VocabGuardCallback(tokenizer=tokenizer, **OPTIONS | {"log": {"console": False, "tensorboard": False}})
+    trainer = trainer_of(kit, tokenizer, tmp_path / "out", callback)
+    trackio.init(project="pages", name="one", embed=False)
+    trainer.train()
+    kept = trackio.use_artifact("vocabguard-report").download(tmp_path / "kept")
+    trackio.finish()
+    assert "</html>" in (Path(kept) / "report.html").read_text(encoding="utf-8")

@@ -95,11 +95,12 @@ def _swift(python: Path, inputs: Path, work: Path, _settings: tuple[str, ...], *
         "external_plugins": plugin, "callbacks": "vocabguard",
     }  # fmt: skip
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    return [str(python), "-m", "swift.cli.sft", *words, *more]
+    return [*(more or (str(python), "-m", "swift.cli.sft")), *words]
 
 
 def _swift_packed(python: Path, inputs: Path, work: Path, settings: tuple[str, ...]) -> list[str]:
-    return _swift(python, inputs, work, settings, "--padding_free", "true", "--attn_impl", "sdpa")
+    command = _swift(python, inputs, work, settings, str(python), str(HERE / "programs" / "swift_padding_free.py"))
+    return [*command, "--attn_impl", "sdpa"]
 
 
 def _llamafactory(_python: Path, inputs: Path, work: Path, _settings: tuple[str, ...]) -> list[str]:
@@ -130,7 +131,10 @@ CLIENTS = {
         needed="no CUDA packages (xformers, liger-kernel, bitsandbytes): sdpa attention on a CPU",
     ),
     "ms-swift": Client(("ms_swift", "transformers", "trl", "accelerate"), "2 options", _swift),
-    "ms-swift-padding-free": Client(("ms_swift", "transformers", "trl", "accelerate"), "2 options", _swift_packed),
+    "ms-swift-padding-free": Client(
+        ("ms_swift", "transformers", "trl", "accelerate"), "2 options", _swift_packed,
+        needed="its check for flash attention, which has no CPU build, is left out: sdpa",
+    ),
     "llama-factory": Client(
         ("llamafactory", "transformers", "trl", "accelerate"), RUN, _llamafactory, launched=True,
         needed="an empty module in the place of torchaudio, which the index has for CUDA only",

@@ -46,7 +46,8 @@ def rehearse(name: str, python: Path, work: Path) -> dict[str, Any]:
         folder.mkdir()
         code = run(client, python, work / "inputs", folder, settings)
         found[kind] = judged(folder, code)
-    found["echo"]["data_as_without"] = seen(work / "echo").get("data") == seen(work / "plain").get("data")
+    data = seen(work / "plain").get("data")
+    found["echo"]["data_as_without"] = bool(data) and seen(work / "echo").get("data") == data
     return found
 
 
@@ -89,6 +90,13 @@ def judged(folder: Path, code: int) -> dict[str, Any]:
     chosen = ChosenKeys(GuardConfig().log.keys)
     logged = {key for entry in spied.get("history", ()) for key in entry}
     result["keys_in_log_history"] = sorted(key for key in logged if key.startswith("vocabguard/") and key in chosen)
+    result["steps_with_keys"] = sorted(
+        {
+            entry["step"]
+            for entry in spied.get("history", ())
+            if any(key in chosen for key in entry if "vocabguard/" in key)
+        }
+    )
     result["tags_in_tensorboard"] = len(tags(folder / "out"))
     return result
 

@@ -326,6 +326,7 @@ def advice_of(about: About) -> tuple[str, ...]:
         return (
             "if a custom loss takes the labels out of the batch, pass VocabGuardCallback(hidden_labels=True) in the "
             'Hugging Face trainer, or targets=lambda batch: (batch["input_ids"], batch["labels"]) elsewhere.',
+            "in a loop of your own, call guard.observe_batch(batch) before each batch reaches the model.",
             "otherwise all labels may be -100: look at one batch, and raise max_length if it cuts the answers off.",
         )
     if about.kind == "confused":
@@ -377,7 +378,7 @@ def _data(about: About) -> str:
     unasked = sum(scene.unasked.get(name, 0) for name in names)
     rows = sum(scene.rows.get(name, 0) for name in names)
     # Before the first targets are counted every token has none, which says nothing of the data.
-    if not unasked or (not scene.targets and about.change.step == 0):
+    if not unasked or not scene.targets:
         return ""
     return f"add data that contains {joined(names)} tokens: {unasked:,} of {rows:,} have never been a target."
 
@@ -435,6 +436,11 @@ def _asked(about: About) -> str:
 
 def _targets(about: About) -> str:
     total = f"{about.change.value:,.0f}"
+    if not about.change.value:
+        return (
+            f"No target has been counted in {about.change.step:,} steps: the guard sees no labels, and what it says of "
+            "tokens that are never a target is not to be relied on."
+        )
     return f"The data's targets counted so far stay at {total} from check to check: the guard sees no labels."
 
 

@@ -280,6 +280,8 @@ def put_together(
     flight = wanted_preflight(config, run.dataloader, watched.rows, shift, targets, hook_model, tokenizer)
     batches = None if run.total_steps is None else run.total_steps * run.batches_per_step
     prober = choose_prober(asked, config, tokenizer, watched.table, flight, batches)
+    if isinstance(prober, NotApplicable) and config.probe.enabled and config.probe.watch:
+        raise ConfigError(f"probe.watch names words, but {prober.reason}; allowed: null, or what is missing")
     run = replace(run, shift=shift, flight=flight)
     uncounted = targets if isinstance(targets, NotApplicable) else None
     counts = config.exposure.enabled and uncounted is None and (shift is not None or targets is not None)

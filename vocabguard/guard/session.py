@@ -27,6 +27,7 @@ from vocabguard.guard.protection import Protection, needed
 from vocabguard.guard.reporting import Reporter, choose_folder
 from vocabguard.guard.resume import STATE_VERSION, fit_state, moved_along, require_known, restart_reason, tell_restart
 from vocabguard.guard.summary import outdated
+from vocabguard.guard.wanted import require_keys
 from vocabguard.guard.watched import Action, build_rules
 from vocabguard.protect.collator import EchoCollator
 from vocabguard.results import CheckResult, NotApplicable, Timings, Watch
@@ -101,6 +102,7 @@ class VocabGuard:
         self.tokenizer = tokenizer
         self._targets, self._call = targets, call
         self._rules = build_rules(self.config, actions or {})
+        require_keys(self.config, self._rules)
         self._faults = Faults(self.config.on_error)
         self._cadence = Cadence.of(self.config)
         self.watch: Watch | None = None

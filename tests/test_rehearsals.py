@@ -1,0 +1,58 @@
+"""The tables of `integrations/README.md` are those of the rehearsals' results, and say what the page says they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REHEARSALS = Path(__file__).parent / "rehearsals"
+RESULTS = sorted((REHEARSALS / "results").glob("*.json"))
+CLIENTS = [path for path in RESULTS if path.stem != "trackers"]
+
+
+@pytest.fixture(scope="module")
+def table() -> Any:
+    spec = importlib.util.spec_from_file_location("rehearsals_table", REHEARSALS / "table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_current(table: Any) -> None:
+    page = table.README.read_text(encoding="utf-8")
+    assert table.written(page) == page, "run tests/rehearsals/table.py"
+    assert {path.stem for path in CLIENTS} == set(table.ORDER)
+
+
+@pytest.mark.parametrize("path", CLIENTS, ids=lambda path: path.stem)
+def test_counts_are_equal_to_the_spys_to_the_last_token(path: Path) -> None:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for kind in ("plain", "echo"):
+        run = found[kind]
+        assert (run["exit_code"], run["steps"], run["disabled_itself"], run["echo_off"]) == (0, 6, False, False)
+        assert run["counted_data"] == run["spied"] > 100
+        assert run["counted_echo"] == run["spied_echo"]
+        assert run["tokens_that_differ_data"] == run["tokens_that_differ_echo"] == 0
+        assert run["tags_in_tensorboard"] >= 7
+        if path.stem not in ("lightning", "litgpt"):
+            assert len(run["keys_in_log_history"]) >= 7
+            assert run["steps_with_keys"] == list(range(7))
+    assert found["echo"]["counted_echo"] > 100
+    assert found["echo"]["data_as_without"]
+
+
+def test_trackers_have_the_keys_at_every_check() -> None:
+    found = json.loads((REHEARSALS / "results" / "trackers.json").read_text(encoding="utf-8"))
+    assert set(found) == {"wandb", "mlflow", "trackio", "tensorboard"}
+    for one in found.values():
+        for way in ("alone", "through_trainer"):
+            assert len(one[way]["keys"]) >= 7
+            assert one[way]["checks"] == 5
+            assert one[way]["last_value_right"]
+            assert one[way]["worst_tokens"]
