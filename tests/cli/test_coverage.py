@@ -64,3 +64,41 @@ def test_notes_tell_what_was_done(data: Path, tmp_path: Path) -> None:
     assert "does not show where turns begin: 3 turns were found by their text" in result.stdout
     assert "3 rows are cut off at 4 tokens." in result.stdout
     assert "3 rows ask for nothing." in result.stdout
+
+
+def test_one_row_is_always_shown_and_the_kind_is_said(data: Path) -> None:
+    printed = run(data).stdout
+    assert "Read as messages (column messages)." in printed
+    assert "⟦the [red] the<|end|>⟧" in printed
+    told = json.loads(run(data, "--json").stdout)
+    assert [part["text"] for part in told["example"] if part["target"]] == ["the [red] the<|end|>"]
+    assert told["source"]["kinds"] == ["messages (column messages)"]
+
+
+def test_merge_equals_the_whole(data: Path, tmp_path: Path) -> None:
+    parts = [tmp_path / f"{index}.safetensors" for index in (1, 2)]
+    for index, part in enumerate(parts, start=1):
+        assert run(data, "--shard", f"{index}/2", "--out", part).exit_code == 0
+    whole = json.loads(run(data, "--json").stdout)
+    merged = CliRunner().invoke(build(("coverage",)), ["coverage", "merge", *map(str, parts), "--json"])
+    assert merged.exit_code == 0, merged.output
+    told = json.loads(merged.stdout)
+    for name in ("targets", "inputs", "classes", "rows", "at_risk"):
+        assert told[name] == whole[name]
+    refused = CliRunner().invoke(build(("coverage",)), ["coverage", "merge", str(parts[0]), str(parts[0])])
+    assert "counted twice" in str(refused.exception)
+
+
+def test_words_a_table_a_reference_and_commands_to_copy(data: Path, tmp_path: Path) -> None:
+    text = tmp_path / "reference.txt"
+    text.write_text("the data and the rest of the data\n" * 9, encoding="utf-8")
+    table = tmp_path / "t.csv"
+    result = run(data, "--watch", "the [red]", "--table", table, "--reference", text, "--rank", "reference", "--top", 3)
+    assert result.exit_code == 0, result.output
+    assert "watched word 'the [red]': 3 times a target" in result.stdout
+    assert "as many tokens of the reference would leave out" in result.stdout
+    assert "commonest in the reference" in result.stdout
+    assert f"vocabguard echo {ASSETS} --needs coverage.safetensors" in result.stdout
+    assert len(table.read_text(encoding="utf-8").splitlines()) > 8000
+    assert "usual for English chat data: 85 to 97 %" in run(data).stdout
+    assert "reference with --reference only" in str(run(data, "--rank", "reference").exception)

@@ -270,7 +270,7 @@ OPTIONS = {
     "column": ["--column", "body"],
     "columns": ["--column", "a", "--column", "b", "--column", "c"],
     "template": ["--chat-template", "missing.jinja"],
-    "watch": ["--watch", "two words and more"],
+    "watch": ["--watch", ""],
     "watch id": ["--watch", "99999999"],
     "out": ["--out", "no/such/folder/c.safetensors"],
 }

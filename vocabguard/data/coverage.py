@@ -12,7 +12,7 @@ import json
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
@@ -66,6 +66,7 @@ class CoverageSource:
         template: SHA-256 of the tokenizer's chat templates, and of TRL's where that was used.
         kinds: what the rows were read as.
         notes: what else was done with them.
+        shard: which part of the rows, as ``index/count``.
         example: a row as the model reads it, in pieces, each with whether it is a target.
     """
 
@@ -81,6 +82,7 @@ class CoverageSource:
     template: str = ""
     kinds: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    shard: str = "1/1"
     example: tuple[tuple[str, bool], ...] = ()
 
 
@@ -111,8 +113,26 @@ class RowTally:
     chats_trl: int = 0
     calls_lost: int = 0
 
+    @property
+    def conversations(self) -> bool:
+        """Whether the assistant's turns of any conversation were looked for."""
+        return any((self.chats_marked, self.chats_trl, self.turns_exact, self.turns_by_text, self.turns_missing))
+
     def __add__(self, other: RowTally) -> RowTally:
         return RowTally(*(getattr(self, spec.name) + getattr(other, spec.name) for spec in fields(self)))
+
+
+@dataclass(frozen=True)
+class WordCount:
+    """How often a word of several tokens is a target, whole, and how often the model reads it."""
+
+    word: str
+    targets: int
+    inputs: int
+
+
+Sequences = tuple[tuple[int, ...], ...]
+"""The ways in which a word is encoded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +144,7 @@ class Coverage:
         inputs: (V,) int64, how often the model reads it.
         group: (V,) uint8, index into ``source.groups``.
         live: (V,) bool, tokens that can be asked for; see `VocabTable.live`.
+        words: counts of words of several tokens that were asked about.
     """
 
     data_target: Tensor
@@ -132,6 +153,7 @@ class Coverage:
     live: Tensor
     tally: RowTally
     source: CoverageSource
+    words: tuple[WordCount, ...] = ()
 
     @property
     def classes(self) -> Tensor:
@@ -162,7 +184,10 @@ class Coverage:
         # What is new since the first version has an entry of its own, for that version to read these files too.
         both = [_parted(asdict(part)) for part in (self.source, self.tally)]
         (told, more), (tally, more_tally) = both
-        metadata = {"coverage": {"schema": SCHEMA, "tally": tally, **told}, "more": {"tally": more_tally, **more}}
+        metadata = {
+            "coverage": {"schema": SCHEMA, "tally": tally, **told},
+            "more": {"tally": more_tally, **more, "words": [asdict(word) for word in self.words]},
+        }
         vectors = {name: getattr(self, name).contiguous() for name in _VECTORS}
         metadata["evidence"] = {"versions": versions(), "tokenizer": {"vocabulary": self.source.vocabulary}}
         write_file(path, tensor_file(vectors, {key: json.dumps(part) for key, part in metadata.items()}))
@@ -182,6 +207,7 @@ def load_coverage(path: str | Path) -> Coverage:
                 raise ValueError(f"{path}: is of another schema; this version of vocabguard reads schema {SCHEMA}")
             vectors = {name: file.get_tensor(name) for name in _VECTORS}
         tally = RowTally(**told.pop("tally"), **more.pop("tally", {}))
+        words = tuple(WordCount(**word) for word in more.pop("words", ()))
         told |= more
         lists: dict[str, Any] = {key: tuple(value) for key, value in told.items() if isinstance(value, list)}
         if "example" in lists:
@@ -195,10 +221,21 @@ def load_coverage(path: str | Path) -> Coverage:
     wrong = [name for name, kind in _VECTORS.items() if vectors[name].dtype != kind or vectors[name].shape != (size,)]
     if wrong:
         raise ValueError(f"{path}: {wrong} are not vectors of one length and of the types {list(_VECTORS.values())}")
-    return Coverage(**vectors, tally=tally, source=source)
+    return Coverage(**vectors, tally=tally, source=source, words=words)
 
 
-_MORE = ("trainer", "template", "kinds", "notes", "example", "turns_silent", "chats_marked", "chats_trl", "calls_lost")
+_MORE = (
+    "trainer",
+    "template",
+    "kinds",
+    "notes",
+    "shard",
+    "example",
+    "turns_silent",
+    "chats_marked",
+    "chats_trl",
+    "calls_lost",
+)
 
 
 def _parted(told: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -216,6 +253,7 @@ def measure_coverage(
     examples: Iterable[Example], tokenizer: Any, table: VocabTable, *, name: str = "", files: Sequence[str] = (),
     loss: Loss = "assistant", eos: bool = True, max_length: int | None = None, epochs: int = 1, workers: int = 1,
     progress: Callable[[int], object] | None = None, trainer: Trainer = "trl",
+    words: Mapping[str, Sequences] | None = None,
 ) -> Coverage:  # fmt: skip
     """Count targets and inputs of all examples.
 
@@ -228,6 +266,7 @@ def measure_coverage(
         epochs: the counts are multiplied by it.
         workers: processes that encode; 1 is this one, with the tokenizer's own threads.
         progress: gets the rows of each chunk that is done.
+        words: words of several tokens to count, whole, with the ways in which they are encoded.
 
     Raises:
         DataError: for an example that cannot be used.
@@ -239,10 +278,12 @@ def measure_coverage(
     options: dict[str, Any] = {"loss": loss, "eos": eos, "max_length": max_length, "trainer": trainer}
     encoder = TargetEncoder(tokenizer, **options)  # wrong options are refused here, not in a worker that then breaks
     counts, tally, example = np.zeros((2, len(table)), dtype=np.int64), RowTally(), ShownRow(tokenizer, encoder)
-    remaining = iter(examples)
+    remaining, sequences = iter(examples), tuple((words or {}).values())
+    of_words = np.zeros((len(sequences), 2), dtype=np.int64)
     try:
-        for found in _counted(example.seen(remaining), tokenizer, options, encoder, workers):
+        for found in _counted(example.seen(remaining), tokenizer, options, encoder, workers, sequences):
             found.add_to(counts)
+            of_words += found.words
             tally += found.rows
             if progress is not None:
                 progress(found.rows.rows)
@@ -254,9 +295,11 @@ def measure_coverage(
     kinds, notes = _reading(examples)
     source = CoverageSource(
         name, vocabulary_hash(tokenizer), tuple(files), loss, eos, max_length, epochs, table.names, trainer,
-        encoder.renderer.identity(tally.chats_trl > 0), kinds, notes, example.pieces,
+        encoder.renderer.identity(tally.chats_trl > 0), kinds, notes, _shard_of(examples), example.pieces,
     )  # fmt: skip
-    return Coverage(both[0].clone(), both[1].clone(), table.group, table.live, tally, source)
+    rows = zip(words or (), (of_words * epochs).tolist(), strict=True)
+    told = tuple(WordCount(word, *row) for word, row in rows)
+    return Coverage(both[0].clone(), both[1].clone(), table.group, table.live, tally, source, told)
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,31 +310,34 @@ class Counted:
         ids: (n,) int64, those that occur.
         counts: (2, n) int64, how often each is a target and an input.
         rows: what was counted.
+        words: (k, 2) int64, how often each word is a target, whole, and an input.
     """
 
     ids: NDArray[np.int64]
     counts: NDArray[np.int64]
     rows: RowTally
+    words: NDArray[np.int64]
 
     def add_to(self, counts: NDArray[np.int64]) -> None:
         """Add to (2, V) int64 counts."""
         counts[:, self.ids] += self.counts
 
 
-def count_rows(encoder: TargetEncoder, examples: Sequence[Example]) -> Counted:
+def count_rows(encoder: TargetEncoder, examples: Sequence[Example], words: Sequence[Sequences] = ()) -> Counted:
     """Counts of a few examples: a pure function of them, for `datasets.map(batched=True)` and the like.
 
     Args:
         examples: at least one.
+        words: the ways in which words of several tokens are encoded, to be counted too.
 
     Raises:
         DataError: for an example that cannot be used.
     """
     sources = encoder.render(examples)
-    return _count_batches(encoder.batches(sources), encoder.renderer.take_tally())
+    return _count_batches(encoder.batches(sources), encoder.renderer.take_tally(), words)
 
 
-def _count_batches(batches: Sequence[Batch], turns: TurnTally) -> Counted:
+def _count_batches(batches: Sequence[Batch], turns: TurnTally, words: Sequence[Sequences]) -> Counted:
     """Counts of the batches of a few examples."""
     # Counting into a vector is linear; sorting the ids, as `numpy.unique` does, took as long as the tokenizer.
     read = sum_counts([np.bincount(batch.ids) for batch in batches])
@@ -301,9 +347,37 @@ def _count_batches(batches: Sequence[Batch], turns: TurnTally) -> Counted:
     cut = sum(int(batch.cut.sum()) for batch in batches)
     rows, without = sum(batch.count for batch in batches), sum(batch.without_targets for batch in batches)
     tally = RowTally(
-        rows, without, cut, turns.exact, turns.by_text, turns.missing, turns.silent, turns.marked, turns.trl
+        rows,
+        without,
+        cut,
+        turns.exact,
+        turns.by_text,
+        turns.missing,
+        turns.silent,
+        turns.marked,
+        turns.trl,
+        turns.calls_lost,
     )
-    return Counted(ids, np.stack([asked[ids], read[ids]]), tally)
+    of_words = [
+        [sum(counts) for counts in zip(*(_occurrences(batch, ways) for batch in batches), strict=True)]
+        for ways in words
+    ]
+    return Counted(ids, np.stack([asked[ids], read[ids]]), tally, np.array(of_words, dtype=np.int64).reshape(-1, 2))
+
+
+def _occurrences(batch: Batch, ways: Sequences) -> tuple[int, int]:
+    """How often a word is a target, all of it, and how often it is read."""
+    starts = np.zeros(len(batch.ids) + 1, dtype=np.bool_)
+    starts[np.cumsum(batch.lengths)] = True
+    targets = inputs = 0
+    for way in ways:
+        at = np.flatnonzero(batch.ids[: max(0, len(batch.ids) - len(way) + 1)] == way[0])
+        asked = batch.target[at]
+        for place, token in enumerate(way[1:], start=1):
+            same = (batch.ids[at + place] == token) & ~starts[at + place]
+            at, asked = at[same], asked[same] & batch.target[at[same] + place]
+        targets, inputs = targets + int(asked.sum()), inputs + len(at)
+    return targets, inputs
 
 
 def sum_counts(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
@@ -319,12 +393,13 @@ def sum_counts(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
 
 
 def _counted(
-    examples: Iterable[Example], tokenizer: Any, options: dict[str, Any], encoder: TargetEncoder, workers: int
-) -> Iterator[Counted]:
+    examples: Iterable[Example], tokenizer: Any, options: dict[str, Any], encoder: TargetEncoder, workers: int,
+    words: Sequence[Sequences],
+) -> Iterator[Counted]:  # fmt: skip
     chunks = _chunks(examples)
     if workers == 1:
-        return _counted_here(chunks, encoder)
-    return _counted_elsewhere(chunks, tokenizer, options, workers)
+        return _counted_here(chunks, encoder, words)
+    return _counted_elsewhere(chunks, tokenizer, options, workers, words)
 
 
 def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
@@ -344,11 +419,13 @@ def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
         yield chunk
 
 
-def _counted_here(chunks: Iterable[Sequence[Example]], encoder: TargetEncoder) -> Iterator[Counted]:
+def _counted_here(
+    chunks: Iterable[Sequence[Example]], encoder: TargetEncoder, words: Sequence[Sequences]
+) -> Iterator[Counted]:
     """Chat templates are rendered here while a thread has the tokenizer, which lets go of Python's lock."""
 
     def count(sources: Sequence[Source | TokenRows], turns: TurnTally) -> Counted:
-        return _count_batches(encoder.batches(sources), turns)
+        return _count_batches(encoder.batches(sources), turns, words)
 
     def submitted(pool: ThreadPoolExecutor) -> Iterator[Future[Counted]]:
         for chunk in chunks:
@@ -360,13 +437,14 @@ def _counted_here(chunks: Iterable[Sequence[Example]], encoder: TargetEncoder) -
 
 
 def _counted_elsewhere(
-    chunks: Iterable[Sequence[Example]], tokenizer: Any, options: dict[str, Any], workers: int
-) -> Iterator[Counted]:
+    chunks: Iterable[Sequence[Example]], tokenizer: Any, options: dict[str, Any], workers: int,
+    words: Sequence[Sequences],
+) -> Iterator[Counted]:  # fmt: skip
     # Forked children of a process with running threads may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, options)) as pool:
         try:
-            yield from _in_order((pool.submit(_count_in_worker, chunk) for chunk in chunks), 3 * workers)
+            yield from _in_order((pool.submit(_count_in_worker, chunk, words) for chunk in chunks), 3 * workers)
         except BrokenProcessPool as error:
             raise ValueError(f"a worker process ended without an answer ({error}); --workers 1 uses none") from error
         finally:
@@ -389,8 +467,8 @@ def _start_worker(tokenizer: Any, options: dict[str, Any]) -> None:
     _WORKER.append(TargetEncoder(tokenizer, **options))
 
 
-def _count_in_worker(examples: Sequence[Example]) -> Counted:
-    return count_rows(_WORKER[0], examples)
+def _count_in_worker(examples: Sequence[Example], words: Sequence[Sequences]) -> Counted:
+    return count_rows(_WORKER[0], examples, words)
 
 
 class ShownRow:
@@ -454,6 +532,10 @@ def _reading(examples: Iterable[Example]) -> tuple[tuple[str, ...], tuple[str, .
     return kinds, (*renamed, *(f"{note} ({count:,} rows)" for note, count in examples.notes.items()))
 
 
+def _shard_of(examples: Iterable[Example]) -> str:
+    return f"{examples.shard.index}/{examples.shard.count}" if isinstance(examples, Examples) else "1/1"
+
+
 def _all_unknown(error: UnknownRoleError, examples: Iterable[Example], remaining: Iterator[Example]) -> DataError:
     """All roles of the data that nobody knows, with their counts."""
     if not isinstance(examples, Examples):
@@ -507,7 +589,9 @@ def coverage_totals(coverage: Coverage) -> dict[str, Any]:
     }
 
 
-def at_risk(coverage: Coverage, count: int, below: int = AT_RISK) -> list[int]:
+def at_risk(
+    coverage: Coverage, count: int, below: int = AT_RISK, *, ranks: Tensor | None = None, without: Tensor | None = None
+) -> list[int]:
     """Ids of live tokens with few targets: the fewest first, of these the most read, of these the lowest ids.
 
     A token that the data makes the model read and not say is the case to fear; in most tokenizers low ids are the
@@ -516,9 +600,15 @@ def at_risk(coverage: Coverage, count: int, below: int = AT_RISK) -> list[int]:
     Args:
         count: at most so many.
         below: targets that are enough.
+        ranks: (V,) int64, instead of what the data reads: of as many targets the lowest first.
+        without: ids to leave out, such as those of the chat template.
     """
-    ids = (coverage.live & (coverage.data_target < below)).nonzero().flatten()
-    ids = ids[torch.argsort(coverage.inputs[ids], descending=True, stable=True)]
+    chosen = coverage.live & (coverage.data_target < below)
+    if without is not None:
+        chosen[without] = False
+    ids = chosen.nonzero().flatten()
+    order = -coverage.inputs if ranks is None else ranks
+    ids = ids[torch.argsort(order[ids], stable=True)]
     ids = ids[torch.argsort(coverage.data_target[ids], stable=True)]
     found: list[int] = ids[:count].tolist()
     return found

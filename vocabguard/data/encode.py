@@ -6,9 +6,8 @@ changes neither inputs nor targets. `render` says which text of a conversation i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,12 +15,12 @@ from numpy.typing import NDArray
 
 from vocabguard.data.readers import Chat, Completion, DataError, Example, Preference, Text, TokenRows
 from vocabguard.data.render import ChatRenderer, Span, Trainer
+from vocabguard.data.tokenizing import Ids, TextTokenizer, single
 from vocabguard.files import one_line
 
 Loss = Literal["assistant", "completion", "all"]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
 
-Ids = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 
@@ -79,7 +78,7 @@ class Batch:
                 yield place, Encoded(*part)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen ones take three times as long to make, and there is one for each row
 class Source:
     """What to tokenize.
 
@@ -113,6 +112,7 @@ class TargetEncoder:
         eos: whether texts get the EOS token.
         max_length: tokens of a row; the rest is cut off at the end. None cuts nothing.
         trainer: whose rules for conversations without marks; see `ChatRenderer`.
+        fast: whether `fastokens` may encode, where it is installed; see `TextTokenizer`.
 
     Raises:
         ValueError: for another loss, or a `max_length` below 1.
@@ -120,7 +120,7 @@ class TargetEncoder:
 
     def __init__(
         self, tokenizer: Any, *, loss: Loss = "assistant", eos: bool = True, max_length: int | None = None,
-        trainer: Trainer = "trl",
+        trainer: Trainer = "trl", fast: bool = True,
     ) -> None:  # fmt: skip
         if loss not in LOSSES:
             raise ValueError(f"loss is {loss!r}; allowed: {', '.join(LOSSES)}")
@@ -130,12 +130,7 @@ class TargetEncoder:
         self._tokenizer, self._loss, self._max_length = tokenizer, loss, max_length
         self._size = _ids_of(tokenizer)
         self._eos: str = (tokenizer.eos_token or "") if eos else ""
-        self._backend = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
-        if self._backend is not None:
-            # A saved tokenizer may come with either, which trainers do not use here.
-            self._backend.no_truncation()
-            self._backend.no_padding()
-            self._backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+        self.texts = TextTokenizer(tokenizer, fast)
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """The examples as rows, in order.
@@ -228,22 +223,26 @@ class TargetEncoder:
         return text if text.endswith(self._eos) else text + self._eos
 
     def _batch(self, sources: list[Source], order: NDArray[np.int64], special: bool, marked: bool) -> Batch:
-        ids, lengths, places = self._tokenize(sources, [source.text for source in sources], special, marked)
-        starts = np.cumsum(lengths) - lengths
-        if places is not None:
-            target = _inside(places, lengths, sources)
-        elif marked:
-            rows = zip(sources, np.split(ids, starts[1:]), strict=True)
+        texts = [source.text for source in sources]
+        if not marked:
+            ids, lengths = self._tokenize(sources, texts, special)
+            return self._cut(ids, self._after_prompts(sources, ids, lengths, special), lengths, order)
+        if not self.texts.has_places:
+            ids, lengths = self._tokenize(sources, texts, special)
+            rows = zip(sources, np.split(ids, np.cumsum(lengths)[:-1]), strict=True)
             target = np.concatenate([self._by_prefixes(source, row) for source, row in rows])
-        else:
-            target = self._after_prompts(sources, ids, lengths, special)
-        return self._cut(ids, target, lengths, order)
+            return self._cut(ids, target, lengths, order)
+        try:
+            ids, lengths, places, in_bytes = self.texts.placed(texts)
+        except Exception as error:  # one text spoils the batch: say which
+            raise self._refused(sources, texts, special, error) from error
+        return self._cut(ids, _inside(places, lengths, sources, in_bytes), lengths, order)
 
     def _beside(self, sources: list[Source]) -> Batch:
         """The rejected answers, which ask for nothing."""
         chosen = [source for source in sources if source.beside is not None]
         found = [
-            self._tokenize(alike, [source.beside or "" for source in alike], special, False)
+            self._tokenize(alike, [source.beside or "" for source in alike], special)
             for special in (False, True)
             if (alike := [source for source in chosen if source.special is special])
         ]
@@ -297,35 +296,27 @@ class TargetEncoder:
         """The ids of each text."""
         if not sources:
             return []
-        found, counts, _ = self._tokenize(sources, texts, special, False)
+        found, counts = self._tokenize(sources, texts, special)
         return np.split(found, np.cumsum(counts)[:-1])
 
-    def _tokenize(
-        self, sources: list[Source], texts: list[str], special: bool, marked: bool
-    ) -> tuple[Ids, NDArray[np.int64], NDArray[np.int64] | None]:
-        """The ids of all texts, each one's length and, if `marked` and the tokenizer knows, (T, 2) their characters."""
-        if self._backend is None:
-            slow: Callable[[str], list[int]] = lambda text: self._tokenizer.encode(text, add_special_tokens=special)  # noqa: E731
-            rows = [_single(slow, source, text) for source, text in zip(sources, texts, strict=True)]
-            return (*_joined(rows), None)
-        encode = self._backend.encode_batch if marked else self._backend.encode_batch_fast
+    def _tokenize(self, sources: list[Source], texts: list[str], special: bool) -> tuple[Ids, NDArray[np.int64]]:
+        """The ids of all texts, and each one's length."""
         try:
-            found = encode(texts, add_special_tokens=special)
-        except Exception:  # one text spoils the batch: say which
-            one: Callable[[str], Any] = lambda text: encode([text], add_special_tokens=special)[0]  # noqa: E731
-            found = [_single(one, source, text) for source, text in zip(sources, texts, strict=True)]
-        ids, lengths = _joined([e.ids for e in found])
-        if not marked:
-            return ids, lengths, None
-        characters = chain.from_iterable(chain.from_iterable(e.offsets for e in found))
-        return ids, lengths, np.fromiter(characters, np.int64, 2 * len(ids)).reshape(-1, 2)
+            return self.texts.flat(texts, special)
+        except Exception as error:  # one text spoils the batch: say which
+            raise self._refused(sources, texts, special, error) from error
+
+    def _refused(self, sources: list[Source], texts: list[str], special: bool, error: Exception) -> DataError:
+        found = single(lambda text: self.texts.flat([text], special), texts)
+        place, error = found or (0, error)
+        return DataError(f"{sources[place].place}: the tokenizer refuses the text ({one_line(error)})")
 
     def _by_prefixes(self, source: Source, ids: Ids) -> Mask:
         """Targets where the tokenizer knows no offsets: between the ids of the text before and up to a span's end."""
         mask = np.zeros(len(ids), dtype=np.bool_)
         for span in source.spans or ():
             texts = [source.text[:edge] for edge in span]
-            parts, lengths, _ = self._tokenize([source] * 2, texts, False, False)
+            parts, lengths = self._tokenize([source] * 2, texts, False)
             begin, end = (common_prefix(part, ids) for part in np.split(parts, lengths[:1]))
             mask[begin:end] = True
         return mask
@@ -342,42 +333,45 @@ def common_prefix(prompt: Ids, ids: Ids) -> int:
     return int(different[0]) if len(different) else shorter
 
 
-def _inside(places: NDArray[np.int64], lengths: NDArray[np.int64], sources: Sequence[Source]) -> Mask:
+def _inside(places: NDArray[np.int64], lengths: NDArray[np.int64], sources: Sequence[Source], in_bytes: bool) -> Mask:
     """(T,) bool: the tokens of which any character is in a span of their row.
 
     Args:
-        places: (T, 2) int64, the characters of each token in its row's text.
+        places: (T, 2) int64, the characters, or bytes, of each token in its row's text.
         lengths: (n,) int64, tokens of each row.
         sources: the n rows, with spans.
     """
-    texts = np.array([len(source.text) + 1 for source in sources], dtype=np.int64)
-    shifts = np.cumsum(texts) - texts  # as if the texts were one
-    spans = [
-        (shift + a, shift + b) for shift, s in zip(shifts.tolist(), sources, strict=True) for a, b in s.spans or ()
-    ]
-    if not spans:
+    begins, ends, of_row, sizes = _edges(sources, in_bytes)
+    if not len(begins):
         return np.zeros(len(places), dtype=np.bool_)
-    begins, ends = np.array(sorted(spans, key=lambda span: span[1]), dtype=np.int64).T
+    shifts = np.cumsum(sizes) - sizes  # as if the texts were one
+    begins, ends = begins + shifts[of_row], ends + shifts[of_row]
+    order = np.argsort(ends, kind="stable")
+    begins, ends = begins[order], ends[order]
     begun = np.append(np.minimum.accumulate(begins[::-1])[::-1], np.iinfo(np.int64).max)
     shift = np.repeat(shifts, lengths)
     inside: Mask = begun[np.searchsorted(ends, places[:, 0] + shift, side="right")] < places[:, 1] + shift
     return inside
 
 
+def _edges(sources: Sequence[Source], in_bytes: bool) -> tuple[Ids, Ids, Ids, Ids]:
+    """(S,) int64 begins and ends of all spans and the rows that they are of; (n,) int64 sizes of the texts, and one."""
+    edges: list[Span] = []
+    counts, sizes = [], []
+    for source in sources:
+        spans, text = source.spans or [], source.text
+        if in_bytes and not text.isascii():
+            edges += [(len(text[:begin].encode()), len(text[:end].encode())) for begin, end in spans]
+            sizes.append(len(text.encode()) + 1)
+        else:
+            edges += spans
+            sizes.append(len(text) + 1)
+        counts.append(len(spans))
+    begins, ends = np.array(edges, dtype=np.int64).reshape(-1, 2).T
+    return begins, ends, np.repeat(np.arange(len(sources)), counts), np.array(sizes, dtype=np.int64)
+
+
 def _ids_of(tokenizer: Any) -> int:
     """Ids that a tokenizer has; without its vocabulary none is refused."""
     vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
     return 1 + max(vocabulary.values(), default=np.iinfo(np.int64).max - 1)
-
-
-def _joined(rows: Sequence[Sequence[int]]) -> tuple[Ids, NDArray[np.int64]]:
-    """All ids in one array, and how many each row has."""
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    return np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum())), lengths
-
-
-def _single(encode: Callable[[str], Any], source: Source, text: str) -> Any:
-    try:
-        return encode(text)
-    except Exception as error:  # the libraries raise no narrower one
-        raise DataError(f"{source.place}: the tokenizer refuses the text ({one_line(error)})") from error

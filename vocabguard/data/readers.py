@@ -128,6 +128,7 @@ class Examples:
         kinds: files by what their rows were read as.
         roles: what the turns' roles were read as.
         notes: rows by what was done with them that one should know.
+        shard: the part of the rows.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class Examples:
         self.roles = RoleReader(roles)
         self.notes: Counter[str] = Counter()
         self._files, self._kind, self._columns = files, kind, columns
-        self._chats, self._shard, self._blocks = chats, shard, blocks
+        self._chats, self.shard, self._blocks = chats, shard, blocks
 
     def __iter__(self) -> Iterator[Example]:
         for place, file in enumerate(self._files):
@@ -151,16 +152,21 @@ class Examples:
                     f"{file}: plain text has no columns; allowed without --kind and --column, a document a line"
                 )
             self.kinds["text, a document a line"] += 1
-            yield from (Text(place, text) for place, text in rows_of(file, shard=self._shard, first=first))
+            yield from (Text(place, text) for place, text in rows_of(file, shard=self.shard, first=first))
             return
         known = (name for alternatives in FORMATS.values() for names in alternatives for name in names)
         names = {*(self._columns or known), *_OPTIONS, *_MASKS, *_BESIDE}
         if self._blocks and is_table(file):
             yield from self._of_table(file, names, first)
         else:
-            yield from self._of_rows(rows_of(file, names, self._shard, first))
+            yield from self.of_rows(rows_of(file, names, self.shard, first))
 
-    def _of_rows(self, rows: Iterable[Row]) -> Iterator[Example]:
+    def of_rows(self, rows: Iterable[Row]) -> Iterator[Example]:
+        """The examples of the rows of one file, or of another source.
+
+        Raises:
+            DataError: for a row that cannot be used.
+        """
         chosen: _Columns | None = None
         for place, row in rows:
             if not isinstance(row, dict):
@@ -171,7 +177,7 @@ class Examples:
     def _of_table(self, file: DataFile, names: set[str], first: int) -> Iterator[Example]:
         """Of a table of token ids a whole batch is one example: no row becomes Python objects."""
         chosen: _Columns | None = None
-        for number, batch in batches_of(file, names, self._shard, first):
+        for number, batch in batches_of(file, names, self.shard, first):
             if not batch.num_rows:
                 continue
             place = f"{file}, row {number}"

@@ -1,0 +1,280 @@
+"""Texts as token ids, fast: many at once, without a Python object for each token.
+
+Where `fastokens` is installed (the extra ``fast``) and gives the ids that the tokenizer gives on a sample, it encodes;
+otherwise the tokenizer's own backend does. Which characters a token covers follows from the bytes that each token
+stands for, where they add up to the text's, and is asked of the tokenizer where they do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vocabguard.files import one_line
+
+Ids = NDArray[np.int64]
+
+SAMPLE = (
+    "The quick brown fox; it's 12,345.67 km away!",
+    "  two  spaces\n\n\tand tabs \r\n", "Grüße, naïve façade — “quoted”…",
+    "Привет, мир", "こんにちは世界", "你好,世界。", "안녕하세요", "مرحبا بالعالم", "नमस्ते दुनिया", "👍🏽👩‍👩‍👧‍👦 ok",
+    "def f(x): return x[0] if x else None  # {}", "<div class='a'>&amp;</div>", "a", " ", "\n", "0" * 40,
+    "\u0065\u0301 e\u0301 \ufb01 \u00a0x\u200b\ufeff", "<|im_start|>user\nhi<|im_end|>", "<s>x</s> [INST] y [/INST]",
+)  # fmt: skip
+"""Texts on which a faster tokenizer has to give the same ids, beside the first of the data."""
+
+_LOOKED_AT = 256  # texts of the data that are compared
+
+
+class TextTokenizer:
+    """A tokenizer, asked for many texts at once.
+
+    Args:
+        fast: whether `fastokens` may be taken.
+
+    Attributes:
+        told: which backend encodes and why, in words; empty until the first text, and where there is nothing to say.
+    """
+
+    def __init__(self, tokenizer: Any, fast: bool = True) -> None:
+        self.told = ""
+        self._tokenizer, self._wanted = tokenizer, fast
+        self._backend = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
+        self._split = bool(getattr(tokenizer, "split_special_tokens", False))
+        self._quick: Any = None
+        self._bytes: _TokenBytes | None = None
+        self._tried = False
+        if self._backend is not None:
+            # A saved tokenizer may come with either, which trainers do not use here.
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.encode_special_tokens = self._split
+
+    @property
+    def has_places(self) -> bool:
+        """Whether the tokenizer knows which characters a token covers."""
+        return self._backend is not None
+
+    def flat(self, texts: Sequence[str], special: bool) -> tuple[Ids, NDArray[np.int64]]:
+        """(T,) int64 ids of all texts, and (n,) int64 how many each has.
+
+        Args:
+            special: with the tokenizer's own special tokens around.
+
+        Raises:
+            Exception: whatever the tokenizer raises for a text that it refuses.
+        """
+        if not self.has_places:
+            return joined([self._tokenizer.encode(text, add_special_tokens=special) for text in texts])
+        self._prepare(texts)
+        if self._quick is not None:
+            try:
+                return _by_fastokens(self._quick, texts, special, self._split)
+            except Exception:  # of a text that it refuses: the tokenizer says why, or takes it
+                return self._slowly(texts, special)
+        return self._slowly(texts, special)
+
+    def placed(self, texts: Sequence[str]) -> tuple[Ids, NDArray[np.int64], NDArray[np.int64], bool]:
+        """Ids and lengths as `flat` gives them, without special tokens around, and what each token covers.
+
+        Returns:
+            ids; lengths; (T, 2) int64 from the first to before the second; whether these count bytes, not characters.
+
+        Raises:
+            Exception: whatever the tokenizer raises for a text that it refuses.
+        """
+        self._prepare(texts)
+        if self._bytes is not None:
+            ids, lengths = self.flat(texts, False)
+            sizes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts], dtype=np.int64)
+            places, wrong = self._bytes.places(ids, lengths, sizes)
+            if not wrong.any() or self._mend(places, ids, lengths, texts, np.flatnonzero(wrong)):
+                return ids, lengths, places, True
+        found = self._slow.encode_batch(texts, add_special_tokens=False)
+        ids, lengths = joined([one.ids for one in found])
+        return ids, lengths, _offsets(found, len(ids)), False
+
+    def _mend(
+        self, places: NDArray[np.int64], ids: Ids, lengths: NDArray[np.int64], texts: Sequence[str],
+        wrong: NDArray[np.int64],
+    ) -> bool:  # fmt: skip
+        """Ask the tokenizer where the bytes do not add up, of texts that are changed before they are encoded."""
+        chosen = [texts[row] for row in wrong.tolist()]
+        found = self._slow.encode_batch(chosen, add_special_tokens=False)
+        own, counts = joined([one.ids for one in found])
+        at = np.isin(np.repeat(np.arange(len(lengths)), lengths), wrong)
+        if not np.array_equal(own, ids[at]):  # not seen before; all is asked of the tokenizer then
+            return False
+        places[at] = _in_bytes(_offsets(found, len(own)), counts, chosen)
+        return True
+
+    @property
+    def _slow(self) -> Any:
+        return self._backend
+
+    def _slowly(self, texts: Sequence[str], special: bool) -> tuple[Ids, NDArray[np.int64]]:
+        return joined([found.ids for found in self._slow.encode_batch_fast(texts, add_special_tokens=special)])
+
+    def _prepare(self, texts: Sequence[str]) -> None:
+        """Once, with the first texts: see what is faster and gives the same."""
+        if self._tried:
+            return
+        self._tried = True
+        sample = [*SAMPLE, *[text for text in texts[:_LOOKED_AT] if _is_whole(text)]]
+        if self._wanted:
+            self._quick, self.told = _checked(self._backend, sample, self._split)
+        self._bytes = _token_bytes(self._tokenizer, self._backend, sample)
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which is refused later, by its place
+        return False
+    return True
+
+
+def _checked(backend: Any, sample: Sequence[str], split: bool) -> tuple[Any, str]:
+    """`fastokens` for the same tokenizer, and what is to be said of it."""
+    try:
+        import fastokens  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        return None, ""
+    try:
+        quick = fastokens.Tokenizer.from_json_str(backend.to_str())
+        for special in (False, True):
+            want = joined([found.ids for found in backend.encode_batch_fast(sample, add_special_tokens=special)])
+            got = _by_fastokens(quick, sample, special, split)
+            if not all(np.array_equal(one, other) for one, other in zip(want, got, strict=True)):
+                return None, "fastokens gives other ids than the tokenizer on a sample, and is not used"
+    except Exception as error:  # a kind of tokenizer that it does not read
+        return None, f"fastokens cannot stand in for the tokenizer ({one_line(error, 100)}), and is not used"
+    return quick, f"Tokenized by fastokens: ids equal to the tokenizer's own on {len(sample):,} texts"
+
+
+def _by_fastokens(quick: Any, texts: Sequence[str], special: bool, split: bool) -> tuple[Ids, NDArray[np.int64]]:
+    ids, offsets = quick.encode_batch_flat(list(texts), add_special_tokens=special, split_special_tokens=split)
+    edges = np.frombuffer(offsets, dtype=np.uint64).astype(np.int64)
+    return np.frombuffer(ids, dtype=np.uint32).astype(np.int64), np.diff(edges)
+
+
+class _TokenBytes:
+    """How many bytes of a text each token covers.
+
+    Args:
+        covered: (V,) int64.
+        leading, trailing: (V,) int64, bytes at either end that the tokenizer does not count as covered.
+    """
+
+    def __init__(self, covered: Ids, leading: Ids, trailing: Ids) -> None:
+        self._covered, self._leading, self._trailing = covered, leading, trailing
+        self._trims = bool(leading.any() or trailing.any())
+
+    def places(
+        self, ids: Ids, lengths: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """(T, 2) int64 bytes that each token covers, and (n,) bool texts whose size they do not add up to."""
+        covered = self._covered[np.minimum(ids, len(self._covered) - 1)]
+        ends = np.cumsum(covered)
+        whole = np.concatenate([[0], ends])[np.concatenate([[0], np.cumsum(lengths)])]
+        ends -= np.repeat(whole[:-1], lengths)
+        begins = ends - covered
+        if self._trims:
+            begins = np.minimum(begins + self._leading[ids], ends)
+            ends = np.maximum(ends - self._trailing[ids], begins)
+        return np.stack([begins, ends], axis=1), np.diff(whole) != sizes
+
+
+def _token_bytes(tokenizer: Any, backend: Any, sample: Sequence[str]) -> _TokenBytes | None:
+    """The way of counting bytes that gives the tokenizer's own places on a sample; None if none does."""
+    found = backend.encode_batch(list(sample), add_special_tokens=False)
+    ids, lengths = joined([one.ids for one in found])
+    want = _offsets(found, len(ids))
+    sizes = np.array([len(text.encode()) for text in sample], dtype=np.int64)
+    for byte_level in (True, False):
+        covered, spaces = _sizes(tokenizer, byte_level)
+        nothing = np.zeros_like(covered)
+        for trimmed in ((nothing, nothing), spaces):
+            counted = _TokenBytes(covered, *trimmed)
+            places, wrong = counted.places(ids, lengths, sizes)
+            # Of texts that are changed before they are encoded the bytes do not add up; the others tell.
+            told = ~np.repeat(wrong, lengths)
+            if 2 * int(wrong.sum()) <= len(wrong) and np.array_equal(_whole(places, lengths, sample)[told], want[told]):
+                return counted
+    return None
+
+
+def _whole(places: NDArray[np.int64], lengths: Ids, texts: Sequence[str]) -> NDArray[np.int64]:
+    """Places by byte as places by character: a part of a character covers it, as the tokenizer has it."""
+    found = places.copy()
+    at = 0
+    for text, length in zip(texts, lengths.tolist(), strict=True):
+        if not text.isascii():
+            edges = np.cumsum([len(one.encode()) for one in text])
+            row = places[at : at + length]
+            found[at : at + length, 0] = np.searchsorted(edges, row[:, 0], side="right")
+            found[at : at + length, 1] = np.searchsorted(edges, row[:, 1], side="left") + (row[:, 1] > 0)
+        at += length
+    return found
+
+
+def _sizes(tokenizer: Any, byte_level: bool) -> tuple[Ids, tuple[Ids, Ids]]:
+    """(V,) bytes of each token, and the spaces at its beginning and end."""
+    vocabulary = tokenizer.get_vocab()
+    added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
+    size = 1 + max(vocabulary.values(), default=-1)
+    covered, leading, trailing = (np.zeros(size, dtype=np.int64) for _ in range(3))
+    for piece, index in vocabulary.items():
+        if index in added:
+            covered[index] = len(added[index].encode())
+        elif byte_level:
+            covered[index] = len(piece)
+            leading[index], trailing[index] = len(piece) - len(piece.lstrip("Ġ ")), len(piece) - len(piece.rstrip("Ġ "))
+        elif len(piece) == 6 and piece.startswith("<0x"):
+            covered[index] = 1
+        else:
+            text = piece.replace("▁", " ")
+            covered[index] = len(text.encode())
+            leading[index], trailing[index] = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
+    return covered, (leading, trailing)
+
+
+def _in_bytes(places: NDArray[np.int64], lengths: Ids, texts: Sequence[str]) -> NDArray[np.int64]:
+    """Places by character as places by byte."""
+    found = places.copy()
+    at = 0
+    for text, length in zip(texts, lengths.tolist(), strict=True):
+        if not text.isascii():
+            edges = np.concatenate([[0], np.cumsum([len(one.encode()) for one in text])])
+            found[at : at + length] = edges[places[at : at + length]]
+        at += length
+    return found
+
+
+def _offsets(found: Sequence[Any], count: int) -> NDArray[np.int64]:
+    characters = chain.from_iterable(chain.from_iterable(one.offsets for one in found))
+    return np.fromiter(characters, np.int64, 2 * count).reshape(-1, 2)
+
+
+def joined(rows: Sequence[Sequence[int]]) -> tuple[Ids, NDArray[np.int64]]:
+    """All ids in one array, and how many each row has.
+
+    >>> joined([[5, 6], [], [7]])
+    (array([5, 6, 7]), array([2, 0, 1]))
+    """
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    return np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum())), lengths
+
+
+def single(encode: Callable[[str], Any], texts: Sequence[str]) -> tuple[int, Exception] | None:
+    """The first text that is refused, by its place, and why; None if none is."""
+    for place, text in enumerate(texts):
+        try:
+            encode(text)
+        except Exception as error:  # the libraries raise no narrower one
+            return place, error
+    return None
