@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vocabguard.measure.recall import LogitMoments
 from vocabguard.results import NotApplicable, ProbeResult
 from vocabguard.rows.models import (
     core_of,
@@ -83,7 +84,7 @@ def probe_applicable(model: nn.Module) -> NotApplicable | None:
 
 def probe(
     model: nn.Module, ids: Tensor, contexts: Sequence[PromptContext], *, seed: int, batch_tokens: int,
-    progress: Callable[[float], None] | None = None,
+    progress: Callable[[float], None] | None = None, moments: LogitMoments | None = None,
 ) -> ProbeResult:  # fmt: skip
     """Ask for every token once in every context.
 
@@ -97,6 +98,7 @@ def probe(
         contexts: the ways of asking; at least one.
         batch_tokens: prompt tokens in one forward pass. Fewer are taken where the logits would exceed 2**25 numbers.
         progress: called with the share in [0, 1] of the contexts that is done.
+        moments: takes up the logits of every token at the places that are asked.
 
     Returns:
         What was said, on the CPU. Of equal logits the first counts as emitted; rank counts strictly larger ones. Where
@@ -123,7 +125,7 @@ def probe(
     with undisturbed(model), torch.no_grad():
         found = []
         for done, context in enumerate(contexts, start=1):
-            found.append(_probe_context(model, ids, context, seed, batch_tokens))
+            found.append(_probe_context(model, ids, context, seed, batch_tokens, moments))
             if progress is not None:
                 progress(done / len(contexts))
     probability, rank, instead = (torch.stack(columns, dim=1) for columns in zip(*found, strict=True))
@@ -138,12 +140,13 @@ Answers = tuple[Tensor, Tensor, Tensor]
 
 
 def _probe_context(
-    model: nn.Module, ids: Tensor, context: PromptContext, seed: int, batch_tokens: int
-) -> tuple[Tensor, ...]:
+    model: nn.Module, ids: Tensor, context: PromptContext, seed: int, batch_tokens: int,
+    moments: LogitMoments | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     if not len(ids):
         return torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
     lists = probe_lists(len(ids), context, seed)
-    found = ask_lists(model, ids[lists], context, batch_tokens=batch_tokens)
+    found = ask_lists(model, ids[lists], context, batch_tokens=batch_tokens, moments=moments)
     where = lists.flatten()[: len(ids)]
     answers = []
     for column in found:
@@ -152,12 +155,15 @@ def _probe_context(
     return tuple(answers)
 
 
-def ask_lists(model: nn.Module, lists: Tensor, context: PromptContext, *, batch_tokens: int) -> Answers:
+def ask_lists(
+    model: nn.Module, lists: Tensor, context: PromptContext, *, batch_tokens: int, moments: LogitMoments | None = None
+) -> Answers:
     """Ask for every list in one context. The caller sees to modes, generators and gradients (`undisturbed`).
 
     Args:
         lists: (n, k) int64 token ids.
         batch_tokens: prompt tokens in one forward pass.
+        moments: takes up the logits of every token at the places that are asked.
 
     Returns:
         Probability (float32), rank (int64) and most likely token (int64) of each place, (n, k), on the CPU.
@@ -177,7 +183,7 @@ def ask_lists(model: nn.Module, lists: Tensor, context: PromptContext, *, batch_
     _check_length(model, context.name, prompts.shape[1])
     per_batch = _rows_per_batch(model, prompts.shape[1], prompts.shape[1] - int(places[0]), batch_tokens)
     batches = zip(torch.split(prompts, per_batch), torch.split(lists, per_batch), strict=True)
-    parts = [_answers(_logits_at(model, batch, places), wanted) for batch, wanted in batches]
+    parts = [_answers(_logits_at(model, batch, places), wanted, moments) for batch, wanted in batches]
     probability, rank, instead = (torch.cat(column) for column in zip(*parts, strict=True))
     return probability, rank, instead
 
@@ -329,17 +335,19 @@ def _logits_at(model: nn.Module, prompts: Tensor, places: Tensor) -> Tensor:
     return logits[:, (places - prompts.shape[1]).to(logits.device)]
 
 
-def _answers(logits: Tensor, wanted: Tensor) -> Answers:
+def _answers(logits: Tensor, wanted: Tensor, moments: LogitMoments | None) -> Answers:
     """What (B, k, V) logits say about the (B, k) wanted ids, as (B, k) CPU tensors; a few places in float at a time."""
     flat, ids = logits.flatten(0, 1), wanted.flatten().to(logits.device)
     places = max(1, _LOGITS_IN_FLOAT // flat.shape[1])
-    parts = [_answer_part(*part) for part in zip(torch.split(flat, places), torch.split(ids, places), strict=True)]
+    split = zip(torch.split(flat, places), torch.split(ids, places), strict=True)
+    parts = [_answer_part(some.float(), part_ids, moments) for some, part_ids in split]
     probability, rank, instead = (torch.cat(column).view(wanted.shape).cpu() for column in zip(*parts, strict=True))
     return probability, rank, instead
 
 
-def _answer_part(logits: Tensor, ids: Tensor) -> Answers:
-    logits = logits.float()
+def _answer_part(logits: Tensor, ids: Tensor, moments: LogitMoments | None) -> Answers:
+    if moments is not None:
+        moments.add(logits, ids)
     own = logits.gather(1, ids[:, None])
     probability = (own.squeeze(1) - logits.logsumexp(1)).exp()
     # Written so that a model of NaNs says nothing: probability 0, last rank.
