@@ -279,6 +279,30 @@ class ProbeResult:
     instead: Tensor
 
 
+AGREEMENT = 0.3
+"""Correlation with what the probe measured from which on a `Recall` ranks tokens."""
+
+
+@dataclass(frozen=True)
+class Recall:
+    """How likely every token would be repeated, estimated from what the probe measured on some.
+
+    Attributes:
+        nats: (V,) float32 <= 0, estimated mean log-probability where a token is asked for; NaN where unknown.
+        agreement: correlation in [-1, 1] of the estimate with what the probe measured, of tokens left out of the fit.
+        taught: probed tokens that it was fitted on.
+    """
+
+    nats: Tensor
+    agreement: float
+    taught: int
+
+    @property
+    def ranks(self) -> bool:
+        """Whether it holds for tokens that were left out, and so may say which are worst."""
+        return self.agreement >= AGREEMENT
+
+
 @dataclass(frozen=True)
 class Preflight:
     """Targets counted over a sample of the training data before step 1.
@@ -316,6 +340,7 @@ class TokenReport:
         steps_since_target: optimizer steps since it last was a target; None if it never was.
         probability: mean over contexts of the last probe; None if not probed.
         said_instead: text the model says in its place; None if not probed or said right.
+        recall: estimated mean log-probability where it is asked for, in nats; None where nothing is estimated.
     """
 
     id: int
@@ -329,6 +354,7 @@ class TokenReport:
     steps_since_target: int | None
     probability: float | None
     said_instead: str | None
+    recall: float | None = None
 
 
 @dataclass(frozen=True)
@@ -338,7 +364,7 @@ class EchoPlan:
     Attributes:
         version: 0, 1, 2, ... in the order in which plans were made.
         first_batch: number of the first training batch that it holds for, counted over the run from 0.
-        mode: ``uniform``, ``balanced``, ``least_exposed`` or ``watch``.
+        mode: ``uniform``, ``balanced``, ``least_exposed``, ``recall`` or ``watch``.
         dose: echo targets per data target that it aims at; 0 is off.
         rate: echo targets a batch and process.
         list_tokens: tokens in a list; a batch gets whole lists.
@@ -351,7 +377,7 @@ class EchoPlan:
 
     version: int
     first_batch: int
-    mode: Literal["uniform", "balanced", "least_exposed", "watch"]
+    mode: Literal["uniform", "balanced", "least_exposed", "recall", "watch"]
     dose: float
     rate: float
     list_tokens: int
@@ -426,6 +452,7 @@ class CheckResult:
         watched: the tokens of the watch list.
         seconds: what the check took.
         probe_seconds: the part of them that the probe took.
+        recall: the estimate of the latest probe, which may be of an earlier check; None where there is none.
         echo: what echo has done so far; None where it is not configured.
         findings: what was found beside, where that is due at checks.
         forecast: where the head's rows will end, or why nothing is said.
@@ -456,6 +483,7 @@ class CheckResult:
     requests: tuple[str, ...] = ()
     forecast: Forecast | NotApplicable = NotApplicable("nothing was forecast")
     probe_seconds: float = 0.0
+    recall: Recall | None = None
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,8 @@ def row_vectors(result: CheckResult, group: Tensor, live: Tensor) -> dict[str, T
     Returns:
         (V,) vectors: ``group``, ``live``, ``classes``; ``head/`` and ``embedding/`` ``cosine``, ``residual``, ``l2``,
         ``norm_ratio`` (float32); ``exposure/`` ``inputs``, ``data_target``, ``echo_target``, ``last_target`` (int64),
-        ``pull``, ``push``, ``input_only`` (float32); ``forecast/`` ``cosine``, ``low``, ``high``, ``chance`` (float32).
+        ``pull``, ``push``, ``input_only`` (float32); ``forecast/`` ``cosine``, ``low``, ``high``, ``chance`` (float32);
+        ``recall/nats`` (float32) of the latest probe's estimate.
         If a probe ran, of its n tokens and C contexts: ``probe/ids`` (n,) int64, and (n, C) ``probe/said``,
         ``base_said`` bool, ``instead`` int64, ``probability`` float32; else left out.
     """
@@ -69,6 +70,8 @@ def row_vectors(result: CheckResult, group: Tensor, live: Tensor) -> dict[str, T
         vectors |= _named("exposure", result.exposure, counts)
     if isinstance(result.forecast, Forecast):
         vectors |= _named("forecast", result.forecast, ("cosine", "low", "high", "chance"))
+    if result.recall is not None:
+        vectors["recall/nats"] = result.recall.nats
     if result.probe is not None:
         vectors |= _named("probe", result.probe, ("ids", "instead", "probability"))
     probes = {"probe/said": result.probe, "probe/base_said": result.base_probe}

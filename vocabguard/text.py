@@ -214,7 +214,7 @@ def token_cells(report: TokenReport) -> tuple[str, ...]:
         f"{report.data_target:,}",
         f"{report.inputs:,}",
         "never" if report.steps_since_target is None else f"{report.steps_since_target:,}",
-        _probability(report.probability),
+        _repeated(report),
         _MISSING if report.said_instead is None else visible(report.said_instead),
     )
 
@@ -314,6 +314,14 @@ def _badness(row: ReportRow) -> tuple[float, float]:
 def _finite(scalars: Mapping[str, float], key: str) -> float | None:
     value = scalars.get(key)
     return value if value is not None and math.isfinite(value) else None
+
+
+def _repeated(report: TokenReport) -> str:
+    """The probed probability of a token; an estimated one where it was not probed."""
+    recall = report.recall
+    if report.probability is None and recall is not None and math.isfinite(recall):
+        return f"~{_probability(math.exp(recall))}"
+    return _probability(report.probability)
 
 
 def _probability(value: float | None) -> str:

@@ -16,6 +16,7 @@ from vocabguard.protect.plan import (
     adjusted_dose,
     balanced,
     batch_ids,
+    by_recall,
     foreseen,
     least_exposed,
     most_targets,
@@ -171,7 +172,7 @@ def test_what_a_plan_owes_is_given_by_the_plans_after_it() -> None:
     assert 600 - 8 < given <= 600
 
 
-@pytest.mark.parametrize("mode", ["balanced", "least_exposed"])
+@pytest.mark.parametrize("mode", ["balanced", "least_exposed", "recall"])
 def test_ids_chosen_by_need_are_taken_in_their_order(mode: str) -> None:
     plan = plan_of(20, mode=mode, rate=8.0)
     assert stream(plan, 5) == 2 * plan.ids.tolist()
@@ -294,3 +295,44 @@ def test_over_equal_batches_the_limit_holds_whatever_the_rate(
     given_ = sum(min(len(batch_ids(plan, number)), most_targets(plan, data, limit)) for number in numbers)
     # A plan may begin with what the one before still owed.
     assert given_ <= limit * data * batches + plan.list_tokens
+
+
+# -- by recall -------------------------------------------------------------------------------------------------------
+
+
+@FEW
+@given(
+    nats=st.none() | st.lists(st.sampled_from([-9.0, -1.0, -0.1, math.nan]), min_size=V, max_size=V),
+    echo=st.lists(st.integers(0, 3), min_size=V, max_size=V),
+    allowed=st.sets(st.integers(0, V - 1), min_size=1).map(sorted),
+    count=st.integers(0, V + 5),
+)
+def test_a_plan_by_recall_takes_those_furthest_behind_their_turns(
+    nats: list[float] | None, echo: list[int], allowed: list[int], count: int
+) -> None:
+    exposure = replace(exposure_of([0] * V, [-1] * V, 9), echo_target=torch.tensor(echo))
+    values = None if nats is None else torch.tensor(nats)
+    found = by_recall(torch.tensor(allowed), exposure, values, count, 3.0, seed=4).tolist()
+    assert len(found) == len(set(found)) == min(count, len(allowed))
+    assert set(found) <= set(allowed)
+    assert found == by_recall(torch.tensor(allowed), exposure, values, count, 3.0, seed=4).tolist()
+    at_risk = 0 if nats is None else min(math.ceil(len(allowed) / 4), sum(nats[id_] == nats[id_] for id_ in allowed))
+    # Whichever of equals are at risk: none is further behind than the first that is left out, counted either way.
+    left = [echo[id_] for id_ in allowed if id_ not in found]
+    assert at_risk or nats is None or all(math.isnan(nats[id_]) for id_ in allowed)
+    if left and found:
+        assert max(echo[id_] for id_ in found) / 3.0 <= min(left)
+
+
+def test_a_plan_by_recall_draws_tokens_at_risk_more_often_and_leaves_none_out() -> None:
+    exposure, nats = exposure_of([0] * V, [-1] * V, 9), torch.linspace(-9, -0.1, V)
+    drawn = torch.zeros(V)
+    for seed in range(3000):
+        drawn[by_recall(torch.arange(V), exposure, nats, 1, 3.0, seed)] += 1
+    # Ten at risk of weight 3 and thirty of weight 1.
+    expected = torch.where(torch.arange(V) < V // 4, 3.0, 1.0) / 60 * 3000
+    assert float(((drawn - expected).square() / expected).sum()) < 74  # 99.9 % of chi-squared with 39 degrees
+    plain = torch.zeros(V)
+    for seed in range(2000):
+        plain[by_recall(torch.arange(V), exposure, None, 1, 3.0, seed)] += 1
+    assert float(((plain - 50).square() / 50).sum()) < 74

@@ -22,7 +22,7 @@ class AutoDoseOptions(TypedDict, total=False):
 class EchoOptions(TypedDict, total=False):
     enabled: bool
     armed: bool
-    mode: Literal["uniform", "balanced", "least_exposed", "watch"]
+    mode: Literal["uniform", "balanced", "least_exposed", "recall", "watch"]
     boost: float
     dose: float
     targets_per_live_token: float | None

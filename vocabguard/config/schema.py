@@ -68,8 +68,9 @@ class EchoConfig:
         armed: though no rule names it, `VocabGuard.switch` may switch it on.
         mode: ``uniform`` takes every live token in turn; ``balanced`` too, but those that the data asks for 1 to 19
             times `boost` times as often: hold does not cover them, and the data alone does not keep them;
-            ``least_exposed`` takes those first that the data asks for least; ``watch`` the tokens of `probe.watch`.
-        boost: turns of such a token for one of any other, with ``balanced``.
+            ``least_exposed`` takes those first that the data asks for least; ``recall`` draws the quarter of lowest
+            estimated recall `boost` times as often; ``watch`` takes the tokens of `probe.watch`.
+        boost: turns of such a token for one of any other, with ``balanced`` and ``recall``.
         dose: echo targets per data target.
         targets_per_live_token: echo targets that each live token gets over the planned run, instead of `dose`.
         dose_limit: echo targets per data target are never more than this, in any batch: a short run over a large
@@ -83,7 +84,7 @@ class EchoConfig:
 
     enabled: bool = False
     armed: bool = False
-    mode: str = limited("uniform", choices=("uniform", "balanced", "least_exposed", "watch"))
+    mode: str = limited("uniform", choices=("uniform", "balanced", "least_exposed", "recall", "watch"))
     boost: float = limited(3.0, at_least=0.0)
     dose: float = limited(0.1, at_least=0.0, at_most=100.0)
     targets_per_live_token: float | None = limited(None, at_least=0.0, at_most=1e6)

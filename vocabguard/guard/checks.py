@@ -19,10 +19,12 @@ from vocabguard.guard.evaluations import Evaluations
 from vocabguard.guard.forecast import Forecaster
 from vocabguard.guard.probe import Prober
 from vocabguard.guard.protection import Protection
+from vocabguard.guard.recall import RecallEstimator
 from vocabguard.guard.reference import Reader
 from vocabguard.guard.watched import Watched, vocabulary_rows
 from vocabguard.measure.drift import measure_drift
 from vocabguard.measure.exposure import ExposureCounter, exposure_classes
+from vocabguard.measure.reference import RARE
 from vocabguard.results import (
     CheckResult,
     Exposure,
@@ -31,6 +33,7 @@ from vocabguard.results import (
     MatrixName,
     NotApplicable,
     ProbeResult,
+    Recall,
     RowDrift,
     Transition,
 )
@@ -107,6 +110,9 @@ class Teller:
         mask = self._concerned(about)
         if about.kind == "forgotten":
             return self._forgotten(mask)
+        if about.kind == "rare loss" and found.recall is not None and found.recall.ranks:
+            rare = torch.stack([self._masks[name] for name in RARE]).any(0)
+            return summary.lowest(found.recall.nats, mask & rare, WORST).tolist()
         drift = found.embedding if about.owner == "embedding" else found.head
         drift = found.embedding if isinstance(drift, NotApplicable) else drift
         if isinstance(drift, NotApplicable) or about.kind in ("targets", "confused", "rare loss", "other"):
@@ -155,6 +161,7 @@ class Checker:
         reader: reads the reference text beside each probe; None where that is off or does not apply.
         called: what is asked in the model's place; None asks the model.
         pending: what rules have asked of the trainer and nobody has taken yet.
+        recall: carries over what the probe measures to all tokens.
         groups: (V,) bool masks by script group.
     """
 
@@ -173,6 +180,7 @@ class Checker:
     total_steps: int | None = None
     called: nn.Module | None = None
     pending: list[str] = field(default_factory=list)
+    recall: RecallEstimator = field(default_factory=RecallEstimator)
     groups: dict[str, Tensor] = field(init=False)
     group_rows: dict[str, int] = field(init=False)
 
@@ -195,6 +203,7 @@ class Checker:
         self._follow_resize()
         probes = self._probe() if with_probe else None
         read = self.reader.read(self._asked) if with_probe and self.reader is not None else None
+        recall = self._recall(probes, read)
         probe_seconds = time.perf_counter() - began if probes or read is not None else 0.0
         exposure = self.exposure()
         classes = self.classes(exposure)
@@ -213,6 +222,9 @@ class Checker:
             counted = {} if isinstance(exposure, NotApplicable) else summary.class_masks(classes)
             found = self.reader.scalars(read, {**self.groups, **counted})
             scalars |= {summary.PREFIX + key: value for key, value in found.items()}
+        if probes and recall is not None:
+            counted = {} if isinstance(exposure, NotApplicable) else summary.class_masks(classes)
+            scalars |= summary.recall_scalars(recall, self.watched.table.live, {**self.groups, **counted})
         if self.protection is not None:
             scalars |= self.protection.scalars(exposure, self.watched.table.live)
         forecast = self._forecast(step, drifts["head"], exposure)
@@ -222,11 +234,18 @@ class Checker:
         result = CheckResult(
             step, drifts["head"], drifts["embedding"], exposure, classes, now,
             # Times differ between processes, and all must judge alike.
-            collective.agree(scalars), base_probe=base, forecast=forecast,
+            collective.agree(scalars), base_probe=base, forecast=forecast, recall=recall,
         )  # fmt: skip
         result = self._told(self._judged(result))
         findings = self.evaluations.at_check(step, drifts)
         return replace(result, findings=findings, seconds=time.perf_counter() - began, probe_seconds=probe_seconds)
+
+    def _recall(self, probes: tuple[ProbeResult, ProbeResult] | None, read: Tensor | None) -> Recall | None:
+        """The estimate of this check's probe, or of the latest one."""
+        if probes is None or self.prober is None:
+            return self.recall.last
+        text = [self.reader.moments] if self.reader is not None and read is not None else []
+        return self.recall.measure([self.prober.moments, *text], *probes, self.watched.rows)
 
     def _forecast(
         self, step: int, drift: RowDrift | NotApplicable, exposure: Exposure | NotApplicable
@@ -255,9 +274,9 @@ class Checker:
     def _told(self, found: CheckResult) -> CheckResult:
         """With the tables of tokens, and what echo has done."""
         ranked = found.head if isinstance(found.head, RowDrift) else found.embedding
-        worst = summary.worst_ids(ranked, self.watched.table.live, self.top_k)
+        worst = summary.worst_ids(ranked, self.watched.table.live, self.top_k, found.recall)
         last_probe = self.prober.last if self.prober else None
-        about = (ranked, found.exposure, found.classes, last_probe, self.watched.table, found.step)
+        about = (ranked, found.exposure, found.classes, last_probe, self.watched.table, found.step, found.recall)
         protection = self.protection
         return replace(
             found,
@@ -319,6 +338,7 @@ class Checker:
             "alerts": self.alerts.state_dict(),
             "forecast": self.forecaster.state_dict() if self.forecaster is not None else {},
             "reference": self.reader.state_dict() if self.reader is not None else {},
+            "recall": self.recall.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -333,6 +353,7 @@ class Checker:
             self.forecaster.load_state_dict(state["forecast"])
         if self.reader is not None:
             self.reader.load_state_dict(state.get("reference", {}))
+        self.recall.load_state_dict(state.get("recall", {}))
 
     def _follow_resize(self) -> None:
         """A matrix resized in mid-run: rows in common go on, new ones start at nothing."""

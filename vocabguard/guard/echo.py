@@ -24,6 +24,7 @@ from vocabguard.protect.plan import (
     adjusted_dose,
     allowed_ids,
     balanced,
+    by_recall,
     foreseen,
     ids_in,
     least_exposed,
@@ -195,6 +196,9 @@ class EchoControl:
         if self.config.mode == "least_exposed":
             cosine = found.head.cosine if isinstance(found.head, RowDrift) else None
             return least_exposed(self.allowed, exposure, cosine, wanted, found.step)
+        if self.config.mode == "recall":
+            nats = found.recall.nats if found.recall is not None and found.recall.ranks else None
+            return by_recall(self.allowed, exposure, nats, wanted, self.config.boost, self._seed + self.plan.version)
         return balanced(self.allowed, exposure, wanted, self.config.boost, self._seed + self.plan.version)
 
     def start_epoch(self, skipped: int) -> None:

@@ -19,6 +19,7 @@ from vocabguard.guard.words import WatchedWord, watched_words
 from vocabguard.measure.contexts import asked_in, choose_asks, prompt_length
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.measure.probe import PromptContext, ask_words, probe, probe_applicable
+from vocabguard.measure.recall import LogitMoments
 from vocabguard.measure.retention import Sample, lost, words_lost
 from vocabguard.measure.sampling import sample_weights, stratified_sample
 from vocabguard.protect.prompts import render_pool
@@ -107,6 +108,7 @@ class Prober:
         base_words: (w, A) bool, asks of the watched words that the base got right.
         last_words: the same of the latest probe.
         looks: probes since the base.
+        moments: logits of every token at the places of the latest probe.
         runs: how often the model was asked, in this process.
         seconds: time that asking took.
         cpu_seconds: the same by the process's own clock, in which other programs do not count.
@@ -133,6 +135,7 @@ class Prober:
     base_words: Tensor | None = None
     last_words: Tensor | None = None
     looks: int = 0
+    moments: LogitMoments = field(default_factory=LogitMoments)
     runs: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -160,9 +163,10 @@ class Prober:
             if self.base is None:
                 self._choose(model)
             began = time.perf_counter()
+            self.moments = LogitMoments()
             self.last = probe(
                 model, self.ids, self.contexts, seed=self.seed, batch_tokens=self.batch_tokens,
-                progress=self._teller(began) if self.base is None else None,
+                progress=self._teller(began) if self.base is None else None, moments=self.moments,
             )  # fmt: skip
             self.last_words = self._ask_words(model)
         if self.base is None:

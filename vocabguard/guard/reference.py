@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from vocabguard.data.readers import DataError, Text, is_plain_text, read_example
 from vocabguard.guard.cadence import forward_tokens
 from vocabguard.measure.intervals import z_of_look
 from vocabguard.measure.probe import probe_applicable
+from vocabguard.measure.recall import LogitMoments
 from vocabguard.measure.reference import Windows, cut_windows, summarise_reference, token_nll
 from vocabguard.results import NotApplicable
 from vocabguard.rows.models import longest_prompt
@@ -103,6 +104,7 @@ class Reader:
         least: targets below which a part is not measured.
         base: (n, L - 1) float32, the first reading; see `token_nll`.
         looks: readings after the base's, in all processes that the run has had.
+        moments: logits of every token at the places of the latest reading.
     """
 
     windows: Windows
@@ -111,10 +113,12 @@ class Reader:
     least: int
     base: Tensor | None = None
     looks: int = 0
+    moments: LogitMoments = field(default_factory=LogitMoments)
 
     def read(self, model: nn.Module) -> Tensor:
         """(n, L - 1) float32, negative log-likelihoods now; the first call sets the base."""
-        now = token_nll(model, self.windows, batch_tokens=self.batch_tokens)
+        self.moments = LogitMoments()
+        now = token_nll(model, self.windows, batch_tokens=self.batch_tokens, moments=self.moments)
         if self.base is None:
             self.base = now
         else:

@@ -10,6 +10,7 @@ from torch import Tensor
 from vocabguard.measure.drift import summarise
 from vocabguard.measure.exposure import steps_since_target, summarise_exposure
 from vocabguard.measure.forecast import summarise_forecast
+from vocabguard.measure.recall import summarise_recall
 from vocabguard.measure.retention import Sample, said_instead, summarise_probe
 from vocabguard.results import (
     EXPOSURE_CLASSES,
@@ -18,6 +19,7 @@ from vocabguard.results import (
     MatrixName,
     NotApplicable,
     ProbeResult,
+    Recall,
     RowDrift,
     TokenReport,
 )
@@ -97,6 +99,11 @@ def forecast_scalars(
     return {f"{PREFIX}forecast/{key}": value for key, value in found.items()}
 
 
+def recall_scalars(found: Recall, live: Tensor, parts: Mapping[str, Tensor]) -> dict[str, float]:
+    """Logged keys of an estimated recall; see `summarise_recall`."""
+    return {f"{PREFIX}recall/{key}": value for key, value in summarise_recall(found, live, parts).items()}
+
+
 def outdated(latest: Mapping[str, float], found: Mapping[str, float], *, probed: bool) -> dict[str, float]:
     """NaN for each key of earlier checks that this one should give and could not, as where a row turned NaN.
 
@@ -106,7 +113,7 @@ def outdated(latest: Mapping[str, float], found: Mapping[str, float], *, probed:
     >>> outdated({"vocabguard/head/below_0.95": 0.0, "vocabguard/probe/retained": 1.0}, {}, probed=False)
     {'vocabguard/head/below_0.95': nan}
     """
-    measured = () if probed else ("probe/", "reference/", "echo/copies")
+    measured = () if probed else ("probe/", "reference/", "recall/", "echo/copies")
     beside = ("alerts/", "confusion/", "neighbors/", "head_or_body/", *measured)
     missing = (key for key in latest if key not in found)
     return {key: float("nan") for key in missing if not key.removeprefix(PREFIX).startswith(beside)}
@@ -119,8 +126,15 @@ def echo_scalars(exposure: Exposure, live: Tensor) -> dict[str, float]:
     return {"echo/dose": echoed / asked if asked else 0.0, "echo/targets_per_live_token": per_token}
 
 
-def worst_ids(drift: RowDrift | NotApplicable, live: Tensor, k: int) -> Tensor:
-    """(m,) int64, m <= k: the live rows of lowest cosine, lowest first."""
+def worst_ids(drift: RowDrift | NotApplicable, live: Tensor, k: int, recall: Recall | None = None) -> Tensor:
+    """(m,) int64, m <= k: the live tokens of lowest estimated recall where that ranks, else of lowest cosine.
+
+    >>> recall = Recall(torch.tensor([-3.0, -1.0, -5.0]), agreement=0.5, taught=99)
+    >>> worst_ids(NotApplicable("frozen"), torch.tensor([True, True, False]), 2, recall)
+    tensor([0, 1])
+    """
+    if recall is not None and recall.ranks:
+        return lowest(recall.nats, live, k)
     return torch.empty(0, dtype=torch.int64) if isinstance(drift, NotApplicable) else lowest(drift.cosine, live, k)
 
 
@@ -139,7 +153,7 @@ def lowest(values: Tensor, mask: Tensor, k: int) -> Tensor:
 
 def token_reports(
     ids: Tensor, drift: RowDrift | NotApplicable, exposure: Exposure | NotApplicable, classes: Tensor,
-    probe: ProbeResult | None, table: VocabTable, step: int,
+    probe: ProbeResult | None, table: VocabTable, step: int, recall: Recall | None = None,
 ) -> tuple[TokenReport, ...]:  # fmt: skip
     """What is known about each of the given tokens, in their order.
 
@@ -150,6 +164,7 @@ def token_reports(
         classes: (V,) uint8.
         probe: the last probe, if any.
         step: the optimizer step of the check; a guard that began late has counted fewer.
+        recall: the latest estimate, if any.
     """
     since = steps_since_target(exposure, step) if isinstance(exposure, Exposure) else None
     place = {} if probe is None else {token: row for row, token in enumerate(probe.ids.tolist())}
@@ -172,6 +187,7 @@ def token_reports(
                 steps_since_target=ago if ago >= 0 else None,
                 probability=None if probe is None or row is None else float(probe.probability[row].mean()),
                 said_instead=table.text(other) if other >= 0 else None,
+                recall=None if recall is None else float(recall.nats[token]),
             )
         )
     return tuple(reports)

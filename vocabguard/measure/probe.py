@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vocabguard.measure.recall import LogitMoments
 from vocabguard.results import NotApplicable, ProbeResult
 from vocabguard.rows.models import (
     core_of,
@@ -83,7 +84,7 @@ def probe_applicable(model: nn.Module) -> NotApplicable | None:
 
 def probe(
     model: nn.Module, ids: Tensor, contexts: Sequence[PromptContext], *, seed: int, batch_tokens: int,
-    progress: Callable[[float], None] | None = None,
+    progress: Callable[[float], None] | None = None, moments: LogitMoments | None = None,
 ) -> ProbeResult:  # fmt: skip
     """Ask for every token once in every context.
 
@@ -97,6 +98,7 @@ def probe(
         contexts: the ways of asking; at least one.
         batch_tokens: prompt tokens in one forward pass. Fewer are taken where the logits would exceed 2**25 numbers.
         progress: called with the share in [0, 1] that is done, after each forward pass.
+        moments: takes up the logits of every token at the places that are asked.
 
     Returns:
         What was said, on the CPU. Of equal logits the first counts as emitted; rank counts strictly larger ones. Where
@@ -124,7 +126,7 @@ def probe(
         found = []
         for done, context in enumerate(contexts):
             tell = None if progress is None else _part_of(progress, done, len(contexts))
-            found.append(_probe_context(model, ids, context, seed, batch_tokens, tell))
+            found.append(_probe_context(model, ids, context, seed, batch_tokens, tell, moments))
     probability, rank, instead = (torch.stack(columns, dim=1) for columns in zip(*found, strict=True))
     return ProbeResult(
         contexts=tuple(context.name for context in contexts), ids=ids,
@@ -143,12 +145,12 @@ def _part_of(progress: Callable[[float], None], done: int, count: int) -> Callab
 
 def _probe_context(
     model: nn.Module, ids: Tensor, context: PromptContext, seed: int, batch_tokens: int,
-    progress: Callable[[float], None] | None,
+    progress: Callable[[float], None] | None, moments: LogitMoments | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     if not len(ids):
         return torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
     lists = probe_lists(len(ids), context, seed)
-    found = ask_lists(model, ids[lists], context, batch_tokens=batch_tokens, progress=progress)
+    found = ask_lists(model, ids[lists], context, batch_tokens=batch_tokens, progress=progress, moments=moments)
     where = lists.flatten()[: len(ids)]
     answers = []
     for column in found:
@@ -159,7 +161,7 @@ def _probe_context(
 
 def ask_lists(
     model: nn.Module, lists: Tensor, context: PromptContext, *, batch_tokens: int,
-    progress: Callable[[float], None] | None = None,
+    progress: Callable[[float], None] | None = None, moments: LogitMoments | None = None,
 ) -> Answers:  # fmt: skip
     """Ask for every list in one context. The caller sees to modes, generators and gradients (`undisturbed`).
 
@@ -167,6 +169,7 @@ def ask_lists(
         lists: (n, k) int64 token ids.
         batch_tokens: prompt tokens in one forward pass.
         progress: called with the share in [0, 1] that is done, after each forward pass.
+        moments: takes up the logits of every token at the places that are asked.
 
     Returns:
         Probability (float32), rank (int64) and most likely token (int64) of each place, (n, k), on the CPU.
@@ -188,7 +191,7 @@ def ask_lists(
     batches = zip(torch.split(prompts, per_batch), torch.split(lists, per_batch), strict=True)
     parts: list[Answers] = []
     for number, (batch, wanted) in enumerate(batches, start=1):
-        parts.append(_answers(_logits_at(model, batch, places), wanted))
+        parts.append(_answers(_logits_at(model, batch, places), wanted, moments))
         if progress is not None:
             progress(min(1.0, number * per_batch / len(lists)))
     probability, rank, instead = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -342,17 +345,19 @@ def _logits_at(model: nn.Module, prompts: Tensor, places: Tensor) -> Tensor:
     return logits[:, (places - prompts.shape[1]).to(logits.device)]
 
 
-def _answers(logits: Tensor, wanted: Tensor) -> Answers:
+def _answers(logits: Tensor, wanted: Tensor, moments: LogitMoments | None) -> Answers:
     """What (B, k, V) logits say about the (B, k) wanted ids, as (B, k) CPU tensors; a few places in float at a time."""
     flat, ids = logits.flatten(0, 1), wanted.flatten().to(logits.device)
     places = max(1, _LOGITS_IN_FLOAT // flat.shape[1])
-    parts = [_answer_part(*part) for part in zip(torch.split(flat, places), torch.split(ids, places), strict=True)]
+    split = zip(torch.split(flat, places), torch.split(ids, places), strict=True)
+    parts = [_answer_part(some.float(), part_ids, moments) for some, part_ids in split]
     probability, rank, instead = (torch.cat(column).view(wanted.shape).cpu() for column in zip(*parts, strict=True))
     return probability, rank, instead
 
 
-def _answer_part(logits: Tensor, ids: Tensor) -> Answers:
-    logits = logits.float()
+def _answer_part(logits: Tensor, ids: Tensor, moments: LogitMoments | None) -> Answers:
+    if moments is not None:
+        moments.add(logits, ids)
     own = logits.gather(1, ids[:, None])
     probability = (own.squeeze(1) - logits.logsumexp(1)).exp()
     # Written so that a model of NaNs says nothing: probability 0, last rank.

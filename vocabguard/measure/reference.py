@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vocabguard.measure.probe import undisturbed
+from vocabguard.measure.recall import LogitMoments
 from vocabguard.rows.models import input_device, logits_width, longest_prompt, parameters_of
 
 _LOGITS_AT_ONCE = 2**25
@@ -105,7 +106,7 @@ def _evenly(pieces: list[list[int]], most: int, first: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def token_nll(model: nn.Module, windows: Windows, *, batch_tokens: int) -> Tensor:
+def token_nll(model: nn.Module, windows: Windows, *, batch_tokens: int, moments: LogitMoments | None = None) -> Tensor:
     """Negative log-likelihood of each target, given all ids before it in its window.
 
     The model is asked in evaluation mode, without gradients, outside of compiled code; modes, generators and gradients
@@ -114,6 +115,7 @@ def token_nll(model: nn.Module, windows: Windows, *, batch_tokens: int) -> Tenso
     Args:
         model: causal language model, called as ``model(input_ids=...)`` and giving ``.logits``.
         batch_tokens: ids in one forward pass. Fewer are taken where the logits would exceed 2**25 numbers.
+        moments: takes up the logits of every token at the places of the targets.
 
     Returns:
         (n, L - 1) float32 on the CPU, in nats; NaN where there is no target, and where the model gives NaN.
@@ -139,7 +141,8 @@ def token_nll(model: nn.Module, windows: Windows, *, batch_tokens: int) -> Tenso
     with undisturbed(model):
         for rows, length in _batches(model, windows, batch_tokens):
             ids = windows.ids[rows, :length]
-            found[rows, : length - 1] = _nll(_logits(model, ids), ids[:, 1:])
+            counted = windows.measured[rows, : length - 1]
+            found[rows, : length - 1] = _nll(_logits(model, ids), ids[:, 1:], counted, moments)
     # A causal model's answers do not depend on the filling behind them; those about the filling are dropped.
     return found.masked_fill(~windows.measured, math.nan)
 
@@ -161,14 +164,21 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     return logits
 
 
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """(B, T - 1) float32 on the CPU of (B, T, V) logits, the last of which predicts nothing here."""
+def _nll(logits: Tensor, targets: Tensor, measured: Tensor, moments: LogitMoments | None) -> Tensor:
+    """(B, T - 1) float32 on the CPU of (B, T, V) logits, the last of which predicts nothing here.
+
+    Args:
+        measured: (B, T - 1) bool, places of targets that are no filling.
+    """
     flat, ids = logits[:, :-1].flatten(0, 1), targets.flatten().to(logits.device)
     places = max(1, _LOGITS_IN_FLOAT // flat.shape[1])
-    parts = [
-        nn.functional.cross_entropy(some.float(), wanted, reduction="none")
-        for some, wanted in zip(torch.split(flat, places), torch.split(ids, places), strict=True)
-    ]
+    split = (torch.split(one, places) for one in (flat, ids, measured.flatten().to(logits.device)))
+    parts = []
+    for part, wanted, counted in zip(*split, strict=True):
+        some = part.float()
+        parts.append(nn.functional.cross_entropy(some, wanted, reduction="none"))
+        if moments is not None:
+            moments.add(some[counted], wanted[counted])
     return torch.cat(parts).view(targets.shape).cpu()
 
 

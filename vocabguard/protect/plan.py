@@ -21,9 +21,9 @@ from vocabguard.measure.exposure import CLASS_STARTS, exposure_classes, steps_si
 from vocabguard.results import EchoPlan, Exposure
 from vocabguard.vocabulary.table import VocabTable, resolve_token
 
-Mode = Literal["uniform", "balanced", "least_exposed", "watch"]
-MODES: tuple[Mode, ...] = ("uniform", "balanced", "least_exposed", "watch")
-BY_NEED: tuple[Mode, ...] = ("balanced", "least_exposed")
+Mode = Literal["uniform", "balanced", "least_exposed", "recall", "watch"]
+MODES: tuple[Mode, ...] = ("uniform", "balanced", "least_exposed", "recall", "watch")
+BY_NEED: tuple[Mode, ...] = ("balanced", "least_exposed", "recall")
 """Modes whose ids are chosen anew at every check, and taken in the order of their need."""
 
 _MIX = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: neighbouring numbers become unlike seeds
@@ -177,6 +177,42 @@ def balanced(allowed: Tensor, exposure: Exposure, count: int, boost: float, seed
     seldom = (exposure.data_target >= CLASS_STARTS[0]) & (exposure.data_target < CLASS_STARTS[-1])
     turns = exposure.echo_target.double() / torch.where(seldom, boost, 1.0)
     return shuffled[torch.argsort(turns[shuffled], stable=True)[:count]]
+
+
+AT_RISK_SHARE = 0.25
+"""Share of the allowed tokens, those of lowest estimated recall, that a plan by recall draws more often."""
+
+
+def by_recall(allowed: Tensor, exposure: Exposure, nats: Tensor | None, count: int, boost: float, seed: int) -> Tensor:
+    """At most `count` ids, drawn at random: those of low estimated recall more often, those echoed already later.
+
+    What echo keeps is the skill of repeating as much as single tokens, and for that its lists have to be mixed: so the
+    tokens at risk are favoured, and no token is left out.
+
+    Args:
+        allowed: (m,) int64, ids that may be echoed.
+        nats: (V,) float32, estimated recall, NaN where unknown; None where nothing is estimated: then all are alike.
+        boost: how much more often one of the `AT_RISK_SHARE` at risk is drawn, and how many turns it gets for one.
+        seed: of the draw.
+
+    Example:
+        >>> none = torch.zeros(8, dtype=torch.int64)
+        >>> counts = Exposure(none, none, none, none, none.float(), none.float(), none.float(), 0, 0.0, 0)
+        >>> nats = torch.tensor([-9.0, -9.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0])
+        >>> by_recall(torch.arange(8), counts, nats, count=2, boost=1000.0, seed=0).sort().values
+        tensor([0, 1])
+    """
+    weight = torch.ones(len(allowed), dtype=torch.float64)
+    if nats is not None:
+        known = nats[allowed].nan_to_num(nan=torch.inf)
+        at_risk = torch.topk(known, math.ceil(AT_RISK_SHARE * len(allowed)), largest=False)
+        weight[at_risk.indices[at_risk.values < torch.inf]] = max(boost, 1e-9)
+    generator = torch.Generator().manual_seed(seed)
+    # The order of exponential waiting times is a draw without replacement in proportion to the weights.
+    waiting = -torch.rand(len(allowed), generator=generator, dtype=torch.float64).clamp(min=1e-300).log() / weight
+    drawn = torch.argsort(waiting)
+    turns = exposure.echo_target[allowed].double() / weight
+    return allowed[drawn[torch.argsort(turns[drawn], stable=True)][:count]]
 
 
 def foreseen(exposure: Exposure, plan: EchoPlan, batches: range, world: int, step: int) -> Exposure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from vocabguard.compare.summary import KINDS, load_scan
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.measure.retention import gone, said, said_instead
 from vocabguard.results import (
+    AGREEMENT,
     EXPOSURE_CLASSES,
     AlertStory,
     CheckResult,
@@ -59,6 +60,7 @@ class RowNumbers:
         last_target: int64, step in which it last was a target; -1 if never.
         classes: uint8, index into `EXPOSURE_CLASSES`.
         l2: float32, length of the displacement.
+        recall: float32 <= 0, estimated recall in nats; None too where the estimate does not rank tokens.
     """
 
     step: int | None
@@ -71,6 +73,7 @@ class RowNumbers:
     last_target: NDArray[np.int64] | None = None
     classes: NDArray[np.uint8] | None = None
     l2: NDArray[np.float32] | None = None
+    recall: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ class PageData:
         probe_step: step of the last probe; None if there was none.
         alerts: changes of alerts, in order.
         rows: every row's numbers, if they were kept.
-        tokens: lost tokens, worst tokens and watched tokens; lost ones first, then by cosine.
+        tokens: lost tokens, worst tokens and watched tokens; lost ones first, then by estimated recall or by cosine.
         echo: what echo has done by the last check; None without echo.
         beside: what was found beside the checks, the latest of each kind.
         verdict: that of a probe that the file holds; None where there is none.
@@ -215,18 +218,22 @@ def sizes_of(rows: RowNumbers | None, names: Sequence[str]) -> dict[str, int]:
 
 
 def choose_tokens(rows: RowNumbers, probed: Probed | None, top: int = TOP) -> list[int]:
-    """Ids to list: lost tokens, least likely first, in at most half of the lines; then those of lowest cosine."""
+    """Ids to list: lost tokens, least likely first, in at most half of the lines; then the worst ones.
+
+    Those are the tokens of lowest estimated recall, or where that is not measured, of lowest cosine.
+    """
     chosen: list[int] = []
     if probed is not None:
         lost = np.flatnonzero(probed.lost)
         lost = lost[np.argsort(probed.probability[lost], kind="stable")]
         chosen = probed.ids[lost][: top // 2].tolist()
-    if rows.cosine is None:
+    measured = rows.cosine if rows.recall is None else rows.recall
+    if measured is None:
         return chosen
-    cosine = np.where(rows.live & np.isfinite(rows.cosine), rows.cosine, np.inf)
-    cosine[chosen] = np.inf
-    lowest = np.argsort(cosine, kind="stable")[: top - len(chosen)]
-    return [*chosen, *lowest[cosine[lowest] < np.inf].tolist()]
+    ranked = np.where(rows.live & np.isfinite(measured), measured, np.inf)
+    ranked[chosen] = np.inf
+    lowest = np.argsort(ranked, kind="stable")[: top - len(chosen)]
+    return [*chosen, *lowest[ranked[lowest] < np.inf].tolist()]
 
 
 def token_lines(
@@ -252,7 +259,7 @@ def token_lines(
             data_target=at(rows.targets, token, 0), inputs=at(rows.inputs, token, 0),
             steps_since_target=max(0, step - since) if since >= 0 else None,
             probability=None if probed is None or row is None else float(probed.probability[row]),
-            said_instead=text(other) if other >= 0 else None,
+            said_instead=text(other) if other >= 0 else None, recall=at(rows.recall, token, None),
         )  # fmt: skip
         lines.append(
             TokenLine(report, None if probed is None or row is None else bool(probed.said[row]), token in on_list)
@@ -262,6 +269,7 @@ def token_lines(
 
 _PREFIX = "vocabguard/"
 _CONFUSION = "confusion/"
+_PROBED = ("probe/", "recall/")
 
 
 def run_data(log: RunLog, text: TextOf | None = None, top: int = TOP) -> PageData:
@@ -295,6 +303,8 @@ def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
     steps = log.row_steps
     vectors = log.rows(steps[-1]) if steps else {}
     rows = _rows(vectors, steps[-1] if steps else None, matrix, len(names))
+    if rows is not None and scalars.get("recall/agreement", 0.0) < AGREEMENT:
+        rows = replace(rows, recall=None)
     probed = _probed(vectors)
     last: Mapping[str, Any] = checks[-1] if checks else {}
     unforeseen = (last.get("forecast") or {}).get("not_applicable")
@@ -373,7 +383,7 @@ def _latest(checks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     for check in checks:
         named = {key.removeprefix(_PREFIX): _value(value) for key, value in check["scalars"].items()}
         if check["probed"] or check is checks[-1]:
-            found = named if check["probed"] else {key: found[key] for key in found if key.startswith("probe/")} | named
+            found = named if check["probed"] else {key: found[key] for key in found if key.startswith(_PROBED)} | named
     return {key: value for key, value in found.items() if math.isfinite(value)}
 
 
@@ -418,7 +428,7 @@ def _rows(vectors: Mapping[str, Tensor], step: int | None, matrix: MatrixName | 
         step=step, group=group, live=live.astype(bool), cosine=vector(f"{matrix}/cosine"),
         residual=vector(f"{matrix}/residual"), targets=vector("exposure/data_target"),
         inputs=vector("exposure/inputs"), last_target=vector("exposure/last_target"),
-        classes=vector("classes") if counted else None,
+        classes=vector("classes") if counted else None, recall=vector("recall/nats"),
     )  # fmt: skip
 
 
@@ -469,6 +479,8 @@ def _as_report(token: Mapping[str, Any]) -> TokenReport:
         steps_since_target=None if since is None else int(since),
         probability=None if probability is None else float(probability),
         said_instead=None if instead is None else str(instead),
+        # Logs of earlier versions have none.
+        recall=None if (recall := token.get("recall")) is None else float(recall),
     )  # fmt: skip
 
 

@@ -107,7 +107,8 @@ class ConsoleView:
         if result.watched:
             parts += [Text("watched tokens", "bold"), self._tokens(result.watched)]
         if result.worst:
-            parts += [Text("worst tokens, by cosine", "bold"), self._tokens(result.worst)]
+            by = "estimated recall" if result.recall is not None and result.recall.ranks else "cosine"
+            parts += [Text(f"worst tokens, by {by}", "bold"), self._tokens(result.worst)]
         if result.firing:
             parts += [self._line(f"Still firing: {', '.join(result.firing)}.", "yellow"), ""]
         self._print(*parts)

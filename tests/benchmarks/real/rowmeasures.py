@@ -1,0 +1,125 @@
+"""Candidates for a measure of rows: each gives the judged tokens a number, higher where a loss is more likely.
+
+Notation: ``w`` are output rows, ``h`` hidden states before them; a zero marks the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from real.rowstates import Replayed, States
+from torch import Tensor
+
+from vocabguard.measure.exposure import CLASS_STARTS
+
+BEST, NEAR, SAMPLED, FOLDS, SHRINK = 16, 32, 2048, 4, 0.3
+Scores = dict[str, Tensor]
+
+
+def candidates(run: Replayed) -> Scores:
+    """(n,) float of each candidate, by name."""
+    return {**_rows(run), **_exposure(run), **_neighbors(run), **_text(run), **_copying(run)}
+
+
+def _rows(run: Replayed) -> Scores:
+    """Row geometry alone, and L2 as softmax sees it: without what all rows share, over the spread of hidden states."""
+    w0, w = run.rows0[run.ids], run.rows[run.ids]
+    shift = (run.rows - run.rows0).mean(0)
+    own = w - w0 - shift
+    spread = run.now["text"] - run.now["text"].mean(0)
+    return {
+        "row: 1 - cosine": 1 - torch.cosine_similarity(w, w0),
+        "row: 1 - residual cosine": 1 - torch.cosine_similarity(w - shift, w0),
+        "row: L2": (w - w0).norm(dim=1),
+        "row: L2 without the shared shift": own.norm(dim=1),
+        "row: L2 seen by softmax": (own @ spread.T).square().mean(1).sqrt(),
+    }
+
+
+def _exposure(run: Replayed) -> Scores:
+    found = {"exposure: few data targets": -run.target[run.ids].double()}
+    return found if run.push is None else {**found, "exposure: push so far": run.push[run.ids]}
+
+
+def _neighbors(run: Replayed) -> Scores:
+    """The nearest row of all, and the chance that it comes in a token's place where something is repeated."""
+    w0, w = run.rows0[run.ids], run.rows[run.ids]
+    near, place = _nearest(run.rows0, run.ids)
+    asks0, asks = run.base["asks"].mean((0, 1)), run.now["asks"].mean((0, 1))
+    then, now = (w0 - run.rows0[place]) @ asks0, (w - run.rows[place]) @ asks
+    return {
+        "neighbour: cosine at the base": near,
+        "neighbour: rise of cosine": _nearest(run.rows, run.ids)[0] - near,
+        "neighbour: margin at asks": -now,
+        "neighbour: fall of margin at asks": then - now,
+    }
+
+
+def _nearest(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    directions = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-9)
+    near = directions[ids] @ directions.T
+    near[torch.arange(len(ids)), ids] = -torch.inf
+    found: tuple[Tensor, Tensor] = near.max(1)
+    return found
+
+
+def _text(run: Replayed) -> Scores:
+    """Log-probability of every token at places of text: its mean now, at the base, and the fall.
+
+    Of places that are the same for all tokens, mean log-probability and mean logit differ by a number that all tokens
+    share: ranks by one, by the other, and by the logit against that of often-asked rows are the same.
+    """
+    frequent = run.target >= CLASS_STARTS[-1]
+    places: dict[str, tuple[Tensor, Tensor]] = {}
+    for kind in ("text", "chats"):
+        places[kind] = run.base[kind], run.now[kind]
+    often = frequent[run.now["text_targets"]]
+    places["text, frequent targets"] = run.base["text"][often], run.now["text"][often]
+    places["text, rare targets"] = run.base["text"][~often], run.now["text"][~often]
+    places["asks"] = run.base["asks"].flatten(0, 1), run.now["asks"].flatten(0, 1)
+    found: Scores = {}
+    for name, (h0, h) in places.items():
+        level0, level = run.rows0[run.ids] @ h0.mean(0), run.rows[run.ids] @ h.mean(0)
+        found |= {f"{name}: log p now": -level, f"{name}: log p at the base": -level0, f"{name}: fall": level0 - level}
+    h0, h = run.base["text"], run.now["text"]
+    before, after = _log_p(h0, run.rows0, run.ids), _log_p(h, run.rows, run.ids)
+    best = before.topk(BEST, dim=0)
+    found["text, a token's best places: fall"] = best.values.mean(0) - after.gather(0, best.indices).mean(0)
+    found["text, a token's best places: log p now"] = -after.topk(BEST, dim=0).values.mean(0)
+    return found
+
+
+def _log_p(hidden: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+    """(P, n) log-probabilities of some tokens."""
+    total = torch.cat([(part @ rows.T).logsumexp(1) for part in torch.split(hidden, 128)])
+    return hidden @ rows[ids].T - total[:, None]
+
+
+def _copying(run: Replayed) -> Scores:
+    """Log-probability of a token where it would be repeated, by a linear map from input rows to hidden states.
+
+    The map is fitted on the hidden states at which the probe asks for its own tokens.
+    """
+    now = _copied(run.inputs, run.now, run.rows, run.ids)
+    then = _copied(run.inputs0, run.base, run.rows0, run.ids)
+    head, body = _copied(run.inputs0, run.base, run.rows, run.ids), _copied(run.inputs, run.now, run.rows0, run.ids)
+    return {
+        "copying: log p now": -now, "copying: log p at the base": -then, "copying: fall": then - now,
+        "copying: fall by the rows alone": then - head, "copying: fall by the body alone": then - body,
+    }  # fmt: skip
+
+
+def _copied(inputs: Tensor, states: States, rows: Tensor, ids: Tensor) -> Tensor:
+    query = linear_map(inputs[states["probed"]], states["asks"].mean(1))(inputs[ids])
+    others = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:SAMPLED]
+    return (query * rows[ids]).sum(1) - (query @ rows[others].T).logsumexp(1)
+
+
+def linear_map(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """Ridge regression of (m, e) on (m, d), with an intercept."""
+    centre, mean = x.mean(0), y.mean(0)
+    gram = (x - centre).T @ (x - centre)
+    eye = SHRINK * gram.diagonal().mean() * torch.eye(len(gram))
+    weights = torch.linalg.solve(gram + eye, (x - centre).T @ (y - mean))
+    return lambda new: (new - centre) @ weights + mean
