@@ -92,8 +92,7 @@ def price(cache: Path, name: str, overrides: Sequence[str], *, planned: int, ste
             model=model, args=arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer),
             processing_class=tokenizer, callbacks=[guarded, stop],
         ).train()  # fmt: skip
-    guard = guarded.guard
-    saved = guard.state_dict()["cadence"]
+        saved = guarded.guard.state_dict()["cadence"]
     every, probe_every = int(saved["every"]), int(saved["probe_every"])
     whole = statistics.fmean(stop.seconds)
     of_ends = statistics.fmean(guarded.ends)
@@ -107,6 +106,6 @@ def price(cache: Path, name: str, overrides: Sequence[str], *, planned: int, ste
         "seconds": {
             "start": guarded.start, "end": guarded.end, "check": check, "each_step": plain, "step": step, "guard": work
         },
-        "known": guard.latest.get("vocabguard/probe/known"),
+        "known": guarded.guard.latest.get("vocabguard/probe/known"),
         "share": work / (work + planned * step),
     }  # fmt: skip
