@@ -113,6 +113,21 @@ def test_the_children_of_torchrun_are_guarded(tmp_path: Path) -> None:
     assert counted(tmp_path / "vocabguard") == both
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["hugging face", "lightning"])
+def test_a_program_under_accelerate_launch(tmp_path: Path, trainer: str) -> None:
+    options = "--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    program = ["accelerate", "launch", *options.split(), PROGRAM, tmp_path]
+    program += ["--lightning"] if trainer == "lightning" else []
+    run = vocabguard("run", "--config", "hold", *QUICK, "--", *program)
+    _, told = run.communicate()
+    assert run.returncode == 0, told
+    assert told.count("Trainer is guarded (hold log.console=false") == 1
+    assert sum(counted(tmp_path / "vocabguard")) > 50
+    if trainer != "lightning":
+        assert counted(tmp_path / "vocabguard") == seen(tmp_path)
+
+
 def test_where_nothing_trains_one_line_says_so(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("import sys\nprint(sys.argv[1:], 'sitecustomize' in sys.modules)\nsys.exit(3)\n")
