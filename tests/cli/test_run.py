@@ -196,3 +196,21 @@ def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
     assert environment({}, None, [])["VOCABGUARD"] == "1"
     assert environment({}, "protect", [])["VOCABGUARD"] == "protect"
+
+
+def test_a_python_without_vocabguard_is_told_before_step_1(tmp_path: Path) -> None:
+    """As a program of another environment: its trainer's module is a stand-in, and vocabguard is not on its path."""
+    module = tmp_path / "transformers" / "trainer.py"
+    module.parent.mkdir()
+    (module.parent / "__init__.py").touch()
+    module.write_text("class Trainer:\n    def train(self):\n        print('trained')\n")
+    script = tmp_path / "script.py"
+    script.write_text("from transformers.trainer import Trainer\nTrainer().train()\n")
+    inherited = {"PATH": os.environ["PATH"], "VOCABGUARD": "1", "PYTHONPATH": f"{HOOK}{os.pathsep}{tmp_path}"}
+    hidden = "import sys; sys.modules['vocabguard'] = None; exec(open(sys.argv[1]).read())"
+    done = subprocess.run(
+        [sys.executable, "-c", hidden, str(script)], env=inherited, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "cannot import vocabguard" in done.stderr
+    assert "install it there" in done.stderr
