@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 REHEARSALS = Path(__file__).parent / "rehearsals"
 RESULTS = sorted((REHEARSALS / "results").glob("*.json"))
@@ -45,6 +47,16 @@ def test_counts_are_equal_to_the_spys_to_the_last_token(path: Path) -> None:
             assert run["steps_with_keys"] == list(range(7))
     assert found["echo"]["counted_echo"] > 100
     assert found["echo"]["data_as_without"]
+
+
+def test_what_was_tried_is_inside_the_ranges_of_the_package() -> None:
+    project = tomllib.loads((REHEARSALS.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = [Requirement(one) for one in (*project["dependencies"], *project["optional-dependencies"]["trl"])]
+    for path in CLIENTS:
+        versions = json.loads(path.read_text(encoding="utf-8"))["versions"]
+        inside = {one.name: one.specifier.contains(versions[one.name]) for one in asked if one.name in versions}
+        assert all(inside.values()), (path.stem, versions)
+        assert "torch" in inside
 
 
 def test_trackers_have_the_keys_at_every_check() -> None:

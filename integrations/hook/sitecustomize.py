@@ -12,6 +12,7 @@ it was, and a program still sets its environment before torch is imported.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib.util
 import os
@@ -30,6 +31,10 @@ TRAINERS = {
 REPORT = "VOCABGUARD_REPORT"
 """Environment variable: a file of the outermost process, to which each guarded trainer adds a line."""
 
+_ABSENT = (
+    "vocabguard run: this program's Python, {python}, cannot import vocabguard ({error}); install it there, or run the "
+    "program without `vocabguard run`"
+)
 _NOTHING = (
     "vocabguard run: nothing was watched: neither a transformers.Trainer nor a lightning.Trainer began to train. A "
     "loop of your own takes three lines: guard.attach(...), guard.observe_batch(batch), guard.step(n)"
@@ -77,10 +82,13 @@ def guarded(module: ModuleType) -> None:
 
     @functools.wraps(original)
     def begin(self: Any, *arguments: Any, **options: Any) -> Any:
-        from vocabguard.integrations import launched
-
+        try:
+            from vocabguard.integrations import launched
+        except ImportError as error:
+            raise ImportError(_ABSENT.format(python=sys.executable, error=error)) from error
+        # A configuration that cannot be used ends the program here, before step 1.
         if getattr(launched, guard)(self) and REPORT in os.environ:
-            with open(os.environ[REPORT], "a", encoding="utf-8") as report:
+            with contextlib.suppress(OSError), open(os.environ[REPORT], "a", encoding="utf-8") as report:
                 report.write(f"{type(self).__name__}\n")
         return original(self, *arguments, **options)
 
@@ -91,7 +99,10 @@ def report_at_exit() -> None:
     """In the outermost process, say at its end where no trainer was met in it or below it."""
     import tempfile
 
-    handle, path = tempfile.mkstemp(prefix="vocabguard-", suffix=".txt")
+    try:
+        handle, path = tempfile.mkstemp(prefix="vocabguard-", suffix=".txt")
+    except OSError:  # a full or read-only disk is no matter of the program's
+        return
     os.close(handle)
     os.environ[REPORT] = path
     mine = os.getpid()
@@ -99,10 +110,11 @@ def report_at_exit() -> None:
     def tell() -> None:
         if os.getpid() != mine:  # a fork's end is not the program's
             return
-        nothing = os.path.getsize(path) == 0
-        os.unlink(path)
-        if nothing:
-            print(_NOTHING, file=sys.stderr)
+        with contextlib.suppress(OSError):
+            nothing = os.path.getsize(path) == 0
+            os.unlink(path)
+            if nothing:
+                print(_NOTHING, file=sys.stderr)
 
     atexit.register(tell)
 

@@ -113,6 +113,21 @@ def test_the_children_of_torchrun_are_guarded(tmp_path: Path) -> None:
     assert counted(tmp_path / "vocabguard") == both
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["hugging face", "lightning"])
+def test_a_program_under_accelerate_launch(tmp_path: Path, trainer: str) -> None:
+    options = "--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    program = ["accelerate", "launch", *options.split(), PROGRAM, tmp_path]
+    program += ["--lightning"] if trainer == "lightning" else []
+    run = vocabguard("run", "--config", "hold", *QUICK, "--", *program)
+    _, told = run.communicate()
+    assert run.returncode == 0, told
+    assert told.count("Trainer is guarded (hold log.console=false") == 1
+    assert sum(counted(tmp_path / "vocabguard")) > 50
+    if trainer != "lightning":
+        assert counted(tmp_path / "vocabguard") == seen(tmp_path)
+
+
 def test_where_nothing_trains_one_line_says_so(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("import sys\nprint(sys.argv[1:], 'sitecustomize' in sys.modules)\nsys.exit(3)\n")
@@ -181,3 +196,21 @@ def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
     assert environment({}, None, [])["VOCABGUARD"] == "1"
     assert environment({}, "protect", [])["VOCABGUARD"] == "protect"
+
+
+def test_a_python_without_vocabguard_is_told_before_step_1(tmp_path: Path) -> None:
+    """As a program of another environment: its trainer's module is a stand-in, and vocabguard is not on its path."""
+    module = tmp_path / "transformers" / "trainer.py"
+    module.parent.mkdir()
+    (module.parent / "__init__.py").touch()
+    module.write_text("class Trainer:\n    def train(self):\n        print('trained')\n")
+    script = tmp_path / "script.py"
+    script.write_text("from transformers.trainer import Trainer\nTrainer().train()\n")
+    inherited = {"PATH": os.environ["PATH"], "VOCABGUARD": "1", "PYTHONPATH": f"{HOOK}{os.pathsep}{tmp_path}"}
+    hidden = "import sys; sys.modules['vocabguard'] = None; exec(open(sys.argv[1]).read())"
+    done = subprocess.run(
+        [sys.executable, "-c", hidden, str(script)], env=inherited, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "cannot import vocabguard" in done.stderr
+    assert "install it there" in done.stderr
