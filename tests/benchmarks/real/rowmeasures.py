@@ -12,14 +12,17 @@ from real.rowstates import Replayed, States
 from torch import Tensor
 
 from vocabguard.measure.exposure import CLASS_STARTS
+from vocabguard.measure.recall import LogitMoments, estimate_recall, moment_features
+from vocabguard.results import ProbeResult
 
-BEST, NEAR, SAMPLED, FOLDS, SHRINK = 16, 32, 2048, 4, 0.3
+BEST, SAMPLED, SHRINK = 16, 2048, 0.3
+PROBED = (128, 384)
 Scores = dict[str, Tensor]
 
 
 def candidates(run: Replayed) -> Scores:
     """(n,) float of each candidate, by name."""
-    return {**_rows(run), **_exposure(run), **_neighbors(run), **_text(run), **_copying(run)}
+    return {**_rows(run), **_exposure(run), **_neighbors(run), **_text(run), **_copying(run), **_recall(run)}
 
 
 def _rows(run: Replayed) -> Scores:
@@ -123,3 +126,40 @@ def linear_map(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
     eye = SHRINK * gram.diagonal().mean() * torch.eye(len(gram))
     weights = torch.linalg.solve(gram + eye, (x - centre).T @ (y - mean))
     return lambda new: (new - centre) @ weights + mean
+
+
+def _recall(run: Replayed) -> Scores:
+    """The product's measure, from probes of 128 tokens (a short run's) and of more; and by the asks alone."""
+    base, then = _heard(run.base, run.rows0)
+    now, later = _heard(run.now, run.rows)
+    found: Scores = {}
+    for name, kinds in {"": slice(None), ", asks alone": slice(1)}.items():
+        features = torch.cat([moment_features(base[kinds]), moment_features(now[kinds])], dim=1)
+        for size in PROBED:
+            estimate = estimate_recall(features, *(_first(probe, size) for probe in (then, later)))
+            if estimate is not None:
+                found[f"recall: {size} probed{name}"] = -estimate.nats[run.ids]
+    return found
+
+
+def _heard(states: States, rows: Tensor) -> tuple[list[LogitMoments], ProbeResult]:
+    """Logits of all tokens at asks and in text, and the probe's answers."""
+    kinds, probed = [LogitMoments(), LogitMoments()], states["probed"]
+    wanted = probed[:, None].expand(-1, states["asks"].shape[1])
+    probability = []
+    for hidden, ids in zip(torch.split(states["asks"], 16), torch.split(wanted, 16), strict=True):
+        logits = hidden.flatten(0, 1) @ rows.T
+        kinds[0].add(logits, ids.flatten())
+        probability.append(logits.softmax(1).gather(1, ids.flatten()[:, None]).view(ids.shape))
+    for hidden, ids in zip(torch.split(states["text"], 64), torch.split(states["text_targets"], 64), strict=True):
+        kinds[1].add(hidden @ rows.T, ids)
+    chance = torch.cat(probability)
+    none = torch.zeros(chance.shape, dtype=torch.int64)
+    return kinds, ProbeResult(tuple("abcd"), probed, chance > 0.5, chance, none, none)
+
+
+def _first(probe: ProbeResult, size: int) -> ProbeResult:
+    """The probe of some of its tokens, evenly."""
+    rows = torch.arange(0, len(probe.ids), len(probe.ids) // size)[:size]
+    kept = {name: getattr(probe, name)[rows] for name in ("ids", "emitted", "probability", "rank", "instead")}
+    return ProbeResult(probe.contexts, **kept)
