@@ -36,6 +36,10 @@ _OF_REFERENCE = {**dict.fromkeys(("nll_rise", "nll_rise_low", "nll_rise_high"), 
 _OF_RECALL = {"nats": (-math.inf, 0.0)}
 _OF_FORECAST = {"below_0.95": _SHARE, "rows": _COUNT}
 _OF_PROBE = {"retained": _SHARE, "known": _COUNT}
+_BY_OWNER = {
+    **dict.fromkeys(_MATRICES, _OF_ROWS),
+    "forecast": _OF_FORECAST, "probe": _OF_PROBE, "recall": _OF_RECALL, "reference": _OF_REFERENCE,
+}  # fmt: skip
 _OF_ANSWERS = ("latin", "line_pass", "word_pass")
 _SINGLE = {
     **{f"exposure/{name}": _SHARE for name in (*EXPOSURE_CLASSES, "push_share")},
@@ -112,16 +116,8 @@ def metric_range(metric: str) -> tuple[float, float]:
     owner, _, rest = key.partition("/")
     part, _, last = rest.rpartition("/")
     if "/" not in part and not rest.startswith("/"):
-        if owner in _MATRICES and last in _OF_ROWS:
-            return _OF_ROWS[last]
-        if owner == "forecast" and last in _OF_FORECAST:
-            return _OF_FORECAST[last]
-        if owner == "probe" and last in _OF_PROBE:
-            return _OF_PROBE[last]
-        if owner == "recall" and last in _OF_RECALL:
-            return _OF_RECALL[last]
-        if owner == "reference" and last in _OF_REFERENCE:
-            return _OF_REFERENCE[last]
+        if last in (known := _BY_OWNER.get(owner, {})):
+            return known[last]
         if owner == "confusion" and ((not part and _is_language(last)) or (part and last in _OF_ANSWERS)):
             return _SHARE
     raise ValueError(f"metric is {metric!r}, which is never logged{_nearest(key, _known_keys(owner, part))}")
