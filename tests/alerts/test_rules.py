@@ -26,6 +26,9 @@ COSINE, SHARE, COUNT, NATS = (-1.0, 1.0), (0.0, 1.0), (0.0, math.inf), (-math.in
         ("probe/never/retained", SHARE),
         ("probe/watch", SHARE),
         ("probe/probability_mean", SHARE),
+        ("recall/nats", (-math.inf, 0.0)),
+        ("recall/never/nats", (-math.inf, 0.0)),
+        ("recall/agreement", COSINE),
         ("reference/nll", COUNT),
         ("reference/nll_rise_high", NATS),
         ("reference/rare_rise_low", NATS),
@@ -52,6 +55,7 @@ def test_every_logged_key_has_its_own_range(metric, expected):
         ("probe/ja/watch", "probe/watch"),
         ("overheads", "overhead"),
         ("reference/rare_rise_lo", "reference/rare_rise_low"),
+        ("recall/ja/nat", "recall/ja/nats"),
         ("reference/ja/nll_rises", "reference/ja/nll_rise"),
     ],
 )

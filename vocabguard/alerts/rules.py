@@ -33,8 +33,13 @@ _OF_ROWS = {
     **dict.fromkeys(("nonfinite_rows", "zero_rows"), _COUNT),
 }
 _OF_REFERENCE = {**dict.fromkeys(("nll_rise", "nll_rise_low", "nll_rise_high"), _NATS), "targets": _COUNT}
+_OF_RECALL = {"nats": (-math.inf, 0.0)}
 _OF_FORECAST = {"below_0.95": _SHARE, "rows": _COUNT}
 _OF_PROBE = {"retained": _SHARE, "known": _COUNT}
+_BY_OWNER = {
+    **dict.fromkeys(_MATRICES, _OF_ROWS),
+    "forecast": _OF_FORECAST, "probe": _OF_PROBE, "recall": _OF_RECALL, "reference": _OF_REFERENCE,
+}  # fmt: skip
 _OF_ANSWERS = ("latin", "line_pass", "word_pass")
 _SINGLE = {
     **{f"exposure/{name}": _SHARE for name in (*EXPOSURE_CLASSES, "push_share")},
@@ -44,6 +49,7 @@ _SINGLE = {
     **{f"probe/{name}": _BESIDE for name in ("tokens_retained", "tokens_retained_low", "tokens_retained_high")},
     **{f"probe/{name}": _NATS for name in ("nats", "nats_low", "nats_high")},
     **{f"probe/{name}": _COUNT for name in ("asked", "known", "watch_known")},
+    "recall/agreement": _COSINE,
     **{f"confusion/{name}": _SHARE for name in ("foreign", "line_pass", "word_pass")},
     **dict.fromkeys(("reference/nll", "reference/targets"), _COUNT),
     **{f"reference/{name}{end}": _NATS for name in ("nll_rise", "rare_rise") for end in ("", "_low", "_high")},
@@ -87,6 +93,8 @@ def metric_range(metric: str) -> tuple[float, float]:
     | ``retained``, ``skill``, ``tokens_retained``, ``nats`` with ``_low``, ``_high``: ends of the interval | the same |
     | ``probe/`` ``asked``, ``known``, ``watch_known``, ``<part>/known`` | [0, inf) |
     | ``probe/<part>/retained`` | [0, 1] |
+    | ``recall/`` ``nats``, ``<part>/nats`` | (-inf, 0] |
+    | ``recall/agreement`` | [-1, 1] |
     | ``reference/`` ``nll``, ``targets``, ``rare/targets``, ``frequent/targets``, ``<part>/targets`` | [0, inf) |
     | ``reference/`` ``nll_rise``, ``rare_rise``, ``<part>/nll_rise``, also with ``_low``, ``_high`` | any number |
     | ``confusion/`` ``foreign``, ``line_pass``, ``word_pass``, ``<language>`` (at evaluations) | [0, 1] |
@@ -108,14 +116,8 @@ def metric_range(metric: str) -> tuple[float, float]:
     owner, _, rest = key.partition("/")
     part, _, last = rest.rpartition("/")
     if "/" not in part and not rest.startswith("/"):
-        if owner in _MATRICES and last in _OF_ROWS:
-            return _OF_ROWS[last]
-        if owner == "forecast" and last in _OF_FORECAST:
-            return _OF_FORECAST[last]
-        if owner == "probe" and last in _OF_PROBE:
-            return _OF_PROBE[last]
-        if owner == "reference" and last in _OF_REFERENCE:
-            return _OF_REFERENCE[last]
+        if last in (known := _BY_OWNER.get(owner, {})):
+            return known[last]
         if owner == "confusion" and ((not part and _is_language(last)) or (part and last in _OF_ANSWERS)):
             return _SHARE
     raise ValueError(f"metric is {metric!r}, which is never logged{_nearest(key, _known_keys(owner, part))}")
@@ -188,6 +190,7 @@ def _known_keys(owner: str, part: str) -> list[str]:
     inner = f"{part}/" if part else ""
     keys = [f"{matrix}/{inner}{last}" for matrix in _MATRICES for last in _OF_ROWS]
     keys += [f"forecast/{inner}{last}" for last in _OF_FORECAST]
+    keys += [f"recall/{inner}{last}" for last in _OF_RECALL]
     if owner == "confusion":
         keys += [f"confusion/{inner}{last}" for last in (_OF_ANSWERS if part else LANGUAGES)]
     if part:

@@ -12,14 +12,17 @@ from real.rowstates import Replayed, States
 from torch import Tensor
 
 from vocabguard.measure.exposure import CLASS_STARTS
+from vocabguard.measure.recall import LogitMoments, estimate_recall, moment_features
+from vocabguard.results import ProbeResult
 
-BEST, NEAR, SAMPLED, FOLDS, SHRINK = 16, 32, 2048, 4, 0.3
+BEST, SAMPLED, SHRINK = 16, 2048, 0.3
+PROBED = (128, 384)
 Scores = dict[str, Tensor]
 
 
 def candidates(run: Replayed) -> Scores:
     """(n,) float of each candidate, by name."""
-    return {**_rows(run), **_exposure(run), **_neighbors(run), **_text(run), **_copying(run)}
+    return {**_rows(run), **_exposure(run), **_neighbors(run), **_text(run), **_copying(run), **_recall(run)}
 
 
 def _rows(run: Replayed) -> Scores:
@@ -83,17 +86,14 @@ def _text(run: Replayed) -> Scores:
         level0, level = run.rows0[run.ids] @ h0.mean(0), run.rows[run.ids] @ h.mean(0)
         found |= {f"{name}: log p now": -level, f"{name}: log p at the base": -level0, f"{name}: fall": level0 - level}
     h0, h = run.base["text"], run.now["text"]
-    before, after = _log_p(h0, run.rows0, run.ids), _log_p(h, run.rows, run.ids)
+    before, after = (
+        hidden @ rows[run.ids].T - states["text_total"][:, None]
+        for hidden, rows, states in ((h0, run.rows0, run.base), (h, run.rows, run.now))
+    )
     best = before.topk(BEST, dim=0)
     found["text, a token's best places: fall"] = best.values.mean(0) - after.gather(0, best.indices).mean(0)
     found["text, a token's best places: log p now"] = -after.topk(BEST, dim=0).values.mean(0)
     return found
-
-
-def _log_p(hidden: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
-    """(P, n) log-probabilities of some tokens."""
-    total = torch.cat([(part @ rows.T).logsumexp(1) for part in torch.split(hidden, 128)])
-    return hidden @ rows[ids].T - total[:, None]
 
 
 def _copying(run: Replayed) -> Scores:
@@ -123,3 +123,44 @@ def linear_map(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
     eye = SHRINK * gram.diagonal().mean() * torch.eye(len(gram))
     weights = torch.linalg.solve(gram + eye, (x - centre).T @ (y - mean))
     return lambda new: (new - centre) @ weights + mean
+
+
+def _recall(run: Replayed) -> Scores:
+    """The product's measure, from probes of 128 tokens (a short run's) and of more; and by the asks alone."""
+    # Of no more tokens than are looked at.
+    ids = torch.unique(torch.cat([run.ids, run.now["probed"]]))
+    base, then = _heard(run.base, run.rows0[ids], ids)
+    now, later = _heard(run.now, run.rows[ids], ids)
+    found: Scores = {}
+    for name, kinds in {"": slice(None), ", asks alone": slice(1)}.items():
+        features = torch.cat([moment_features(base[kinds]), moment_features(now[kinds])], dim=1)
+        for size in PROBED:
+            estimate = estimate_recall(features, *(_first(probe, size) for probe in (then, later)))
+            if estimate is not None:
+                found[f"recall: {size} probed{name}"] = -estimate.nats[torch.searchsorted(ids, run.ids)]
+    return found
+
+
+def _heard(states: States, rows: Tensor, ids: Tensor) -> tuple[list[LogitMoments], ProbeResult]:
+    """Logits of some tokens at asks and in text, and the probe's answers; ids become places among the (n,) `ids`."""
+    kinds, place = [LogitMoments(), LogitMoments()], torch.full((int(ids.max()) + 1,), len(ids))
+    place[ids] = torch.arange(len(ids))
+    probed = place[states["probed"]]
+    wanted = probed[:, None].expand(-1, states["asks"].shape[1])
+    # A column more, for targets of the text that are none of the tokens.
+    more = torch.cat([rows, torch.zeros_like(rows[:1])])
+    asked = states["asks"] @ more.T
+    kinds[0].add(asked.flatten(0, 1), wanted.flatten())
+    targets = states["text_targets"]
+    inside = targets < len(place)
+    kinds[1].add(states["text"] @ more.T, torch.where(inside, place[targets.where(inside, ids[0])], len(ids)))
+    chance = (asked.gather(2, wanted[:, :, None]).squeeze(2) - states["asks_total"]).exp()
+    none = torch.zeros(chance.shape, dtype=torch.int64)
+    return kinds, ProbeResult(tuple("abcd"), probed, chance > 0.5, chance, none, none)
+
+
+def _first(probe: ProbeResult, size: int) -> ProbeResult:
+    """The probe of some of its tokens, evenly."""
+    rows = torch.arange(0, len(probe.ids), len(probe.ids) // size)[:size]
+    kept = {name: getattr(probe, name)[rows] for name in ("ids", "emitted", "probability", "rank", "instead")}
+    return ProbeResult(probe.contexts, **kept)

@@ -34,43 +34,44 @@ PROBED, TEXT, CHATS = 384, 2048, 32
 States = dict[str, Tensor]
 
 
-def _hidden(model: Any, ids: Tensor, keep: int = 0) -> Tensor:
-    """(B, keep or T, d) float32, what the output rows are multiplied with."""
+def _hidden(model: Any, ids: Tensor, keep: int = 0) -> tuple[Tensor, Tensor]:
+    """(B, keep or T, d) float32, what the output rows are multiplied with; (B, keep or T), logsumexp of the logits."""
     seen: list[Tensor] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     with torch.no_grad():
-        model(input_ids=ids, use_cache=False, logits_to_keep=keep)
+        total = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.logsumexp(-1)
     hook.remove()
-    return seen[0]
+    return seen[0], total
 
 
 def _states(model: Any, tokenizer: Any, probed: Tensor) -> States:
     """``text``, ``chats`` (n, d) with ``text_targets``, ``chats_targets`` (n,); ``asks`` (p, contexts, d), ``probed``.
 
-    ``text_windows`` (n,) says which window of the text a place belongs to.
+    ``text_total`` (n,) and ``asks_total`` (p, contexts) are the logsumexp of the logits.
     """
     config = load_config({"reference": {"max_tokens": TEXT}})
     windows = windows_of(model, tokenizer, reference_texts(config.reference), config.reference)
-    text = [_hidden(model, ids[None, :size])[0, :-1] for ids, size in zip(windows.ids, windows.lengths, strict=True)]
+    text = [_hidden(model, ids[None, :size]) for ids, size in zip(windows.ids, windows.lengths, strict=True)]
     chats, wanted = [], []
     for row in validation_rows(tokenizer, 48, CHATS):
         labels = torch.tensor(row["labels"])[1:]
-        chats.append(_hidden(model, torch.tensor([row["input_ids"]]))[0, :-1][labels != IGNORE])
+        chats.append(_hidden(model, torch.tensor([row["input_ids"]]))[0][0, :-1][labels != IGNORE])
         wanted.append(labels[labels != IGNORE])
     pool = {context.name: context for context in render_pool(tokenizer, config.probe.contexts)}
-    asks = []
+    asks, totals = [], []
     for name in CONTEXTS:
         lists = probe_lists(len(probed), pool[name], 0)
         prompts, places = prompts_of(probed[lists], pool[name])
         keep = prompts.shape[1] - int(places[0])
-        read = [_hidden(model, part, keep)[:, places - prompts.shape[1]] for part in torch.split(prompts, 8)]
-        flat = torch.cat(read).flatten(0, 1)[: len(probed)]
-        asks.append(torch.empty_like(flat).index_copy_(0, lists.flatten()[: len(probed)], flat))
+        read = [_hidden(model, part, keep) for part in torch.split(prompts, 8)]
+        for column, kept in zip(zip(*read, strict=True), (asks, totals), strict=True):
+            flat = torch.cat([part[:, places - prompts.shape[1]] for part in column]).flatten(0, 1)[: len(probed)]
+            kept.append(torch.empty_like(flat).index_copy_(0, lists.flatten()[: len(probed)], flat))
     return {
-        "text": torch.cat(text), "text_targets": windows.targets[windows.measured],
-        "text_windows": torch.repeat_interleave(torch.arange(len(text)), windows.lengths - 1),
+        "text": torch.cat([hidden[0, :-1] for hidden, _ in text]), "text_targets": windows.targets[windows.measured],
+        "text_total": torch.cat([total[0, :-1] for _, total in text]),
         "chats": torch.cat(chats), "chats_targets": torch.cat(wanted),
-        "asks": torch.stack(asks, 1), "probed": probed,
+        "asks": torch.stack(asks, 1), "asks_total": torch.stack(totals, 1), "probed": probed,
     }  # fmt: skip
 
 
@@ -122,7 +123,7 @@ class Replays:
         work.mkdir(parents=True, exist_ok=True)
 
     def at(self, name: str, percent: int, *, again: bool = False) -> Replayed:
-        """A run, ``recipe/arm-seed``, when so many percent were done; `again` asks its end four times more."""
+        """A run, ``recipe/arm-seed``, when so many percent were done; `again` asks its end four times more, once."""
         run = self._cache / name
         told = json.loads((run / "run.json").read_text(encoding="utf-8"))
         recipe = Recipe(**told["recipe"])
@@ -137,7 +138,7 @@ class Replays:
             with safe_open(rows, "pt") as file:
                 push = file.get_tensor("exposure/push")
         after = self._states_of(recipe, name, percent)
-        once_more = self._again(recipe, name, asked["ids"]) if again else None
+        once_more = self._again(recipe, name, asked["ids"], again)
         rows0, inputs0 = _matrices(self._cache / "models" / recipe.model / "model.safetensors")
         rows1, inputs1 = _matrices(weights)
         return Replayed(
@@ -183,9 +184,11 @@ class Replays:
         found: States = torch.load(kept, weights_only=True)
         return found
 
-    def _again(self, recipe: Recipe, name: str, ids: Tensor) -> Tensor:
+    def _again(self, recipe: Recipe, name: str, ids: Tensor, wanted: bool) -> Tensor | None:
         kept = self._work / f"{name.replace('/', '-')}-again.pt"
         if not kept.exists():
+            if not wanted:
+                return None
             torch.save(ask(*self._load(recipe, name, 100), ids.tolist(), seed=1)[1], kept)
         found: Tensor = torch.load(kept, weights_only=True)
         return found.mean(1)
