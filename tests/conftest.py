@@ -21,7 +21,7 @@ from xdist.scheduler import LoadFileScheduling
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE / "kits"))
-collect_ignore = ["processes", "kits"]  # scripts and helpers, no tests
+collect_ignore = ["processes", "kits", "rehearsals"]  # scripts and helpers, no tests
 
 # Before torch is imported, for the workers and what they start too: tiny models are slower on several threads, and
 # several processes that each take all cores are slowest.

@@ -39,6 +39,7 @@ SET_FROM_OUTSIDE = {
     # Records of the module that sets them: the process group's state, a reader's place, counts of turns.
     "line.opened", "line.failed", "line.sent", "behind.rows",
     "loop.body",  # of a parsed chat template, which gets marks
+    "record.length",
 }  # fmt: skip
 
 

@@ -1,36 +1,39 @@
-"""How long counting coverage takes against the bare tokenizer over the same texts.
+"""What counting coverage costs against the fastest tokenizer alone over the same texts.
 
-``python tests/benchmarks/coverage_speed.py`` takes the interface messages of Django in 99 languages as texts and as
-prompts with completions, and the chats of chatterbot-corpus joined to conversations, with and without
-``{% generation %}`` in the template. The bare tokenizer is ``tokenizer(batch)`` in batches of as many, of texts that
-are there already; of chats also ``tokenizer.apply_chat_template(batch)``, which has to render them as coverage does.
-All are run in turns, in one process; printed are the median times and the ratio to them. No network.
+``python tests/benchmarks/coverage_speed.py`` takes the interface messages of Django in 99 languages as texts, as
+paragraphs of ten and as prompts with completions, the chats of chatterbot-corpus joined to conversations, with and
+without ``{% generation %}`` in the template, and the same texts as token ids in a Parquet file. They are compared with
+one process and one thread of `fastokens` (the extra ``fast``) where it is installed, else of the tokenizer's own
+``encode_batch_fast``, of texts that are there already; for conversations also their rendering by
+``apply_chat_template(tokenize=False)`` and the tokenizer together; for token ids reading the file's two columns with
+pyarrow. All are run in turns, in one process, and compared by CPU seconds, which other work on the machine changes
+little; printed are the medians over the rounds and the ratios. No network.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoTokenizer
 
-from vocabguard.data.coverage import CHUNK, measure_coverage
-from vocabguard.data.readers import Chat, Completion, Example, Text
-from vocabguard.vocabulary.table import build_table
+from vocabguard.data.coverage import CHUNK, count_rows
+from vocabguard.data.encode import TargetEncoder
+from vocabguard.data.readers import Chat, Completion, Example, Text, read_examples
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PLAIN = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
-
-WHAT = ("tokenizer(batch)", "apply_chat_template")
 
 
 def conversations(chats: Any, exchanges: int) -> list[list[dict[str, str]]]:
@@ -47,56 +50,117 @@ def conversations(chats: Any, exchanges: int) -> list[list[dict[str, str]]]:
 
 
 def medians(works: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Seconds of each, run in turns."""
+    """CPU seconds of each, run in turns, after a first round that warms up."""
     times: list[list[float]] = [[] for _ in works]
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
         for work, taken in zip(works, times, strict=True):
-            began = time.perf_counter()
+            began = time.process_time()
             work()
-            taken.append(time.perf_counter() - began)
-    return [statistics.median(taken) for taken in times]
+            taken.append(time.process_time() - began)
+    return [statistics.median(taken[1:]) for taken in times]
+
+
+def alone(tokenizer: Any) -> tuple[str, Callable[[list[str]], object]]:
+    """The fastest tokenizer there is, and its name."""
+    try:
+        import fastokens
+
+        quick = fastokens.Tokenizer.from_json_str(tokenizer.backend_tokenizer.to_str())
+        return "fastokens", quick.encode_batch_flat
+    except ImportError:
+        return "encode_batch_fast", tokenizer.backend_tokenizer.encode_batch_fast
+
+
+def counted(examples: list[Example], tokenizer: Any) -> Callable[[], int]:
+    """Counting all of them, as `measure_coverage` does once it has begun."""
+    encoder = TargetEncoder(tokenizer)
+    count_rows(encoder, examples[:CHUNK])
+
+    def count() -> int:
+        total = np.zeros((2, len(tokenizer)), dtype=np.int64)
+        for begin in range(0, len(examples), CHUNK):
+            count_rows(encoder, examples[begin : begin + CHUNK]).add_to(total)
+        return int(total[1].sum())
+
+    return count
 
 
 def compare(name: str, examples: list[Example], texts: list[str], tokenizer: Any, repeats: int) -> None:
     """Print one line."""
-    table = build_table(tokenizer, len(tokenizer))
     batches = [texts[begin : begin + CHUNK] for begin in range(0, len(texts), CHUNK)]
-    works: list[Callable[[], object]] = [
-        lambda: measure_coverage(examples, tokenizer, table),
-        lambda: [tokenizer(batch) for batch in batches],
-    ]
+    fastest, encode = alone(tokenizer)
+    count = counted(examples, tokenizer)
+    works: list[Callable[[], object]] = [count, lambda: [encode(batch) for batch in batches]]
+    told = [fastest]
     if isinstance(examples[0], Chat):
-        said = [[chat.turns for chat in examples[begin : begin + CHUNK]] for begin in range(0, len(examples), CHUNK)]
-        works.append(lambda: [tokenizer.apply_chat_template(batch) for batch in said])
-    counted, *others = medians(works, repeats)
-    tokens = int(measure_coverage(examples, tokenizer, table).inputs.sum())
-    told = [f"{counted / other:.2f} times {what} ({other:.3f} s)" for other, what in zip(others, WHAT, strict=False)]
-    print(f"{name:24} {len(examples):7,} rows {tokens:8,} tokens: coverage {counted:.3f} s, {', '.join(told)}")
+        turns = [example.turns for example in examples if isinstance(example, Chat)]
+        works.append(lambda: encode([tokenizer.apply_chat_template(one, tokenize=False) for one in turns]))
+        told.append(f"rendering and {fastest}")
+    ours, *others = medians(works, repeats)
+    shown = ", ".join(
+        f"{ours / other:.2f} times {what} ({other:.3f} s)" for other, what in zip(others, told, strict=True)
+    )
+    print(f"{name:24} {len(examples):7,} rows {count():9,} tokens: coverage {ours:.3f} s, {shown}", flush=True)
+
+
+def compare_tokens(texts: list[str], tokenizer: Any, repeats: int) -> None:
+    """Print the line of token ids in a Parquet file."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = tokenizer(texts * 20)["input_ids"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokens.parquet"
+        kind = pa.list_(pa.int32())
+        table = pa.table({"input_ids": pa.array(rows, kind), "labels": pa.array(rows, kind)})
+        parquet.write_table(table, path, row_group_size=50_000)
+        encoder = TargetEncoder(tokenizer)
+
+        def count() -> int:
+            total = np.zeros((2, len(tokenizer)), dtype=np.int64)
+            for block in read_examples([path], blocks=True):
+                count_rows(encoder, [block]).add_to(total)
+            return int(total[1].sum())
+
+        def read() -> None:
+            with parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(65_536, columns=["input_ids", "labels"]):
+                    for column in batch.columns:
+                        column.flatten().to_numpy()
+
+        ours, other = medians([count, read], repeats)
+        print(f"{'token ids in Parquet':24} {len(rows):7,} rows {count():9,} tokens: coverage {ours:.3f} s, "
+              f"{ours / other:.2f} times reading ({other:.3f} s)")  # fmt: skip
 
 
 def main() -> None:
     """Read, time, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--tokenizer", default=str(EXAMPLES / "assets"))
+    given = parser.parse_args()
     sys.path.insert(0, str(EXAMPLES))
     from corpus import load
 
     corpus = load("train")
     lines = [text for _, text in corpus.lines]
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "assets")
-    compare("texts", [Text("", line) for line in lines], lines, tokenizer, repeats)
+    tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
+    compare("texts", [Text("", line) for line in lines], lines, tokenizer, given.repeats)
+    paragraphs = [" ".join(lines[begin : begin + 10]) for begin in range(0, len(lines), 10)]
+    compare("paragraphs", [Text("", one) for one in paragraphs], paragraphs, tokenizer, given.repeats)
     halves = [(line[: len(line) // 2], line[len(line) // 2 :]) for line in lines]
-    compare("prompts and completions", [Completion("", *half) for half in halves], lines, tokenizer, repeats)
+    compare("prompts and completions", [Completion("", *half) for half in halves], lines, tokenizer, given.repeats)
+    compare_tokens(lines, tokenizer, given.repeats)
     for exchanges in (1, 8):
         said = conversations(corpus.chats, exchanges)
-        texts = tokenizer.apply_chat_template(said, tokenize=False)
         for marked, template in (("marked", tokenizer.chat_template), ("unmarked", PLAIN)):
-            own = AutoTokenizer.from_pretrained(EXAMPLES / "assets")
+            own = AutoTokenizer.from_pretrained(given.tokenizer)
             own.chat_template = template
+            texts = own.apply_chat_template(said, tokenize=False)
             name = f"chats of {exchanges}, {marked}"
-            compare(name, [Chat("", turns) for turns in said], texts, own, repeats)
+            compare(name, [Chat("", turns) for turns in said], texts, own, given.repeats)
 
 
 if __name__ == "__main__":
+    os.environ |= {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     main()

@@ -86,6 +86,9 @@ def coverage(
     ] = "inputs",
     top: Annotated[int, typer.Option(help="Tokens at risk to name.")] = 20,
     workers: Annotated[int, typer.Option(help="Processes; 0 chooses by the size of the data.")] = 0,
+    fast: Annotated[
+        bool, typer.Option(help="Let fastokens encode, where it is installed and gives the same ids on a sample.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable result on standard output.")] = False,
 ) -> None:
     """Count how often training data asks for each token, as a trainer would mask it.
@@ -123,7 +126,7 @@ def coverage(
                 result = measure_coverage(
                     examples, loaded, vocabulary, name=name, files=[str(file) for file in files], loss=loss,  # type: ignore[arg-type]
                     eos=eos, max_length=max_length, trainer=trainer, epochs=epochs,  # type: ignore[arg-type]
-                    workers=workers or _workers_for(files), progress=advance, words=words,
+                    workers=workers or _workers_for(files), progress=advance, words=words, fast=fast,
                 )  # fmt: skip
         if out is not None:
             result.save(out)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vocabguard.data.encode import Batch, Loss, Source, TargetEncoder
+from vocabguard.data.encode import Batch, Loss, Rendered, TargetEncoder
 from vocabguard.data.readers import Example, Examples, Text, TokenRows
 from vocabguard.data.render import Trainer, TurnTally
 from vocabguard.data.roles import ROLES, UnknownRoleError
@@ -253,7 +253,7 @@ def measure_coverage(
     examples: Iterable[Example], tokenizer: Any, table: VocabTable, *, name: str = "", files: Sequence[str] = (),
     loss: Loss = "assistant", eos: bool = True, max_length: int | None = None, epochs: int = 1, workers: int = 1,
     progress: Callable[[int], object] | None = None, trainer: Trainer = "trl",
-    words: Mapping[str, Sequences] | None = None,
+    words: Mapping[str, Sequences] | None = None, fast: bool = True,
 ) -> Coverage:  # fmt: skip
     """Count targets and inputs of all examples.
 
@@ -262,7 +262,7 @@ def measure_coverage(
         table: of the same tokenizer.
         name: of the tokenizer, kept with the counts.
         files: names of the data files, kept with the counts.
-        loss, eos, max_length, trainer: see `TargetEncoder`.
+        loss, eos, max_length, trainer, fast: see `TargetEncoder`.
         epochs: the counts are multiplied by it.
         workers: processes that encode; 1 is this one, with the tokenizer's own threads.
         progress: gets the rows of each chunk that is done.
@@ -275,9 +275,13 @@ def measure_coverage(
     for label, value in (("epochs", epochs), ("workers", workers)):
         if value < 1:
             raise ValueError(f"{label} is {value}; allowed: at least 1")
-    options: dict[str, Any] = {"loss": loss, "eos": eos, "max_length": max_length, "trainer": trainer}
+    options: dict[str, Any] = {"loss": loss, "eos": eos, "max_length": max_length, "trainer": trainer, "fast": fast}
     encoder = TargetEncoder(tokenizer, **options)  # wrong options are refused here, not in a worker that then breaks
-    counts, tally, example = np.zeros((2, len(table)), dtype=np.int64), RowTally(), ShownRow(tokenizer, encoder)
+    counts, tally, example = (
+        np.zeros((2, len(table)), dtype=np.int64),
+        RowTally(),
+        ShownRow(tokenizer, TargetEncoder(tokenizer, **{**options, "fast": False})),
+    )
     remaining, sequences = iter(examples), tuple((words or {}).values())
     of_words = np.zeros((len(sequences), 2), dtype=np.int64)
     try:
@@ -293,6 +297,7 @@ def measure_coverage(
         raise ValueError(f"no rows in {', '.join(files) or 'the data'}; there is nothing to count")
     both = torch.from_numpy(counts) * epochs
     kinds, notes = _reading(examples)
+    notes = (*notes, encoder.texts.told) if encoder.texts.told else notes
     source = CoverageSource(
         name, vocabulary_hash(tokenizer), tuple(files), loss, eos, max_length, epochs, table.names, trainer,
         encoder.renderer.identity(tally.chats_trl > 0), kinds, notes, _shard_of(examples), example.pieces,
@@ -424,7 +429,7 @@ def _counted_here(
 ) -> Iterator[Counted]:
     """Chat templates are rendered here while a thread has the tokenizer, which lets go of Python's lock."""
 
-    def count(sources: Sequence[Source | TokenRows], turns: TurnTally) -> Counted:
+    def count(sources: Sequence[Rendered], turns: TurnTally) -> Counted:
         return _count_batches(encoder.batches(sources), turns, words)
 
     def submitted(pool: ThreadPoolExecutor) -> Iterator[Future[Counted]]:
@@ -495,8 +500,6 @@ class ShownRow:
             row = next(iter(self._encoder.encode([_first_row(example)])))
         except DataError:  # it is refused where it is counted
             return
-        finally:
-            self._encoder.renderer.take_tally()
         if row.target.any():
             self._looked = _SHOWN
         elif self.pieces:

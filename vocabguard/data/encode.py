@@ -97,6 +97,21 @@ class Source:
     beside: str | None = None
 
 
+@dataclass(slots=True)
+class Documents:
+    """Texts alone, as they are tokenized."""
+
+    examples: Sequence[Example]
+    texts: list[str]
+
+    def __iter__(self) -> Iterator[tuple[Example, str]]:
+        return zip(self.examples, self.texts, strict=True)
+
+
+Rendered = Source | TokenRows | Documents
+"""What `TargetEncoder.render` gives for an example, or for many texts."""
+
+
 class TargetEncoder:
     """Encodes examples and says which tokens are targets.
 
@@ -144,26 +159,33 @@ class TargetEncoder:
         found = dict(row for batch in self.batches(self.render(examples)) for row in batch.rows())
         return [found[place] for place in range(len(found))]
 
-    def render(self, examples: Sequence[Example]) -> list[Source | TokenRows]:
+    def render(self, examples: Sequence[Example]) -> list[Rendered]:
         """The examples as texts: the first half of `encode`, which holds Python's lock.
 
         Raises:
             DataError: for an example that the chat template refuses.
         """
+        if all(type(example) is Text for example in examples):
+            # Rows of few tokens, where what is done for each row is what takes time.
+            eos = self._eos
+            texts = [text if text.endswith(eos) else text + eos for text in (one.text for one in examples)]  # type: ignore[union-attr]
+            return [Documents(examples, texts)]
         return [self._source(example) for example in examples]
 
-    def batches(self, sources: Sequence[Source | TokenRows]) -> list[Batch]:
+    def batches(self, sources: Sequence[Rendered]) -> list[Batch]:
         """The texts as ids, in batches that are tokenized alike: the second half, during which other threads can run.
 
         Raises:
             DataError: for a text that the tokenizer refuses, or an id that is no token's.
         """
+        if len(sources) == 1 and isinstance(sources[0], Documents):
+            return [self._documents(sources[0])]
         kinds: dict[tuple[bool, bool], list[tuple[int, Source]]] = {}
         tokens: list[tuple[int, TokenRows]] = []
         for place, source in enumerate(sources):
             if isinstance(source, TokenRows):
                 tokens.append((place, source))
-            else:
+            elif isinstance(source, Source):
                 kinds.setdefault((source.special, source.spans is not None), []).append((place, source))
         found = [
             self._batch([source for _, source in of_kind], np.array([place for place, _ in of_kind]), *kind)
@@ -173,11 +195,21 @@ class TargetEncoder:
             found.append(self._beside([source for of_kind in kinds.values() for _, source in of_kind]))
         return [*found, *([self._token_batch(tokens)] if tokens else [])]
 
+    def _documents(self, documents: Documents) -> Batch:
+        """Texts of which every token is a target."""
+        try:
+            ids, lengths = self.texts.flat(documents.texts, True)
+        except Exception as error:  # one text spoils the batch: say which
+            sources = [Source(example.place, text, True) for example, text in documents]
+            raise self._refused(sources, documents.texts, True, error) from error
+        return self._cut(ids, np.ones(len(ids), dtype=np.bool_), lengths, np.arange(len(lengths)))
+
     def _source(self, example: Example) -> Source | TokenRows:
+        if isinstance(example, Text):  # the cheapest rows, so that a call more would be seen
+            text = example.text
+            return Source(example.place, text if text.endswith(self._eos) else text + self._eos, True)
         if isinstance(example, TokenRows):
             return example
-        if isinstance(example, Text):
-            return Source(example.place, self._ended(example.text), special=True)
         if isinstance(example, Chat):
             return self._chat(example)
         if isinstance(example, Preference):

@@ -14,8 +14,10 @@ import functools
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, get_args
 
@@ -41,7 +43,13 @@ Rule = Literal["marked", "trl", "found"]
 _GENERATION = regex.compile(r"\{%-?\s*generation\s*-?%\}")
 _OPEN, _CLOSE, _END = "\U0010f8f0", "\U0010f8f1", "\U0010f8f2"  # of a private plane: in no text that people write
 _MARK = regex.compile(f"{_OPEN}([0-9]+){_CLOSE}|{_END}([0-9]+){_CLOSE}")
+_ALIKE, _LOOK_AGAIN = 64, 97  # renderings that are compared with transformers' own, and every so many after them
 _CONTENT = "0vocabguard0"  # that a template neither trims nor splits
+
+
+@functools.lru_cache(maxsize=32)
+def _marks(template: str) -> bool:
+    return _GENERATION.search(template) is not None
 
 
 @dataclass
@@ -88,6 +96,7 @@ class ChatRenderer:
         self._special: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._named: dict[tuple[str, str], bool] = {}
         self._headers: dict[str, str] = {}
+        self._quick: dict[str, tuple[bool, int]] = {}
 
     def take_tally(self) -> TurnTally:
         """How turns were found since the last call."""
@@ -127,11 +136,11 @@ class ChatRenderer:
             DataError: if there is no template, or it fails, or a role is not known.
         """
         template = own = self._own(place, options)
-        if not _GENERATION.search(own) and (swapped := self.swapped[0]) is not None:
+        if not _marks(own) and (swapped := self.swapped[0]) is not None:
             template = swapped
         silent = {i for i, turn in enumerate(turns) if turn["role"] == "assistant" and not is_trained(turn)}
         self.tally.add(silent=len(silent))
-        if _GENERATION.search(template):
+        if _marks(template):
             self.tally.add(**{"marked" if template is own else "trl": 1})
             text, spans = self._render(place, template, turns, options, False, True)
             self.tally.add(calls_lost=_calls_lost(turns, text))
@@ -270,6 +279,12 @@ class ChatRenderer:
             if not self._knows(template, turn["role"]):
                 raise UnknownRoleError(f"{place}: the role {turn['role']!r} is not known; allowed: {', '.join(ROLES)}, "
                                        "and roles that the chat template names")  # fmt: skip
+        quick, looked = self._quick.get(template, (True, 0))
+        if quick and looked >= _ALIKE and looked % _LOOK_AGAIN:
+            with suppress(Exception):  # the other engine says what is wrong
+                found = self._rendered_quickly(template, turns, options, generate, track)
+                self._quick[template] = True, looked + 1
+                return found
         try:
             rendered: Any = render_jinja_template(
                 conversations=[list(turns)],
@@ -281,7 +296,30 @@ class ChatRenderer:
         except Exception as error:  # templates are programs of their own and raise what they like
             raise DataError(f"{place}: the chat template fails on roles {_roles(turns)}: {one_line(error)}") from error
         texts, spans = rendered
-        return str(texts[0]), [(int(begin), int(end)) for begin, end in spans[0]] if track else []
+        known = str(texts[0]), [(int(begin), int(end)) for begin, end in spans[0]] if track else []
+        if quick:
+            try:
+                quick = self._rendered_quickly(template, turns, options, generate, track) == known
+            except Exception:  # a template that only the other engine renders
+                quick = False
+            self._quick[template] = quick, looked + 1
+        return known
+
+    def _rendered_quickly(
+        self, template: str, turns: Sequence[Turn], options: Mapping[str, Any], generate: bool, track: bool
+    ) -> tuple[str, list[Span]]:
+        """As transformers renders, without its copies of the data: three times as fast."""
+        always = {"messages": [_with_thoughts(turn) for turn in turns], "tools": None, "documents": None}
+        data = {**always, "add_generation_prompt": generate, **self._special, **options}
+        record = _Record()
+        token = _RECORD.set(record)
+        try:
+            for piece in _compiled(template).generate(data):
+                record.pieces.append(piece)
+                record.length += len(piece)
+        finally:
+            _RECORD.reset(token)
+        return "".join(record.pieces), record.spans if track else []
 
     def _knows(self, template: str, role: str) -> bool:
         if role in ROLES:
@@ -326,30 +364,68 @@ def training_template(tokenizer: Any) -> tuple[str | None, str]:
     return found, "" if found else "TRL takes the template as it is"
 
 
+@dataclass
+class _Record:
+    """What a template has written so far, and which of it is marked."""
+
+    pieces: list[str] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    length: int = 0
+
+
+_RECORD: ContextVar[_Record | None] = ContextVar("vocabguard_record", default=None)
+
+
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` as transformers reads it, without the record."""
+    """``{% generation %}`` as transformers reads it."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
+        return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+    def _marked(self, caller: Callable[[], str]) -> str:
+        text = caller()
+        if (record := _RECORD.get()) is not None:
+            record.spans.append((record.length, record.length + len(text)))
+        return text
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Jinja as transformers has it for chat templates."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    named = {"raise_exception": _raise, "strftime_now": _now, "dict": _as_dict}
+    environment.globals.update(named)
+    return environment
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(template: str) -> jinja2.Template:
+    return _environment().from_string(template)
 
 
 @functools.lru_cache(maxsize=32)
 def _watched(template: str) -> jinja2.Template:
     """The template, which also writes where each message of a loop begins and ends."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals.update({"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)})
+    environment = _environment()
     tree = environment.parse(template)
     for number, loop in enumerate(list(tree.find_all(jinja2.nodes.For))):
         if isinstance(loop.target, jinja2.nodes.Name):
             loop.body = list(_with_marks(loop.body, loop.target.name, f"vocabguard_{number}"))
     return jinja2.Template.from_code(environment, environment.compile(tree), environment.make_globals(None))
+
+
+def _as_dict(*pairs: Any, **named: Any) -> dict[Any, Any]:
+    return dict(*pairs, **named)  # a function has none of the attributes by which a template could break out
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
 
 
 def _with_marks(body: list[jinja2.nodes.Node], item: str, name: str) -> Iterator[jinja2.nodes.Node]:

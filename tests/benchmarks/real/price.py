@@ -14,6 +14,8 @@ from real.models import load_base
 from real.train import QUIET, RECIPES, Ordered
 from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
 
+from vocabguard.config import load_config
+from vocabguard.guard.cadence import Cadence
 from vocabguard.integrations.huggingface import VocabGuardCallback
 
 
@@ -64,7 +66,8 @@ def price(cache: Path, name: str, overrides: Sequence[str], *, planned: int, ste
     """The guard's share of the CPU time of a run.
 
     The guard plans for `planned` steps and is watched for the first `steps`: its start with the base's probe, its
-    checks, its counting, and its end with the last probe. A probe in between costs what the last one does.
+    checks, its counting; the last of them carries a probe as the run's end does. How often it would probe in between
+    is worked out as the guard does it.
 
     Args:
         cache: the bench's folder.
@@ -82,7 +85,8 @@ def price(cache: Path, name: str, overrides: Sequence[str], *, planned: int, ste
     rows = training_rows(
         tokenizer, steps=steps, batch=recipe.batch, copies=recipe.copies, longest=recipe.longest, seed=0
     )
-    guarded, stop = Timed("watch", overrides=list(overrides), **QUIET), StopEarly(steps)
+    probed = [*overrides, f"probe.every_n_steps={steps}"]
+    guarded, stop = Timed("watch", overrides=probed, **QUIET), StopEarly(steps)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder, max_steps=planned, per_device_train_batch_size=recipe.batch, learning_rate=1e-5,
@@ -93,18 +97,20 @@ def price(cache: Path, name: str, overrides: Sequence[str], *, planned: int, ste
             processing_class=tokenizer, callbacks=[guarded, stop],
         ).train()  # fmt: skip
         saved = guarded.guard.state_dict()["cadence"]
-    every, probe_every = int(saved["every"]), int(saved["probe_every"])
-    whole = statistics.fmean(stop.seconds)
-    of_ends = statistics.fmean(guarded.ends)
-    check = max(guarded.ends)
-    plain = statistics.median(guarded.ends)
-    step = whole - of_ends
-    between = max(0, -(-planned // probe_every) - 1)
-    work = guarded.start + guarded.end + planned * plain + planned // every * check + between * guarded.end
+    every, plain = int(saved["every"]), statistics.median(guarded.ends)
+    check = max(guarded.ends[:-1])
+    probe = guarded.ends[-1] - check
+    step = statistics.fmean(stop.seconds) - statistics.fmean(guarded.ends)
+    cadence = Cadence.of(load_config("watch", list(overrides)), planned)
+    cadence.record(check=check, probe=probe)
+    cadence.choose(step)
+    assert cadence.probe_every is not None
+    probes = -(-planned // cadence.probe_every)
+    work = guarded.start + guarded.end + planned * plain + planned // every * check + probes * probe
     return {
-        "recipe": name, "planned": planned, "made": steps, "every": every, "probe_every": probe_every,
+        "recipe": name, "planned": planned, "made": steps, "every": every, "probe_every": cadence.probe_every,
         "seconds": {
-            "start": guarded.start, "end": guarded.end, "check": check, "each_step": plain, "step": step, "guard": work
+            "start": guarded.start, "check": check, "probe": probe, "each_step": plain, "step": step, "guard": work
         },
         "known": guarded.guard.latest.get("vocabguard/probe/known"),
         "share": work / (work + planned * step),
