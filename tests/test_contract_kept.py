@@ -81,6 +81,8 @@ ADDED: dict[str, tuple[str, ...]] = {
         "json.scan *: evidence*",
         "json.scan *: */zeroed_rows*",
         "json.coverage *: named*",
+        "json.repair *: recall/*_low",
+        "json.repair *: recall/*_high",
     ),
     "run": (
         "keys: vocabguard/reference/*",
