@@ -33,7 +33,7 @@ from vocabguard.compare.probing import (
 from vocabguard.compare.scan import Scan, fitted
 from vocabguard.compare.verdicts import probe_verdict
 from vocabguard.config import ConfigError, ProbeConfig, ReferenceConfig
-from vocabguard.files import read_text
+from vocabguard.files import one_line, read_text
 from vocabguard.guard.probe import CHOOSING, build_prober
 from vocabguard.guard.reference import reference_texts, windows_of
 from vocabguard.measure.contexts import choose_asks
@@ -210,7 +210,10 @@ def _refusing(work: Callable[[], Interview]) -> Interview:
         with out_of_memory("for the probe"):
             return work()
     except (ConfigError, ValueError, OSError) as error:
-        raise InputError(str(error)) from error
+        # The guard's parts name its settings, which are options here.
+        raise InputError(str(error).replace("probe.watch", "--watch").replace("reference.texts", "--texts")) from error
+    except (IndexError, RuntimeError) as error:  # a model whose vocabulary is not the tokenizer's
+        raise InputError(f"the model cannot be asked ({type(error).__name__}: {one_line(error)})") from error
     except MemoryError as error:
         raise InputError("not enough memory for the probe; allowed: a smaller --batch, --dtype bfloat16") from error
 
