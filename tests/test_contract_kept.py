@@ -99,6 +99,8 @@ ADDED: dict[str, tuple[str, ...]] = {
         "json.coverage *: rows/chats_*",
         "json.coverage *: rows/turns_silent",
         "json.coverage *: source/*",
+        "json.repair *: recall/*_low",
+        "json.repair *: recall/*_high",
     ),
     "run": (
         "keys: vocabguard/reference/*",

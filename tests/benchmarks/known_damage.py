@@ -130,6 +130,10 @@ def _eight_bits(weight: torch.Tensor) -> torch.Tensor:
     return (weight / step.clamp_min(1e-12)).round() * step
 
 
+KEPT = ("river", "because")
+"""Watched words that no damage is aimed at."""
+
+
 def judged(name: str, scan: dict[str, Any], probe: dict[str, Any]) -> dict[str, bool]:
     """What is right of what, by the truth."""
     rows, body, verdict = scan["head"], scan["body"], probe["verdict"]
@@ -146,8 +150,9 @@ def judged(name: str, scan: dict[str, Any], probe: dict[str, Any]) -> dict[str, 
             found["body"] = body["identical"] or body["rounded"]
     elif name == "200 rows zeroed":
         found |= {"all counted": rows["zeroed_rows"]["count"] >= ZEROED - 10, "interval": low <= ZEROED / LIVE <= high}
-        found["watched words are lost"] = verdict["level"] == "lost" and all(
-            word["lost"] for word in probe["words"] if word["known"]
+        known = [word for word in probe["words"] if word["known"]]
+        found["watched words"] = verdict["level"] == "lost" and all(
+            word["lost"] == (word["text"] not in KEPT) for word in known
         )
         found["body"] = body["identical"]
     else:
@@ -189,7 +194,7 @@ def main_table() -> None:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         watch, before = Path(place) / "words.txt", Path(place) / "base.safetensors"
-        watch.write_text("\n".join([*copies.words, "river", "because"]) + "\n", encoding="utf-8")
+        watch.write_text("\n".join([*copies.words, *KEPT]) + "\n", encoding="utf-8")
         line = ("--sample", asked.sample, "--asks", asked.asks, "--text-tokens", asked.text_tokens, "--watch", watch)
         began = time.perf_counter()
         # The base is asked once: its file stands for it.

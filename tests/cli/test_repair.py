@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,6 +39,31 @@ def test_json_and_words(tuned: Path, tmp_path: Path, run: Run, capsys: Any) -> N
     assert "output rows replaced (live rows with cosine below 0.95; method rows)" in said
     assert "100 % of the loss returned" in said
     assert "loss on the text: tuned" in said
+
+
+def test_the_method_is_chosen_by_what_was_lost(tuned: Path, tmp_path: Path, run: Run, capsys: Any) -> None:
+    """Rows that turned are put back; of a damaged layer no row brings anything back, so data to train on is needed."""
+    auto = ("--method", "auto", "--sample", "256", "--json")
+    assert run("repair", ASSETS, tuned, "--out", tmp_path / "rows", *auto) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["method"] == told["choice"]["method"] == "shift"
+    where = told["choice"]["where"]
+    # The turned rows are so long that they drown the others.
+    assert 2 * (where["head"] + where["other_rows"]) >= where["forgotten"] > 0
+    assert told["recall"]["tuned_low"] <= told["recall"]["tuned"] < told["recall"]["tuned_high"]
+    assert told["recall"]["repaired_low"] > told["recall"]["tuned_high"]
+    shutil.copytree(ASSETS, tmp_path / "body")
+    tensors = load_file(tmp_path / "body" / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in tensors:
+        if name.endswith("layers.0.mlp.down_proj.weight"):
+            tensors[name] = 2 * tensors[name].std() * torch.randn(tensors[name].shape, generator=generator)
+    save_file(tensors, tmp_path / "body" / "model.safetensors", metadata={"format": "pt"})
+    assert run("repair", ASSETS, tmp_path / "body", "--out", tmp_path / "echoed", *auto) == 2
+    said = capsys.readouterr().err
+    assert "lost in the body" in said
+    assert "--method auto needs --data FILE here" in said
+    assert not (tmp_path / "echoed").exists()
 
 
 def test_without_asking(tuned: Path, tmp_path: Path, run: Run, capsys: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,12 +33,13 @@ from vocabguard.compare.probing import (
 from vocabguard.compare.scan import Scan, fitted
 from vocabguard.compare.verdicts import probe_verdict
 from vocabguard.config import ConfigError, ProbeConfig, ReferenceConfig
-from vocabguard.files import read_text
+from vocabguard.files import one_line, read_text
 from vocabguard.guard.probe import CHOOSING, build_prober
 from vocabguard.guard.reference import reference_texts, windows_of
 from vocabguard.measure.contexts import choose_asks
-from vocabguard.measure.localize import End, HeadOrBody, head_or_body
-from vocabguard.measure.retention import lost
+from vocabguard.measure.localize import End, head_or_body, output_rows_back
+from vocabguard.measure.probe import probe
+from vocabguard.measure.retention import lost, said
 from vocabguard.measure.sampling import stratified_sample
 from vocabguard.results import NotApplicable, Preflight
 from vocabguard.text import percent
@@ -143,7 +144,7 @@ class Interview:
     live: Tensor
     data_target: Tensor | None
     device: str
-    where: HeadOrBody | None = None
+    where: Mapping[str, int] | None = None
 
     def told(self, bars: Bars, top: int) -> dict[str, Any]:
         """Everything as JSON holds it, the verdict too."""
@@ -151,7 +152,7 @@ class Interview:
             self.plan, self.base, self.now, self.table, self.live, self.data_target, top=top,
             least_targets=_TEXT.least_targets,
         )  # fmt: skip
-        found["where"] = None if self.where is None else self.where.counts
+        found["where"] = None if self.where is None else dict(self.where)
         found["plan"] = plan_as_json(self.plan)
         return found | {"verdict": probe_verdict(found, bars)}
 
@@ -209,7 +210,10 @@ def _refusing(work: Callable[[], Interview]) -> Interview:
         with out_of_memory("for the probe"):
             return work()
     except (ConfigError, ValueError, OSError) as error:
-        raise InputError(str(error)) from error
+        # The guard's parts name its settings, which are options here.
+        raise InputError(str(error).replace("probe.watch", "--watch").replace("reference.texts", "--texts")) from error
+    except (IndexError, RuntimeError) as error:  # a model whose vocabulary is not the tokenizer's
+        raise InputError(f"the model cannot be asked ({type(error).__name__}: {one_line(error)})") from error
     except MemoryError as error:
         raise InputError("not enough memory for the probe; allowed: a smaller --batch, --dtype bfloat16") from error
 
@@ -307,19 +311,37 @@ def _require_base_rows(found: Scan, words: tuple[Any, ...]) -> None:
 
 def _where(
     model: nn.Module, found: Scan, plan: ProbePlan, base: Answered, now: Answered, asking: Asking
-) -> HeadOrBody | None:
-    """Whether the base's rows bring lost tokens back."""
-    ids = found.match.base_ids
-    head, inputs = (fitted(matrix, ids) for matrix in (found.base.head, found.base.embedding))
-    if isinstance(head, NotApplicable) or not bool(lost(base.result, now.result).any()):
+) -> dict[str, int] | None:
+    """How many lost tokens the base's rows bring back.
+
+    Returns:
+        ``forgotten``: those asked for again and lost again; ``head``: said with their own output rows of the base,
+        ``input``: with their input rows too, ``other_rows``: with the base's whole head, so that other rows drown them,
+        ``body``: with no rows. None where nothing is lost, or the base's rows are not at hand.
+    """
+    missing, ids = lost(base.result, now.result), found.match.base_ids
+    rows, inputs = (fitted(matrix, ids) for matrix in (found.base.head, found.base.embedding))
+    if isinstance(rows, NotApplicable) or not bool(missing.any()):
         return None
     core: Any = model
+    head = End(core.get_output_embeddings(), rows)
     embedding = None if isinstance(inputs, NotApplicable) else End(core.get_input_embeddings(), inputs)
     where = head_or_body(
-        model, base.result, now.result, plan.contexts, End(core.get_output_embeddings(), head), embedding,
-        seed=plan.seed, batch_tokens=asking.batch,
+        model, base.result, now.result, plan.contexts, head, embedding, seed=plan.seed, batch_tokens=asking.batch
     )  # fmt: skip
-    return None if isinstance(where, NotApplicable) else where
+    if isinstance(where, NotApplicable):
+        return None
+    counts, gone_still = where.counts | {"other_rows": 0}, where.ids[~where.with_rows]
+    if len(gone_still):
+        # Only where every row has a base row is the whole head the base's.
+        every = found.match.mask.nonzero().flatten()
+        beside = plan.ids[~missing][: len(gone_still)]
+        asked = torch.cat([gone_still, beside]).sort().values
+        with output_rows_back(head, every):
+            result = probe(model, asked, plan.contexts, seed=plan.seed, batch_tokens=asking.batch)
+        counts["other_rows"] = int((said(result) & torch.isin(asked, gone_still)).sum())
+        counts["body"] -= counts["other_rows"]
+    return counts
 
 
 def _device_of(model: nn.Module) -> str:
@@ -337,13 +359,13 @@ def telling() -> Iterator[Tell]:
             yield tell
         return
     began: dict[str, float] = {}
-    said = [time.monotonic()]
+    told = [time.monotonic()]
 
     def line(name: str, done: int, total: int) -> None:
         now = time.monotonic()
         start = began.setdefault(name, now)
-        if now - said[0] >= _SAY_EVERY and 0 < done < total:
-            said[0] = now
+        if now - told[0] >= _SAY_EVERY and 0 < done < total:
+            told[0] = now
             left = (now - start) * (total - done) / done
             print(f"{name}: {percent(done / total)}, about {_minutes(left)} left", file=sys.stderr, flush=True)
 

@@ -15,7 +15,9 @@ from rich.progress import TimeRemainingColumn
 from torch import Tensor, nn
 
 from vocabguard.cli import common
+from vocabguard.cli.answers import where_sentence
 from vocabguard.cli.app import InputError
+from vocabguard.cli.asking import Asking, ask_both
 from vocabguard.cli.repair_train import EchoRun, data_rows, train_echo, write_trained
 from vocabguard.compare.models import load_model
 from vocabguard.compare.repair import (
@@ -33,8 +35,9 @@ from vocabguard.compare.scan import Scan
 from vocabguard.data.readers import Example, data_files, read_examples
 from vocabguard.text import number, percent
 
-_ALLOWED = (*METHODS, "echo")
+_ALLOWED = (*METHODS, "echo", "auto")
 _RUN = EchoRun()
+_CHOOSE = 512  # tokens that are asked for where the method is chosen by what was lost
 
 
 def repair(
@@ -45,7 +48,8 @@ def repair(
         str,
         typer.Option(
             help="shift: base rows plus a part of the mean shift of their class; rows: plain base rows; "
-            "echo: shift, then a short fine-tune of body and head on --data and echo rows."
+            "echo: shift, then a short fine-tune of body and head on --data and echo rows; auto: asks both models and "
+            "takes shift where the base's rows bring most lost tokens back, else echo."
         ),
     ] = "shift",
     strength: Annotated[float, typer.Option(min=0, max=1, help="Part of the mean shift that is added.")] = STRENGTH,
@@ -86,9 +90,15 @@ def repair(
         check_out(pair.tuned, out)
         examples = _readable(data)
         found = common.measured(pair)
+        choice, asked = _chosen(pair, found, sample, data) if method == "auto" else (None, None)
+        method = method if choice is None else choice["method"]
         lost, rule = lost_rows(found, cosine_below, targets_below)
+        if method == "echo" and asked is not None:
+            # What was lost in the body has rows that stand still.
+            lost, rule = lost | asked, f"{rule}, or lost by the probe"
         plan = plan_repair(found, lost, rule, "rows" if method == "rows" else "shift", strength)
         told: dict[str, Any] = {"out": str(out), "method": method, "rows": len(plan.ids), "chosen_by": rule}
+        told |= {} if choice is None else {"choice": choice}
         if method == "echo":
             told["echo"] = _echoed(pair, found, plan, examples, settings, out)
         else:
@@ -105,10 +115,38 @@ def repair(
 def _check_options(method: str, data: list[str] | None, text: Path | None) -> None:
     if method not in _ALLOWED:
         raise InputError(f"--method is {method!r}; allowed: {', '.join(_ALLOWED)}")
-    if (method == "echo") != bool(data):
+    if method != "auto" and (method == "echo") != bool(data):
         raise InputError("--method echo needs --data FILE to train beside, and only echo takes it")
     if text is not None and not text.is_file():
         raise InputError(f"--text {text}: not found")
+
+
+def _chosen(
+    pair: common.Pair, found: Scan, sample: int, data: list[str] | None
+) -> tuple[dict[str, Any], Tensor | None]:
+    """The method that brings most back, by what the base's rows bring back of a sample of lost tokens, and why.
+
+    Returns:
+        ``method``, ``where`` and ``because``; and (V,) bool, the tokens that the probe found lost.
+
+    Raises:
+        ValueError: where it is echo, and there is no data to train beside.
+    """
+    options = Asking(sample=min(sample, _CHOOSE) or _CHOOSE, text_tokens=0)
+    asked = ask_both(pair, found, options)
+    counts, missing = asked.where, asked.vectors()["lost"]
+    if counts is None or not counts["forgotten"]:
+        return _choice("shift", counts, "the probe found no lost token, so only rows are put right"), None
+    because = where_sentence(counts)
+    if 2 * (counts["head"] + counts["other_rows"]) >= counts["forgotten"]:
+        return _choice("shift", counts, because), missing
+    if not data:
+        raise ValueError(f"{because} Rows alone will not do: --method auto needs --data FILE here, to train beside")
+    return _choice("echo", counts, because), missing
+
+
+def _choice(method: str, where: Mapping[str, int] | None, because: str) -> dict[str, Any]:
+    return {"method": method, "where": None if where is None else dict(where), "because": because}
 
 
 def _readable(data: list[str] | None) -> Iterator[Example]:
@@ -159,7 +197,8 @@ def _measured(found: Scan, tokenizer: Any, lost: Tensor, out: Path, text: Path |
 
 
 def _show(told: Mapping[str, Any]) -> None:
-    said = [f"{told['rows']:,} output rows replaced ({told['chosen_by']}; method {told['method']}): {told['out']}"]
+    said = [f"method {told['method']}: {told['choice']['because']}"] if "choice" in told else []
+    said += [f"{told['rows']:,} output rows replaced ({told['chosen_by']}; method {told['method']}): {told['out']}"]
     echo, recall, loss = told.get("echo"), told.get("recall"), told.get("loss")
     if echo:
         said.append(
@@ -168,8 +207,8 @@ def _show(told: Mapping[str, Any]) -> None:
         )
     if recall:
         said.append(
-            f"recall of {recall['said_at_base']:,} tokens that the base says: tuned {percent(recall['tuned'])}, "
-            f"repaired {percent(recall['repaired'])}; {percent(recall['returned'])} of the loss returned"
+            f"recall of {recall['said_at_base']:,} tokens that the base says: tuned {_with_interval(recall, 'tuned')}, "
+            f"repaired {_with_interval(recall, 'repaired')}; {percent(recall['returned'])} of the loss returned"
         )
     if loss:
         change = loss["repaired"] / loss["tuned"] - 1
@@ -181,3 +220,7 @@ def _show(told: Mapping[str, Any]) -> None:
         said.append(f"Not measured: {told['not_measured']}.")
     for line in said:
         Console(highlight=False, markup=False, soft_wrap=True).print(line)
+
+
+def _with_interval(recall: Mapping[str, Any], name: str) -> str:
+    return f"{percent(recall[name])} ({percent(recall[f'{name}_low'])} to {percent(recall[f'{name}_high'])})"

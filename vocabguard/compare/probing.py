@@ -184,14 +184,16 @@ def _two_sides(
         }
     lines = _lines(plan, base, now, table, data_target)
     order = torch.argsort(now.result.probability.mean(1) - base.result.probability.mean(1), stable=True)
-    gone_now = [place for place in order.tolist() if missing[place]]
-    come_now = [place for place in order.flip(0).tolist() if new[place]]
+    # Those that were asked for beside the sample stand for no others, and have lists of their own.
+    drawn = weights > 0
+    gone_now = [place for place in order.tolist() if missing[place] and drawn[place]]
+    come_now = [place for place in order.flip(0).tolist() if new[place] and drawn[place]]
     found |= {
         "lost": [lines(place) for place in gone_now[:top]],
         "lost_count": len(gone_now),
         "gained": [lines(place) for place in come_now[:top]],
         "gained_count": len(come_now),
-        "instead": _instead(now.result, missing, table, top),
+        "instead": _instead(now.result, missing & drawn, table, top),
     }
     return found
 
@@ -263,7 +265,7 @@ def _one_side(
         }
     silent = gone(now.result)
     order = torch.argsort(now.result.probability.mean(1), stable=True).tolist()
-    chosen = [place for place in order if silent[place]]
+    chosen = [place for place in order if silent[place] and plan.weights[place] > 0]
     lines = _lines(plan, None, now, table, data_target)
     return found | {
         "unsaid": [lines(place) for place in chosen[:top]],
@@ -334,6 +336,8 @@ def plan_of_json(told: Mapping[str, Any], vectors: Mapping[str, Tensor]) -> Prob
     ids, weights, frequent = (vectors[f"probe/{name}"] for name in ("ids", "weights", "frequent"))
     if not contexts or ids.ndim != 1 or weights.shape != ids.shape or frequent.shape != ids.shape:
         raise ValueError("its tokens and their weights do not fit each other")
+    if not len(ids) or int(ids.min()) < 0 or any(one.k < 1 for one in contexts):
+        raise ValueError("it holds no tokens that can be asked for")
     windows = None
     if "reference/ids" in vectors:
         windows = Windows(vectors["reference/ids"].to(torch.int64), vectors["reference/lengths"].to(torch.int64))

@@ -22,8 +22,10 @@ from vocabguard.compare.explain import asks_of
 from vocabguard.compare.scan import Scan, fitted
 from vocabguard.files import full_path, plain, replacing
 from vocabguard.measure.exposure import exposure_classes
+from vocabguard.measure.intervals import z_of_look
 from vocabguard.measure.probe import PromptContext, probe
-from vocabguard.measure.retention import retained, said
+from vocabguard.measure.retention import lost as lost_now
+from vocabguard.measure.retention import retained, said, share_of
 from vocabguard.measure.sampling import stratified_sample
 from vocabguard.results import EXPOSURE_CLASSES, NotApplicable, RowDrift
 from vocabguard.rows.baselines import Baseline
@@ -221,7 +223,8 @@ def recall_of(
 
     Returns:
         ``tokens``; for each other model ``<name>`` and ``<name>_lost``, the share in [0, 1] of tokens said at the
-        base (of all, and of the repaired rows) that it has not lost; ``returned``, the share of the loss that
+        base (of all, and of the repaired rows) that it has not lost, and ``<name>_low`` and ``<name>_high``, the
+        interval of the former; ``returned``, the share of the loss that
         ``repaired`` gives back, where both are there and something was lost.
 
     Raises:
@@ -236,6 +239,9 @@ def recall_of(
     found: dict[str, float | int | None] = {"tokens": len(ids), "said_at_base": int(said(base).sum())}
     for name, result in asked.items():
         found[name] = plain(retained(base, result))
+        # Taken evenly, as the share is: a sample by groups holds more of the small ones.
+        kept = share_of(~lost_now(base, result), said(base), torch.ones(len(ids)), z_of_look(1))
+        found |= {f"{name}_low": kept.low, f"{name}_high": kept.high}
         found[f"{name}_lost"] = plain(retained(base, result, lost[ids]))
     before, after = found.get("tuned"), found.get("repaired")
     gone = None if before is None else 1 - before

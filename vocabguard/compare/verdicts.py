@@ -27,7 +27,7 @@ def probe_verdict(told: Mapping[str, Any], bars: Bars) -> dict[str, Any]:
     known = told["numbers"].get("known", told["numbers"]["asked"])
     if level == "fine" and known < ENOUGH:
         level = "unknown"
-    parts = _said_parts(told) if two else _one_sided_parts(told)
+    parts = _said_parts(told, sure=bool(findings)) if two else _one_sided_parts(told)
     parts += [_reference_part(told["reference"])] if "nll" in told["reference"] else []
     words = told["asked"].get("unit") == "words"
     name = _as_words if words else str
@@ -86,11 +86,12 @@ def _harder(told: Mapping[str, Any], bars: Bars) -> dict[str, list[str]]:
     return {"harder": said} if said else {}
 
 
-def _said_parts(told: Mapping[str, Any]) -> list[str]:
+def _said_parts(told: Mapping[str, Any], *, sure: bool) -> list[str]:
+    """What was lost and how much of it is sure; too few tokens are no evidence, unless their interval is."""
     asked, numbers, outright = told["asked"], told["numbers"], told["outright"]
     known = int(numbers["known"])
     those = _those(asked)
-    if known < ENOUGH:
+    if known < ENOUGH and not (sure and known):
         return [f"Not enough evidence: the base repeats only {known} of {those}"]
     missing = told["lost_count"]
     if not missing:
