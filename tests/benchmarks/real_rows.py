@@ -7,6 +7,8 @@ two of asking for each run and moment. ``NAME@50`` takes the weights at half of 
 The score is the AUROC of lost against kept tokens among those that the base repeats, with a bootstrap interval.
 Measures are chosen on some runs and read on others; combinations are fitted on the chosen ones alone. ``ceiling`` is
 what four more direct asks of the very same weights reach: of what the judge's neighbours decide nothing can be known.
+``real/rows.json`` is of ``--choose constant/control-0 constant/control-1 --report constant/hold+echo0.10-0
+tied/control-1``; with ``--again`` a run's ceiling is asked for once and kept.
 """
 
 from __future__ import annotations
