@@ -216,7 +216,7 @@ def _whole(places: NDArray[np.int64], lengths: Ids, texts: Sequence[str]) -> NDA
     at = 0
     for text, length in zip(texts, lengths.tolist(), strict=True):
         if not text.isascii():
-            edges = np.cumsum([len(one.encode()) for one in text])
+            edges = _ends(text)
             row = places[at : at + length]
             found[at : at + length, 0] = np.searchsorted(edges, row[:, 0], side="right")
             found[at : at + length, 1] = np.searchsorted(edges, row[:, 1], side="left") + (row[:, 1] > 0)
@@ -251,10 +251,16 @@ def _in_bytes(places: NDArray[np.int64], lengths: Ids, texts: Sequence[str]) -> 
     at = 0
     for text, length in zip(texts, lengths.tolist(), strict=True):
         if not text.isascii():
-            edges = np.concatenate([[0], np.cumsum([len(one.encode()) for one in text])])
+            edges = np.concatenate([[0], _ends(text)])
             found[at : at + length] = edges[places[at : at + length]]
         at += length
     return found
+
+
+def _ends(text: str) -> NDArray[np.int64]:
+    """(n,) int64, the byte after each of n characters."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    return np.cumsum(1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000), dtype=np.int64)
 
 
 def _offsets(found: Sequence[Any], count: int) -> NDArray[np.int64]:
