@@ -70,7 +70,7 @@ class TextTokenizer:
             Exception: whatever the tokenizer raises for a text that it refuses.
         """
         if not self.has_places:
-            return joined([self._tokenizer.encode(text, add_special_tokens=special) for text in texts])
+            return flattened([self._tokenizer.encode(text, add_special_tokens=special) for text in texts])
         self._prepare(texts)
         if self._quick is not None:
             try:
@@ -96,7 +96,7 @@ class TextTokenizer:
             if not wrong.any() or self._mend(places, ids, lengths, texts, np.flatnonzero(wrong)):
                 return ids, lengths, places, True
         found = self._slow.encode_batch(texts, add_special_tokens=False)
-        ids, lengths = joined([one.ids for one in found])
+        ids, lengths = flattened([one.ids for one in found])
         return ids, lengths, _offsets(found, len(ids)), False
 
     def _mend(
@@ -106,7 +106,7 @@ class TextTokenizer:
         """Ask the tokenizer where the bytes do not add up, of texts that are changed before they are encoded."""
         chosen = [texts[row] for row in wrong.tolist()]
         found = self._slow.encode_batch(chosen, add_special_tokens=False)
-        own, counts = joined([one.ids for one in found])
+        own, counts = flattened([one.ids for one in found])
         at = np.isin(np.repeat(np.arange(len(lengths)), lengths), wrong)
         if not np.array_equal(own, ids[at]):  # not seen before; all is asked of the tokenizer then
             return False
@@ -118,7 +118,7 @@ class TextTokenizer:
         return self._backend
 
     def _slowly(self, texts: Sequence[str], special: bool) -> tuple[Ids, NDArray[np.int64]]:
-        return joined([found.ids for found in self._slow.encode_batch_fast(texts, add_special_tokens=special)])
+        return flattened([found.ids for found in self._slow.encode_batch_fast(texts, add_special_tokens=special)])
 
     def _prepare(self, texts: Sequence[str]) -> None:
         """Once, with the first texts: see what is faster and gives the same."""
@@ -148,7 +148,7 @@ def _checked(backend: Any, sample: Sequence[str], split: bool) -> tuple[Any, str
     try:
         quick = fastokens.Tokenizer.from_json_str(backend.to_str())
         for special in (False, True):
-            want = joined([found.ids for found in backend.encode_batch_fast(sample, add_special_tokens=special)])
+            want = flattened([found.ids for found in backend.encode_batch_fast(sample, add_special_tokens=special)])
             got = _by_fastokens(quick, sample, special, split)
             if not all(np.array_equal(one, other) for one, other in zip(want, got, strict=True)):
                 return None, "fastokens gives other ids than the tokenizer on a sample, and is not used"
@@ -193,7 +193,7 @@ class _TokenBytes:
 def _token_bytes(tokenizer: Any, backend: Any, sample: Sequence[str]) -> _TokenBytes | None:
     """The way of counting bytes that gives the tokenizer's own places on a sample; None if none does."""
     found = backend.encode_batch(list(sample), add_special_tokens=False)
-    ids, lengths = joined([one.ids for one in found])
+    ids, lengths = flattened([one.ids for one in found])
     want = _offsets(found, len(ids))
     sizes = np.array([len(text.encode()) for text in sample], dtype=np.int64)
     for byte_level in (True, False):
@@ -268,10 +268,10 @@ def _offsets(found: Sequence[Any], count: int) -> NDArray[np.int64]:
     return np.fromiter(characters, np.int64, 2 * count).reshape(-1, 2)
 
 
-def joined(rows: Sequence[Sequence[int]]) -> tuple[Ids, NDArray[np.int64]]:
+def flattened(rows: Sequence[Sequence[int]]) -> tuple[Ids, NDArray[np.int64]]:
     """All ids in one array, and how many each row has.
 
-    >>> joined([[5, 6], [], [7]])
+    >>> flattened([[5, 6], [], [7]])
     (array([5, 6, 7]), array([2, 0, 1]))
     """
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
