@@ -60,8 +60,9 @@ class Batch:
     @property
     def without_targets(self) -> int:
         """Rows that ask for nothing."""
-        row_of = np.repeat(np.arange(len(self.lengths)), self.lengths)
-        asked = np.bincount(row_of[self.target], minlength=len(self.lengths))
+        so_far = np.concatenate([[0], np.cumsum(self.target)])
+        ends = np.cumsum(self.lengths)
+        asked = so_far[ends] - so_far[ends - self.lengths]
         return int(((asked == 0) & (self.order >= 0)).sum())
 
     @property
@@ -284,7 +285,7 @@ class TargetEncoder:
     def _token_batch(self, sources: list[tuple[int, TokenRows]]) -> Batch:
         """Rows that are ids already; those of one example share its place."""
         rows = [source for _, source in sources]
-        ids = np.concatenate([source.ids for source in rows])
+        ids = rows[0].ids if len(rows) == 1 else np.concatenate([source.ids for source in rows])
         if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self._size):
             wrong = next(
                 row for row in rows if len(row.ids) and (int(row.ids.min()) < 0 or int(row.ids.max()) >= self._size)

@@ -70,7 +70,7 @@ class TextTokenizer:
             Exception: whatever the tokenizer raises for a text that it refuses.
         """
         if not self.has_places:
-            return end_to_end([self._tokenizer.encode(text, add_special_tokens=special) for text in texts])
+            return flattened([self._tokenizer.encode(text, add_special_tokens=special) for text in texts])
         self._prepare(texts)
         if self._quick is not None:
             try:
@@ -96,7 +96,7 @@ class TextTokenizer:
             if not wrong.any() or self._mend(places, ids, lengths, texts, np.flatnonzero(wrong)):
                 return ids, lengths, places, True
         found = self._slow.encode_batch(texts, add_special_tokens=False)
-        ids, lengths = end_to_end([one.ids for one in found])
+        ids, lengths = flattened([one.ids for one in found])
         return ids, lengths, _offsets(found, len(ids)), False
 
     def _mend(
@@ -106,7 +106,7 @@ class TextTokenizer:
         """Ask the tokenizer where the bytes do not add up, of texts that are changed before they are encoded."""
         chosen = [texts[row] for row in wrong.tolist()]
         found = self._slow.encode_batch(chosen, add_special_tokens=False)
-        own, counts = end_to_end([one.ids for one in found])
+        own, counts = flattened([one.ids for one in found])
         at = np.isin(np.repeat(np.arange(len(lengths)), lengths), wrong)
         if not np.array_equal(own, ids[at]):  # not seen before; all is asked of the tokenizer then
             return False
@@ -118,7 +118,7 @@ class TextTokenizer:
         return self._backend
 
     def _slowly(self, texts: Sequence[str], special: bool) -> tuple[Ids, NDArray[np.int64]]:
-        return end_to_end([found.ids for found in self._slow.encode_batch_fast(texts, add_special_tokens=special)])
+        return flattened([found.ids for found in self._slow.encode_batch_fast(texts, add_special_tokens=special)])
 
     def _prepare(self, texts: Sequence[str]) -> None:
         """Once, with the first texts: see what is faster and gives the same."""
@@ -148,7 +148,7 @@ def _checked(backend: Any, sample: Sequence[str], split: bool) -> tuple[Any, str
     try:
         quick = fastokens.Tokenizer.from_json_str(backend.to_str())
         for special in (False, True):
-            want = end_to_end([found.ids for found in backend.encode_batch_fast(sample, add_special_tokens=special)])
+            want = flattened([found.ids for found in backend.encode_batch_fast(sample, add_special_tokens=special)])
             got = _by_fastokens(quick, sample, special, split)
             if not all(np.array_equal(one, other) for one, other in zip(want, got, strict=True)):
                 return None, "fastokens gives other ids than the tokenizer on a sample, and is not used"
@@ -193,7 +193,7 @@ class _TokenBytes:
 def _token_bytes(tokenizer: Any, backend: Any, sample: Sequence[str]) -> _TokenBytes | None:
     """The way of counting bytes that gives the tokenizer's own places on a sample; None if none does."""
     found = backend.encode_batch(list(sample), add_special_tokens=False)
-    ids, lengths = end_to_end([one.ids for one in found])
+    ids, lengths = flattened([one.ids for one in found])
     want = _offsets(found, len(ids))
     sizes = np.array([len(text.encode()) for text in sample], dtype=np.int64)
     for byte_level in (True, False):
@@ -216,7 +216,7 @@ def _whole(places: NDArray[np.int64], lengths: Ids, texts: Sequence[str]) -> NDA
     at = 0
     for text, length in zip(texts, lengths.tolist(), strict=True):
         if not text.isascii():
-            edges = np.cumsum([len(one.encode()) for one in text])
+            edges = _ends(text)
             row = places[at : at + length]
             found[at : at + length, 0] = np.searchsorted(edges, row[:, 0], side="right")
             found[at : at + length, 1] = np.searchsorted(edges, row[:, 1], side="left") + (row[:, 1] > 0)
@@ -251,10 +251,16 @@ def _in_bytes(places: NDArray[np.int64], lengths: Ids, texts: Sequence[str]) -> 
     at = 0
     for text, length in zip(texts, lengths.tolist(), strict=True):
         if not text.isascii():
-            edges = np.concatenate([[0], np.cumsum([len(one.encode()) for one in text])])
+            edges = np.concatenate([[0], _ends(text)])
             found[at : at + length] = edges[places[at : at + length]]
         at += length
     return found
+
+
+def _ends(text: str) -> NDArray[np.int64]:
+    """(n,) int64, the byte after each of n characters."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    return np.cumsum(1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000), dtype=np.int64)
 
 
 def _offsets(found: Sequence[Any], count: int) -> NDArray[np.int64]:
@@ -262,10 +268,10 @@ def _offsets(found: Sequence[Any], count: int) -> NDArray[np.int64]:
     return np.fromiter(characters, np.int64, 2 * count).reshape(-1, 2)
 
 
-def end_to_end(rows: Sequence[Sequence[int]]) -> tuple[Ids, NDArray[np.int64]]:
+def flattened(rows: Sequence[Sequence[int]]) -> tuple[Ids, NDArray[np.int64]]:
     """All ids in one array, and how many each row has.
 
-    >>> end_to_end([[5, 6], [], [7]])
+    >>> flattened([[5, 6], [], [7]])
     (array([5, 6, 7]), array([2, 0, 1]))
     """
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
