@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from vocabguard.compare.blocks import BodyDrift, body_as_json, body_drift, body_sentence
+from vocabguard.compare.blocks import BodyDrift, body_as_json, body_drift
+from vocabguard.compare.body_text import body_sentence
 from vocabguard.compare.models import load_model
 from vocabguard.results import NotApplicable
 from vocabguard.rows.checkpoints import open_checkpoint

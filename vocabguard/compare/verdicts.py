@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vocabguard.compare.blocks import CHANGED, body_sentence
+from vocabguard.compare.body_text import CHANGED, body_sentence
 from vocabguard.compare.probing import Bars, loss_low, words_of
 from vocabguard.measure.retention import ENOUGH
 from vocabguard.text import listed, number, percent, visible

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from vocabguard.compare.blocks import body_sentence
+from vocabguard.compare.body_text import body_sentence
 from vocabguard.compare.evidence import evidence_sentences
 from vocabguard.compare.summary import KINDS, load_scan
 from vocabguard.measure.exposure import exposure_classes
