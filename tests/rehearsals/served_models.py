@@ -6,8 +6,8 @@
 VENV has the server: ``transformers[serving]`` and torch, or ``llama-cpp-python[server]`` and ``gguf``. FOLDER is a
 model with a chat template, FILE.gguf one of llama.cpp's. Each model is served in turn on this machine: the base, whose
 answers become a file, then the same once more, then a copy of which the rows of some words are zeroed, and (of a
-folder) one with a damaged layer. CI asks a stub instead (``tests/served``). ``served_models.json`` has what came of
-``transformers serve`` 5.24 and of llama-cpp-python's server, both with SmolLM2 135M instruct on 2 cores.
+folder) one with a damaged layer. CI asks a stub instead (``tests/served``). ``served_models.json`` has what
+came of ``transformers serve`` 5.24 with SmolLM2 135M instruct; llama.cpp's server was not rehearsed so far.
 """
 
 from __future__ import annotations
