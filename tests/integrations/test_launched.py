@@ -66,9 +66,10 @@ def test_the_entry_point_leaves_a_guard_of_ones_own_alone(
 def test_lightning_under_the_launcher(
     kit: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # Before the environment asks for a guard: where the package is installed, Lightning's entry point adds one.
+    trainer = fit(kit, tokenizer, tmp_path).trainer
     monkeypatch.setenv("VOCABGUARD", "1")
     monkeypatch.setenv("VOCABGUARD_SET", SETTINGS)
-    trainer = fit(kit, tokenizer, tmp_path).trainer
     assert launched.guard_lightning(trainer)
     assert len([one for one in trainer.callbacks if isinstance(one, VocabGuardCallback)]) == 1
     assert launched.guard_lightning(trainer)
