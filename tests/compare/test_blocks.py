@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -129,17 +128,20 @@ def test_what_cannot_be_compared(pair: tuple[Path, Path], tmp_path: Path) -> Non
 
 def test_an_adapter(tmp_path: Path) -> None:
     """LoRA of some layers against the merged model, by the same naive numbers."""
+    peft = pytest.importorskip("peft")
     llama().save_pretrained(tmp_path / "base")
-    model = get_peft_model(
+    model = peft.get_peft_model(
         AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
-        LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "up_proj"], layers_to_transform=[1, 3]),
+        peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "up_proj"], layers_to_transform=[1, 3]),
     )
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.normal_()
     model.save_pretrained(tmp_path / "adapter")
-    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    merged = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    )
     merged.merge_and_unload().save_pretrained(tmp_path / "merged")
     found, whole = drift(tmp_path / "base", tmp_path / "adapter"), drift(tmp_path / "base", tmp_path / "merged")
     assert [one.name for one in found.blocks] == ["1", "3"]
@@ -165,9 +167,10 @@ def test_a_model_of_which_a_part_is_missing_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_is_not_used_as_a_whole_is_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
     llama().save_pretrained(tmp_path / "base")
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(r=2, target_modules=["q_proj"])
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), peft.LoraConfig(r=2, target_modules=["q_proj"])
     )
     model.save_pretrained(tmp_path / "adapter")
     assert load_model(tmp_path / "adapter", base=tmp_path / "base") is not None

@@ -291,6 +291,10 @@ def test_another_device_in_mid_run(kit: Any, tmp_path: Path, hold: bool, other_d
     kit.loop(guard, model, optimizer, data[:4])
     model.to(other_device)
     moved = [{name: value.to(other_device) for name, value in batch.items()} for batch in data[4:]]
+    try:
+        kit.llama().to(other_device)(**moved[0])
+    except RuntimeError as error:
+        pytest.skip(f"this transformers does not run there: {error}")
     kit.loop(guard, model, optimizer, moved, first=5)
     assert guard.failure is None
     cosine = cosine_similarity(base.double(), model.lm_head.weight.detach().cpu().double(), dim=1)
