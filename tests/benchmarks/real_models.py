@@ -277,12 +277,15 @@ def main() -> None:
     keeper = Judge(asked.cache, asked.tokens)
     entries = []
     for path in runs(asked.cache, names):
+        over_time = {}
         for percent in map(int, asked.percent.split(",")):
             try:
-                keeper.asked(path, percent)
+                never = verdicts(path, keeper, percent)["never"]
             except OSError as error:
                 console.print(f"{path}: {one_line(error)}")
-        entries.append(entry_of(path, keeper))
+            else:
+                over_time[percent] = [never["lost"], never["known"], never["gained"], never["unknown"]]
+        entries.append(entry_of(path, keeper) | ({"over_time": over_time} if len(over_time) > 1 else {}))
         if asked.what == "judge":
             console.print(json.dumps({key: entries[-1][key] for key in ("recipe", "arm", "seed", "tokens")}))
     show(entries, console)

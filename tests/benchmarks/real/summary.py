@@ -59,6 +59,20 @@ def recall_table(entries: Iterable[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def time_table(entries: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Lost and gained of the never class while the runs went on; see ``judge --percent``."""
+    lines = ["| recipe | arm | seed | never class: lost, gained at % of the run |", "|---|---|---|---|"]
+    for entry in entries:
+        parts = [
+            f"{percent} %: {100 * lost / max(1, known):.1f} % of {known}, "
+            f"{100 * gained / max(1, unknown):.0f} % of {unknown}"
+            for percent, (lost, known, gained, unknown) in entry.get("over_time", {}).items()
+        ]
+        if parts:
+            lines.append(f"| {entry['recipe']} | {entry['arm']} | {entry['seed']} | {'; '.join(parts)} |")
+    return lines
+
+
 def alert_table(entries: Iterable[Mapping[str, Any]], replays: Mapping[Any, Mapping[str, Any]]) -> list[str]:
     """Which rules fired at warning or above, beside what was lost; a replay's alerts stand before the run's own."""
     lines = ["| recipe | arm | seed | never class, asked back | rules that fired | |", "|---|---|---|---|---|---|"]
@@ -93,6 +107,8 @@ def markdown() -> str:
             f"Each token is asked for {ASKS} times: the base says it where it does three times or more, and it is lost",
             "where the run's model does once or never. Asked once more among other neighbours, the bases themselves",
             f"'lose' {lost} of {known}; so a run's model is asked among the base's neighbours.",
+            "",
+            *time_table(entries),
             "",
             *alert_table(entries, replays),
         ]
