@@ -167,6 +167,20 @@ def listening(*answers: tuple[int, dict[str, str], float]) -> Iterator[Any]:
         thread.join()
 
 
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs the command line in this process and gives its exit code."""
+    from vocabguard.cli import main
+
+    def call(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["vocabguard", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return int(left.value.code or 0)
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def receiver() -> Callable[..., AbstractContextManager[Any]]:
     """A receiver of webhooks; see `listening`."""

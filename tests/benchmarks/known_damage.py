@@ -15,8 +15,6 @@ the rows stand still, the body is named and the probe is not fine; of a real fin
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import sys
 import tempfile
@@ -26,32 +24,16 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
+sys.path.append(str(Path(__file__).parents[1] / "kits"))
 
 import torch
+from command_line import called
 from real.models import base_folder, load_base
 from real.replay import load_weights
-
-from vocabguard.cli.app import main
 
 ZEROED, BLOCK = 200, 12
 FROZEN, TUNED = "frozen/control-0/weights-100.safetensors", "tied/control-0/weights-100.safetensors"
 LIVE = 49_119
-
-
-def call(*arguments: object) -> tuple[int, dict[str, Any]]:
-    """Exit code, and what ``--json`` printed."""
-    out, before = io.StringIO(), sys.argv
-    sys.argv = ["vocabguard", *map(str, arguments), "--json"]
-    code = 0
-    try:
-        with contextlib.redirect_stdout(out):
-            main()
-    except SystemExit as left:
-        code = int(left.code or 0)
-    finally:
-        sys.argv = before
-    told: dict[str, Any] = json.loads(out.getvalue())
-    return code, told
 
 
 class Copies:
@@ -199,7 +181,7 @@ def main_table() -> None:
         line = ("--sample", asked.sample, "--asks", asked.asks, "--text-tokens", asked.text_tokens, "--watch", watch)
         began = time.perf_counter()
         # The base is asked once: its file stands for it.
-        call("probe", base, *line, "--out", before)
+        called("probe", base, *line, "--out", before)
         found["base"] = {"seconds": round(time.perf_counter() - began, 1), "sample": asked.sample, "asks": asked.asks}
         for name, damage in copies.each():
             folder = Path(place) / name.replace(" ", "-").replace(",", "")
@@ -207,8 +189,8 @@ def main_table() -> None:
             if why is not None:
                 found[name] = {"not_made": why}
                 continue
-            scan = call("scan", base, folder)[1]
-            code, probe = call("probe", folder, before)
+            scan = called("scan", base, folder)[1]
+            code, probe = called("probe", folder, before)
             right = judged(name, scan, probe)
             found[name] = {"right": all(right.values()), "of": right, "exit": code, **brief(scan, probe)}
             print(name, json.dumps(found[name], ensure_ascii=False, indent=1), flush=True)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,22 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vocabguard.cli.app import main
-
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs the command line in this process and gives its exit code."""
-
-    def call(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["vocabguard", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return int(left.value.code or 0)
-
-    return call
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -30,7 +29,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vocabguard.cli.app import main
+sys.path.append(str(Path(__file__).parents[1] / "kits"))
+
+from command_line import called
 
 WAIT = 600
 
@@ -74,17 +75,8 @@ def _wait(address: str, process: subprocess.Popen[bytes], log: Any) -> None:
 
 def probed(*arguments: object) -> dict[str, Any]:
     """What ``--json`` printed, with the exit code."""
-    out, before = io.StringIO(), sys.argv
-    sys.argv = ["vocabguard", "probe", *map(str, arguments), "--json"]
-    code = 0
-    try:
-        with contextlib.redirect_stdout(out):
-            main()
-    except SystemExit as left:
-        code = int(left.code or 0)
-    finally:
-        sys.argv = before
-    return {**json.loads(out.getvalue() or "{}"), "exit": code}
+    code, told = called("probe", *arguments)
+    return told | {"exit": code}
 
 
 def damaged(kind: str, model: Path, place: Path, words: list[str]) -> Iterator[tuple[str, Path]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,24 +11,12 @@ from typing import Any
 import pytest
 from stub_server import Stub, serving
 
-from vocabguard.cli.app import main
 from vocabguard.served.asking import _forced, ask_words_of, mode_of
 from vocabguard.served.client import Server, ServerError
 from vocabguard.served.words import words_of_texts
 
 KEY = "sk-very-secret-4711"
 WORDS = ["river", "stone", "cloud", "東京", "мир", "grün", "a-b", "x_1"]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    def call(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["vocabguard", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return int(left.value.code or 0)
-
-    return call
 
 
 def quick(url: str, **options: Any) -> Server:

@@ -13,7 +13,7 @@ asks for all the time go too: the lost *skill* of those is taken off before toke
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -181,17 +181,9 @@ def reask_noise(emitted: Tensor) -> float:
         >>> abs(reask_noise(first) - seen) < 0.005
         True
     """
-    found = _chances(emitted)
-    if found is None:
-        return math.nan
-    asks, a, b = found
-    if math.isinf(a):
-        return 0.0
-    first = [n for n in range(asks + 1) if 2 * n > asks]
-    second = [n for n in range(asks + 1) if 2 * n < asks]
-    chance = sum(_joint(x, y, asks, a, b) for x in first for y in second)
-    total = sum(_joint(x, y, asks, a, b) for x in first for y in range(asks + 1))
-    return chance / total if total > 0 else 0.0
+    asks = emitted.shape[1]
+    said, gone = [n for n in range(asks + 1) if 2 * n > asks], [n for n in range(asks + 1) if 2 * n < asks]
+    return _chance_of(emitted, said, gone)
 
 
 def outright_noise(emitted: Tensor) -> float:
@@ -207,14 +199,20 @@ def outright_noise(emitted: Tensor) -> float:
         >>> outright_noise(asks) < 1e-5
         True
     """
+    return _chance_of(emitted, [emitted.shape[1]], [0])
+
+
+def _chance_of(emitted: Tensor, first: Sequence[int], second: Sequence[int]) -> float:
+    """Of the tokens that one round gets as often as `first` says, the share that another gets as `second` says."""
     found = _chances(emitted)
     if found is None:
         return math.nan
     asks, a, b = found
     if math.isinf(a):
         return 0.0
-    total = sum(_joint(asks, y, asks, a, b) for y in range(asks + 1))
-    return _joint(asks, 0, asks, a, b) / total if total > 0 else 0.0
+    chance = sum(_joint(x, y, asks, a, b) for x in first for y in second)
+    total = sum(_joint(x, y, asks, a, b) for x in first for y in range(asks + 1))
+    return chance / total if total > 0 else 0.0
 
 
 def _chances(emitted: Tensor) -> tuple[int, float, float] | None:

@@ -33,11 +33,11 @@ class RowKeeper:
     def keep(self, weight: Tensor) -> None:
         """Copy the rows, from any device."""
         device = torch.device("cpu") if self._on_host else weight.device
-        new = self._rows is None or self._rows.shape != weight.shape or self._rows.dtype != weight.dtype
-        if self._rows is None or new or self._rows.device != device:
+        kept, wanted = self._rows, (weight.shape, weight.dtype, device)
+        if kept is None or (kept.shape, kept.dtype, kept.device) != wanted:
             pinned = self._on_host and weight.device.type == "cuda"
-            self._rows = torch.empty(weight.shape, dtype=weight.dtype, device=device, pin_memory=pinned)
-        self._rows.copy_(weight.detach())
+            kept = torch.empty(weight.shape, dtype=weight.dtype, device=device, pin_memory=pinned)
+        self._rows = kept.copy_(weight.detach())
 
     @property
     def rows(self) -> Tensor:

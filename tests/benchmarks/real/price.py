@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from real.data import training_rows
-from real.models import load_base
-from real.train import QUIET, RECIPES, Ordered
-from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
+from real.train import QUIET, short_run
+from transformers import TrainerCallback
 
 from vocabguard.config import load_config
 from vocabguard.guard.cadence import Cadence
@@ -20,9 +17,10 @@ from vocabguard.integrations.huggingface import VocabGuardCallback
 
 
 class Timed(VocabGuardCallback):
-    """The guard, with the CPU seconds that its start, each of its step ends and its end take."""
+    """The guard, with the CPU seconds that its start, each of its step ends and its end take, and its cadence."""
 
     start = end = 0.0
+    every = 0
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -44,6 +42,7 @@ class Timed(VocabGuardCallback):
         began = time.process_time()
         found = super().on_train_end(*arguments, **rest)
         self.end = time.process_time() - began
+        self.every = int(self.guard.state_dict()["cadence"]["every"])
         return found
 
 
@@ -80,24 +79,10 @@ def price(cache: Path, name: str, overrides: Sequence[str], *, planned: int, ste
         CPU ``seconds`` of the parts, the cadence that was chosen, and the ``share`` of the planned run that is the
         guard's. Counting inside the forward pass is not in it: `overhead.py` times that.
     """
-    recipe = RECIPES[name]
-    model, tokenizer = load_base(cache, recipe.model, untied=recipe.untied)
-    rows = training_rows(
-        tokenizer, steps=steps, batch=recipe.batch, copies=recipe.copies, longest=recipe.longest, seed=0
-    )
     probed = [*overrides, f"probe.every_n_steps={steps}"]
     guarded, stop = Timed("watch", overrides=probed, **QUIET), StopEarly(steps)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder, max_steps=planned, per_device_train_batch_size=recipe.batch, learning_rate=1e-5,
-            logging_steps=1000, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, seed=0,
-        )  # fmt: skip
-        Ordered(
-            model=model, args=arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer),
-            processing_class=tokenizer, callbacks=[guarded, stop],
-        ).train()  # fmt: skip
-        saved = guarded.guard.state_dict()["cadence"]
-    every, plain = int(saved["every"]), statistics.median(guarded.ends)
+    short_run(cache, name, [guarded, stop], steps=steps, planned=planned)
+    every, plain = guarded.every, statistics.median(guarded.ends)
     check = max(guarded.ends[:-1])
     probe = guarded.ends[-1] - check
     step = statistics.fmean(stop.seconds) - statistics.fmean(guarded.ends)

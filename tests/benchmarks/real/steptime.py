@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from real.data import training_rows
-from real.models import load_base
-from real.train import QUIET, RECIPES, Ordered
-from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
+from real.train import QUIET, short_run
+from transformers import TrainerCallback
 
 from vocabguard.integrations.huggingface import VocabGuardCallback
 
@@ -50,24 +47,12 @@ def step_time(cache: Path, name: str, overrides: Sequence[str], pairs: int = 5) 
     Returns:
         ``ratios`` of the pairs, their ``median``, and the mean CPU ``seconds`` of a step without protection.
     """
-    recipe, steps = RECIPES[name], BLOCK * 2 * pairs
-    model, tokenizer = load_base(cache, recipe.model, untied=recipe.untied)
-    rows = training_rows(
-        tokenizer, steps=steps, batch=recipe.batch, copies=recipe.copies, longest=recipe.longest, seed=0
-    )
+    steps = BLOCK * 2 * pairs
     kinds = [kind for kind in ("echo", "hold") if f"{kind}.armed=true" in overrides]
     quiet = ("probe.enabled=false", "drift.every_n_steps=1000000", "log.console=false")
     guarded = VocabGuardCallback("watch", overrides=[*quiet, *overrides], **QUIET)
     switcher = Switcher(guarded, kinds)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder, max_steps=steps, per_device_train_batch_size=recipe.batch, learning_rate=1e-5,
-            logging_steps=1000, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, seed=0,
-        )  # fmt: skip
-        Ordered(
-            model=model, args=arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer),
-            processing_class=tokenizer, callbacks=[guarded, switcher],
-        ).train()  # fmt: skip
+    short_run(cache, name, [guarded, switcher], steps=steps, planned=steps)
     means = [statistics.fmean(block[SETTLE:]) for block in switcher.blocks if len(block) == BLOCK]
     ratios = [means[at + 1] / means[at] for at in range(0, len(means) - 1, 2)]
     return {

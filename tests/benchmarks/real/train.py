@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -199,3 +200,29 @@ def run(
         found |= {"timings": asdict(guard.timings), "latest": guard.latest, "failure": guard.failure}
     (folder / "run.json").write_text(json.dumps(found), encoding="utf-8")
     return folder
+
+
+def short_run(cache: Path, name: str, callbacks: Sequence[TrainerCallback], *, steps: int, planned: int) -> None:
+    """Train a recipe's model without keeping anything of it, for what callbacks measure on the way.
+
+    Args:
+        cache: the bench's folder.
+        name: of `RECIPES`.
+        callbacks: the guard among them, in their order.
+        steps: that there is data for.
+        planned: optimizer steps that the trainer is told of.
+    """
+    recipe = RECIPES[name]
+    model, tokenizer = load_base(cache, recipe.model, untied=recipe.untied)
+    rows = training_rows(
+        tokenizer, steps=steps, batch=recipe.batch, copies=recipe.copies, longest=recipe.longest, seed=0
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, max_steps=planned, per_device_train_batch_size=recipe.batch, learning_rate=1e-5,
+            logging_steps=1000, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, seed=0,
+        )  # fmt: skip
+        Ordered(
+            model=model, args=arguments, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer),
+            processing_class=tokenizer, callbacks=list(callbacks),
+        ).train()  # fmt: skip
