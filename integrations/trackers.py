@@ -113,9 +113,13 @@ class ActiveRuns:
             trackio.log({**values, "train/global_step": step})
 
     def _comet(self, comet: Any, values: dict[str, float], step: int) -> None:
-        find = getattr(comet, "get_running_experiment", None) or comet.get_global_experiment
-        if (experiment := find()) is not None:
+        if (experiment := _experiment(comet)) is not None:
             experiment.log_metrics(values, step=step)
+
+
+def _experiment(comet: Any) -> Any:
+    """Comet's experiment that is going; None where there is none."""
+    return (getattr(comet, "get_running_experiment", None) or comet.get_global_experiment)()
 
 
 def _keep_wandb(wandb: Any, table: Table, page: Path | None, step: int) -> None:
@@ -142,8 +146,7 @@ def _keep_trackio(trackio: Any, table: Table, page: Path | None, step: int) -> N
 
 
 def _keep_comet(comet: Any, table: Table, page: Path | None, step: int) -> None:
-    find = getattr(comet, "get_running_experiment", None) or comet.get_global_experiment
-    if (experiment := find()) is None:
+    if (experiment := _experiment(comet)) is None:
         return
     if table:
         rows = [list(row) for row in zip(*table.values(), strict=True)]

@@ -20,6 +20,7 @@ from vocabguard.integrations.huggingface import VocabGuardCallback
         (["vocabguard/probe/lost", "overhead"], {"probe": {"enabled": False}}, "probe.enabled is false"),
         (["probe/*/retained"], {"probe": {"enabled": False}}, "probe.enabled is false"),
         (["reference/nll"], {"probe": {"enabled": False}}, "the reference text is off"),
+        (["recall/nats"], {"probe": {"enabled": False}}, "estimated from the probe"),
         (["confusion/ja"], {}, "confusion.enabled=true"),
         (["loss/data"], {}, "echo is not part of this run"),
         (["hold/share"], {}, "hold is not part of this run"),
@@ -38,6 +39,7 @@ def test_keys_that_no_measure_gives(keys: list[str], options: dict[str, Any], wh
         ("all", {}),
         (["loss/*", "hold/share", "alerts/*", "alerts/firing"], {"echo": {"armed": True}, "hold": {"enabled": True}}),
         (["alerts/moved"], {"alerts": {"moved": {"metric": "head/cosine_min", "op": "<", "threshold": 0.5}}}),
+        (["recall/nats", "recall/*/nats", "recall/agreement"], {}),
         (["head/*/below_0.95", "embedding/cosine_min", "exposure/1-4", "forecast/*"], {}),
     ],
 )

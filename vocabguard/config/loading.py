@@ -223,7 +223,7 @@ def _check_protection(config: GuardConfig) -> None:
 
 # First parts of the logged keys.
 _FAMILIES = (
-    "head", "embedding", "exposure", "probe", "reference", "loss", "echo", "forecast", "hold", "confusion",
+    "head", "embedding", "exposure", "probe", "reference", "recall", "loss", "echo", "forecast", "hold", "confusion",
     "neighbors", "head_or_body", "alerts", "overhead",
 )  # fmt: skip
 

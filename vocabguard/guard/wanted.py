@@ -57,6 +57,8 @@ def _off(owner: str, config: GuardConfig, rules: tuple[AlertRule, ...]) -> tuple
         config.probe.enabled if config.reference.enabled is None else config.reference.enabled
     ):
         return "the reference text is off", "reference.enabled=true"
+    if owner == "recall" and not config.probe.enabled:
+        return "it is estimated from the probe, and probe.enabled is false", "probe.enabled=true"
     kind = "echo" if owner == "loss" else owner
     if kind in ("echo", "hold") and not needed(config, rules, kind):
         return f"{kind} is not part of this run", f"{kind}.enabled=true"

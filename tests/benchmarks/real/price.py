@@ -73,7 +73,7 @@ def price(cache: Path, name: str, overrides: Sequence[str], *, planned: int, ste
         name: of a recipe.
         overrides: settings of the guard.
         planned: optimizer steps of the run that is planned for.
-        steps: that are made.
+        steps: that are made; a multiple of the steps between checks, for the last to carry one.
 
     Returns:
         CPU ``seconds`` of the parts, the cadence that was chosen, and the ``share`` of the planned run that is the
