@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from vocabguard import RunLog
+from vocabguard.views.keys import meaning
 
 BEFORE = Path(__file__).parent / "data_before"
 
@@ -154,6 +155,11 @@ def test_nothing_is_removed_or_renamed(part: str, parts: dict[str, Any]) -> None
     other = {name: now.get(name, "gone") for name, value in before.items() if now.get(name, "gone") != value}
     meant = CHANGED.get(part, {})
     assert {name: value for name, value in other.items() if not is_meant(name, value, meant)} == {}
+    if part == "run":
+        keys = [key.removeprefix("keys: ") for key in before | now if key.startswith("keys: vocabguard/")]
+        undocumented = [key for key in keys if meaning(key) is None]
+        assert len(keys) > 200
+        assert undocumented == [], "vocabguard/views/keys.py says what each key means"
     new = [name for name in now if name not in before]
     assert [name for name in new if not any(fnmatch.fnmatchcase(name, known) for known in ADDED[part])] == []
 

@@ -1,7 +1,8 @@
 """Run the contracts and write what is supported, as JSON, as a Markdown table, or into the README.
 
-``python tests/contract/support.py [--json F] [--markdown F] [--readme README.md] [--only SECTION ...]``; without an
-output, print the table. Every cell is what ran: ``yes``, ``no`` with its reason below the table, or ``not run``.
+``python tests/contract/support.py [--json F] [--markdown F] [--readme F] [--only SECTION ...]``, with
+``--readme integrations/README.md`` to write the published table; without an output, print it.
+Every cell is what ran: ``yes``, ``no`` with its reason below the table, or ``not run``.
 """
 
 from __future__ import annotations

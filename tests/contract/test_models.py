@@ -32,7 +32,7 @@ def test_contract(case: Case, tokenizer: Any) -> None:
     assert all(outcome == YES or outcome.startswith("not applicable: ") for outcome in found.values())
 
 
-PUBLISHED = published((ROOT / "README.md").read_text(encoding="utf-8"))
+PUBLISHED = published((ROOT / "integrations" / "README.md").read_text(encoding="utf-8"))
 RESIZED = ("llama", "gpt2", "gemma3", "t5", "bart", "llava", "falcon", "mixtral")
 
 

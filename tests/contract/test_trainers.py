@@ -35,7 +35,9 @@ def test_contract(case: TrainerCase, tmp_path: Path) -> None:
         pytest.skip(str(error))
     assert set(found) == set(CHECKS)
     assert {name for name, outcome in found.items() if outcome == YES} == expected_columns(case)
-    published_marks = published((ROOT / "README.md").read_text(encoding="utf-8"))["Trainers"][case.name]
+    published_marks = published((ROOT / "integrations" / "README.md").read_text(encoding="utf-8"))["Trainers"][
+        case.name
+    ]
     assert published_marks == {name: mark(outcome) for name, outcome in found.items()}
 
 

@@ -249,6 +249,12 @@ def test_echo_is_shown_by_group(make_run):
     assert re.search(r"Latin 1,000 33\.3", text)
 
 
+def test_echo_of_a_run_without_rows_is_shown_without_shares(make_run):
+    page = render(run_data(make_run(echo=True, rows=False)))
+    assert "Echo targets by group" in page
+    assert '<td class="n">-</td>' in page
+
+
 def test_what_was_found_beside_the_checks_is_shown(make_run):
     data = run_data(make_run(beside=True))
     page = Page(render(data))

@@ -1,0 +1,151 @@
+"""Write the parts of the READMEs that come from the code: ``python tests/kits/documents.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from docstring_parser import parse
+
+from vocabguard.alerts import AlertRule
+from vocabguard.config.schema import GuardConfig, RuleConfig, default_rules
+from vocabguard.views.keys import MEANINGS
+
+ROOT = Path(__file__).parents[2]
+LONGEST_DEFAULT = 48
+
+
+def _cell(text: Any) -> str:
+    """One line that a Markdown table takes."""
+    return re.sub(r"\s+", " ", str(text).replace("``", "`")).replace("|", r"\|").strip()
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    value = field.default_factory() if callable(field.default_factory) else field.default
+    if isinstance(value, (list, dict)) and len(repr(value)) > LONGEST_DEFAULT:
+        return f"{len(value)} entries"
+    return "`" + yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...") + "`"
+
+
+def _allowed(limits: Mapping[str, Any]) -> str:
+    if "choices" in limits:
+        return ", ".join(f"`{choice}`" for choice in limits["choices"])
+    least, most = limits.get("at_least"), limits.get("at_most")
+    if least is not None and most is not None:
+        return f"{least} to {most}"
+    if least is not None:
+        return f"{least} or more"
+    return f"holds `{limits['holds']}`" if "holds" in limits else ""
+
+
+def _meanings(documented: type) -> dict[str, str]:
+    """Field -> meaning, from the docstring of a class."""
+    return {one.arg_name: one.description or "" for one in parse(documented.__doc__ or "").params}
+
+
+def _rows(section: type, prefix: str) -> Iterator[str]:
+    """A line a setting; nested sections follow under their own prefix."""
+    meanings = _meanings(section)
+    for field in dataclasses.fields(section):
+        inner = field.default_factory
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            yield from _rows(inner, f"{prefix}{field.name}.")
+        else:
+            cells = f"`{prefix}{field.name}`", _default(field), _allowed(field.metadata), meanings[field.name]
+            yield f"| {' | '.join(map(_cell, cells))} |"
+
+
+HEAD = ["| setting | default | allowed | meaning |", "|---|---|---|---|"]
+
+
+def settings() -> Iterator[str]:
+    """Every setting but the rules: a table a section."""
+    plain = []
+    for field in dataclasses.fields(GuardConfig):
+        section = field.default_factory
+        if not (isinstance(section, type) and dataclasses.is_dataclass(section)):
+            plain.append(field.name)
+            continue
+        yield from (f"#### `{field.name}`", "", (section.__doc__ or "").partition("\n\n")[0].strip(), "", *HEAD)
+        yield from (*_rows(section, f"{field.name}."), "")
+    yield from ("#### The rest", "", *HEAD)
+    meanings = _meanings(GuardConfig)
+    fields = {field.name: field for field in dataclasses.fields(GuardConfig)}
+    for name in plain:
+        if name != "alerts":
+            cells = f"`{name}`", _default(fields[name]), _allowed(fields[name].metadata), meanings[name]
+            yield f"| {' | '.join(map(_cell, cells))} |"
+
+
+def rule_fields() -> Iterator[str]:
+    """Every field of a rule."""
+    meanings = _meanings(AlertRule) | {"enabled": "whether the rule is followed"}
+    yield from HEAD
+    for field in dataclasses.fields(RuleConfig):
+        cells = f"`{field.name}`", _default(field), _allowed(field.metadata), meanings[field.name]
+        yield f"| {' | '.join(map(_cell, cells))} |"
+
+
+def rules() -> Iterator[str]:
+    """The rules of every run."""
+    yield from ("| rule | fires when | level |", "|---|---|---|")
+    for name, rule in default_rules().items():
+        beyond = "" if rule.op in {"absent", "unchanged"} else f" {rule.threshold:g}"
+        yield f"| `{name}` | `{rule.metric}` {rule.op}{beyond} | {rule.level} |"
+
+
+def presets() -> Iterator[str]:
+    """Each preset by the comment at its top."""
+    yield from ("| preset | what it does |", "|---|---|")
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        if path.name == "prompts.yaml":
+            continue
+        comment = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        words = (line.removeprefix("# ") for line in comment if not line.startswith("#   "))
+        yield f"| [`{path.stem}`]({path.name}) | {_cell(' '.join(words))} |"
+
+
+def keys() -> Iterator[str]:
+    """Every logged key."""
+    yield from ("| key | meaning |", "|---|---|")
+    for key, meaning in MEANINGS.items():
+        yield f"| `{key}` | {_cell(meaning)} |"
+
+
+PARTS: dict[str, tuple[str, Callable[[], Iterator[str]]]] = {
+    "presets": ("configs/README.md", presets),
+    "settings": ("configs/README.md", settings),
+    "rules": ("configs/README.md", rules),
+    "fields of a rule": ("configs/README.md", rule_fields),
+    "keys": ("configs/README.md", keys),
+}
+"""Mark -> file, and what stands there."""
+
+
+def written(text: str, mark: str, lines: Iterator[str]) -> str:
+    """A document with the lines between its two marks.
+
+    Raises:
+        ValueError: if the document lacks the marks.
+    """
+    begin, end = f"<!-- {mark}: by tests/kits/documents.py -->", f"<!-- end of {mark} -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{begin} and {end} are missing")
+    return f"{before}{begin}\n" + "\n".join(lines).rstrip() + f"\n{end}{after}"
+
+
+def main() -> None:
+    """Write all parts."""
+    for mark, (name, lines) in PARTS.items():
+        path = ROOT / name
+        path.write_text(written(path.read_text(encoding="utf-8"), mark, lines()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
