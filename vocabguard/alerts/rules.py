@@ -240,8 +240,8 @@ class AlertRule:
         for_checks: checks in a row over the threshold before it fires, at least 1. A check without the metric neither
             counts nor breaks the row, but with ``absent``. Rules about ``confusion/`` count evaluations.
         resolve_at: a firing rule resolves once the value is back at this or beyond it; on the safe side of the
-            threshold, so that a value that wavers about the threshold does not flap. None takes the threshold.
-        latch: never resolve: what the rule has switched on stays on, also where that is why the value is back.
+            threshold, so that a value that wavers about it does not flap. None takes the threshold.
+        latch: never resolve: what the rule has switched on stays on, even if that is why the value is back.
         cooldown_steps: optimizer steps after resolving in which it may not fire again, at least 0.
         level: ``info``, ``warning`` or ``critical``.
         actions: what to do at each transition: ``"log"``, or a callable that takes the `Transition`, both in the main
@@ -252,9 +252,9 @@ class AlertRule:
         over_checks: checks that a change is taken over, at least 1, of those that brought the metric.
         floor: with `change`, smaller values count as this one, so that a ratio of next to nothing is no alarm. A ratio
             needs one over 0; None is none.
-        min_rows: with ``*``, script groups of fewer live rows are left aside.
-        retell_steps: with ``*``, a group that joins is told no sooner than so many steps after the last telling.
-        remind_steps: tell again after so many steps while it fires; 0 never.
+        min_rows: with ``*``, script groups with fewer live rows are ignored.
+        retell_steps: with ``*``, fewest optimizer steps between two notifications about groups that join.
+        remind_steps: optimizer steps after which a firing rule notifies again; 0 never.
 
     Raises:
         ValueError: for a field outside what is allowed; the message names the field, the value and what is allowed.

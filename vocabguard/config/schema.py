@@ -64,8 +64,8 @@ class EchoConfig:
     """Echo rows: lists of live tokens that the model is asked to repeat, added to training batches.
 
     Attributes:
-        enabled: from the first batch on; false waits for a rule with the action ``echo``.
-        armed: though no rule names it, `VocabGuard.switch` may switch it on.
+        enabled: whether echo rows come from the first batch on; false waits for a rule with the action ``echo``.
+        armed: whether `VocabGuard.switch` may switch it on though no rule names it.
         mode: ``uniform`` takes every live token in turn; ``balanced`` too, but those that the data asks for 1 to 19
             times `boost` times as often: hold does not cover them, and the data alone does not keep them;
             ``least_exposed`` takes those first that the data asks for least; ``recall`` draws the quarter of lowest
@@ -73,12 +73,12 @@ class EchoConfig:
         boost: turns of such a token for one of any other, with ``balanced`` and ``recall``.
         dose: echo targets per data target.
         targets_per_live_token: echo targets that each live token gets over the planned run, instead of `dose`.
-        dose_limit: echo targets per data target are never more than this, in any batch: a short run over a large
-            vocabulary would be nothing but echo. (A dose of less than a list a batch gives whole lists now and then.)
+        dose_limit: most echo targets per data target in any batch: a short run over a large vocabulary would be nothing
+            but echo. (A dose of less than a list a batch gives whole lists now and then.)
         list_tokens: tokens in a list.
         fill: share of the batch's length from which an echo row gets no further list; 1 packs as many as fit.
-        exclude: never echoed: ids, texts that are one token, and ``re:`` patterns that a token's text is searched for.
-        instructions: ways of asking, each with one ``{tokens}``.
+        exclude: tokens never echoed: ids, texts that are one token, ``re:`` patterns searched for in a token's text.
+        instructions: instructions, each with one ``{tokens}``.
         prefetch: batches that a dataloader may have made beyond the one in training; null asks the dataloader.
     """
 
@@ -102,10 +102,10 @@ class HoldConfig:
     """Output rows that the data has not asked for keep still. Needs no data of its own.
 
     Attributes:
-        enabled: from the first step on; false waits for a rule with the action ``hold``.
-        armed: though no rule names it, `VocabGuard.switch` may switch it on.
+        enabled: whether rows are held from the first step on; false waits for a rule with the action ``hold``.
+        armed: whether `VocabGuard.switch` may switch it on though no rule names it.
         mode: ``freeze`` puts such rows back after each step, ``shared`` moves them by their common mean only.
-        window_steps: hold rows without a data target in so many steps; null holds those that never were one.
+        window_steps: hold rows that were no data target for this many steps; null holds those that never were one.
         anchor: where the rows before a step are kept: ``device`` (beside the weights: the memory of one more output
             matrix), or ``host`` (each step moves the matrix there and back).
     """
@@ -169,14 +169,14 @@ def default_rules() -> dict[str, RuleConfig]:
 
 @dataclass
 class WebhookConfig:
-    """News of alerts as JSON, by HTTP POST.
+    """Alert notifications as JSON, by HTTP POST.
 
     Attributes:
-        url: where to; null sends none. Only its host is written to the run folder.
-        url_env: name of the environment variable that holds it, instead.
-        timeout: seconds that connecting, and each answer, may take.
-        retries: times that one is sent again where nobody answers, or with 408, 425, 429 or 5xx.
-        backoff: seconds before it is sent again, doubled each time.
+        url: receiver; null sends none. Only its host is written to the run folder.
+        url_env: name of the environment variable that holds the URL, instead.
+        timeout: most seconds for connecting, and for each answer.
+        retries: times that a notification is sent again after no answer, or after 408, 425, 429 or 5xx.
+        backoff: seconds before the first retry, doubled each time.
     """
 
     url: str | None = None
@@ -188,15 +188,15 @@ class WebhookConfig:
 
 @dataclass
 class SinksConfig:
-    """Where news of alerts goes besides the log, the console, TensorBoard and the run folder.
+    """Where alert notifications go besides the log, the console, TensorBoard and the run folder.
 
     A thread of its own sends it, from the main process only: a receiver that is slow or gone slows no step.
 
     Attributes:
-        least_level: news of rules below this level is not sent.
-        wandb: `wandb.alert`, where the script has a Weights & Biases run going.
-        waiting: news that may wait to be sent; what comes beyond is dropped, and said to be.
-        finish_seconds: how long the end of a run waits for what is not sent yet.
+        least_level: lowest level of a rule whose notifications are sent.
+        wandb: whether `wandb.alert` is called, if the script has an active Weights & Biases run.
+        waiting: most notifications waiting to be sent; further ones are dropped, and their number is logged.
+        finish_seconds: most seconds that the end of a run waits for notifications not sent yet.
     """
 
     least_level: str = limited("warning", choices=("info", "warning", "critical"))
@@ -237,7 +237,8 @@ class SnapshotConfig:
     """The baseline rows.
 
     Attributes:
-        source: a safetensors file, or a folder of them, that holds the base; null copies the model's rows at the start.
+        source: a checkpoint of the base model (safetensors, ``.bin``, ``.pt``, ``.ckpt``, sharded or not, or a PEFT
+            adapter's folder), read by memory map; null copies the model's rows at the start.
     """
 
     source: str | None = None
@@ -248,7 +249,7 @@ class ExposureConfig:
     """Target and input counts, and row gradients.
 
     Attributes:
-        enabled: whether to count at all.
+        enabled: whether targets are counted.
         prior: a file of ``vocabguard coverage --out`` about the training data, in the place of preflight's sample.
         push_every_n_steps: optimizer steps between reads of the whole gradient; 0 never.
         shift_labels: whether the model predicts ``labels[:, 1:]`` from ``inputs[:, :-1]``; null asks the model's type.
@@ -265,9 +266,9 @@ class PreflightConfig:
     """Counting targets before step 1.
 
     Attributes:
-        enabled: whether to count.
-        max_batches: at most so many batches of the training data.
-        max_seconds: at most so long.
+        enabled: whether targets are counted beforehand.
+        max_batches: most batches of the training data that are counted.
+        max_seconds: most seconds that counting may take.
     """
 
     enabled: bool = True
@@ -280,7 +281,7 @@ class UntrainedConfig:
     """Rows that were never trained at the base.
 
     Attributes:
-        enabled: whether to tell them apart, so that they raise no alarm.
+        enabled: whether they are detected and left out of live tokens, so that they raise no alarm.
     """
 
     enabled: bool = True
@@ -336,17 +337,17 @@ class ProbeConfig:
     """Asking the model to repeat tokens.
 
     Attributes:
-        enabled: whether to ask.
+        enabled: whether the probe runs.
         every_n_steps: optimizer steps between probes; null chooses it from the budget. A probe falls on a check.
         sample: live tokens probed, stratified by group (and by preflight's class); fewer, but 128 or more, where a
             probe at the base and one at the end would take more than `budget` of the run.
         whole_vocabulary: probe every live token instead.
         watch: words probed besides, and reported by name: token ids, or texts of one or several tokens.
         contexts: name -> a way of asking. Those that the base model follows best are used; given ones replace the pool.
-        asks: how often each token is asked in a probe, in different contexts and among different neighbours.
+        asks: prompts that ask for each token in a probe, in different contexts and among different neighbours.
         batch_tokens: tokens in one forward pass of the probe.
         budget: largest share of the run's time that probes may take when the cadence is chosen.
-        head_or_body: whether tokens that are forgotten at the end are asked for once more with the base's rows.
+        head_or_body: whether tokens that are lost at the end are probed once more with the base's rows.
     """
 
     enabled: bool = True
@@ -392,10 +393,10 @@ class ConfusionConfig:
     """Answers to everyday questions in many languages, generated greedily at evaluations.
 
     Attributes:
-        enabled: whether to ask.
+        enabled: whether the questions are asked.
         prompts: a YAML file of questions by language (ISO 639 codes); null takes the packaged ``prompts.yaml``.
-        languages: those asked in; none named, all of the file.
-        per_language: at most so many questions in each.
+        languages: languages to ask in; empty: all of the file.
+        per_language: most questions in each language.
         allow: language -> scripts that belong in its answers beside its own, e.g. ``{ja: [], ko: [latin, zh]}``; where
             a language is not named, Latin letters do (names and loanwords).
         max_new_tokens: longest answer.
@@ -431,7 +432,7 @@ class ForecastConfig:
     """Where rows will end if nothing is done, from step 0 on.
 
     Attributes:
-        enabled: whether it is asked at checks.
+        enabled: whether each check computes it.
     """
 
     enabled: bool = True
@@ -476,7 +477,7 @@ class LogConfig:
 
     Attributes:
         keys: logged keys, without ``vocabguard/``, that the trackers of a Hugging Face run get and that TensorBoard
-            shows under ``vocabguard/``, the others being under ``vocabguard-detail/``; ``*`` stands for any characters,
+            shows under ``vocabguard/`` (the others under ``vocabguard-detail/``); ``*`` stands for any characters,
             as in ``head/*/below_0.95``, and ``all`` for every key. The run folder always has all.
         console: one line a check, tables at the start and the end (main process only).
         tensorboard: scalars, histogram, tables and alerts as text.
@@ -501,9 +502,10 @@ class GuardConfig:
 
     Attributes:
         alerts: rules by name.
-        on_error: ``warn`` reports a fault of the guard once and stands down; ``raise`` raises it.
+        on_error: ``warn`` reports an internal error once, and vocabguard disables itself while training continues;
+            ``raise`` raises it.
         run_dir: folder of the run log; null puts it beside the trainer's logs.
-        seed: of the probe's and the preflight's own generators.
+        seed: seed of the probe's and the preflight's own generators.
 
     Example:
         >>> config = GuardConfig(drift=DriftConfig(every_n_steps=50))
