@@ -51,10 +51,8 @@ class LogitMoments:
             wanted: (P,) int64, the id that is wanted at each place.
         """
         own = logits.gather(1, wanted[:, None]).squeeze(1)
-        columns = []
-        for power in (0, 1, 2):
-            total = logits.new_full(logits.shape[1:], len(logits)) if power == 0 else logits.pow(power).sum(0)
-            columns.append(total.index_add(0, wanted, -own.pow(power)))
+        totals = torch.full_like(logits[:0].sum(0), len(logits)), logits.sum(0), logits.square().sum(0)
+        columns = [total.index_add(0, wanted, -own.pow(power)) for power, total in enumerate(totals)]
         found = torch.stack(columns).cpu().double()
         self._sums = found if not self._sums.shape[1] else self._sums + found
 
