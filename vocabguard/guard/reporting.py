@@ -15,6 +15,7 @@ from vocabguard.alerts.notify import Courier, Receiver, WandbAlerts, Webhook, di
 from vocabguard.alerts.rules import AlertRule
 from vocabguard.config import GuardConfig, SinksConfig, webhook_url
 from vocabguard.files import why_unwritable
+from vocabguard.installation import missing
 from vocabguard.results import CheckResult, Finding, Transition, Watch
 from vocabguard.runlog import RunLog, RunWriter, row_vectors, why_unusable
 from vocabguard.views.console import ConsoleView
@@ -223,7 +224,15 @@ class Reporter:
         }  # fmt: skip
         if self._writer is not None:
             return TensorBoardView(self._writer, **options)
-        return None if self._folder is None else open_view(self._folder, **options)
+        if self._folder is None:
+            return None
+        try:
+            return open_view(self._folder, **options)
+        except ModuleNotFoundError as error:
+            need = missing("tensorboard", "vocabguard's TensorBoard view")
+            logger.warning('vocabguard: %s (or log={"tensorboard": False}); the run goes on without it', need)
+            logger.debug("tensorboard could not be imported", exc_info=error)
+            return None
 
     def _take(self, table: VocabTable) -> None:
         """Go on with a table of other rows; TensorBoard's view holds the one it was made with."""

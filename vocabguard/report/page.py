@@ -21,12 +21,13 @@ import regex
 from markupsafe import Markup
 
 from vocabguard.files import write_file
+from vocabguard.installation import VERSION
 from vocabguard.report.alerts import alert_timeline, told_of
 from vocabguard.report.charts import exposure_figure, forecast_figures, histograms, length_figure, timelines
 from vocabguard.report.compare import compare
 from vocabguard.report.data import EchoDone, PageData, TextOf, TokenLine, run_data
 from vocabguard.report.sentences import Limits, at_end, beside_label, key_numbers, label_of, verdict_of
-from vocabguard.runlog import RunLog, installed_version
+from vocabguard.runlog import RunLog
 from vocabguard.text import WORST_COLUMNS, number, percent, token_cells, visible
 
 # Controls that HTML forbids or that reorder the text around them, and halves of surrogate pairs, which UTF-8 has not.
@@ -82,7 +83,7 @@ def render(first: PageData, second: PageData | None = None, *, limits: Limits | 
             lengths=length_figure(first, second),
             forecasts=forecast_figures(first) if second is None else (),
             timelines=timelines(first, second),
-            version=installed_version() or "",
+            version=VERSION,
         )
     )
 
