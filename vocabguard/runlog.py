@@ -2,7 +2,7 @@
 
 | file | content |
 |---|---|
-| ``run.json`` | schema, version of vocabguard, times of start and resumes, settings, what is watched, group names |
+| ``run.json`` | schema, version, times of start and resumes, origin, settings, what is watched, group names |
 | ``checks.jsonl`` | one line a check: attempt, step, seconds, probed, firing, scalars, tokens, echo, forecast |
 | ``alerts.jsonl`` | one line a transition: attempt and the fields of `Transition`, its story too |
 | ``rows-<step>.safetensors`` | the vectors of `row_vectors` at a step |
@@ -88,12 +88,15 @@ class RunWriter:
         self.folder = Path(folder)
         self._attempt: int | None = None
 
-    def start(self, config: Mapping[str, Any], watch: Watch, groups: Sequence[str]) -> None:
+    def start(
+        self, config: Mapping[str, Any], watch: Watch, groups: Sequence[str], origin: Mapping[str, Any] | None = None
+    ) -> None:
         """Write ``run.json``, or take up the run that the folder holds.
 
         Args:
             watch: what is watched. Its vectors are not written, only their shapes.
             groups: names of the script groups, in the order of the ``group`` vector.
+            origin: model, data, command and versions; None leaves them out.
 
         Raises:
             ValueError: if the folder holds a run of another schema, or of other groups.
@@ -109,6 +112,7 @@ class RunWriter:
         for path in self.folder.glob("*.jsonl"):
             mend(path)
         meta |= {"config": plain(config), "watch": plain(watch), "groups": list(groups)}
+        meta |= {} if origin is None else {"origin": plain(origin)}
         write_file(self.folder / _META, json.dumps(meta, indent=2, allow_nan=False) + "\n")
         self._attempt = len(meta["resumed"])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -107,10 +107,14 @@ class Reporter:
         self._checks = 0
         self._rows_written: int | None = None
 
-    def watch(self, watch: Watch) -> None:
-        """Say what is watched, before step 1."""
+    def watch(self, watch: Watch, origin: Mapping[str, Any] | None = None) -> None:
+        """Say what is watched, before step 1.
+
+        Args:
+            origin: of the run, see `vocabguard.guard.origin.origin_of`.
+        """
         if self._log is not None:
-            self._log.start(without_secrets(self._config), watch, self._table.names)
+            self._log.start(without_secrets(self._config), watch, self._table.names, origin)
             self._log.texts(self._table.texts)
         if self._board is not None:
             self._board.watch(watch)
