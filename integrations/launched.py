@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vocabguard.config import ConfigError, ConfigSource
+if TYPE_CHECKING:
+    from vocabguard.config import ConfigSource
 
 CONFIG, SETTINGS = "VOCABGUARD", "VOCABGUARD_SET"
 _DEFAULTS, _NOTHING = {"1", "true", "on"}, {"", "0", "false", "off"}
@@ -40,6 +41,8 @@ def asked() -> tuple[ConfigSource, tuple[str, ...]] | None:
     try:
         settings = tuple(shlex.split(os.environ.get(SETTINGS, "")))
     except ValueError as error:
+        from vocabguard.config import ConfigError
+
         raise ConfigError(
             f"{SETTINGS} is {os.environ[SETTINGS]!r}: {error}; allowed: key=value, quoted as in a shell"
         ) from error

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from vocabguard.config import ConfigSource, Options
@@ -21,9 +19,16 @@ from vocabguard.guard import VocabGuard
 from vocabguard.guard.batches import Targets
 from vocabguard.guard.called import Call
 from vocabguard.guard.watched import Action
+from vocabguard.installation import missing
 from vocabguard.integrations.trackers import ActiveRuns
 from vocabguard.measure.learning_rates import rates_by_epoch
 from vocabguard.results import CheckResult
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.loggers import TensorBoardLogger
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(missing("lightning", __name__), name=error.name) from error
 
 
 class VocabGuardCallback(Callback):

@@ -16,7 +16,8 @@ import vocabguard
 
 TOP = Path(__file__).parents[1]
 FLOORS = {
-    "errors": 0, "config": 1, "settings": 1, "results": 1, "vocabulary": 1, "text": 2, "files": 2, "collective": 2,
+    "installation": 0,
+    "config": 1, "settings": 1, "results": 1, "vocabulary": 1, "text": 2, "files": 2, "collective": 2,
     "rows": 3, "runlog": 3, "measure": 4, "alerts": 5, "protect": 5, "views": 6, "data": 6, "served": 6,
     "compare": 7, "report": 8,
     "guard": 9, "integrations": 10,

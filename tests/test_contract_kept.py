@@ -113,6 +113,7 @@ ADDED: dict[str, tuple[str, ...]] = {
         "keys: vocabguard/alerts/skill_lost",
         "*probe/known",
         "*/preflight/tokens",
+        "*run.json: origin*",
     ),
 }
 """Patterns of what is new since, by part: names as the failing test prints them."""

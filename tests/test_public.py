@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,16 @@ import vocabguard
 from vocabguard.cli.app import InputError
 from vocabguard.collective import PeerFaultError
 from vocabguard.data.readers import DataError
+from vocabguard.installation import DISTRIBUTION
 from vocabguard.protect.collator import EchoError
 
 QUIET: Any = {"log": {"console": False, "tensorboard": False}}
 
 
 def test_version() -> None:
-    assert vocabguard.__version__ == metadata.version("vocabguard")
+    with contextlib.suppress(metadata.PackageNotFoundError):  # run from a clone that is on the path only
+        assert vocabguard.__version__ == metadata.version(DISTRIBUTION)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", vocabguard.__version__)
 
 
 @pytest.mark.parametrize("kind", [vocabguard.ConfigError, DataError, EchoError, InputError, PeerFaultError])

@@ -1,17 +1,20 @@
-"""See and prevent the forgetting of sparse tokens while a language model is fine-tuned.
+"""See and prevent the forgetting of rare tokens while a language model is fine-tuned.
 
-Trainer callbacks live in `vocabguard.integrations`; nothing here imports a trainer.
+Trainer callbacks live in `vocabguard.integrations`; nothing here imports a trainer. Names are imported when they are
+first used: ``import vocabguard`` itself imports neither torch nor transformers.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vocabguard.config import ConfigError, GuardConfig, load_config, presets
-from vocabguard.guard import VocabGuard
-from vocabguard.results import CheckResult, VocabGuardError
-from vocabguard.runlog import RunLog, installed_version
+from vocabguard.installation import VERSION, warn_of_other_owner
 
 if TYPE_CHECKING:
+    from vocabguard.config import ConfigError, GuardConfig, load_config, presets
+    from vocabguard.guard import VocabGuard
     from vocabguard.measure.metrics import LanguageConfusion, TokenDrift, TokenExposure
+    from vocabguard.results import CheckResult, VocabGuardError
+    from vocabguard.runlog import RunLog
 
 __all__ = [
     "CheckResult",
@@ -28,13 +31,37 @@ __all__ = [
     "presets",
 ]
 
-__version__ = installed_version() or "0+unknown"
+__version__ = VERSION
+
+_HOMES = {
+    "CheckResult": "results",
+    "ConfigError": "config",
+    "GuardConfig": "config",
+    "LanguageConfusion": "measure.metrics",
+    "RunLog": "runlog",
+    "TokenDrift": "measure.metrics",
+    "TokenExposure": "measure.metrics",
+    "VocabGuard": "guard",
+    "VocabGuardError": "results",
+    "load_config": "config",
+    "presets": "config",
+}
+_ROOMS = ("config", "guard", "results", "runlog", "settings")
+"""Modules that documentation and examples name; ``vocabguard.config`` works without an import of its own."""
+
+warn_of_other_owner()
 
 
 def __getattr__(name: str) -> Any:
-    """The torchmetrics classes, imported when they are asked for: torchmetrics takes seconds and 80 MiB to import."""
-    if name in ("LanguageConfusion", "TokenDrift", "TokenExposure"):
-        from vocabguard.measure import metrics
+    """A public name or module, imported when it is first asked for (PEP 562)."""
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
 
-        return getattr(metrics, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_ROOMS})

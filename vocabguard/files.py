@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import safetensors.torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from vocabguard.results import NotApplicable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _KINDS = {
     stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket",
@@ -115,6 +114,8 @@ def tensor_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> b
     >>> content[8:41]
     b'{"__metadata__":{"x":"1","y":"2"}'
     """
+    import safetensors.torch
+
     content = safetensors.torch.save({name: one.contiguous() for name, one in tensors.items()}, metadata=dict(metadata))
     length = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
@@ -190,9 +191,10 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    if isinstance(value, Tensor) and value.ndim > 0:
-        return {"shape": list(value.shape), "dtype": str(value.dtype)}
-    return _plain_leaf(value.item() if isinstance(value, (Tensor, np.generic)) else value)
+    # A tensor or a number of numpy's, known by what it has: most of what comes needs neither package.
+    if hasattr(value, "dtype") and hasattr(value, "item"):
+        value = {"shape": list(value.shape), "dtype": str(value.dtype)} if value.ndim > 0 else value.item()
+    return value if isinstance(value, dict) else _plain_leaf(value)
 
 
 def why_unwritable(folder: Path) -> str | None:

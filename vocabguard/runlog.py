@@ -2,7 +2,7 @@
 
 | file | content |
 |---|---|
-| ``run.json`` | schema, version of vocabguard, times of start and resumes, settings, what is watched, group names |
+| ``run.json`` | schema, version, times of start and resumes, origin, settings, what is watched, group names |
 | ``checks.jsonl`` | one line a check: attempt, step, seconds, probed, firing, scalars, tokens, echo, forecast |
 | ``alerts.jsonl`` | one line a transition: attempt and the fields of `Transition`, its story too |
 | ``rows-<step>.safetensors`` | the vectors of `row_vectors` at a step |
@@ -27,14 +27,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import safetensors.torch
-from safetensors import safe_open
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from vocabguard.files import append_line, mend, one_line, plain, read_lines, read_text, require_regular, write_file
+from vocabguard.installation import VERSION
 from vocabguard.results import CheckResult, Exposure, Forecast, RowDrift, Transition, Watch, as_transition
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEMA = 1
 """Version of the folder's layout; a newer one is refused."""
@@ -88,19 +88,22 @@ class RunWriter:
         self.folder = Path(folder)
         self._attempt: int | None = None
 
-    def start(self, config: Mapping[str, Any], watch: Watch, groups: Sequence[str]) -> None:
+    def start(
+        self, config: Mapping[str, Any], watch: Watch, groups: Sequence[str], origin: Mapping[str, Any] | None = None
+    ) -> None:
         """Write ``run.json``, or take up the run that the folder holds.
 
         Args:
             watch: what is watched. Its vectors are not written, only their shapes.
             groups: names of the script groups, in the order of the ``group`` vector.
+            origin: model, data, command and versions; None leaves them out.
 
         Raises:
             ValueError: if the folder holds a run of another schema, or of other groups.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        meta: dict[str, Any] = {"schema": SCHEMA, "vocabguard": installed_version(), "created": now, "resumed": []}
+        meta: dict[str, Any] = {"schema": SCHEMA, "vocabguard": VERSION, "created": now, "resumed": []}
         if (self.folder / _META).exists():
             old = _read_meta(self.folder)
             if old["groups"] != list(groups):
@@ -109,6 +112,7 @@ class RunWriter:
         for path in self.folder.glob("*.jsonl"):
             mend(path)
         meta |= {"config": plain(config), "watch": plain(watch), "groups": list(groups)}
+        meta |= {} if origin is None else {"origin": plain(origin)}
         write_file(self.folder / _META, json.dumps(meta, indent=2, allow_nan=False) + "\n")
         self._attempt = len(meta["resumed"])
 
@@ -157,6 +161,8 @@ class RunWriter:
         """
         attempt = self._started()
         path = self.folder / f"rows-{step}.safetensors"
+        import safetensors.torch
+
         # Clones, since safetensors refuses tensors that share memory.
         whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         write_file(path, safetensors.torch.save(whole, metadata={"attempt": str(attempt), "step": str(step)}))
@@ -253,6 +259,8 @@ class RunLog:
         lines = []
         for path in self.folder.iterdir():
             if match := _ROWS.fullmatch(path.name):
+                from safetensors import safe_open
+
                 with safe_open(require_regular(path), framework="pt") as file:
                     lines.append({"step": int(match[1]), "attempt": int((file.metadata() or {}).get("attempt", 0))})
         return tuple(sorted(line["step"] for line in lines if _stands(line, first)))
@@ -269,6 +277,8 @@ class RunLog:
         steps = self.row_steps
         if not steps or (step is not None and step not in steps):
             raise ValueError(f"{self.folder} has no rows of step {step}; there are rows of steps {list(steps)}")
+        import safetensors.torch
+
         return safetensors.torch.load_file(self.folder / f"rows-{steps[-1] if step is None else step}.safetensors")
 
     def scalar(self, key: str) -> tuple[list[int], list[float]]:
@@ -315,17 +325,9 @@ def why_unusable(folder: Path, groups: Sequence[str]) -> str | None:
     return f"{folder / _META} is not a vocabguard run: it names no start, no resumes or no groups"
 
 
-def installed_version() -> str | None:
-    """This package's version; None where it is not installed."""
-    try:
-        return metadata.version("vocabguard")
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def versions() -> dict[str, str | None]:
     """Of this package and of those whose numbers a measurement depends on, and of Python."""
-    found: dict[str, str | None] = {"vocabguard": installed_version(), "python": platform.python_version()}
+    found: dict[str, str | None] = {"vocabguard": VERSION, "python": platform.python_version()}
     for name in ("torch", "transformers", "tokenizers", "safetensors", "numpy"):
         try:
             found[name] = metadata.version(name)

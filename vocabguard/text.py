@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import regex
-import torch
 
 from vocabguard.results import (
     EXPOSURE_CLASSES,
@@ -24,6 +23,8 @@ from vocabguard.results import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vocabguard.vocabulary.table import VocabTable
 
 LARGE_GROUP = 20
@@ -117,7 +118,7 @@ def escape_markdown(text: str) -> str:
 
 def large_groups(table: VocabTable) -> tuple[str, ...]:
     """Names of the groups with at least `LARGE_GROUP` live tokens, in the table's order."""
-    counts = torch.bincount(table.group[table.live].long(), minlength=len(table.names))
+    counts = table.group[table.live].long().bincount(minlength=len(table.names))
     return tuple(name for name, count in zip(table.names, counts.tolist(), strict=True) if count >= LARGE_GROUP)
 
 
@@ -247,11 +248,11 @@ def data_read(preflight: Preflight) -> str:
     return f"{'all' if preflight.complete else 'a sample of'} {batches} ({rows}) of the training data"
 
 
-def _hardest_hit(never: torch.Tensor, table: VocabTable, most: int = 5) -> list[str]:
+def _hardest_hit(never: Tensor, table: VocabTable, most: int = 5) -> list[str]:
     """Large groups with at least the vocabulary's own share of never-targets, most tokens first."""
     names = table.names
-    totals = torch.bincount(table.group[table.live].long(), minlength=len(names)).tolist()
-    missing = torch.bincount(table.group[never].long(), minlength=len(names)).tolist()
+    totals = table.group[table.live].long().bincount(minlength=len(names)).tolist()
+    missing = table.group[never].long().bincount(minlength=len(names)).tolist()
     overall = sum(missing) / max(sum(totals), 1)
     hit = [
         (lost, total, name)

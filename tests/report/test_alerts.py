@@ -12,6 +12,7 @@ from vocabguard.alerts import AlertMachine, AlertRule
 from vocabguard.files import read_lines
 from vocabguard.report.alerts import EARLIER, Span, alert_timeline, spans_of, told_of
 from vocabguard.report.data import PageData, rules_of, run_data
+from vocabguard.report.first import firing_advice
 from vocabguard.report.page import render
 from vocabguard.results import AlertStory, Transition
 from vocabguard.runlog import RunLog
@@ -127,9 +128,12 @@ def test_the_whole_story_is_on_the_page(make_run):
     page = Page(render(run_data(log)))
     story = log.alerts()[0].story
     assert story is not None
-    for said in (story.what, story.where, story.since, story.outlook, *story.advice):
+    for said in (story.what, story.where, story.since, story.outlook):
         assert " ".join(said.split()) in page.text
-    assert page.texts["bdi"][: len(story.tokens) + 1] == ["bad", *story.tokens[:4], "\\u202eevil\\u2066"]
+    items = [" ".join(text.lower().split()) for text in page.texts["li"]]
+    assert [items.count(" ".join(said.lower().split())) for said in story.advice] == [1] * len(story.advice)
+    at = page.texts["bdi"].index("bad")
+    assert page.texts["bdi"][at : at + len(story.tokens) + 1] == ["bad", *story.tokens[:4], "\\u202eevil\\u2066"]
     assert "Fires since step 20 (trouble since step 10)." in page.text
     assert "<u>lost</u>: 語." in page.text
 
@@ -145,8 +149,8 @@ def test_nothing_of_a_story_becomes_markup(make_run):
 
 def test_news_without_a_story_says_its_message(make_run):
     page = Page(render(run_data(make_run())))
-    assert "Fires since step 20. Told at step 20: <u>lost</u>: 語." in page.text
-    assert "to do" not in page.text
+    assert "Fires since step 20. Reported at step 20: <u>lost</u>: 語." in page.text
+    assert firing_advice(run_data(RunLog.open(make_run("other").folder))) == ()
 
 
 def test_an_empty_story_leaves_no_headings():
@@ -165,7 +169,7 @@ def test_a_folder_of_an_earlier_version_opens(make_run):
     data = run_data(RunLog.open(log.folder))
     assert [(alert.story, alert.since) for alert in data.alerts] == [(None, None)]
     assert data.end is None
-    assert "Told at step 20: <u>lost</u>: 語." in Page(render(data)).text
+    assert "Reported at step 20: <u>lost</u>: 語." in Page(render(data)).text
 
 
 @pytest.mark.parametrize("story", [5, ["what"], {"share": "much"}, {"tokens": 5}, {"rows": [1]}])

@@ -28,23 +28,28 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian
 
 # What a reader does, in the page itself; the outcome is left in the document.
 DRIVER = """
-const section = document.querySelector("section.tokens"), tools = section.querySelector("form.tools");
+const lowest = document.querySelector(".which tbody tr");
+const top_ = lowest ? Math.round(lowest.getBoundingClientRect().top + scrollY) : null;
+const folded = [...document.querySelectorAll("details")].filter((fold) => !fold.open).length;
+for (const fold of document.querySelectorAll("details")) fold.open = true;
+const section = document.querySelector(".tokens"), tools = section.querySelector("form.tools");
 const heads = [...section.querySelectorAll("thead th")];
 const rows = () => [...section.querySelectorAll("tbody tr")].filter((row) => !row.hidden);
-const ids = () => rows().map((row) => Number(row.cells[0].textContent));
+const place = heads.findIndex((head) => head.textContent.trim() === "id");
+const ids = () => rows().map((row) => Number(row.cells[place].textContent));
 const click = (name) => heads.find((head) => head.textContent.trim() === name).querySelector("button").click();
 const pick = (name, value) => {
   tools.elements[name].value = value;
   tools.elements[name].dispatchEvent(new Event("input", {bubbles: true}));
 };
-const found = {first: ids(), sorts: {}, searches: {}};
+const found = {top: top_, folded, first: ids(), sorts: {}, searches: {}};
 for (const name of ["cosine", "cosine", "id", "token", "since target", "prob."]) {
   click(name);
   const head = heads.find((head) => head.hasAttribute("aria-sort"));
   found.sorts[`${name} ${head.getAttribute("aria-sort")}`] = ids();
 }
 click("id"); click("id");
-if (heads[0].getAttribute("aria-sort") !== "ascending") click("id");
+if (heads[place].getAttribute("aria-sort") !== "ascending") click("id");
 for (const text of ["<SCRIPT", "watched one", "udc80", "japanese", "no such token", ""]) {
   pick("text", text);
   found.searches[text] = ids();
@@ -169,6 +174,13 @@ def test_sorts_and_searches(data, tmp_path):
     assert found["unsaid"] == list(range(12))
     assert found["count"] == f"{len(lines)} of {len(lines)} shown"
     assert found["alerted"] == 0
+
+
+@pytest.mark.parametrize(("phone", "screens"), [(False, 1), (True, 2)], ids=["desktop", "phone"])
+def test_lost_tokens_are_on_the_first_screen_of_a_desktop_and_the_second_of_a_phone(data, tmp_path, phone, screens):
+    found = driven(render(data), tmp_path, "--window-size=1280,800", phone=phone)
+    assert 0 < found["top"] < 800 * screens
+    assert found["folded"] >= 6
 
 
 @pytest.mark.parametrize(("flags", "dark"), [((), False), ((DARK,), True)], ids=["light", "dark"])

@@ -7,25 +7,38 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
+from vocabguard.installation import VERSION
 from vocabguard.results import VocabGuardError
 
 COMMANDS = {
-    name: f"vocabguard.cli.{name}"
-    for name in ("probe", "scan", "coverage", "echo", "replay", "explain", "repair", "report", "run")
+    "probe": "Ask a model to repeat its tokens: which ones can it no longer say?",
+    "scan": "Compare two checkpoints: which rows and layers drifted.",
+    "coverage": "Count which tokens your training data has as targets.",
+    "echo": "Write rows in which the assistant repeats tokens, to mix into your data.",
+    "replay": "Choose the fewest rows of a corpus that have the missing tokens as targets.",
+    "explain": "Show what happened to single tokens between two checkpoints.",
+    "repair": "Write a copy of a checkpoint in which lost tokens can be said again.",
+    "report": "Write one HTML page about a run folder or a scan, or about two.",
+    "run": "Run a training program with a guard, without changing it.",
 }
-"""Command -> the module whose function of the same name is the command.
+"""Command -> one line for the list of commands.
 
-Each raises `InputError` for input that cannot be used, which `main` prints, and ``typer.Exit(1)`` for findings.
+The function of the same name in ``vocabguard.cli.<command>`` is the command; it is imported when it is called, since
+torch takes seconds. Each raises `InputError` for input that cannot be used, which `main` prints, and ``typer.Exit(1)``
+for findings.
 """
 
 BAD_INPUT = 2
+
+_ABOUT = "See and prevent the forgetting of rare tokens while language models are fine-tuned."
+_HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 
 LAST_RESORT = "this is a fault of vocabguard"
 """Words of the line for what no command foresaw."""
@@ -39,15 +52,70 @@ class InputError(VocabGuardError, ValueError):
 
 def build(names: tuple[str, ...]) -> typer.Typer:
     """The application with the given commands, names of `COMMANDS`."""
-    app = typer.Typer(
-        help="See and prevent the forgetting of sparse tokens.", no_args_is_help=True, add_completion=False
-    )
+    app = _application()
     for name in names:
         # What follows the program that `run` starts is the program's, options too.
-        settings = {"allow_interspersed_args": name != "run"}
-        app.command(name, context_settings=settings)(getattr(importlib.import_module(COMMANDS[name]), name))
-    app.callback()(lambda: None)  # a single command stays a subcommand
+        settings = {"allow_interspersed_args": name != "run", **_HELP_OPTIONS}
+        module = importlib.import_module(f"vocabguard.cli.{name}")
+        app.command(name, context_settings=settings)(getattr(module, name))
     return app
+
+
+def build_list() -> typer.Typer:
+    """The application for ``--help`` and completion of commands: names and their lines, without their modules."""
+    app = _application()
+    for name, line in COMMANDS.items():
+        app.command(name, help=line)(_nothing)
+    return app
+
+
+def _application() -> typer.Typer:
+    app = typer.Typer(
+        epilog="Exit codes: 0 nothing found, 1 findings over a threshold, 2 bad input. `vocabguard COMMAND --help` "
+        "lists a command's options.",
+        no_args_is_help=True, context_settings=_HELP_OPTIONS,
+    )  # fmt: skip
+    app.callback(help=_ABOUT)(_global_options)  # a single command stays a subcommand
+    return app
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"vocabguard {VERSION}")
+        raise typer.Exit
+
+
+def _global_options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", "-V", help="Print the version and exit.", is_eager=True, callback=_print_version),
+    ] = False,
+) -> None:
+    """Options of the command line itself."""
+
+
+def _nothing() -> None:
+    """Stands for a command where its name alone is needed."""
+
+
+def command_in(arguments: Sequence[str]) -> str | None:
+    """The command that a line calls: its first word that is no option.
+
+    >>> command_in(["scan", "base", "tuned"]), command_in(["--help"]), command_in(["scna"])
+    ('scan', None, None)
+    """
+    first = next((one for one in arguments if not one.startswith("-")), None)
+    return first if first in COMMANDS else None
+
+
+def _completed() -> list[str] | None:
+    """The whole words of the line that a shell wants completed; None where it is none."""
+    if not any(name.endswith("_COMPLETE") and "VOCABGUARD" in name for name in os.environ):
+        return None
+    line = os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS") or ""
+    whole = line.split()[1:]
+    # The word at the cursor is being written.
+    return whole if line[-1:].isspace() or "COMP_CWORD" in os.environ else whole[:-1]
 
 
 def main() -> None:
@@ -56,17 +124,18 @@ def main() -> None:
     Raises:
         SystemExit: with the command's exit code; 2 for bad input and wrong options.
     """
-    asked = [argument for argument in sys.argv[1:2] if argument in COMMANDS]
+    line = _completed()
+    asked = command_in(sys.argv[1:] if line is None else line)
     with _any_output():
         try:
-            build(tuple(asked) or tuple(COMMANDS))()
+            (build_list() if asked is None else build((asked,)))(prog_name="vocabguard")
         except InputError as error:
             _refuse(str(error))
         except Exception as error:  # a traceback says nothing to who runs a command
             if os.environ.get(_TRACEBACK):
                 raise
             said = f"{type(error).__name__}: {error}"
-            _refuse(f"{' '.join(asked)} failed ({said[:300]}); {LAST_RESORT}: {_TRACEBACK}=1 shows where")
+            _refuse(f"{asked or 'vocabguard'} failed ({said[:300]}); {LAST_RESORT}: {_TRACEBACK}=1 shows where")
 
 
 def _refuse(why: str) -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from vocabguard.alerts.notify import Courier, Receiver, WandbAlerts, Webhook, di
 from vocabguard.alerts.rules import AlertRule
 from vocabguard.config import GuardConfig, SinksConfig, webhook_url
 from vocabguard.files import why_unwritable
+from vocabguard.installation import missing
 from vocabguard.results import CheckResult, Finding, Transition, Watch
 from vocabguard.runlog import RunLog, RunWriter, row_vectors, why_unusable
 from vocabguard.views.console import ConsoleView
@@ -106,10 +107,14 @@ class Reporter:
         self._checks = 0
         self._rows_written: int | None = None
 
-    def watch(self, watch: Watch) -> None:
-        """Say what is watched, before step 1."""
+    def watch(self, watch: Watch, origin: Mapping[str, Any] | None = None) -> None:
+        """Say what is watched, before step 1.
+
+        Args:
+            origin: of the run, see `vocabguard.guard.origin.origin_of`.
+        """
         if self._log is not None:
-            self._log.start(without_secrets(self._config), watch, self._table.names)
+            self._log.start(without_secrets(self._config), watch, self._table.names, origin)
             self._log.texts(self._table.texts)
         if self._board is not None:
             self._board.watch(watch)
@@ -223,7 +228,15 @@ class Reporter:
         }  # fmt: skip
         if self._writer is not None:
             return TensorBoardView(self._writer, **options)
-        return None if self._folder is None else open_view(self._folder, **options)
+        if self._folder is None:
+            return None
+        try:
+            return open_view(self._folder, **options)
+        except ModuleNotFoundError as error:
+            need = missing("tensorboard", "vocabguard's TensorBoard view")
+            logger.warning('vocabguard: %s (or log={"tensorboard": False}); the run goes on without it', need)
+            logger.debug("tensorboard could not be imported", exc_info=error)
+            return None
 
     def _take(self, table: VocabTable) -> None:
         """Go on with a table of other rows; TensorBoard's view holds the one it was made with."""

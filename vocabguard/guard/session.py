@@ -23,6 +23,7 @@ from vocabguard.guard.called import Call
 from vocabguard.guard.checks import Checker, Moment
 from vocabguard.guard.echo import EchoSource
 from vocabguard.guard.failures import Faults
+from vocabguard.guard.origin import origin_of
 from vocabguard.guard.protection import Protection, needed
 from vocabguard.guard.reporting import Reporter, choose_folder
 from vocabguard.guard.resume import STATE_VERSION, fit_state, moved_along, require_known, restart_reason, tell_restart
@@ -213,7 +214,7 @@ class VocabGuard:
                 self.watch = parts.describe(self.run_dir)
                 table = parts.checker.watched.table
                 self._reporter = Reporter(self.config, table, self._rules, self.run_dir, writer)
-                self._reporter.watch(self.watch)
+                self._reporter.watch(self.watch, origin_of(model, dataloader, self.tokenizer))
                 if parts.checker.prober is not None:
                     parts.checker.prober.tell_through(self._reporter.say)
                 parts.hook(optimizer, self._faults, hook_model=hook_model, steps_done=steps_done)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
+from vocabguard.installation import missing
 from vocabguard.measure.drift import measure_drift, summarise
 from vocabguard.measure.exposure import add_counts, exposure_classes, targets_of
 from vocabguard.measure.languages import (
@@ -24,6 +24,13 @@ from vocabguard.measure.languages import (
 )
 from vocabguard.results import EXPOSURE_CLASSES, RowDrift
 from vocabguard.rows.baselines import CopiedBaseline
+
+try:
+    from torchmetrics import Metric
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        missing((error.name or "torchmetrics").split(".")[0], __name__), name=error.name
+    ) from error
 
 _MEASURED, _FLAGS = ("cosine", "residual", "l2", "norm_ratio"), ("bad", "zero")
 

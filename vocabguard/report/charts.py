@@ -225,7 +225,8 @@ def histograms(first: PageData, second: PageData | None = None) -> tuple[Figure,
     low = min(_floor(min(float(np.quantile(_cosines(data), 0.002)), 0.94)) for data in shown)
     edges = _edges(low)
     labels = [row.label for row in first.table if row.kind != "class" and first.sizes.get(row.label)]
-    return tuple(_histogram(label, shown, edges) for label in labels)
+    tops = [max(float(_shares(_cosines(data, label), edges).max()) for data in shown) for label in labels]
+    return tuple(_histogram(label, shown, edges, max(tops)) for label in labels)
 
 
 def exposure_figure(first: PageData, second: PageData | None = None) -> Figure | None:
@@ -316,9 +317,9 @@ def _floor(cosine: float) -> float:
     return max(-1.0, math.floor(cosine * 50) / 50)
 
 
-def _histogram(label: str, shown: Sequence[PageData], edges: NDArray[np.float64]) -> Figure:
+def _histogram(label: str, shown: Sequence[PageData], edges: NDArray[np.float64], top: float) -> Figure:
     counted = [_shares(_cosines(data, label), edges) for data in shown]
-    size, top = _cosines(shown[0], label).size, max(float(shares.max()) for shares in counted) or 1.0
+    size, top = _cosines(shown[0], label).size, top or 1.0
     # Heights by the square root: most rows have hardly moved, and the few that have are what one looks for.
     plot = Plot(
         260.0, 120.0, (float(edges[0]), 1.0), (0.0, math.sqrt(top)), left=10.0, right=10.0, top=8.0, bottom=22.0
@@ -519,7 +520,9 @@ def _series(panel: _Panel, first: PageData, second: PageData | None) -> list[Ser
 def _timeline(panel: _Panel, first: PageData, second: PageData | None) -> Figure | None:
     series = _series(panel, first, second)
     values = [value for one in series for value in one.values if math.isfinite(value)]
-    if not values:
+    known = {step for one in series for step, value in zip(one.steps, one.values, strict=True) if math.isfinite(value)}
+    # One look is a number, not a course; a share that was never above 0 neither.
+    if len(known) < 2 or (panel.label is percent and not any(values)):
         return None
     steps = [step for one in series for step in one.steps]
     low, high = (0.0, 1.0) if panel.whole else _span(values, panel.label)
@@ -566,7 +569,11 @@ def forecast_figures(data: PageData) -> tuple[Figure, ...]:
     latest = {name: share for name in data.names if (share := _latest_forecast(data, name)) is not None}
     large = [name for name in latest if data.sizes.get(name, LARGE_GROUP) >= LARGE_GROUP and _ever(data, name)]
     worst = sorted(large, key=lambda name: (-latest[name], name))[:SHOWN]
-    return tuple(_figure(data, name) for name in ("all", *worst) if _latest_forecast(data, name) is not None)
+    shown = [name for name in ("all", *worst) if _latest_forecast(data, name) is not None]
+    tops = [value for name in shown for owner in ("head", "forecast")
+            for value in data.curves.get(key_of(owner, name, "below_0.95"), ([], []))[1]
+            if math.isfinite(value)]  # fmt: skip
+    return tuple(_figure(data, name, max(tops, default=0.0)) for name in shown)
 
 
 def _latest_forecast(data: PageData, name: str) -> float | None:
@@ -579,7 +586,7 @@ def _ever(data: PageData, name: str) -> bool:
     return any(value > 0 for _, values in curves for value in values)
 
 
-def _figure(data: PageData, name: str) -> Figure:
+def _figure(data: PageData, name: str, top: float) -> Figure:
     """One group's figure: the past as a line, from its end on the way to the forecast end, and the forecasts so far."""
     lines = (("head", "so far", "s0"), ("forecast", "forecast of the end, check by check", "s1"))
     keys = [key_of(owner, name, "below_0.95") for owner, _, _ in lines]
@@ -589,7 +596,6 @@ def _figure(data: PageData, name: str) -> Figure:
         if key in data.curves
     ]
     steps = [step for one in series for step in one.steps] + ([] if data.end is None else [data.end])
-    top = max((value for one in series for value in one.values if math.isfinite(value)), default=0.0)
     plot = Plot(_WIDE, _HIGH, (min(steps), max(steps)), (0.0, min(1.0, 1.06 * top) or 0.01), left=52.0)
     marks, words = plot.grid(ticks(*plot.y), tick_percent)
     words += plot.step_labels()

@@ -20,6 +20,7 @@ from vocabguard.compare.evidence import evidence_sentences
 from vocabguard.compare.summary import KINDS, load_scan
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.measure.retention import gone, said, said_instead
+from vocabguard.report.commands import Next, after_probe, after_run, after_scan
 from vocabguard.results import (
     AGREEMENT,
     EXPOSURE_CLASSES,
@@ -171,6 +172,9 @@ class PageData:
         echo: what echo has done by the last check; None without echo.
         beside: what was found beside the checks, the latest of each kind.
         verdict: that of a probe that the file holds; None where there is none.
+        origin: where it comes from, name and value: model, data, date, versions, command.
+        vocabulary: what each id says; empty where that is not known.
+        commands: what to do next.
     """
 
     name: str
@@ -197,7 +201,10 @@ class PageData:
     beside: tuple[Beside, ...] = ()
     verdict: Judged | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
+    origin: Mapping[str, str] = field(default_factory=dict)
     text: TextOf = field(default=lambda token: f"<row {token}>", repr=False)
+    vocabulary: Sequence[str] = field(default=(), repr=False)
+    commands: tuple[Next, ...] = ()
 
     @property
     def whole(self) -> ReportRow | None:
@@ -325,7 +332,8 @@ def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
         firing=tuple(map(str, last.get("firing", ()))), rows=rows, probed=probed,
         tokens=_tokens(rows, probed, names, say, top, last), echo=_echo(last.get("echo")),
         beside=tuple(_beside(kind, lines) for kind, lines in notes.items()), settings=_flat(log.meta["config"]),
-        text=say,
+        text=say, origin=_run_origin(log.meta), vocabulary=written,
+        commands=after_run(log.folder, log.meta.get("origin"), lost=probed is not None and bool(probed.lost.any())),
     )  # fmt: skip
 
 
@@ -505,6 +513,57 @@ def _flat(settings: Any, before: str = "") -> dict[str, str]:
     return {key: value for name, inner in settings.items() for key, value in _flat(inner, f"{before}{name}.").items()}
 
 
+def _run_origin(meta: Mapping[str, Any]) -> dict[str, str]:
+    """Where a run comes from, as far as ``run.json`` tells."""
+    known = meta.get("origin") or {}
+    size = known.get("parameters")
+    model = known.get("model") or known.get("model_class")
+    resumed = len(meta.get("resumed") or ())
+    started = str(meta.get("created") or "").replace("T", " ").replace("+00:00", " UTC")
+    facts = {
+        "model": f"{model} ({_parameters(size)})" if model and isinstance(size, int) else model,
+        "data": known.get("data"),
+        "started": started + (f", resumed {resumed} time{'s'[: resumed > 1]}" if resumed else ""),
+        "command": known.get("command"),
+        "versions": _versions(known.get("versions") or {"vocabguard": meta.get("vocabguard")}),
+    }
+    return {name: str(value) for name, value in facts.items() if value}
+
+
+def _file_origin(found: Mapping[str, Any], evidence: Mapping[str, Any]) -> dict[str, str]:
+    """Where a file of `scan` or `probe` comes from."""
+    facts = {
+        "model": found.get("tuned"),
+        "base": None if found.get("one_sided") else found.get("base"),
+        "device": evidence.get("device"),
+        "versions": _versions(evidence.get("versions") or {}),
+    }
+    return {name: str(value) for name, value in facts.items() if value}
+
+
+def _file_commands(path: str, found: Mapping[str, Any], probed: Probed | None) -> tuple[Next, ...]:
+    """What follows from a file of `scan` or `probe`."""
+    base = None if found.get("one_sided") else found.get("base")
+    worst = [str(token["id"]) for token in found.get("worst", ())]
+    if probed is None:
+        return after_scan(base, found["tuned"], None, tokens=worst)
+    lost = probed.ids[probed.lost].tolist() if base else []
+    return after_probe(found["tuned"], base, path, tokens=lost, lost=bool(lost))[: 3 if lost else 0]
+
+
+def _versions(found: Mapping[str, Any]) -> str:
+    shown = ("vocabguard", "torch", "transformers", "python")
+    return ", ".join(f"{name} {found[name]}" for name in shown if found.get(name))
+
+
+def _parameters(count: int) -> str:
+    """A model's size as people say it: ``135 M parameters``."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit} parameters"
+    return f"{count} parameters"
+
+
 def scan_data(path: str | Path, top: int = TOP) -> PageData:
     """What a file of `vocabguard.compare.summary.save_scan` says, as the page needs it.
 
@@ -545,6 +604,7 @@ def _scan_data(
         scalars=scalars, rows=rows, probed=probed,
         tokens=token_lines(choose_tokens(rows, probed, top), rows, probed, names, text, 0), text=text,
         verdict=_page_verdict(found.get("probe")), settings=_flat(evidence.get("arguments") or {}) if evidence else {},
+        origin=_file_origin(found, evidence), vocabulary=texts, commands=_file_commands(path, found, probed),
     )  # fmt: skip
 
 

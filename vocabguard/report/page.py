@@ -21,17 +21,32 @@ import regex
 from markupsafe import Markup
 
 from vocabguard.files import write_file
+from vocabguard.installation import VERSION
 from vocabguard.report.alerts import alert_timeline, told_of
 from vocabguard.report.charts import exposure_figure, forecast_figures, histograms, length_figure, timelines
 from vocabguard.report.compare import compare
 from vocabguard.report.data import EchoDone, PageData, TextOf, TokenLine, run_data
-from vocabguard.report.sentences import Limits, at_end, beside_label, key_numbers, label_of, verdict_of
-from vocabguard.runlog import RunLog, installed_version
+from vocabguard.report.first import (
+    badge_of,
+    firing_advice,
+    first_tokens,
+    heading_of,
+    main_chart,
+    markdown_of,
+    short_name,
+)
+from vocabguard.report.sentences import Limits, beside_label, decisive_numbers, key_numbers, label_of, verdict_of
+from vocabguard.runlog import RunLog
 from vocabguard.text import WORST_COLUMNS, number, percent, token_cells, visible
 
 # Controls that HTML forbids or that reorder the text around them, and halves of surrogate pairs, which UTF-8 has not.
 _UNSAFE = regex.compile(r"[\p{Cc}\p{Cs}\p{Bidi_Control}\ufeff\ufffe\uffff--[\n\t]]", regex.VERSION1)
 _TEMPLATE = "report.html.j2"
+_ORDER = (
+    "token", "said now", "says instead", "group", "class", "targets", "cosine", "prob.", "residual", "inputs",
+    "since target", "id",
+)  # fmt: skip
+"""Columns of the table of tokens: what decides comes first, where a phone shows it."""
 _NUMERIC = frozenset({"id", "cosine", "residual", "targets", "inputs", "since target", "prob."})
 
 
@@ -76,13 +91,14 @@ def render(first: PageData, second: PageData | None = None, *, limits: Limits | 
             script=Markup(script),
             style=Markup(style),
             sources=[_source(data, place, len(shown), limits) for place, data in enumerate(shown)],
+            heading=heading_of(first, verdict_of(first, limits)),
             both=None if second is None else compare(first, second),
             histograms=histograms(first, second),
             exposure=exposure_figure(first, second),
             lengths=length_figure(first, second),
             forecasts=forecast_figures(first) if second is None else (),
             timelines=timelines(first, second),
-            version=installed_version() or "",
+            version=VERSION,
         )
     )
 
@@ -90,12 +106,21 @@ def render(first: PageData, second: PageData | None = None, *, limits: Limits | 
 def _source(data: PageData, place: int, count: int, limits: Limits) -> dict[str, Any]:
     """What the template shows of one run alone."""
     told = told_of(data)
+    verdict, tokens, advice = verdict_of(data, limits), first_tokens(data), firing_advice(data)
     return {
         "data": data,
         "mark": "AB"[place] if count > 1 else "",
         "key": f"run-{'ab'[place]}",
-        "verdict": verdict_of(data, limits),
-        "unfinished": at_end(data) is not None,
+        "name": short_name(data.name),
+        "verdict": verdict,
+        "badge": badge_of(data, verdict),
+        "decisive": decisive_numbers(data),
+        "first": tokens,
+        "advice": advice,
+        "commands": [one for one in data.commands if not one.command.startswith("vocabguard report")],
+        "chart": main_chart(data) if count == 1 else None,
+        "markdown": markdown_of(data, verdict, tokens, advice),
+        "fired": f"{len(told)} fired, {len(data.firing)} firing at the end" if told else "none fired",
         "numbers": key_numbers(data),
         "told": told,
         "alert_timeline": alert_timeline(data, told),
@@ -111,7 +136,7 @@ def _columns(data: PageData) -> tuple[str, ...]:
     """Columns of the table of tokens: what was not measured at all has none."""
     rows, probed = data.rows, data.probed
     if rows is None:
-        return WORST_COLUMNS
+        return tuple(sorted(WORST_COLUMNS, key=_ORDER.index))
     known = {
         "class": rows.classes is not None,
         "targets": rows.targets is not None,
@@ -121,7 +146,7 @@ def _columns(data: PageData) -> tuple[str, ...]:
         "says instead": probed is not None,
         "said now": probed is not None,
     }
-    return tuple(name for name in (*WORST_COLUMNS, "said now") if known.get(name, True))
+    return tuple(name for name in _ORDER if known.get(name, True))
 
 
 def _line(line: TokenLine, columns: Sequence[str]) -> dict[str, Any]:

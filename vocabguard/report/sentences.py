@@ -187,6 +187,18 @@ def key_numbers(data: PageData) -> tuple[tuple[str, str], ...]:
     return tuple((name, value) for name, value in found if value is not None)
 
 
+_DECISIVE = (
+    "retained", "below 0.95, forecast", "below cosine 0.95", "rare tokens' loss in natural text, nats",
+    "watched words retained", "never a target", "answers with foreign script",
+)  # fmt: skip
+
+
+def decisive_numbers(data: PageData) -> tuple[tuple[str, str], ...]:
+    """Those of the key numbers that a verdict rests on, the most telling first."""
+    known = dict(key_numbers(data))
+    return tuple((name, known[name]) for name in _DECISIVE if name in known)
+
+
 def as_json(data: PageData, limits: Limits) -> dict[str, Any]:
     """The verdict and the key numbers as values that JSON can hold; null for what was not measured."""
     verdict = verdict_of(data, limits)
