@@ -14,6 +14,7 @@ from vocabguard import RunLog, VocabGuard
 from vocabguard.guard import evaluations as extras
 from vocabguard.measure.neighbors import nearest_rows
 from vocabguard.rows.baselines import CopiedBaseline
+from vocabguard.views.findings import story_of
 
 PROBE: dict[str, Any] = {"sample": 64, "contexts": {"one": {"text": "Repeat exactly: {tokens}", "k": 8}}}
 
@@ -84,10 +85,24 @@ def test_head_or_body_at_the_end(kit: Any, tokenizer: Any, tmp_path: Path) -> No
     guard.step(1)
     [note] = guard.finish().notes("head_or_body")
     assert note["step"] == 1
-    assert note["forgotten"] == note["head"] + note["input"] + note["body"] == len(note["ids"])
+    assert note["forgotten"] == note["head"] + note["input"] + note["other_rows"] + note["body"] == len(note["ids"])
     assert note["head"] > 0.9 * note["forgotten"] > 15
     assert set(note["ids"]) <= set(lost.tolist())
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_tokens_that_other_rows_drown_are_not_put_down_to_the_body(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
+    model = base_model(kit)
+    guard = guarded(kit, tokenizer, model, tmp_path, probe=PROBE | {"every_n_steps": 1})
+    with torch.no_grad():
+        # Rows that grew: their logits are above all others', whose own rows are the base's.
+        model.lm_head.weight[-300:] *= 12
+    guard.step(1)
+    [note] = guard.finish().notes("head_or_body")
+    assert note["forgotten"] == note["head"] + note["input"] + note["other_rows"] + note["body"] > 15
+    assert note["other_rows"] > 0.9 * note["forgotten"]
+    assert sum(note["with_all"]) == note["forgotten"] - note["body"]
+    assert "other rows drown them" in story_of("head_or_body", [note]).sentence
 
 
 @pytest.mark.parametrize("how", ["off", "nothing lost", "frozen head", "best weights back"])
@@ -142,7 +157,7 @@ def test_rows_that_an_adapter_makes(kit: Any, tokenizer: Any, tmp_path: Path) ->
             expected = nearest_rows(CopiedBaseline(rows), torch.tensor([line["id"]]), 4, padded)
             assert [one["id"] for one in line[key]] == expected.ids[0].tolist()
     [note] = log.notes("head_or_body")
-    assert note["forgotten"] == note["head"] + note["input"] + note["body"] > 10
+    assert note["forgotten"] == note["head"] + note["input"] + note["other_rows"] + note["body"] > 10
     assert note["input"] == 0, "the input rows have not moved"
 
 

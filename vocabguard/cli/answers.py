@@ -116,7 +116,7 @@ def where_sentence(where: Mapping[str, int] | None) -> str:
     if not where or not where["forgotten"]:
         return ""
     ways = (("head", "come back with the base's output row"), ("input", "with its input row too"),
-            ("other_rows", "with the base's whole head: other rows drown them"),
+            ("other_rows", "only with the rows of all tokens: other rows drown them"),
             ("body", "with no row: lost in the body"))  # fmt: skip
     parts = [f"{where[key]:,} {words}" for key, words in ways if where.get(key)]
     return f"Of {where['forgotten']:,} lost tokens asked for again, {', '.join(parts)}."

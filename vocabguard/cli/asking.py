@@ -37,9 +37,8 @@ from vocabguard.files import one_line, read_text
 from vocabguard.guard.probe import CHOOSING, build_prober
 from vocabguard.guard.reference import reference_texts, windows_of
 from vocabguard.measure.contexts import choose_asks
-from vocabguard.measure.localize import End, head_or_body, output_rows_back
-from vocabguard.measure.probe import probe
-from vocabguard.measure.retention import lost, said
+from vocabguard.measure.localize import End, head_or_body
+from vocabguard.measure.retention import lost
 from vocabguard.measure.sampling import stratified_sample
 from vocabguard.results import NotApplicable, Preflight
 from vocabguard.text import percent
@@ -315,9 +314,8 @@ def _where(
     """How many lost tokens the base's rows bring back.
 
     Returns:
-        ``forgotten``: those asked for again and lost again; ``head``: said with their own output rows of the base,
-        ``input``: with their input rows too, ``other_rows``: with the base's whole head, so that other rows drown them,
-        ``body``: with no rows. None where nothing is lost, or the base's rows are not at hand.
+        See `vocabguard.measure.localize.HeadOrBody.counts`; None where nothing is lost, or the base's rows are not at
+        hand.
     """
     missing, ids = lost(base.result, now.result), found.match.base_ids
     rows, inputs = (fitted(matrix, ids) for matrix in (found.base.head, found.base.embedding))
@@ -329,19 +327,7 @@ def _where(
     where = head_or_body(
         model, base.result, now.result, plan.contexts, head, embedding, seed=plan.seed, batch_tokens=asking.batch
     )  # fmt: skip
-    if isinstance(where, NotApplicable):
-        return None
-    counts, gone_still = where.counts | {"other_rows": 0}, where.ids[~where.with_rows]
-    if len(gone_still):
-        # Only where every row has a base row is the whole head the base's.
-        every = found.match.mask.nonzero().flatten()
-        beside = plan.ids[~missing][: len(gone_still)]
-        asked = torch.cat([gone_still, beside]).sort().values
-        with output_rows_back(head, every):
-            result = probe(model, asked, plan.contexts, seed=plan.seed, batch_tokens=asking.batch)
-        counts["other_rows"] = int((said(result) & torch.isin(asked, gone_still)).sum())
-        counts["body"] -= counts["other_rows"]
-    return counts
+    return None if isinstance(where, NotApplicable) else where.counts
 
 
 def _device_of(model: nn.Module) -> str:

@@ -1,8 +1,9 @@
-"""Where a forgotten token was lost: in its output row, in its input row, or in the body between them.
+"""Where a forgotten token was lost: in its output row, in its input row, in other rows, or in the body between them.
 
-The base's rows of the forgotten tokens are put back while the probe asks again. Nothing of the model is written to and
-no matrix is copied: the logits of these tokens are taken anew from the hidden states, and their input vectors are
-exchanged on the way in. With tied weights too the two are told apart.
+The base's rows of the forgotten tokens are put back while the probe asks again, then those of all tokens: a row that
+grew drowns others whose own rows are whole. Nothing of the model is written to and no matrix is copied: logits are
+taken anew from the hidden states, and input vectors are exchanged on the way in. With tied weights too the two are told
+apart.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from vocabguard.results import NotApplicable, ProbeResult
 from vocabguard.rows.adapters import plain_module
 from vocabguard.rows.baselines import Baseline
 
+_CHUNK = 2**22
+
 
 @dataclass(frozen=True)
 class HeadOrBody:
@@ -33,23 +36,31 @@ class HeadOrBody:
         ids: (n,) int64, tokens said at the base and not now.
         with_head: (n,) bool, said with the base's output rows.
         with_rows: (n,) bool, said with the base's output and input rows.
+        with_all: (n,) bool, said with these, or with those of all tokens.
 
     Example:
-        >>> yes = torch.tensor([True, False, False])
-        >>> HeadOrBody(torch.tensor([3, 5, 8]), with_head=yes, with_rows=torch.tensor([True, True, False])).counts
-        {'forgotten': 3, 'head': 1, 'input': 1, 'body': 1}
+        >>> head, rows, every = torch.tensor([[True, False, False], [True, True, False], [True, True, False]])
+        >>> HeadOrBody(torch.tensor([3, 5, 8]), with_head=head, with_rows=rows, with_all=every).counts
+        {'forgotten': 3, 'head': 1, 'input': 1, 'other_rows': 0, 'body': 1}
     """
 
     ids: Tensor
     with_head: Tensor
     with_rows: Tensor
+    with_all: Tensor
 
     @property
     def counts(self) -> dict[str, int]:
-        """``forgotten`` tokens, of which ``head``: output rows suffice; ``input``: both do; ``body``: neither does."""
+        """``forgotten`` tokens, and how many are said again with what.
+
+        ``head``: their output rows suffice; ``input``: with their input rows; ``other_rows``: only with the rows of all
+        tokens, so that others drown them; ``body``: with no rows.
+        """
         head = int(self.with_head.sum())
         inputs = int((self.with_rows & ~self.with_head).sum())
-        return {"forgotten": len(self.ids), "head": head, "input": inputs, "body": len(self.ids) - head - inputs}
+        others = int((self.with_all & ~self.with_rows & ~self.with_head).sum())
+        body = len(self.ids) - head - inputs - others
+        return {"forgotten": len(self.ids), "head": head, "input": inputs, "other_rows": others, "body": body}
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,8 @@ def head_or_body(
     """Ask for forgotten tokens again, with the base's rows of all of them put back.
 
     They are asked for among as many others of the probe, since a list of forgotten tokens only would be harder. Those
-    that are said now in the new lists are left out.
+    that are said now in the new lists are left out. Those that do not come back are asked for with the base's rows of
+    all tokens: its output rows, and then its input rows too.
 
     Args:
         model: as it is now; see `vocabguard.measure.probe.probe` for it, `contexts`, `seed` and `batch_tokens`.
@@ -96,7 +108,7 @@ def head_or_body(
         >>> now = probe(model, ids, ask, seed=0, batch_tokens=8)
         >>> head = End(model.head, CopiedBaseline(torch.eye(4)))
         >>> head_or_body(model, base, now, ask, head, None, seed=0, batch_tokens=8).counts
-        {'forgotten': 1, 'head': 1, 'input': 0, 'body': 0}
+        {'forgotten': 1, 'head': 1, 'input': 0, 'other_rows': 0, 'body': 0}
     """
     lost = lost_tokens(base, now)
     ids = torch.cat([_evenly(now.ids[lost], most), _evenly(now.ids[~lost], most)]).sort().values
@@ -104,20 +116,42 @@ def head_or_body(
     still = torch.isin(ids, now.ids[lost]) & gone(probe(model, ids, contexts, **asked))
     if not bool(still.any()):
         none = torch.empty(0, dtype=torch.bool)
-        return HeadOrBody(ids[still], none, none)
+        return HeadOrBody(ids[still], none, none, none)
     with output_rows_back(head, ids[still]) as called:
         with_head = said(probe(model, ids, contexts, **asked))[still]
         if not called:
             return NotApplicable(f"{type(model).__name__} computes its logits without calling its head")
-        if embedding is None:
-            return HeadOrBody(ids[still], with_head, with_head)
-        with input_rows_back(embedding, ids[still]):
-            return HeadOrBody(ids[still], with_head, said(probe(model, ids, contexts, **asked))[still])
+        with_rows = with_head
+        if embedding is not None:
+            with input_rows_back(embedding, ids[still]):
+                with_rows = said(probe(model, ids, contexts, **asked))[still]
+    lost_still = ids[still][~(with_head | with_rows)]
+    if not len(lost_still):
+        return HeadOrBody(ids[still], with_head, with_rows, with_rows)
+    others = _evenly(ids[~still], len(lost_still))
+    back = _back_with_all(model, torch.cat([lost_still, others]).sort().values, contexts, head, embedding, asked)
+    return HeadOrBody(ids[still], with_head, with_rows, with_rows | torch.isin(ids[still], back))
+
+
+def _back_with_all(
+    model: nn.Module, ids: Tensor, contexts: Sequence[PromptContext], head: End, embedding: End | None,
+    asked: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """Those of the ids that are said with the base's output rows of all tokens, alone or with its input rows."""
+    with output_rows_back(head, None):
+        back = said(probe(model, ids, contexts, **asked))
+        if embedding is not None:
+            with input_rows_back(embedding, None):
+                back |= said(probe(model, ids, contexts, **asked))
+    return ids[back]
 
 
 @contextlib.contextmanager
-def output_rows_back(head: End, ids: Tensor) -> Iterator[list[bool]]:
+def output_rows_back(head: End, ids: Tensor | None) -> Iterator[list[bool]]:
     """The model with the base's output rows of some tokens: their logits are made anew from what enters the head.
+
+    Args:
+        ids: (n,) int64; None takes all rows, a chunk at a time, but those that are not finite at the base.
 
     Yields a list that is empty until the head is called.
 
@@ -129,15 +163,19 @@ def output_rows_back(head: End, ids: Tensor) -> Iterator[list[bool]]:
         ...     head(hidden).tolist()
         [[0.0, 3.0, 0.0]]
     """
-    rows, called = _base_rows(head, ids), list[bool]()
+    called = list[bool]()
     bias = getattr(plain_module(head.module), "bias", None)
+    some = None if ids is None else (ids, _base_rows(head, ids))
 
     def after(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         called.append(True)
-        hidden = args[0]
-        shift = None if bias is None else bias[ids.to(bias.device)]
-        logits = nn.functional.linear(hidden, rows.to(hidden.device, hidden.dtype), shift)
-        return output.index_copy(-1, ids.to(output.device), logits.to(output.dtype))
+        hidden, changed = args[0], output.clone()
+        for places, rows in _all_rows(head) if some is None else [some]:
+            at = places.to(output.device)
+            shift = None if bias is None else bias[places.to(bias.device)]
+            logits = nn.functional.linear(hidden, rows.to(hidden.device, hidden.dtype), shift)
+            changed.index_copy_(-1, at, logits.to(output.dtype))
+        return changed
 
     hook = head.module.register_forward_hook(after)
     try:
@@ -147,8 +185,11 @@ def output_rows_back(head: End, ids: Tensor) -> Iterator[list[bool]]:
 
 
 @contextlib.contextmanager
-def input_rows_back(embedding: End, ids: Tensor) -> Iterator[None]:
-    """The model with the base's input rows of some tokens (ascending), scaled as the model scales its own.
+def input_rows_back(embedding: End, ids: Tensor | None) -> Iterator[None]:
+    """The model with the base's input rows of some tokens, scaled as the model scales its own.
+
+    Args:
+        ids: (n,) int64, ascending; None takes all rows, but those that are not finite at the base.
 
     Example:
         >>> from vocabguard.rows.baselines import CopiedBaseline
@@ -157,16 +198,17 @@ def input_rows_back(embedding: End, ids: Tensor) -> Iterator[None]:
         ...     embedding(torch.tensor([0, 1])).tolist()
         [[0.0], [1.0]]
     """
-    rows, own_rows = _base_rows(embedding, ids), _rows_now(embedding, ids)
+    some = None if ids is None else (ids, _base_rows(embedding, ids), _rows_now(embedding, ids))
 
     def after(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         inputs: Tensor = args[0]
-        chosen = torch.isin(inputs, ids.to(inputs.device))
-        places = torch.searchsorted(ids, inputs[chosen].cpu())
+        own_ids, rows, own_rows = _rows_of(embedding, inputs.unique().cpu()) if some is None else some
+        chosen = torch.isin(inputs, own_ids.to(inputs.device))
+        places = torch.searchsorted(own_ids, inputs[chosen].cpu())
         base = rows[places].to(output.device, torch.float32)
         own, vectors = own_rows[places].to(output.device), output[chosen].float()
         if not torch.equal(own, vectors):
-            base *= (own * vectors).sum(1, keepdim=True) / own.square().sum(1, keepdim=True).clamp(min=1e-30)
+            base *= _scale(own, vectors)
         changed = output.clone()
         changed[chosen] = base.to(output.dtype)
         return changed
@@ -176,6 +218,29 @@ def input_rows_back(embedding: End, ids: Tensor) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def _scale(own: Tensor, vectors: Tensor) -> Tensor:
+    """(n, 1): what the model multiplies rows with; a row that is zero now shows none, and gets the others' median."""
+    squares = own.square().sum(1, keepdim=True)
+    found, shown = (own * vectors).sum(1, keepdim=True) / squares.clamp(min=1e-30), squares > 0
+    usual = found[shown].median() if bool(shown.any()) else found.new_tensor(1.0)
+    return torch.where(shown, found, usual)
+
+
+def _all_rows(end: End) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and rows of the baseline, a chunk at a time, without those that are not finite."""
+    for part, rows in end.baseline.chunks(max(1, _CHUNK // end.baseline.width)):
+        sound = rows.isfinite().all(1)
+        yield torch.arange(part.start, part.stop)[sound], rows[sound]
+
+
+def _rows_of(end: End, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of the ids whose base row is finite, with their rows at the base and now."""
+    ids = ids[ids < end.baseline.rows]
+    rows = _base_rows(end, ids)
+    sound = rows.isfinite().all(1)
+    return ids[sound], rows[sound], _rows_now(end, ids[sound])
 
 
 def _base_rows(end: End, ids: Tensor) -> Tensor:

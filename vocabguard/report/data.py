@@ -708,8 +708,8 @@ def _how_asked(probe: Mapping[str, Any]) -> tuple[str, ...]:
     if where := probe.get("where"):
         said.append(
             f"Of {where['forgotten']:,} lost tokens asked for again, {where['head']:,} come back with the base's "
-            f"output row, {where['input']:,} with its input row too, {where.get('other_rows', 0):,} with the whole "
-            f"head, {where['body']:,} with no row."
+            f"output row, {where['input']:,} with its input row too, {where.get('other_rows', 0):,} only with the "
+            f"rows of all tokens, {where['body']:,} with no row."
         )
     return tuple(said)
 

@@ -61,7 +61,7 @@ def neighbors_finding(step: int, name: MatrixName, found: Neighborhoods, table: 
 def body_finding(step: int, found: HeadOrBody) -> Finding:
     """Where forgotten tokens were lost."""
     line = {**found.counts, "ids": found.ids.tolist(), "with_head": found.with_head.tolist()}
-    line["with_rows"] = found.with_rows.tolist()
+    line |= {"with_rows": found.with_rows.tolist(), "with_all": found.with_all.tolist()}
     return _finding("head_or_body", step, [line])
 
 
@@ -90,9 +90,10 @@ def _body_sentence(counts: Mapping[str, Any]) -> str:
         for part, words in (
             ("head", "back with the base's output rows"),
             ("input", "with its input rows too"),
-            ("body", "with neither (lost in the body)"),
+            ("other_rows", "only with the rows of all tokens (other rows drown them)"),
+            ("body", "with no rows (lost in the body)"),
         )
-        if counts[part]
+        if counts.get(part)
     ]
     return f"{total:,} forgotten token{'s' * (total != 1)}: {', '.join(said)}"
 
