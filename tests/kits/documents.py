@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -116,12 +117,34 @@ def keys() -> Iterator[str]:
         yield f"| `{key}` | {_cell(meaning)} |"
 
 
+SHOWN = (
+    "row: 1 - cosine", "row: L2", "row: L2 seen by softmax", "exposure: few data targets", "exposure: push so far",
+    "neighbour: fall of margin at asks", "text, frequent targets: log p now", "text: fall", "copying: log p now",
+    "copying: fall", "recall: 128 probed", "recall: 384 probed", "ceiling: four more asks",
+)  # fmt: skip
+"""Measures of ``real/rows.json`` in the table; the file has all."""
+
+
+def measures_of_rows() -> Iterator[str]:
+    """AUROC of lost against kept tokens by measure, a column a run."""
+    runs = json.loads((ROOT / "tests/benchmarks/real/rows.json").read_text(encoding="utf-8"))
+    heads = (f"{one['run']} ({one['part']}; {one['lost']} of {one['known']} lost)" for one in runs)
+    yield from (f"| measure | {' | '.join(heads)} |", "|---" * (len(runs) + 1) + "|")
+    for name in SHOWN:
+        cells = []
+        for one in runs:
+            found = one["measures"].get(name)
+            cells.append("-" if found is None else "{auroc:.2f} ({low:.2f} to {high:.2f})".format(**found))
+        yield f"| {_cell(name)} | {' | '.join(cells)} |"
+
+
 PARTS: dict[str, tuple[str, Callable[[], Iterator[str]]]] = {
     "presets": ("configs/README.md", presets),
     "settings": ("configs/README.md", settings),
     "rules": ("configs/README.md", rules),
     "fields of a rule": ("configs/README.md", rule_fields),
     "keys": ("configs/README.md", keys),
+    "measures of rows": ("tests/README.md", measures_of_rows),
 }
 """Mark -> file, and what stands there."""
 
