@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from vocabguard.cli.app import InputError
-from vocabguard.cli.common import check_most, check_new_file
+from vocabguard.cli.common import check_most, check_new_file, show_next
 from vocabguard.files import one_line
 from vocabguard.report.commands import newest_run
 from vocabguard.report.compare import Comparison, compare
@@ -71,6 +71,7 @@ def report(
         print(told)
     else:
         _show(lines)
+        show_next([one for one in shown[0].commands if not one.command.startswith("vocabguard report")])
     if over:
         raise typer.Exit(1)
 
