@@ -183,6 +183,34 @@ def verdict(result: CheckResult, groups: Collection[str] | None = None) -> str:
     return f"step {result.step:,}: {'; '.join(parts)}"
 
 
+def nothing_found(result: CheckResult) -> str:
+    """The end of a run without findings in one sentence, with its limits; empty where there is something to show.
+
+    There is none where no alert fires, no live row is below 0.95 or broken, and no sampled or watched token is lost.
+    """
+    scalars, matrix = result.scalars, measured_matrix(result)
+    below = None if matrix is None else _finite(scalars, f"vocabguard/{matrix}/below_0.95")
+    retained, watched = _finite(scalars, "vocabguard/probe/retained"), _finite(scalars, "vocabguard/probe/watch")
+    broken = _finite(scalars, f"vocabguard/{matrix}/nonfinite_rows")
+    lost = [share for share in (retained, watched) if share is not None and share < 1]
+    if result.firing or below or broken or lost or (below is None and retained is None):
+        return ""
+    parts = []
+    if retained is not None:
+        known, low = _finite(scalars, "vocabguard/probe/known"), _finite(scalars, "vocabguard/probe/retained_low")
+        count = "" if known is None else f"{known:,.0f} "
+        unseen = f"; up to {percent(1 - low)} could be lost unseen" if low is not None and low < 1 else ""
+        parts.append(f"no loss found: all {count}sampled tokens that the base repeats are still repeated{unseen}")
+    else:
+        parts.append("no row drifted far; whether tokens are still repeated was not measured")
+    if below is not None:
+        mean = number(_finite(scalars, f"vocabguard/{matrix}/cosine_mean"))
+        parts.append(f"no live row of the {'head' if matrix == 'head' else 'input embedding'} is below cosine 0.95 "
+                     f"(mean {mean})")  # fmt: skip
+    said = ". ".join(part[:1].upper() + part[1:] for part in parts)
+    return f"step {result.step:,}: {said}."
+
+
 def measured_matrix(result: CheckResult) -> MatrixName | None:
     """The matrix whose drift a report speaks of: the head, else the embedding, else none."""
     if isinstance(result.head, RowDrift):

@@ -20,7 +20,7 @@ from vocabguard.results import (
     Watch,
     WatchedMatrix,
 )
-from vocabguard.text import preflight_sentences, verdict, watch_sentences
+from vocabguard.text import nothing_found, preflight_sentences, verdict, watch_sentences
 from vocabguard.views.console import ConsoleView
 from vocabguard.vocabulary.table import VocabTable
 
@@ -179,6 +179,42 @@ def test_closing_tables_of_tokens_and_what_still_fires(table):
     titles = [line for line in lines if "tokens" in line and not line.startswith(" ")]
     assert titles == ["watched tokens", "worst tokens, by cosine"]
     assert lines[-2:] == ["vocabguard Still firing: slow, lost.", ""]
+
+
+FINE = {
+    "vocabguard/head/below_0.95": 0.0, "vocabguard/head/cosine_mean": 0.9998, "vocabguard/probe/retained": 1.0,
+    "vocabguard/probe/known": 96.0, "vocabguard/probe/retained_low": 0.97,
+}  # fmt: skip
+
+
+def test_a_run_without_findings_ends_in_three_lines(table):
+    lines = printed(ConsoleView, ("finish", check(FINE, worst=(TOKEN,)), table, ["Page: x/report.html", "Next: y"]))
+    assert lines == [
+        "vocabguard step 40: No loss found: all 96 sampled tokens that the base repeats are still repeated; up to "
+        "3.0 % could be lost unseen. No live row of the head is below cosine 0.95 (mean 0.9998).",
+        "vocabguard Page: x/report.html",
+        "vocabguard Next: y",
+    ]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"vocabguard/head/below_0.95": 0.001}, {"vocabguard/probe/retained": 0.99}, {"vocabguard/probe/watch": 0.5},
+        {"vocabguard/head/nonfinite_rows": 1.0},
+    ],
+)  # fmt: skip
+def test_one_finding_brings_the_tables(table, more):
+    lines = printed(ConsoleView, ("finish", check(FINE | more, worst=(TOKEN,)), table))
+    assert len(lines) > 6
+    fires = check(FINE, worst=(TOKEN,), firing=("slow",))
+    assert len(printed(ConsoleView, ("finish", fires, table))) > 6
+
+
+def test_what_was_not_measured_is_not_called_fine():
+    assert nothing_found(check({}, head=GONE)) == ""
+    only_rows = {key: value for key, value in FINE.items() if "head" in key}
+    assert nothing_found(check(only_rows)).startswith("step 40: No row drifted far; whether tokens are still repeated")
 
 
 @pytest.mark.parametrize("text", ["[bold]", "[/]", "[link=x]a", "\\[", "\x1b[31m", "\n", ":warning:", "\ud800"])

@@ -25,7 +25,8 @@ COMMANDS = {
     "replay": "Choose the fewest rows of a corpus that have the missing tokens as targets.",
     "explain": "Show what happened to single tokens between two checkpoints.",
     "repair": "Write a copy of a checkpoint in which lost tokens can be said again.",
-    "report": "Write one HTML page about a run folder or a scan, or about two.",
+    "report": "Write one HTML page about a run folder or a scan, or about several.",
+    "show": "Show a run folder in the terminal, while it trains too.",
     "run": "Run a training program with a guard, without changing it.",
 }
 """Command -> one line for the list of commands.
@@ -35,7 +36,7 @@ torch takes seconds. Each raises `InputError` for input that cannot be used, whi
 for findings.
 """
 
-BAD_INPUT = 2
+BAD_INPUT, INTERRUPTED = 2, 130
 
 _ABOUT = "See and prevent the forgetting of rare tokens while language models are fine-tuned."
 _HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
@@ -122,13 +123,19 @@ def main() -> None:
     """Run the command line in ``sys.argv``; only the module of the command that is called is imported.
 
     Raises:
-        SystemExit: with the command's exit code; 2 for bad input and wrong options.
+        SystemExit: with the command's exit code; 2 for bad input and wrong options, 130 after Ctrl-C.
     """
     line = _completed()
     asked = command_in(sys.argv[1:] if line is None else line)
     with _any_output():
         try:
             (build_list() if asked is None else build((asked,)))(prog_name="vocabguard")
+        except KeyboardInterrupt:  # while modules are imported
+            raise SystemExit(INTERRUPTED) from None
+        except SystemExit as left:
+            if _interrupted(left):
+                raise SystemExit(INTERRUPTED) from None
+            raise
         except InputError as error:
             _refuse(str(error))
         except Exception as error:  # a traceback says nothing to who runs a command
@@ -136,6 +143,16 @@ def main() -> None:
                 raise
             said = f"{type(error).__name__}: {error}"
             _refuse(f"{asked or 'vocabguard'} failed ({said[:300]}); {LAST_RESORT}: {_TRACEBACK}=1 shows where")
+
+
+def _interrupted(left: BaseException) -> bool:
+    """Whether the command line ends since somebody pressed Ctrl-C: code 1 would mean findings."""
+    cause: BaseException | None = left
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def _refuse(why: str) -> NoReturn:

@@ -65,7 +65,9 @@ Batch = Annotated[int, typer.Option(min=1, help="Tokens in one forward pass.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the sample and of the lists.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, xpu.")]
 DeviceMap = Annotated[str | None, typer.Option(help="auto: spread each model over all devices (accelerate).")]
-Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str, common.one_of(("auto", "float32", "bfloat16", "float16"), "Numbers of the weights; auto: as they are saved.")
+]
 
 
 @dataclass(frozen=True)
@@ -220,12 +222,12 @@ def _refusing(work: Callable[[], Interview]) -> Interview:
 def _ask_both(pair: common.Pair, found: Scan, asking: Asking) -> Interview:
     prompts = pair.tokenizer if pair.base_tokenizer is None else pair.base_tokenizer
     with telling() as tell:
-        model = load_model(pair.base.path, asking.loading)
+        model = _loaded("base", tell, lambda: load_model(pair.base.path, asking.loading))
         plan = plan_for(model, prompts, pair.tokenizer, found, asking, tell)
         base = ask_model(model, plan, batch_tokens=asking.batch, name="base", tell=tell)
         del model
         gc.collect()
-        model = load_model(pair.tuned.path, asking.loading, base=pair.base.path)
+        model = _loaded("tuned", tell, lambda: load_model(pair.tuned.path, asking.loading, base=pair.base.path))
         now = ask_model(model, plan, batch_tokens=asking.batch, name="tuned", tell=tell)
         where = _where(model, found, plan, base, now, asking)
     device = _device_of(model)
@@ -234,7 +236,7 @@ def _ask_both(pair: common.Pair, found: Scan, asking: Asking) -> Interview:
 
 def _ask_one(pair: common.Pair, found: Scan, asking: Asking) -> Interview:
     with telling() as tell:
-        model = load_model(pair.tuned.path, asking.loading)
+        model = _loaded("model", tell, lambda: load_model(pair.tuned.path, asking.loading))
         plan = plan_for(model, pair.tokenizer, pair.tokenizer, found, asking, tell)
         now = ask_model(model, plan, batch_tokens=asking.batch, name="model", tell=tell)
     return Interview(plan, None, now, found.table, found.live, found.data_target, _device_of(model))
@@ -246,9 +248,17 @@ def _ask_again(pair: common.Pair, found: Scan, asking: Asking, plan: ProbePlan, 
             f"the earlier probe asked for token {int(plan.ids.max())}; the model has {len(found.table)} rows"
         )
     with telling() as tell:
-        model = load_model(pair.tuned.path, asking.loading)
+        model = _loaded("model", tell, lambda: load_model(pair.tuned.path, asking.loading))
         now = ask_model(model, plan, batch_tokens=asking.batch, name="model", tell=tell)
     return Interview(plan, base, now, found.table, found.live, found.data_target, _device_of(model))
+
+
+def _loaded(name: str, tell: Tell, load: Callable[[], nn.Module]) -> nn.Module:
+    """A model, and a bar for the time that loading it takes."""
+    tell(f"load {name}", 0, 1)
+    model = load()
+    tell(f"load {name}", 1, 1)
+    return model
 
 
 def plan_for(model: nn.Module, prompts: Any, tokenizer: Any, found: Scan, asking: Asking, tell: Tell) -> ProbePlan:

@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vocabguard.cli.app import InputError
+from vocabguard.cli.models import model_path, tokenizer_path
 from vocabguard.compare.matching import folder_tokenizer
 from vocabguard.compare.models import Loading
 from vocabguard.compare.scan import Scan, scan
@@ -42,22 +43,46 @@ from vocabguard.data.readers import KINDS as DATA_KINDS
 from vocabguard.files import kind_of, one_line, read_text
 from vocabguard.measure.probe import PromptContext
 from vocabguard.protect.prompts import render_pool
+from vocabguard.report.commands import Next
 from vocabguard.rows.checkpoints import Checkpoint, open_checkpoint
 from vocabguard.rows.tensors import TORCH_SUFFIXES
 
-Base = Annotated[str, typer.Argument(help="The model before training: a folder, .safetensors, .bin or .ckpt.")]
-Tuned = Annotated[str, typer.Argument(help="The model after training: the same, or a PEFT adapter's folder.")]
+Base = Annotated[
+    str,
+    typer.Argument(help="The model before training: a folder, .safetensors, .bin or .ckpt, or a name on the hub."),
+]
+Tuned = Annotated[
+    str,
+    typer.Argument(help="The model after training: the same, a PEFT adapter, or a trainer's output folder (its newest "
+                   "checkpoint)."),
+]  # fmt: skip
 Tokenizer = Annotated[
     str | None,
-    typer.Option(help="Folder of the tokenizer, where neither model's folder has one (or another is meant)."),
+    typer.Option(help="Folder or hub name of the tokenizer, where neither model has one (or another is meant)."),
 ]
 HeadKey = Annotated[str | None, typer.Option("--head", help="Name of the output rows' tensor, if it is unusual.")]
 EmbeddingKey = Annotated[str | None, typer.Option("--embedding", help="Name of the input rows' tensor.")]
 Coverage = Annotated[str | None, typer.Option(help="Targets of the training data, from `vocabguard coverage`.")]
 Run = Annotated[str | None, typer.Option(help="Run folder of the guarded training: its counts of targets.")]
+
+
+_ROOM = 24  # characters of the column of values in a help page; more would break within words
+
+
+def one_of(names: Sequence[str], help: str, *flags: str) -> Any:
+    """An option of a few values, shown as choices and completed by a shell; what else comes the command refuses."""
+    choices = "|".join(names)
+    short = len(choices) <= _ROOM
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    told = help if short else f"{help} One of: {', '.join(names)}."
+    return typer.Option(*flags, help=told, metavar=choices if short else "CHOICE", autocompletion=complete)
+
+
 DataKind = Annotated[
-    str | None,
-    typer.Option("--kind", help=f"Format of rows whose columns do not tell it: {', '.join(DATA_KINDS)}."),
+    str | None, one_of(DATA_KINDS, "Format of the rows, if it cannot be told from the column names.", "--kind")
 ]
 Roles = Annotated[
     list[str] | None, typer.Option("--role", help="NAME=ROLE: a role of the data and what it is, e.g. bot=assistant.")
@@ -231,6 +256,8 @@ def open_pair(
     for option, given in (("--tokenizer", tokenizer), ("--coverage", coverage), ("--run", run)):
         if given == "":
             raise InputError(f"{option} is empty; allowed: a path")
+    base, tuned = model_path(base), model_path(tuned)
+    tokenizer = None if tokenizer is None else tokenizer_path(tokenizer)
     asked = {"head": head, "embedding": embedding}
     keys: Any = {name: key for name, key in asked.items() if key is not None}
     try:
@@ -277,6 +304,17 @@ def measured(pair: Pair) -> Scan:
         raise InputError(str(error)) from error
 
 
+def show_next(commands: Iterable[Next]) -> None:
+    """Print the next commands, each with its purpose; nothing where there is none."""
+    found = list(commands)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if found:
+        console.print("\nNext:", style="bold")
+    for one in found:
+        console.print(f"  {one.command}")
+        console.print(f"    {one.why}", style="dim")
+
+
 @contextmanager
 def progress_bars(*more: ProgressColumn) -> Iterator[Callable[[str, int, int], None]]:
     """A bar a name on standard error, where that is a terminal; gives what to call with name, done and total."""
@@ -290,6 +328,18 @@ def progress_bars(*more: ProgressColumn) -> Iterator[Callable[[str, int, int], N
                 bars.update(tasks[name], completed=done)
 
         yield tell
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """What is done and for how long, on standard error, where that is a terminal; for work of unknown length.
+
+    No bar of another may run at the same time.
+    """
+    with _progress(SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()) as bars:
+        if bars is not None:
+            bars.add_task(what, total=None)
+        yield
 
 
 @contextmanager

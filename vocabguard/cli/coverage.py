@@ -19,11 +19,14 @@ from vocabguard.cli.common import (
     check_new_file,
     check_threshold,
     load_tokenizer,
+    one_of,
     read_roles,
     row_progress,
+    working,
 )
 from vocabguard.cli.coverage_view import Shown, tell
 from vocabguard.data.coverage import Coverage, Sequences, at_risk, load_coverage, measure_coverage, vocabulary_hash
+from vocabguard.data.encode import LOSSES
 from vocabguard.data.merge import merge_coverages
 from vocabguard.data.named import added_tokens, end_tokens, named_sentences, shared_padding
 from vocabguard.data.ranking import RANKS, expected_never, merge_ranks, template_ids, word_sequences, write_tokens
@@ -40,9 +43,10 @@ _WORKERS, _EPOCHS = 256, 1_000_000
 
 Trainers = Annotated[
     str,
-    typer.Option(
-        help="Whose rules where the chat template marks no targets: trl (its training template, where TRL is "
-        "installed) or transformers (always the tokenizer's own)."
+    one_of(
+        ("trl", "transformers"),
+        "Whose rules apply where the chat template marks no targets: trl (its training template, where TRL is "
+        "installed) or transformers (always the tokenizer's own).",
     ),
 ]
 
@@ -57,7 +61,7 @@ def coverage(
         list[str] | None, typer.Option(help="Name of the column; give it twice for prompt and completion.")
     ] = None,
     role: Roles = None,
-    loss: Annotated[str, typer.Option(help="Targets: assistant, completion or all.")] = "assistant",
+    loss: Annotated[str, one_of(LOSSES, "Which tokens are targets.")] = "assistant",
     trainer: Trainers = "trl",
     eos: Annotated[bool, typer.Option(help="Texts and text completions end with the EOS token.")] = True,
     shard: Annotated[
@@ -79,9 +83,10 @@ def coverage(
     ] = None,
     rank: Annotated[
         str,
-        typer.Option(
-            help="Which tokens at risk come first: inputs (most read in the data), reference (commonest in "
-            "--reference) or merges (earliest merges of the tokenizer)."
+        one_of(
+            RANKS,
+            "Which tokens at risk come first: most read in the data, commonest in --reference, or earliest merges of "
+            "the tokenizer.",
         ),
     ] = "inputs",
     top: Annotated[int, typer.Option(help="Tokens at risk to name.")] = 20,
@@ -132,7 +137,8 @@ def coverage(
             result.save(out)
         if table is not None:
             write_tokens(table, result, vocabulary)
-        compared = _reference(reference or (), loaded, vocabulary)
+        with working("counting the reference"):
+            compared = _reference(reference or (), loaded, vocabulary)
     except (ValueError, OSError) as error:
         raise InputError(one_line(error, 2000)) from error
     own = template_ids(loaded) if result.tally.conversations else None

@@ -13,7 +13,15 @@ import typer
 from rich.console import Console
 
 from vocabguard.cli.app import InputError
-from vocabguard.cli.common import MOST_TARGETS, MOST_TOKENS, check_most, check_new_file, load_tokenizer
+from vocabguard.cli.common import (
+    MOST_TARGETS,
+    MOST_TOKENS,
+    check_most,
+    check_new_file,
+    load_tokenizer,
+    show_next,
+    working,
+)
 from vocabguard.config import EchoConfig
 from vocabguard.data.counts import vocabulary_in
 from vocabguard.data.coverage import vocabulary_hash
@@ -21,6 +29,7 @@ from vocabguard.data.echo_rows import EchoTally, echo_lists, holds_lost, needy_i
 from vocabguard.files import one_line
 from vocabguard.protect.plan import allowed_ids
 from vocabguard.protect.prompts import render_echo
+from vocabguard.report.commands import Next, command
 from vocabguard.text import percent
 from vocabguard.vocabulary.table import VocabTable, build_table
 
@@ -66,13 +75,14 @@ def echo(
         chosen = _chosen(table, loaded, needs, below, cosine, exclude or [])
         lists = echo_lists(chosen, targets, list_tokens, Random(seed))
         prompts = [render_echo(loaded, "--instruction", text) for text in instructions]
-        if ids is not None:
-            written[str(ids)] = write_ids(ids, lists, prompts, Random(seed))
-        if chats is not None:
-            between = separator.replace("\\n", "\n").replace("\\t", "\t")
-            written[str(chats)] = write_chats(
-                chats, lists, instructions, Random(seed), tokenizer=loaded, table=table, separator=between
-            )
+        with working("writing and counting rows"):
+            if ids is not None:
+                written[str(ids)] = write_ids(ids, lists, prompts, Random(seed))
+            if chats is not None:
+                between = separator.replace("\\n", "\n").replace("\\t", "\t")
+                written[str(chats)] = write_chats(
+                    chats, lists, instructions, Random(seed), tokenizer=loaded, table=table, separator=between
+                )
     except (ValueError, OSError) as error:
         raise InputError(one_line(error, None)) from error
     if as_json:
@@ -84,6 +94,8 @@ def echo(
     console.print(f"{len(chosen):,} tokens, {targets} targets each:")
     for name, tally in written.items():
         console.print(f"  {name}: {_told(tally)}")
+    count = f"{command('vocabguard', 'coverage', tokenizer)} DATA {command(*written)}"
+    show_next([Next("Add the rows to your data, and count the targets again", count)])
 
 
 def _require_same(file: Path, tokenizer: Any) -> None:

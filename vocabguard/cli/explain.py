@@ -16,6 +16,7 @@ from vocabguard.cli.common import Column, Grid
 from vocabguard.compare.explain import LOST, Sides, asks_of, story
 from vocabguard.compare.models import load_model
 from vocabguard.compare.scan import Scan
+from vocabguard.report.commands import Next, command
 from vocabguard.text import number, percent, visible
 from vocabguard.vocabulary.table import resolve_token
 
@@ -126,10 +127,11 @@ def explain(
     rows = pair.tuned.rows or pair.base.rows
     ids = [_id(pair.tokenizer, token, rows) for token in tokens]
     found = common.measured(pair)
-    contexts, models = _askable(found, pair.tokenizer) if ask else ([], "--no-ask was given")
     try:
-        both = Sides.of(found, models)
-        stories = [story(both, pair.tokenizer, token, contexts) for token in ids]
+        with common.working("loading and asking both models" if ask else "looking at rows"):
+            contexts, models = _askable(found, pair.tokenizer) if ask else ([], "--no-ask was given")
+            both = Sides.of(found, models)
+            stories = [story(both, pair.tokenizer, token, contexts) for token in ids]
     except ValueError as error:
         raise InputError(str(error)) from error
     if as_json:
@@ -137,8 +139,16 @@ def explain(
     else:
         for told in stories:
             show_story(Console(), told)
+        common.show_next(_next(base, tuned, stories))
     if any(told["kind"] in LOST for told in stories):
         raise typer.Exit(1)
+
+
+def _next(base: str, tuned: str, stories: list[dict[str, Any]]) -> list[Next]:
+    """What helps where a token is lost."""
+    if not any(told["kind"] in LOST for told in stories):
+        return [Next("Ask for a sample of all tokens", command("vocabguard", "probe", tuned, base))]
+    return [Next("Put lost rows right", command("vocabguard", "repair", base, tuned, "--out", "repaired"))]
 
 
 def _id(tokenizer: Any, token: str, rows: int) -> int:

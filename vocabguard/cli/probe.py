@@ -24,7 +24,9 @@ from vocabguard.compare.probing import Answered, Bars, ProbePlan, answers_of, pl
 from vocabguard.compare.scan import Scan
 from vocabguard.compare.summary import KINDS, load_scan, save_scan, summarise_scan
 from vocabguard.files import one_line
+from vocabguard.report.commands import Next, after_probe
 from vocabguard.results import NotApplicable
+from vocabguard.served.asking import MODES
 
 SCHEMA = 1
 """Version of the fields that ``--json`` prints."""
@@ -96,7 +98,7 @@ def probe(
         str, typer.Option(help="--url: environment variable with the key; NAME_BASE has that of another base server.")
     ] = Served.key_env,
     ask_by: Annotated[
-        str | None, typer.Option(help="--url: echo, chat or text; the first that the server knows if not given.")
+        str | None, common.one_of(MODES, "--url: how to ask; the first that the server knows if not given.")
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="--url: requests at a time.")] = Served.concurrency,
     tries: Annotated[int, typer.Option(min=1, help="--url: tries of each request.")] = Served.tries,
@@ -148,8 +150,18 @@ def probe(
             Console().print(part, highlight=False, soft_wrap=isinstance(part, Text))
         if out is not None:
             Console(markup=False).print(f"Written: {out}", highlight=False, soft_wrap=True)
+        common.show_next(_next(asked, model, base, out))
     if verdict["findings"]:
         raise typer.Exit(1)
+
+
+def _next(asked: Interview, model: str, base: str | None, out: Path | None) -> tuple[Next, ...]:
+    """What to do after a probe."""
+    if base is not None and is_probe_file(base):
+        return () if out is None else after_probe(model, None, out)
+    missing = asked.vectors().get("lost")
+    ids = [] if missing is None else missing.nonzero().flatten().tolist()
+    return after_probe(model, base, out, tokens=ids, lost=bool(ids))
 
 
 def _ask_server(

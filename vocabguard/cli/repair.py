@@ -33,6 +33,7 @@ from vocabguard.compare.repair import (
 )
 from vocabguard.compare.scan import Scan
 from vocabguard.data.readers import Example, data_files, read_examples
+from vocabguard.report.commands import Next, command
 from vocabguard.text import number, percent
 
 _ALLOWED = (*METHODS, "echo", "auto")
@@ -46,10 +47,11 @@ def repair(
     out: Annotated[Path, typer.Option(help="Folder for the repaired model; new or empty.")],
     method: Annotated[
         str,
-        typer.Option(
-            help="shift: base rows plus a part of the mean shift of their class; rows: plain base rows; "
+        common.one_of(
+            _ALLOWED,
+            "shift: base rows plus a part of the mean shift of their class; rows: plain base rows; "
             "echo: shift, then a short fine-tune of body and head on --data and echo rows; auto: asks both models and "
-            "takes shift where the base's rows bring most lost tokens back, else echo."
+            "takes shift where the base's rows bring most lost tokens back, else echo.",
         ),
     ] = "shift",
     strength: Annotated[float, typer.Option(min=0, max=1, help="Part of the mean shift that is added.")] = STRENGTH,
@@ -102,14 +104,20 @@ def repair(
         if method == "echo":
             told["echo"] = _echoed(pair, found, plan, examples, settings, out)
         else:
-            write_repaired(pair.tuned, plan, out)
+            with common.working(f"writing {out}"):
+                write_repaired(pair.tuned, plan, out)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
-    told |= _measured(found, pair.tokenizer, lost, out, text, sample) if ask else {"not_measured": "--no-ask was given"}
+    with common.working("asking the base, the tuned and the repaired model"):
+        told |= (
+            _measured(found, pair.tokenizer, lost, out, text, sample) if ask else {"not_measured": "--no-ask was given"}
+        )
     if as_json:
         print(json.dumps(told, ensure_ascii=False, allow_nan=False))
     else:
         _show(told)
+        probe = command("vocabguard", "probe", out, base)
+        common.show_next([Next("Ask the repaired model for its tokens", probe)])
 
 
 def _check_options(method: str, data: list[str] | None, text: Path | None) -> None:

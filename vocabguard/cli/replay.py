@@ -27,6 +27,8 @@ from vocabguard.cli.common import (
     load_tokenizer,
     read_roles,
     row_progress,
+    show_next,
+    working,
 )
 from vocabguard.data.counts import vocabulary_in
 from vocabguard.data.coverage import load_coverage, vocabulary_hash
@@ -35,6 +37,7 @@ from vocabguard.data.encode import TargetEncoder
 from vocabguard.data.readers import Completion, Example, Preference, Text, TokenRows, data_files, read_examples
 from vocabguard.data.replay import Replay, count_targets_in, find_replay, needed_targets, written_rows
 from vocabguard.files import one_line, replacing, write_lines
+from vocabguard.report.commands import Next, command
 from vocabguard.text import percent
 from vocabguard.vocabulary.table import VocabTable, build_table
 
@@ -85,13 +88,16 @@ def replay(
         with row_progress() as advance:
             found = find_replay(read, encoder, need, pool=pool, progress=advance)
         _write(out, written_rows(read, found.chosen))
-        told = _verified(found, iter(read_examples([out])), encoder, table, out)
+        with working("counting the written rows"):
+            told = _verified(found, iter(read_examples([out])), encoder, table, out)
     except (ValueError, OSError) as error:
         raise InputError(one_line(error, 2000)) from error
     if as_json:
         sys.stdout.write(json.dumps({"schema": 1, "file": str(out), **told}) + "\n")
     else:
         _print(told, out)
+        count = f"{command('vocabguard', 'coverage', tokenizer)} DATA {command(out)}"
+        show_next([Next("Mix the rows into your data, and count the targets again", count)])
     if threshold is not None and told["unmet_share"] > threshold:
         raise typer.Exit(1)
 

@@ -1,8 +1,9 @@
-"""``vocabguard report RUN [OTHER]``: one HTML page that says what was lost, of one run or scan or of two."""
+"""``vocabguard report RUN...``: one HTML page that says what was lost, of one run or scan or of several."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,9 @@ import typer
 from rich.console import Console
 
 from vocabguard.cli.app import InputError
-from vocabguard.cli.common import check_most, check_new_file
+from vocabguard.cli.common import check_most, check_new_file, show_next
 from vocabguard.files import one_line
+from vocabguard.report.commands import newest_run
 from vocabguard.report.compare import Comparison, compare
 from vocabguard.report.data import PageData, TextOf, run_data
 from vocabguard.report.page import render, write_page
@@ -22,8 +24,12 @@ from vocabguard.runlog import RunLog
 
 _PAGE = Path("report.html")
 
-Source = Annotated[Path, typer.Argument(help="Run folder, or a file that `vocabguard scan --out` wrote.")]
-Other = Annotated[Path | None, typer.Argument(help="A second one, to compare with.")]
+Source = Annotated[
+    Path,
+    typer.Argument(help="Run folder, an output folder with one in it, or a file of `scan --out` or `probe --out`."),
+]
+Other = Annotated[Path | None, typer.Argument(help="A second one, to compare with token by token.")]
+More = Annotated[list[Path] | None, typer.Argument(help="More of them: a table, for seeds and sweeps.")]
 Out = Annotated[Path | None, typer.Option(help="The page to write; report.html if not given, and none with --json.")]
 Tokenizer = Annotated[
     Path | None,
@@ -39,17 +45,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print verdict and key numb
 
 
 def report(
-    source: Source, other: Other = None, out: Out = None, tokenizer: Tokenizer = None,
+    source: Source, other: Other = None, more: More = None, out: Out = None, tokenizer: Tokenizer = None,
     threshold: Threshold = Limits.degraded, threshold_forgotten: Forgotten = Limits.forgotten,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Write one self-contained HTML page about a run folder or a scan, or about two of them side by side.
+    """Write one self-contained HTML page about a run folder or a scan, or about several side by side.
 
     Exit code 0: nothing over a threshold; 1: a share over one, in either source; 2: bad input.
     """
     check_most(("--threshold", threshold, 1), ("--threshold-forgotten", threshold_forgotten, 1))
     limits = Limits(threshold, threshold_forgotten)
-    paths = [source] if other is None else [source, other]
+    paths = [_source(path) for path in (source, *([] if other is None else [other]), *(more or ()))]
     page = out or (None if as_json else _PAGE)
     if page is not None:
         check_new_file("--out", page, paths)
@@ -65,8 +71,17 @@ def report(
         print(told)
     else:
         _show(lines)
+        show_next([one for one in shown[0].commands if not one.command.startswith("vocabguard report")])
     if over:
         raise typer.Exit(1)
+
+
+def _source(path: Path) -> Path:
+    """A run folder or file; of an output folder, its newest run."""
+    found = newest_run(path) if path.is_dir() else None
+    if found is not None and found != path:
+        print(f"{path}: the newest run in it is {found}", file=sys.stderr)
+    return found or path
 
 
 @contextmanager

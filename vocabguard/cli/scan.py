@@ -24,6 +24,7 @@ from vocabguard.compare.scan import Scan
 from vocabguard.compare.summary import save_scan, summarise_scan
 from vocabguard.compare.verdicts import rows_sentence, unseen_by_scan
 from vocabguard.files import one_line, plain
+from vocabguard.report.commands import Next, after_scan
 from vocabguard.text import listed, number, percent, visible
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -243,15 +244,25 @@ def scan(
                  "probe": probe}  # fmt: skip
         given |= options.given if probe else {}
         beside = None if asked is None else {"device": asked.device}
-        told["evidence"] = evidence_of(pair.base, pair.tuned, pair.tokenizer, given, beside)
+        with common.working("hashing the weights"):
+            told["evidence"] = evidence_of(pair.base, pair.tuned, pair.tokenizer, given, beside)
         _save(found, out, told, {} if asked is None else asked.vectors())
     if as_json:
         print(json.dumps(_without_plan(told), ensure_ascii=False, allow_nan=False))
     else:
         for part in _parts(told, top):
             Console().print(part, highlight=False, soft_wrap=isinstance(part, Text))
+        common.show_next(_next(told, base, tuned, out))
     if told["findings"]:
         raise typer.Exit(1)
+
+
+def _next(told: Mapping[str, Any], base: str, tuned: str, out: Path | None) -> tuple[Next, ...]:
+    """What to do after a scan; nothing about single tokens where none drifted."""
+    numbers = told[told["judged"]] if told["judged"] else {}
+    worst = [token["id"] for token in told["worst"]] if numbers.get("below_0.95") else []
+    found = after_scan(base, tuned, out, tokens=worst)
+    return found[1:] if told["probe"] else found
 
 
 def _check_asking(options: Asking, *, probe: bool) -> None:

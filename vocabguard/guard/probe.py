@@ -219,9 +219,10 @@ class Prober:
 
         def tell(done: float) -> None:
             now = time.perf_counter()
-            if self.say is not None and done < 1 and now - told[0] >= _SAY_EVERY:
+            if self.say is not None and 0 < done < 1 and now - told[0] >= _SAY_EVERY:
                 told[0] = now
-                self.say(f"Probe: {percent(done)} of the base's answers, {now - began:.0f} s so far.")
+                left = (now - began) * (1 - done) / done
+                self.say(f"Probe: {percent(done)} of the base's answers, about {left:.0f} s left.")
 
         return tell
 

@@ -14,10 +14,11 @@ from vocabguard import collective
 from vocabguard.alerts.notify import Courier, Receiver, WandbAlerts, Webhook, dispatch
 from vocabguard.alerts.rules import AlertRule
 from vocabguard.config import GuardConfig, SinksConfig, webhook_url
-from vocabguard.files import why_unwritable
+from vocabguard.files import why_unwritable, write_file
 from vocabguard.installation import missing
 from vocabguard.results import CheckResult, Finding, Transition, Watch
 from vocabguard.runlog import RunLog, RunWriter, row_vectors, why_unusable
+from vocabguard.text import nothing_found
 from vocabguard.views.console import ConsoleView
 from vocabguard.views.keys import ChosenKeys
 from vocabguard.views.tensorboard import TensorBoardView, open_view
@@ -28,6 +29,12 @@ logger = logging.getLogger("vocabguard")
 _NO_PRINT = logging.NullHandler()
 
 
+_RUN_FOLDER = "vocabguard"
+
+NEWEST_PAGE = "vocabguard-newest.html"
+"""In an output folder with several runs, a copy of the newest one's page."""
+
+
 def free_folder(folder: Path) -> Path:
     """`folder`, or the first of ``folder-2``, ``folder-3``, ... that holds no run yet."""
     candidate, number = folder, 2
@@ -35,6 +42,15 @@ def free_folder(folder: Path) -> Path:
         candidate = folder.with_name(f"{folder.name}-{number}")
         number += 1
     return candidate
+
+
+def earlier_run(folder: Path) -> Path | None:
+    """The folder of an earlier run because of which `free_folder` chose this one; None where it was free."""
+    stem, dash, number = folder.name.rpartition("-")
+    if not dash or not number.isdecimal() or (folder / "run.json").exists():
+        return None
+    earlier = folder.with_name(stem)
+    return earlier if (earlier / "run.json").exists() else None
 
 
 def choose_folder(resumed: str | None, suggested: str | Path | None) -> Path | None:
@@ -102,6 +118,7 @@ class Reporter:
             # Without handlers of the user's, logging would print to the terminal what the console view shows there.
             logging.getLogger("vocabguard.alerts").addHandler(_NO_PRINT)
         self._log = RunWriter(folder) if main and folder is not None else None
+        self._earlier = None if folder is None else earlier_run(folder)
         self._folder = folder
         self._board = self._open_board()
         self._checks = 0
@@ -119,6 +136,11 @@ class Reporter:
         if self._board is not None:
             self._board.watch(watch)
         self._console.watch(watch, self._table)
+        if self._earlier is not None:
+            self._console.say(
+                f"{self._earlier} holds an earlier run, so this one is logged in {self._folder}. To continue the "
+                "earlier one, resume the training from its checkpoint."
+            )
 
     def say(self, sentence: str) -> None:
         """Print a line."""
@@ -173,20 +195,26 @@ class Reporter:
         Returns:
             The run log, opened for reading; None where none was written.
         """
-        if last is not None and self._main:
-            if self._log is not None and self._rows_written != last.step:
-                self._rows(last)
-            self._console.finish(last, self._table)
+        if last is not None and self._main and self._log is not None and self._rows_written != last.step:
+            self._rows(last)
         if self._courier is not None:
             self._courier.close()
         if self._board is not None:
             self._board.close()
-        if self._log is None:
-            return None
-        log = RunLog.open(self._log.folder)
-        if last is not None and self._config.log.report:
-            self._page(log)
+        log = None if self._log is None else RunLog.open(self._log.folder)
+        page = self._page(log) if log is not None and last is not None and self._config.log.report else None
+        if last is not None and self._main:
+            self._console.finish(last, self._table, [] if log is None else self._ends(log, page, last))
         return log
+
+    def _ends(self, log: RunLog, page: Path | None, last: CheckResult) -> list[str]:
+        """Where to look now, and the next commands."""
+        from vocabguard.report.commands import after_run
+
+        lost = last.scalars.get("vocabguard/probe/retained", 1.0) < 1
+        lines = [] if page is None else [f"Page: {page}"]
+        found = after_run(log.folder, log.meta.get("origin"), lost=lost)
+        return [*lines, *(one.line for one in (found[:1] if nothing_found(last) else found))]
 
     def _write(self, write: Callable[[RunWriter], object]) -> None:
         """Write to the run folder; where that fails, as on a full disk, the rest of the run is not logged there."""
@@ -209,15 +237,20 @@ class Reporter:
             return False
         return True
 
-    def _page(self, log: RunLog) -> None:
+    def _page(self, log: RunLog) -> Path | None:
         """The report page; a run is not blamed for it."""
         # Imported here: a run without the page need not wait for the templates.
         from vocabguard.report.page import write_report
 
         try:
-            write_report(log, log.folder / "report.html", text=self._table.text)
+            page = write_report(log, log.folder / "report.html", text=self._table.text)
+            if log.folder.name.startswith(f"{_RUN_FOLDER}-"):
+                # A rerun: who opens the page at the usual place sees the newest run, too.
+                write_file(log.folder.with_name(NEWEST_PAGE), page.read_bytes())
+            return page
         except Exception as error:
             logger.warning("vocabguard: no report.html could be written: %s: %s", type(error).__name__, error)
+            return None
 
     def _open_board(self) -> TensorBoardView | None:
         if not (self._main and self._config.log.tensorboard):

@@ -44,15 +44,23 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(usable)[1] if usable else None
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run folder; other tools write a ``run.json`` too."""
+    try:
+        return b'"schema"' in (folder / "run.json").read_bytes()
+    except OSError:
+        return False
+
+
 def newest_run(folder: Path) -> Path | None:
     """The run folder that is newest in an output folder: ``vocabguard``, ``vocabguard-2``, ...; None without one."""
-    if (folder / "run.json").is_file():
+    if is_run(folder):
         return folder
-    runs = [path for path in _entries(folder) if path.name.startswith("vocabguard") and (path / "run.json").is_file()]
+    runs = [path for path in _entries(folder) if path.name.startswith("vocabguard") and is_run(path)]
     # Lightning's loggers put `version_N` in between.
     for version in sorted(_entries(folder), key=_modified):
-        if (version / "vocabguard" / "run.json").is_file():
-            runs += [path for path in _entries(version) if (path / "run.json").is_file()]
+        if is_run(version / "vocabguard"):
+            runs += [path for path in _entries(version) if is_run(path)]
     return max(runs, key=lambda path: (_modified(path / "run.json"), path.name)) if runs else None
 
 

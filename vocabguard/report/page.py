@@ -35,6 +35,7 @@ from vocabguard.report.first import (
     markdown_of,
     short_name,
 )
+from vocabguard.report.many import distinct_names, side_by_side
 from vocabguard.report.sentences import Limits, beside_label, decisive_numbers, key_numbers, label_of, verdict_of
 from vocabguard.runlog import RunLog
 from vocabguard.text import WORST_COLUMNS, number, percent, token_cells, visible
@@ -76,20 +77,22 @@ def write_page(page: str, path: str | Path) -> Path:
     return path
 
 
-def render(first: PageData, second: PageData | None = None, *, limits: Limits | None = None) -> str:
-    """The page as text; without limits by the defaults of `Limits`."""
+def render(
+    first: PageData, second: PageData | None = None, *more: PageData, limits: Limits | None = None
+) -> str:  # fmt: skip
+    """The page as text; without limits by the defaults of `Limits`.
+
+    One run has a page of its own, two are compared token by token, more are a table.
+    """
     limits = limits or Limits()
-    shown = (first,) if second is None else (first, second)
-    script, style = _part("report_script.html.j2"), _part("report_style.html.j2")
+    shown = (first,) if second is None else (first, second, *more)
+    common = _frame(shown)
+    if more:
+        return _environment().get_template("report_many.html.j2").render(many=side_by_side(shown, limits), **common)
     return (
         _environment()
         .get_template(_TEMPLATE)
         .render(
-            title=f"vocabguard: {' and '.join(Path(data.name).name or data.name for data in shown)}",
-            policy=f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
-            "img-src data:; base-uri 'none'; form-action 'none'",
-            script=Markup(script),
-            style=Markup(style),
             sources=[_source(data, place, len(shown), limits) for place, data in enumerate(shown)],
             heading=heading_of(first, verdict_of(first, limits)),
             both=None if second is None else compare(first, second),
@@ -98,9 +101,22 @@ def render(first: PageData, second: PageData | None = None, *, limits: Limits | 
             lengths=length_figure(first, second),
             forecasts=forecast_figures(first) if second is None else (),
             timelines=timelines(first, second),
-            version=VERSION,
+            **common,
         )
     )
+
+
+def _frame(shown: Sequence[PageData]) -> dict[str, Any]:
+    """What every page has: title, policy, script, style."""
+    script, style = _part("report_script.html.j2"), _part("report_style.html.j2")
+    return {
+        "title": f"vocabguard: {' and '.join(distinct_names([data.name for data in shown]))}",
+        "policy": f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
+        "img-src data:; base-uri 'none'; form-action 'none'",
+        "script": Markup(script),
+        "style": Markup(style),
+        "version": VERSION,
+    }
 
 
 def _source(data: PageData, place: int, count: int, limits: Limits) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from vocabguard.text import (
     ReportRow,
     large_groups,
     measured_matrix,
+    nothing_found,
     number,
     percent,
     preflight_sentences,
@@ -98,9 +99,18 @@ class ConsoleView:
             told.update(story)
         return lines
 
-    def finish(self, result: CheckResult, table: VocabTable) -> None:
-        """Print the closing tables: all, groups and exposure classes; then the watched and the worst tokens."""
+    def finish(self, result: CheckResult, table: VocabTable, ends: Sequence[str] = ()) -> None:
+        """Print the closing tables: all, groups and exposure classes; then the watched and the worst tokens.
+
+        Where nothing was found, one line instead of the tables.
+
+        Args:
+            ends: lines below it: where to look, what to do next.
+        """
         if not self._enabled:
+            return
+        if fine := nothing_found(result):
+            self._print(self._line(fine, "green"), *map(self._line, ends))
             return
         title = f"{_LABEL}, step {result.step:,}: {_subject(result)}"
         parts: list[RenderableType] = ["", self._text(title, "bold"), self._report(result, table)]
@@ -111,7 +121,7 @@ class ConsoleView:
             parts += [Text(f"worst tokens, by {by}", "bold"), self._tokens(result.worst)]
         if result.firing:
             parts += [self._line(f"Still firing: {', '.join(result.firing)}.", "yellow"), ""]
-        self._print(*parts)
+        self._print(*parts, *map(self._line, ends))
 
     def _report(self, result: CheckResult, table: VocabTable) -> Table:
         matrix = measured_matrix(result)
