@@ -285,7 +285,10 @@ def put_together(
     run = replace(run, shift=shift, flight=flight)
     uncounted = targets if isinstance(targets, NotApplicable) else None
     counts = config.exposure.enabled and uncounted is None and (shift is not None or targets is not None)
-    counter = ExposureCounter(watched.rows, next(run.model.parameters()).device, watched.tied) if counts else None
+    counter = None
+    if counts:
+        device, several = next(run.model.parameters()).device, collective.world_size() > 1
+        counter = ExposureCounter(watched.rows, device, watched.tied, deferred=several)
     context = BatchContext(None if isinstance(targets, NotApplicable) else targets)
     protection = arm(config, rules, run, watched, counter, source, context, uncounted)
     observer = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -143,6 +144,8 @@ class EchoControl:
         if self.config.targets_per_live_token is not None and pace.batches is None:
             raise ConfigError(_NO_LENGTH)
         self._waiting = self._limited = False
+        # Batches seen when a plan was last tried, the first one that a plan may hold from, and the step to try again.
+        self._seen = self._first = self._retry = 0
         source.feed.clear()
         source.feed.place(collective.rank(), collective.world_size())
 
@@ -168,10 +171,16 @@ class EchoControl:
             self.on = on
             self._publish()
 
-    def catch_up(self) -> None:
-        """Make the plan that waited for the first counts, or for the plan before it to come into force."""
-        if self._waiting:
+    def catch_up(self, step: int) -> None:
+        """Make the plan that waited for the first counts, or for the plan before it to come into force.
+
+        All processes try in the same steps, and only in those in which it may have: others have no message for it.
+        """
+        if self._waiting and step >= self._retry:
             self._publish()
+            # The same on all processes: of steps, and of batches that were agreed on.
+            in_step = max(1.0, self._seen / max(1, self._counter.steps))
+            self._retry = step + max(1, math.ceil((self._first - self._seen) / in_step)) if self._waiting else 0
 
     def revise(self, found: CheckResult, base: ProbeResult | None, batches: int) -> None:
         """Follow a check: the dose by its probe, the ids by its counts."""
@@ -236,12 +245,14 @@ class EchoControl:
             "on": self.on,
             "dose": self.dose,
             "waiting": self._waiting,
+            "retry": self._retry,
             "plans": [asdict(plan) for _, plan in sorted(plans.items())],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the plans of an earlier run."""
         self.on, self.dose, self._waiting = state["on"], state["dose"], state["waiting"]
+        self._retry = state.get("retry", 0)
         for saved in state["plans"]:
             self.plan = EchoPlan(**saved)
             self.source.feed.publish(self.plan)
@@ -275,6 +286,7 @@ class EchoControl:
     def _publish(self, ids: Tensor | None = None) -> None:
         """The next plan, from the first batch that no worker has made yet; rank 0's, everywhere."""
         plan, seen = self.plan, collective.agree(self._counter.batches)
+        self._seen, self._first, self._retry = seen, 0 if plan is None else plan.first_batch, 0
         rate = self._rate(seen) if self.on else 0.0
         # A plan to come still waits for its first batch: its slot must not be lost. Without data targets a batch to
         # go by, the first counts are waited for.
