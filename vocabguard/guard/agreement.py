@@ -99,7 +99,8 @@ def agree_on(model: nn.Module, matrices: Matrices, rows: Callable[[], int]) -> A
         error = str(failed)
     everyone = collective.everyone(found_here(model, matrices, count, error))
     verdict = judged(everyone)
-    me, mine = collective.rank(), {}
+    me = collective.rank()
+    mine: dict[MatrixName, VocabMatrix | NotApplicable] = {}
     for name, matrix in matrices.items():
         reason, speakers = verdict[name]
         if isinstance(matrix, NotApplicable) or reason:

@@ -106,7 +106,8 @@ class Forecaster:
             What must be told of each of its steps; None where there is nothing to forecast.
         """
         matrix = self.watched.matrices["head"]
-        found = group_of(optimizers, matrix.weight) if isinstance(matrix, VocabMatrix) else None
+        followed = isinstance(matrix, VocabMatrix) and matrix.held is None
+        found = group_of(optimizers, matrix.weight) if followed and isinstance(matrix, VocabMatrix) else None
         if found is None:
             return None
         optimizer, group = found

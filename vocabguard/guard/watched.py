@@ -30,9 +30,9 @@ from vocabguard.rows.baselines import (
     save_baseline,
 )
 from vocabguard.rows.checkpoints import open_baseline
+from vocabguard.rows.engines import Held, held_by_engine
 from vocabguard.rows.matrices import VocabMatrix, find_matrices
 from vocabguard.rows.proposals import proposal
-from vocabguard.rows.engines import Held, held_by_engine
 from vocabguard.rows.sharding import OwnPart, ShardBaseline, reshard
 from vocabguard.vocabulary.table import GROUPS, VocabTable, build_table, fit_rows, ids_beyond, plain_table
 
@@ -85,9 +85,15 @@ class Watched:
 
     @property
     def gradient_matrix(self) -> VocabMatrix | None:
-        """The matrix whose gradient pulls and pushes: the head's, unless an adapter makes its rows."""
+        """The matrix whose gradient pulls and pushes: the head's, unless an adapter makes its rows or an engine has it.
+
+        Of a matrix that is split by columns no process has a whole row, so none has the norm of its gradient.
+        """
         head = self.matrices["head"]
-        return head if isinstance(head, VocabMatrix) and head.adapter is None else None
+        if not isinstance(head, VocabMatrix) or head.adapter is not None or head.held is not None:
+            return None
+        shard = head.shard
+        return head if shard is None or not shard.partial else None
 
     @property
     def sharded(self) -> bool:
@@ -193,11 +199,12 @@ def describe(
     blind = () if watched.tokenizer is not None else ("no tokenizer: tokens have no groups and no texts",)
     if watched.tokenizer is not None and watched.not_compared is not None:
         blind = (f"Under-trained tokens not measured: {watched.not_compared}; only rows of tiny norm are set apart.",)
+    blind += tuple(f"Not followed: {one}." for one in watched.differ)
     return Watch(
         head=watched.describe("head"), embedding=watched.describe("embedding"),
         probe=prober if isinstance(prober, NotApplicable) else None, preflight=flight,
         live=int(watched.table.live.sum()), never_trained=int((~watched.table.trained).sum()),
-        run_dir=None if run_dir is None else str(run_dir), notes=(*blind, *(f"Not followed: {one}." for one in watched.differ), *_adapter_notes(watched), *notes),
+        run_dir=None if run_dir is None else str(run_dir), notes=(*blind, *_adapter_notes(watched), *notes),
     )  # fmt: skip
 
 

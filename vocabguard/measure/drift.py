@@ -109,7 +109,8 @@ def mean_shift(
     chosen = evenly(np.flatnonzero(unexposed[: baseline.rows].numpy()), shift_rows)
     total, count = np.zeros(matrix.width), 0
     counted = slice(0, matrix.rows) if shard is None else shard.counted
-    for ids, rows, base in _gathered(matrix, baseline, chosen, chunk_rows):
+    for taken, rows, base in _gathered(matrix, baseline, chosen, chunk_rows):
+        ids = taken
         with np.errstate(invalid="ignore"):
             moved = np.subtract(rows, base, out=rows)
             chunk_sum = moved.sum(axis=0, dtype=np.float64)
@@ -117,7 +118,7 @@ def mean_shift(
             # A row whose length overflows float32 is as bad as one that is not finite.
             with np.errstate(all="ignore"):
                 fine = np.isfinite(np.square(moved).sum(axis=1))
-            moved, ids = moved[fine], ids[fine]
+            moved, ids = moved[fine], taken[fine]
             chunk_sum = moved.sum(axis=0, dtype=np.float64)
         total += chunk_sum
         count += int(np.count_nonzero((ids >= counted.start) & (ids < counted.stop)))

@@ -99,11 +99,10 @@ def _fsdp1(unit: Any, module: nn.Module) -> Held | NotApplicable | None:
     for shared in flat._shared_param_infos:
         if shared.module is module and shared.param_name == "weight":
             owner, name = shared.prim_module, shared.prim_param_name
-    for place, info in enumerate(flat._param_infos):
-        if info.module is owner and info.param_name == name:
-            break
-    else:
+    known = [info.module is owner and info.param_name == name for info in flat._param_infos]
+    if not any(known):
         return None
+    place = known.index(True)
     shape, here = flat._shapes[place], flat._shard_param_infos[place]
     if len(shape) != 2:
         return None
@@ -143,4 +142,3 @@ def _zero3(weight: Any) -> Held | NotApplicable:
 
     return Held("ZeRO stage 3", rows, width, bool(weight.requires_grad), Shard(rows, width, start, stop),
                 (id(weight), 0), read)  # fmt: skip
-

@@ -97,6 +97,11 @@ class VocabMatrix:
         return self.weight.shape[1] if (held := self.held) is None else held.width
 
     @property
+    def device(self) -> torch.device:
+        """Where this process's rows are."""
+        return self.weight.device if (held := self.held) is None else held.read().device
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the rows as they are read."""
         return self.weight.dtype if (held := self.held) is None else held.read().dtype
@@ -311,9 +316,7 @@ def _shown(module: object) -> str:
     return said
 
 
-def _vocabulary_size(
-    model: nn.Module, paths: dict[MatrixName, str | None], root: nn.Module | None
-) -> int | None:
+def _vocabulary_size(model: nn.Module, paths: dict[MatrixName, str | None], root: nn.Module | None) -> int | None:
     """Fewest rows a matrix with a row per token can have.
 
     Some models keep a few more input rows than output rows (image tokens), so the smaller claim counts.

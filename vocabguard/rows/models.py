@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vocabguard.results import NotApplicable
 
@@ -68,7 +68,7 @@ def logits_width(model: nn.Module) -> int:
     """
     output_of = getattr(model, "get_output_embeddings", None)
     weight = getattr(output_of(), "weight", None) if callable(output_of) else None
-    shape = getattr(weight, "ds_shape", None) or (weight.shape if isinstance(weight, Tensor) else ())
+    shape: tuple[int, ...] = getattr(weight, "ds_shape", ()) or tuple(getattr(weight, "shape", ()))
     return int(shape[0]) if len(shape) == 2 else 2**18
 
 
