@@ -117,6 +117,11 @@ def plain() -> Engine:
     return Engine(model, model)
 
 
+def plain_tied() -> Engine:
+    model = model_of(tied=True)
+    return Engine(model, model)
+
+
 def ddp() -> Engine:
     model = model_of()
     return Engine(model, nn.parallel.DistributedDataParallel(model), *_place())
@@ -235,23 +240,38 @@ def fsdp1_flat() -> Engine:
     return Fsdp1(original=False)
 
 
+class Gathering(nn.Module):
+    """A model that is called with parts of sequences and sees whole ones, as if its attention did."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, input_ids: Tensor, shift_labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if shift_labels is None:
+            return self.module(input_ids=input_ids, **kwargs)
+        rank, world = _place()
+        parts = [torch.empty_like(input_ids) for _ in range(world)]
+        dist.all_gather(parts, input_ids.contiguous())
+        found = self.module(input_ids=torch.cat(parts, dim=1))
+        found.logits = found.logits.chunk(world, dim=1)[rank]
+        return found
+
+
 class Sequence(Engine):
     """Each process has a part of every sequence, with labels as the adapters of context and sequence parallelism hand
     them on; the loss is the mean over all of them, gradients are averaged."""
 
     def __init__(self) -> None:
         model = model_of()
-        super().__init__(model, nn.parallel.DistributedDataParallel(model))
+        super().__init__(model, nn.parallel.DistributedDataParallel(Gathering(model)))
 
     def loss(self, batch: Any) -> Tensor:
         rank, world = _place()
         labels, each = batch["labels"], batch["labels"].shape[1] // world
         shifted = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         mine = slice(rank * each, (rank + 1) * each)
-        places = torch.arange(labels.shape[1])[mine].expand(len(labels), -1)
-        logits = self.model(
-            input_ids=batch["input_ids"][:, mine], position_ids=places, shift_labels=shifted[:, mine]
-        ).logits
+        logits = self.model(input_ids=batch["input_ids"][:, mine], shift_labels=shifted[:, mine]).logits
         total: Tensor = nn.functional.cross_entropy(
             logits.flatten(0, 1), shifted[:, mine].flatten(), ignore_index=-100, reduction="sum"
         )
@@ -335,7 +355,7 @@ def zero3() -> Engine:
 ENGINES: dict[str, Callable[[], Engine]] = {
     one.__name__: one
     for one in (
-        plain, ddp, fsdp1_orig, fsdp1_flat, fsdp2, fsdp2_tied, fsdp2_offload, hsdp, tp, tp_columns, tp_auto, fsdp2_tp,
+        plain, plain_tied, ddp, fsdp1_orig, fsdp1_flat, fsdp2, fsdp2_tied, fsdp2_offload, hsdp, tp, tp_columns, tp_auto, fsdp2_tp,
         context, sequence, pipeline, zero1, zero2, zero3,
     )
 }  # fmt: skip

@@ -91,7 +91,7 @@ def load(folder: Path, kind: str, mode: str, count: int) -> list[dict[str, Any]]
 
 def judged(folder: Path, kind: str, count: int) -> dict[str, dict[str, Any]]:
     """Measure -> verdict (``right``, ``refused`` or ``wrong``), seconds of `attach`, and why."""
-    alone = {mode: load(folder, "plain", mode, 1)[0] for mode in MODES}
+    alone = {mode: load(folder, "plain_tied" if kind.endswith("tied") else "plain", mode, 1)[0] for mode in MODES}
     found = {mode: load(folder, kind, mode, count) for mode in MODES}
     checks = {
         "drift": lambda: drift(found["watch"]),
@@ -220,7 +220,7 @@ def main() -> None:
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"engines": {}}
     folder = options.folder or Path(tempfile.mkdtemp())
-    run(folder, ["plain"], 1, options.python)
+    run(folder, ["plain", "plain_tied"], 1, sys.executable)
     for kind in options.engines:
         count = 4 if kind in FOUR else 2
         run(folder, [kind], count, options.python)

@@ -162,6 +162,9 @@ def judged(everyone: Sequence[Found]) -> dict[MatrixName, tuple[str, frozenset[i
         if len(set(values)) > 1:
             raise RefusedError(_differs(what, values))
     found = {name: _one_matrix(name, [one.matrices[name] for one in everyone]) for name in everyone[0].matrices}
+    missing = [{one.matrices[name].reason != "" for one in everyone} == {True, False} for name in found]
+    if all(missing):
+        raise RefusedError("; ".join(reason for reason, _ in found.values()))
     ties = [one.tied for one in everyone]
     if len(set(ties)) > 1 and not any(reason for reason, _ in found.values()):
         told = _differs("tied differs", ["tied" if tied else "untied" for tied in ties])

@@ -256,10 +256,11 @@ def vocabulary_rows(
     held = held_by_engine(model, inputs)
     if isinstance(held, Held):
         return held.rows
-    if isinstance(held, NotApplicable) or inputs.weight.dim() != 2:
-        reason = "it is no matrix here" if held is None else held.reason
+    weight = getattr(inputs, "weight", None)
+    if isinstance(held, NotApplicable) or not isinstance(weight, Tensor) or weight.dim() != 2:
+        reason = f"its input embedding, a {type(inputs).__name__}, has no matrix" if held is None else held.reason
         raise ValueError(f"matrices: the rows of {type(model).__name__} cannot be counted: {reason}")
-    return int(inputs.weight.shape[0])
+    return int(weight.shape[0])
 
 
 def _baselines(
