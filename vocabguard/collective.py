@@ -154,13 +154,15 @@ def any_in_step(mask: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return mask
-    reached = [pair.partition(":")[0] for pair in dist.get_backend_config().split(",")]
-    there = mask.device if mask.device.type in reached or not reached else torch.device(reached[0])
-    result = mask.to(there, torch.uint8, copy=True)
-    work = dist.all_reduce(result, op=dist.ReduceOp.MAX, async_op=True)
-    assert work is not None
-    work.wait()
-    return result.to(mask.device) > 0
+    return _in_step(mask, torch.uint8, dist.ReduceOp.MAX).to(mask.device) > 0
+
+
+def sum_in_step(sums: Tensor) -> Tensor:
+    """The sum over all ranks of a float tensor; see `any_in_step`."""
+    if world_size() == 1:
+        return sums
+    result = _in_step(sums, sums.dtype, dist.ReduceOp.SUM)
+    return result.to(sums.device)
 
 
 def total(tensor: Tensor) -> Tensor:
@@ -246,6 +248,16 @@ def agree(value: T) -> T:
     return box[0]
 
 
+def everyone(value: T) -> list[T]:
+    """Every rank's value, small and picklable, in the order of the ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    raise_if_peer_failed()
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value, group=_line().group)
+    return found
+
+
 def _initialised() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -280,6 +292,17 @@ def _flag(failed: int | None) -> Tensor:
     if failed is not None:
         flag[failed] = 1
     return flag
+
+
+def _in_step(tensor: Tensor, dtype: torch.dtype, how: Any) -> Tensor:
+    """By the training's own group, on a device that it reaches."""
+    reached = [pair.partition(":")[0] for pair in dist.get_backend_config().split(",")]
+    there = tensor.device if tensor.device.type in reached or not reached else torch.device(reached[0])
+    result = tensor.detach().to(there, dtype, copy=True)
+    work = dist.all_reduce(result, op=how, async_op=True)
+    assert work is not None
+    work.wait()
+    return result
 
 
 _How = Literal["SUM", "MAX", "BOR"]

@@ -39,11 +39,19 @@ def labels_of(batch: Any, targets: Targets | None) -> tuple[Tensor | None, Tenso
     if targets is not None:
         found = targets(batch)
         return None if found is None else (*found, True)
-    labels = batch.get(LABELS_KEY, batch.get("labels")) if isinstance(batch, Mapping) else None
-    if isinstance(labels, Tensor):
-        inputs = batch.get("input_ids")
-        return (inputs if isinstance(inputs, Tensor) else None), labels, False
-    return None
+    if not isinstance(batch, Mapping):
+        return None
+    inputs = batch.get("input_ids")
+    inputs = inputs if isinstance(inputs, Tensor) else None
+    # Where a sequence is split over processes, or rows are packed, labels come shifted already.
+    if isinstance(shifted := batch.get(SHIFTED_KEY), Tensor):
+        return inputs, shifted, True
+    labels = batch.get(LABELS_KEY, batch.get("labels"))
+    return (inputs, labels, False) if isinstance(labels, Tensor) else None
+
+
+SHIFTED_KEY = "shift_labels"
+"""Key of labels that are shifted already: position t holds what position t predicts."""
 
 
 class LabelCarrier:
@@ -216,6 +224,10 @@ class BatchContext:
         self.attention_mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if aligned:
             self.aligned = labels
+            echo = self.echo
+            if self._targets is None and echo is not None and echo.ndim == 2 and echo.shape == labels.shape:
+                # The mask is that of the tokens; these labels are one place ahead of them.
+                self.echo, self.echo_inputs = torch.nn.functional.pad(echo[:, 1:], (0, 1)), echo
         else:
             self.labels, self.aligned = labels, None
         return True
@@ -521,11 +533,11 @@ class Observer:
         """Its rows before a step's first batch is counted, so that its targets are not forgotten; and its device."""
         if self._matrix is None:
             return
-        weight, counter = self._matrix.weight, self.counter
-        if len(weight) != counter.rows:
-            counter.resize(len(weight))
-        if weight.device != counter.device and weight.device.type != "meta":
-            counter.to(weight.device)
+        rows, device, counter = self._matrix.rows, self._matrix.device, self.counter
+        if rows != counter.rows:
+            counter.resize(rows)
+        if device != counter.device and device.type != "meta":
+            counter.to(device)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Without a gradient nothing is learned: a reference's or a sampler's pass through the same model.

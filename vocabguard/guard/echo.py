@@ -147,7 +147,9 @@ class EchoControl:
         # Batches seen when a plan was last tried, the first one that a plan may hold from, and the step to try again.
         self._seen = self._first = self._retry = 0
         source.feed.clear()
-        source.feed.place(collective.rank(), collective.world_size())
+        # Processes with the same rows of data must add the same rows to them.
+        self._replicas = watched.replicas
+        source.feed.place(self._replicas.number, self._replicas.count)
 
     def describe(self) -> str:
         """Which tokens are echoed and how often, in words."""
@@ -198,7 +200,7 @@ class EchoControl:
     def _neediest(self, found: CheckResult, exposure: Exposure, batches: int) -> Tensor:
         """The ids that the batches until the next plan should echo, as they will stand when this plan holds."""
         assert self.plan is not None
-        seen, world = self._counter.batches, collective.world_size()
+        seen, world = self._counter.batches, self._replicas.count
         exposure = foreseen(exposure, self.plan, range(seen, seen + self.pace.lag), world, found.step)
         # Enough until the plan after this one holds, which prefetched batches delay.
         wanted = round(self.plan.rate * (batches + self.pace.lag) * world) + self.config.list_tokens
@@ -231,7 +233,7 @@ class EchoControl:
         ids = self.source.feed.ids(number)
         if not ids:
             return None
-        mask = self.source.join(batch, ids, number=number, rank=collective.rank())
+        mask = self.source.join(batch, ids, number=number, rank=self._replicas.number)
         self.source.feed.spend(time.perf_counter() - began)
         return mask
 
@@ -273,7 +275,7 @@ class EchoControl:
         if self.config.targets_per_live_token is None:
             return self.dose * data
         assert self.pace.batches is not None
-        return self.config.targets_per_live_token * len(self._ids) / (self.pace.batches * collective.world_size())
+        return self.config.targets_per_live_token * len(self._ids) / (self.pace.batches * self._replicas.count)
 
     def _data_per_batch(self, seen: int) -> float | None:
         if self.pace.data_per_batch is not None:
@@ -281,7 +283,7 @@ class EchoControl:
         if seen == 0:
             return None
         targets = collective.total(torch.tensor(self._counter.data_targets))
-        return float(targets) / (seen * collective.world_size())
+        return float(targets) / (seen * self._replicas.count)
 
     def _publish(self, ids: Tensor | None = None) -> None:
         """The next plan, from the first batch that no worker has made yet; rank 0's, everywhere."""
@@ -302,7 +304,7 @@ class EchoControl:
                 0, first, mode, 0.0, rate, tokens, chosen, cycle=0, offset=0, owed=0.0, seed=self._seed
             )
         else:
-            self.plan = next_plan(plan, first_batch=first, rate=rate, world=collective.world_size(), ids=ids)
+            self.plan = next_plan(plan, first_batch=first, rate=rate, world=self._replicas.count, ids=ids)
         per_batch = self._data_per_batch(seen)
         dose = rate / per_batch if per_batch else 0.0
         self.plan = collective.agree(EchoPlan(**{**vars(self.plan), "dose": dose}))

@@ -10,15 +10,28 @@ from torch import Tensor
 from vocabguard import collective
 from vocabguard.config import ConfigError, HoldConfig
 from vocabguard.measure.exposure import ExposureCounter
-from vocabguard.protect.hold import HoldMode, RowKeeper, hold_rows, rows_to_hold
+from vocabguard.protect.hold import HoldMode, RowKeeper, hold_rows, hold_shard, rows_to_hold
 from vocabguard.rows.matrices import VocabMatrix
+from vocabguard.rows.sharding import local_rows
+
+
+def unheld(matrix: VocabMatrix) -> str | None:
+    """Why the rows of a matrix cannot be put back after a step, as its engine spreads it; None where they can."""
+    if (held := matrix.held) is not None:
+        return f"{held.engine} has the output rows in parts of its own"
+    shard = matrix.shard
+    if shard is not None and shard.partial:
+        return "the output matrix is split by columns, so no process has a whole row"
+    return None
 
 
 class Holder:
     """Keeps the rows before a step and puts the held ones back after it.
 
+    Of a matrix whose rows are spread over processes, each holds its own; see `unheld` for what cannot be held.
+
     Raises:
-        ConfigError: for a matrix whose rows are spread over processes, or made by an adapter.
+        ConfigError: for rows that an adapter makes.
 
     A step has one message: the rows that a process sets free, by the training's own process group. A guard that has
     failed goes on to send that all are, so that no process waits for it, and none holds what others do not, until the
@@ -31,8 +44,6 @@ class Holder:
     """
 
     def __init__(self, config: HoldConfig, matrix: VocabMatrix, counter: ExposureCounter) -> None:
-        if hasattr(matrix.weight, "to_local"):
-            raise ConfigError("hold: the output matrix is sharded; allowed: a matrix that each process has whole")
         if (adapter := matrix.adapter) is not None:
             raise ConfigError(
                 f"hold: {adapter.kind} makes the output rows, so none can be put back by itself; allowed: a head that "
@@ -71,7 +82,7 @@ class Holder:
         """Keep the rows as they are before the step; once more where it begins anew, since a step may be skipped."""
         self._told = False
         if self.on:
-            self._keeper.keep(self._matrix.weight)
+            self._keeper.keep(local_rows(self._matrix.weight.detach()))
             self._kept = True
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -84,13 +95,26 @@ class Holder:
             return
         self._kept, weight, mode = False, self._matrix.weight, cast(HoldMode, self._config.mode)
         state: Any = optimizer.state.get(weight, {})
+        shard, before, rows = self._matrix.shard, self._keeper.rows, local_rows(weight.detach())
+        own = {key: local_rows(value) if isinstance(value, Tensor) else value for key, value in state.items()}
         self.held = ~self._any_process(self._free())
-        hold_rows(weight, self._keeper.rows, self.held.to(weight.device), mode, state)
+        held = self.held.to(weight.device)
+        if shard is None:
+            hold_rows(weight, before, held, mode, state)
+            return
+        # All processes know the whole mask, so they agree on whether there is anything to add up.
+        if mode == "freeze" or bool(held.any()):
+            speaks = shard.owner
+            hold_shard(
+                rows, before, held[shard.part], mode, own, held.sum(),
+                lambda sums: collective.sum_in_step(sums if speaks else torch.zeros_like(sums)),
+            )  # fmt: skip
 
     def _free(self) -> Tensor:
         """(V,) bool: the rows that this process's own targets set free.
 
-        A row is held if no process sets it free: by its targets of this step, or by those of the data so far.
+        A row is held if no process sets it free: by its targets of this step, or by those of the data so far. A process
+        that has seen no target of the data at all sets all of them free: it may be blind.
         """
         counter = self._counter
         step = counter.steps + 1
@@ -98,7 +122,8 @@ class Holder:
             self._last = counter.last_data_target
         self._last = torch.where(counter.data_targets_now(), step, self._last.to(counter.device))
         inputs = counter.inputs_now() if counter.tied else None
-        return ~rows_to_hold(self._last, counter.targets_now(), inputs, step, self._config.window_steps)
+        held = rows_to_hold(self._last, counter.targets_now(), inputs, step, self._config.window_steps)
+        return ~(held & (self._last >= 0).any())
 
     def _any_process(self, free: Tensor) -> Tensor:
         """The step's one message. What may fail comes before it: rows put back by some processes only would differ."""

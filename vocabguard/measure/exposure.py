@@ -172,6 +172,7 @@ class ExposureCounter:
         tied: whether one matrix serves as input and as output, so that a row's gradient also comes from the input.
         deferred: whether an averaged gradient holds the pull of other processes' targets too, which `settle` asks them
             for; see `vocabguard.measure.pending`.
+        speaks: whether this process's counts are told: of those that see the very same batches, one's are.
 
     Example:
         >>> counter = ExposureCounter(rows=3, device="cpu", tied=False)
@@ -183,8 +184,10 @@ class ExposureCounter:
         (tensor([0, 1, 0]), tensor([0., 5., 0.]), tensor([2., 0., 0.]))
     """
 
-    def __init__(self, rows: int, device: torch.device | str, tied: bool, deferred: bool = False) -> None:
-        self.rows = rows
+    def __init__(
+        self, rows: int, device: torch.device | str, tied: bool, deferred: bool = False, speaks: bool = True
+    ) -> None:
+        self.rows, self._speaks = rows, speaks
         self.tied = tied
         self.deferred = deferred
         self.steps = 0
@@ -246,8 +249,8 @@ class ExposureCounter:
 
     @property
     def data_targets(self) -> int:
-        """Data targets counted so far, of all tokens."""
-        return int(self._counts[_TARGET].sum())
+        """Data targets counted so far, of all tokens; 0 where another process tells of them."""
+        return int(self._counts[_TARGET].sum()) if self._speaks else 0
 
     def targets_now(self) -> Tensor:
         """(V,) bool on the counters' device: the token was a target, data or echo, since the last `end_step`."""
@@ -324,7 +327,7 @@ class ExposureCounter:
         """The counts so far, as CPU copies. For all processes to call, where steps may wait for their targets."""
         self.settle()
         return Exposure(
-            **{name: row.to("cpu", copy=True) for name, row in zip(_COUNTED[:3], self._counts, strict=False)},
+            **{name: row.to("cpu", copy=True) for name, row in zip(_COUNTED[:3], self._told, strict=False)},
             **{name: getattr(self, name).to("cpu", copy=True) for name in _ROW_STATE},
             push_samples=self.push_samples,
             push_share=float(self._push_share),
@@ -358,7 +361,7 @@ class ExposureCounter:
         """
         self.settle()
         names = (*_ROW_STATE, "last_data_target")
-        counts, largest = collective.sum_and_largest(self._counts, [getattr(self, name) for name in names])
+        counts, largest = collective.sum_and_largest(self._told, [getattr(self, name) for name in names])
         state: dict[str, Tensor | int] = {name: value.cpu() for name, value in zip(names, largest, strict=True)}
         # A copy of each row, because safetensors refuses tensors that share memory.
         state |= {name: row.to("cpu", copy=True) for name, row in zip(_COUNTED, counts, strict=True)}
@@ -384,6 +387,11 @@ class ExposureCounter:
         self._batches = int(state.get("batches", self.steps))
         self._compiled_batches.zero_()
         self._clear_step()
+
+    @property
+    def _told(self) -> Tensor:
+        """(4, V) int64: what this process adds to the counts of all."""
+        return self._counts if self._speaks else torch.zeros_like(self._counts)
 
     def _clear_step(self) -> None:
         self._before.copy_(self._counts)
