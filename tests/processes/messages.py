@@ -76,8 +76,8 @@ def train(kind: str, options: dict[str, Any], rank: int, stop: int = STEPS, save
         optimizer.load_state_dict(saved["optimizer"])
         done = saved["guard"]["step"]
     guard = VocabGuard(
-        drift={"every_n_steps": EVERY}, exposure={"push_every_n_steps": 5}, probe={"enabled": False, "every_n_steps": EVERY}, alerts={},
-        log={"console": False, "tensorboard": False}, on_error="raise", **options,
+        drift={"every_n_steps": EVERY}, exposure={"push_every_n_steps": 5}, alerts={}, on_error="raise",
+        probe={"enabled": False, "every_n_steps": EVERY}, log={"console": False, "tensorboard": False}, **options,
     )  # fmt: skip
     guard.attach(
         model, optimizer, total_steps=STEPS, steps_done=done, resumed=None if saved is None else saved["guard"]
