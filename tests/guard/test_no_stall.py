@@ -13,6 +13,7 @@ from stalls import KIND, Accelerator, accelerator, moved
 from torch.testing import assert_close
 
 from vocabguard import VocabGuard
+from vocabguard.measure.learning_rates import RateMeter
 from vocabguard.protect import hold
 
 STEPS = 6
@@ -129,6 +130,19 @@ def test_a_guard_that_was_attached_before_the_model_moved_follows_it(kit: Any, d
         guard.step(step)
         assert step in (1, 4) or not (device.waits or device.moved), step
     assert guard.last.exposure.data_target.tolist() == kit.naive_counts(data)["data_target"]
+
+
+def test_rates_on_the_device_are_read_when_they_are_asked_for() -> None:
+    with accelerator(ours=lambda file: file.endswith("learning_rates.py")) as seen:
+        rates = [0.5, 0.25, 0.125]
+        meter, plain = RateMeter(), RateMeter()
+        for rate in rates:
+            meter.add(SimpleNamespace(param_groups=[{"lr": torch.tensor(rate).to(KIND)}]))
+            plain.add(SimpleNamespace(param_groups=[{"lr": rate}]))
+        assert not seen.waits
+        assert not seen.moved
+        assert meter.state_dict() == plain.state_dict() == {"steps": 3, "sum": 0.875, "square": 0.328125}
+        assert seen.moved
 
 
 def test_what_waits_is_seen() -> None:
