@@ -136,12 +136,12 @@ def meets() -> bool:
     """Whether the guard of any process has failed; for those that have failed to call too, all at the same place."""
     if (line := _open()) is None:
         return False
-    if line.sent is not None:
-        line.sent.wait()
-        return True
     try:
+        if line.sent is not None:
+            line.sent.wait()
+            return True
         raise_if_peer_failed()
-    except PeerFaultError:
+    except RuntimeError:  # a guard has failed, or its process has ended
         return True
     return False
 

@@ -147,8 +147,10 @@ class Holder:
 
     def answer(self) -> None:
         """The message of a step in which this guard has failed, or of one after: all rows are free, everywhere."""
-        if self.takes_part and not self._told and collective.world_size() > 1:
-            self._any_process(torch.ones(self._counter.rows, dtype=torch.bool, device=self._counter.device))
+        # No step of a failed guard begins anew, so what was told in this one must not count for the next.
+        told, self._told = self._told, False
+        if self.takes_part and not told and collective.world_size() > 1:
+            collective.any_in_step(torch.ones(self._counter.rows, dtype=torch.bool, device=self._counter.device))
 
     def share(self, live: Tensor) -> float:
         """Share in [0, 1] of the live rows that were held in the last step. `live`: (V,) bool on the CPU."""
