@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -131,6 +132,39 @@ def raise_if_peer_failed() -> None:
         raise PeerFaultError(f"the guard of process {line.failed} of {world_size()} has failed")
 
 
+def meets() -> bool:
+    """Whether the guard of any process has failed; for those that have failed to call too, all at the same place."""
+    if (line := _open()) is None:
+        return False
+    try:
+        if line.sent is not None:
+            line.sent.wait()
+            return True
+        raise_if_peer_failed()
+    except RuntimeError:  # a guard has failed, or its process has ended
+        return True
+    return False
+
+
+def any_in_step(mask: Tensor) -> Tensor:
+    """Where a bool mask is set on any rank, in the middle of a step and by the training's own process group.
+
+    No flag of health comes before it: a rank whose guard has failed must call it too. Where that group reaches the
+    mask's device, as NCCL does, the host does not wait.
+    """
+    if world_size() == 1:
+        return mask
+    return _in_step(mask, torch.uint8, dist.ReduceOp.MAX).to(mask.device) > 0
+
+
+def sum_in_step(sums: Tensor) -> Tensor:
+    """The sum over all ranks of a float tensor; see `any_in_step`."""
+    if world_size() == 1:
+        return sums
+    result = _in_step(sums, sums.dtype, dist.ReduceOp.SUM)
+    return result.to(sums.device)
+
+
 def total(tensor: Tensor) -> Tensor:
     """Sum over all ranks of a tensor of any shape, of an integer or floating dtype, the same on every rank.
 
@@ -156,14 +190,40 @@ def total_exposure(exposure: Exposure) -> Exposure:
     """
     if world_size() == 1:
         return exposure
-    counts = total(torch.stack([exposure.inputs, exposure.data_target, exposure.echo_target]))
-    inputs, data_target, echo_target = counts.unbind()
-    last_target = largest(exposure.last_target)
-    pull, push, input_only = largest(torch.stack([exposure.pull, exposure.push, exposure.input_only])).unbind()
+    counts = torch.stack([exposure.inputs, exposure.data_target, exposure.echo_target])
+    norms = [values.float() for values in (exposure.pull, exposure.push, exposure.input_only)]
+    summed, (last_target, pull, push, input_only) = sum_and_largest(counts, [exposure.last_target, *norms])
+    inputs, data_target, echo_target = summed.unbind()
     return replace(
         exposure, inputs=inputs, data_target=data_target, echo_target=echo_target, last_target=last_target,
         pull=pull, push=push, input_only=input_only,
     )  # fmt: skip
+
+
+def sum_and_largest(summed: Tensor, largest: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The sum of some numbers over all ranks, and the largest of others, in two messages after one flag.
+
+    Args:
+        summed: as for `total`.
+        largest: of one shape; int64 within 32 bits, or float32 that are not negative.
+
+    Returns:
+        New tensors of the same shapes, dtypes and devices. A NaN is larger than any number.
+    """
+    if world_size() == 1:
+        return summed.detach().clone(), [one.detach().clone() for one in largest]
+    raise_if_peer_failed()
+    # The order of floats that are not negative is that of their bits.
+    words = [one.view(torch.int32) if one.is_floating_point() else one.to(torch.int32) for one in largest]
+    sums, most = _reduce(summed, "SUM"), _reduce(torch.stack(words), "MAX")
+    found = [word.view(one.dtype) if one.is_floating_point() else word.to(one.dtype)
+             for word, one in zip(most, largest, strict=True)]  # fmt: skip
+    return sums, found
+
+
+def any_bits(masks: Tensor) -> Tensor:
+    """Bitwise or over all ranks of a uint8 tensor of any shape, in a new tensor."""
+    return _reduced(masks, "BOR")
 
 
 def any_of(mask: Tensor) -> Tensor:
@@ -186,6 +246,16 @@ def agree(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0, group=_line().group)
     return box[0]
+
+
+def everyone(value: T) -> list[T]:
+    """Every rank's value, small and picklable, in the order of the ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    raise_if_peer_failed()
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value, group=_line().group)
+    return found
 
 
 def _initialised() -> bool:
@@ -224,11 +294,30 @@ def _flag(failed: int | None) -> Tensor:
     return flag
 
 
-def _reduced(tensor: Tensor, how: Literal["SUM", "MAX"]) -> Tensor:
+def _in_step(tensor: Tensor, dtype: torch.dtype, how: Any) -> Tensor:
+    """By the training's own group, on a device that it reaches."""
+    reached = [pair.partition(":")[0] for pair in dist.get_backend_config().split(",")]
+    there = tensor.device if tensor.device.type in reached or not reached else torch.device(reached[0])
+    result = tensor.detach().to(there, dtype, copy=True)
+    work = dist.all_reduce(result, op=how, async_op=True)
+    assert work is not None
+    work.wait()
+    return result
+
+
+_How = Literal["SUM", "MAX", "BOR"]
+
+
+def _reduced(tensor: Tensor, how: _How) -> Tensor:
     """A new tensor, element by element over all ranks."""
     if world_size() == 1:
         return tensor.detach().clone(memory_format=torch.contiguous_format)
     raise_if_peer_failed()
+    return _reduce(tensor, how)
+
+
+def _reduce(tensor: Tensor, how: _How) -> Tensor:
+    """The same, where all ranks are known to take part."""
     result = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     # By name, since torch.distributed has no ReduceOp where it is not built.
     dist.all_reduce(result, op=getattr(dist.ReduceOp, how), group=_line().group)

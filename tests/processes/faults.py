@@ -40,12 +40,15 @@ FAULTS: dict[str, tuple[str, int]] = {
     "the alerts": ("vocabguard.alerts.machine.AlertMachine.update", 1),
     "writing a check": ("vocabguard.runlog.RunWriter.check", 0),
     "holding rows": ("vocabguard.guard.hold.rows_to_hold", 1),
+    "keeping rows": ("vocabguard.protect.hold.RowKeeper.keep", 1),
+    "telling of a check": ("vocabguard.runlog.RunWriter.check", 0),
     "making a plan": ("vocabguard.guard.echo.next_plan", 1),
     "the last rows": ("vocabguard.runlog.RunWriter.rows", 0),
 }
 LATER = {"counting a batch": 3, "reading a gradient": 3, "closing a step": 3, "measuring": 3, "summing up": 2,
-         "the alerts": 2, "writing a check": 2, "holding rows": 3, "making a plan": 1}  # fmt: skip
-PROTECTS = {"holding rows", "making a plan"}
+         "the alerts": 2, "writing a check": 2, "holding rows": 3, "keeping rows": 4,
+         "telling of a check": 2, "making a plan": 1}  # fmt: skip
+PROTECTS = {"holding rows", "keeping rows", "telling of a check", "making a plan"}
 
 
 class OnPurposeError(RuntimeError):

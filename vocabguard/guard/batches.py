@@ -39,11 +39,19 @@ def labels_of(batch: Any, targets: Targets | None) -> tuple[Tensor | None, Tenso
     if targets is not None:
         found = targets(batch)
         return None if found is None else (*found, True)
-    labels = batch.get(LABELS_KEY, batch.get("labels")) if isinstance(batch, Mapping) else None
-    if isinstance(labels, Tensor):
-        inputs = batch.get("input_ids")
-        return (inputs if isinstance(inputs, Tensor) else None), labels, False
-    return None
+    if not isinstance(batch, Mapping):
+        return None
+    inputs = batch.get("input_ids")
+    inputs = inputs if isinstance(inputs, Tensor) else None
+    # Where a sequence is split over processes, or rows are packed, labels come shifted already.
+    if isinstance(shifted := batch.get(SHIFTED_KEY), Tensor):
+        return inputs, shifted, True
+    labels = batch.get(LABELS_KEY, batch.get("labels"))
+    return (inputs, labels, False) if isinstance(labels, Tensor) else None
+
+
+SHIFTED_KEY = "shift_labels"
+"""Key of labels that are shifted already: position t holds what position t predicts."""
 
 
 class LabelCarrier:
@@ -216,6 +224,10 @@ class BatchContext:
         self.attention_mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         if aligned:
             self.aligned = labels
+            echo = self.echo
+            if self._targets is None and echo is not None and echo.ndim == 2 and echo.shape == labels.shape:
+                # The mask is that of the tokens; these labels are one place ahead of them.
+                self.echo, self.echo_inputs = torch.nn.functional.pad(echo[:, 1:], (0, 1)), echo
         else:
             self.labels, self.aligned = labels, None
         return True
@@ -496,7 +508,7 @@ class Observer:
     ) -> None:  # fmt: skip
         """Count one micro-batch."""
         if not torch.compiler.is_compiling():
-            self._follow_resize()
+            self._follow_matrix()
         self.counter.observe(
             inputs,
             labels,
@@ -507,16 +519,25 @@ class Observer:
         )
 
     def remove(self) -> None:
-        """Take all hooks off."""
-        for handle in (*self._handles, *self._of_optimizers):
+        """Take all hooks off, but the optimizer's while other processes' hold is answered there."""
+        for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._holder is not None and self._holder.absent:
+            return
+        for handle in self._of_optimizers:
+            handle.remove()
         self._of_optimizers.clear()
 
-    def _follow_resize(self) -> None:
-        """Before a step's first batch is counted, so that its targets are not forgotten."""
-        if self._matrix is not None and self._matrix.rows != self.counter.rows:
-            self.counter.resize(self._matrix.rows)
+    def _follow_matrix(self) -> None:
+        """Its rows before a step's first batch is counted, so that its targets are not forgotten; and its device."""
+        if self._matrix is None:
+            return
+        rows, device, counter = self._matrix.rows, self._matrix.device, self.counter
+        if rows != counter.rows:
+            counter.resize(rows)
+        if device != counter.device and device.type != "meta":
+            counter.to(device)
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Without a gradient nothing is learned: a reference's or a sampler's pass through the same model.
@@ -551,30 +572,28 @@ class Observer:
 
     def _after_step(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
         # The hooks of an optimizer whose `step` calls its parent's may fire twice in a step: the inner one reads.
-        if self._faults.down or self._matrix is None or not self._unread:
+        if self._matrix is None or not self._unread:
             return
         self._unread, self._silent = False, 0
+        if not self._faults.down:
+            self._read(optimizer)
+        if self._faults.down and self._holder is not None:
+            self._holder.answer()
+
+    def _read(self, optimizer: Any) -> None:
+        assert self._matrix is not None
         with self._faults.contain("reading the gradient"):
-            self._follow_resize()
+            self._follow_matrix()
             gradient, counter = self._matrix.weight.grad, self.counter
             if self._meter is not None:
                 self._meter.add(optimizer)
             # By the steps that a resumed run remembers, so that it samples where an uninterrupted one does.
             sample = self._push_every > 0 and (counter.steps + 1) % self._push_every == 0
-            holder = self._holder
-            holds = holder is not None and holder.on
-            asked = collective.any_of(counter.targets_now())
-            # Which of them are the data's only hold asks.
-            data = collective.any_of(counter.data_targets_now()) if holds else asked
-            inputs = collective.any_of(counter.inputs_now()) if counter.tied and (sample or holds) else None
-            if gradient is not None:
-                shard = self._matrix.shard
-                counter.observe_gradient(
-                    local_rows(gradient),
-                    sample,
-                    targets=asked,
-                    inputs=inputs,
-                    first_row=None if shard is None else shard.part.start,
-                )
-            if holder is not None:
-                holder.after_step(optimizer, data, asked, inputs)
+            shard = self._matrix.shard
+            counter.observe_gradient(
+                None if gradient is None else local_rows(gradient),
+                sample,
+                first_row=None if shard is None else shard.part.start,
+            )
+            if self._holder is not None:
+                self._holder.after_step(optimizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from vocabguard.guard.echo import EchoControl, EchoSource, Pace
 from vocabguard.guard.evaluations import Evaluations
 from vocabguard.guard.failures import Faults
 from vocabguard.guard.forecast import Forecaster
-from vocabguard.guard.hold import Holder
+from vocabguard.guard.hold import Holder, unheld
 from vocabguard.guard.loaders import first_examples, inner_loader, own_copy, untouched_rng
 from vocabguard.guard.named import named_notes
 from vocabguard.guard.preflight import wanted_preflight
@@ -75,12 +75,14 @@ class Run:
 def arm(
     config: GuardConfig, rules: Iterable[AlertRule], run: Run, watched: Watched, counter: ExposureCounter | None,
     source: EchoSource | None, context: BatchContext, uncounted: NotApplicable | None = None,
+    refused: Collection[str] = (),
 ) -> Protection | None:  # fmt: skip
     """What may protect this run; nothing is switched on yet.
 
     Args:
         source: made by `VocabGuard.collator`, if it was called.
         uncounted: why labels are no targets of the data here, where they are not.
+        refused: ``echo`` or ``hold``, where the engine does not let it be right: off then.
 
     Returns:
         None where neither echo nor hold is configured.
@@ -90,6 +92,7 @@ def arm(
     """
     rules = tuple(rules)
     wants_echo, wants_hold = needed(config, rules, "echo") or source is not None, needed(config, rules, "hold")
+    wants_echo, wants_hold = wants_echo and "echo" not in refused, wants_hold and "hold" not in refused
     uncounted = uncounted or no_tokens(run.model)
     if counter is None and (wants_echo or wants_hold) and uncounted is not None:
         raise ConfigError(f"{'echo' if wants_echo else 'hold'}: {uncounted.reason}")
@@ -111,6 +114,38 @@ def arm(
         if run.route == "collate":
             protection.on_finish(_wrap(run.loader, source, joined))
     return protection
+
+
+def refusals(
+    config: GuardConfig, rules: Iterable[AlertRule], watched: Watched, *, collates: bool = False
+) -> dict[str, str]:
+    """What the engine does not let be right, and is off: ``echo``, ``hold`` or ``probe``, and why.
+
+    Args:
+        collates: whether a collate function of the guard's was made, so that echo is wanted.
+
+    Raises:
+        ConfigError: where faults are to be raised (``on_error``) and it was asked for.
+    """
+    rules, replicas, head = tuple(rules), watched.replicas, watched.matrices["head"]
+    found: dict[str, str] = {}
+    if replicas.split is not None:
+        found["echo"] = f"{replicas.split} parallelism splits each sequence over processes after its batch is made"
+    if replicas.split == "sequence":
+        found["probe"] = "sequence parallelism wants a part of each sequence in every process, and prompts are whole"
+    if replicas.refused is not None:
+        found |= dict.fromkeys(("echo", "hold"), replicas.refused.reason)
+    if isinstance(head, VocabMatrix) and (reason := unheld(head)) is not None:
+        found["hold"] = reason
+    wanted = {kind: needed(config, rules, kind) for kind in ("echo", "hold")}
+    wanted = {"echo": wanted["echo"] or collates, "hold": wanted["hold"], "probe": config.probe.enabled}
+    found = {kind: reason for kind, reason in found.items() if wanted[kind]}
+    for kind, reason in found.items():
+        if config.on_error == "raise":
+            raise ConfigError(f"{kind}: {reason}; allowed: on_error: warn, which leaves {kind} off")
+        if collective.is_main():
+            logger.warning("vocabguard: %s is off: %s", kind, reason)
+    return found
 
 
 def _holder(config: GuardConfig, watched: Watched, counter: ExposureCounter) -> Holder | None:
@@ -274,20 +309,26 @@ def put_together(
     """
     rules = tuple(rules)
     watched = watch_model(run.model, tokenizer, config, resumed, steps_done)
+    refused = refusals(config, rules, watched, collates=source is not None)
     asked = run.model if call is None else CalledModel(run.model, call, watched.rows).tried()
     shift = config.exposure.shift_labels
     shift = predicts_next(run.model) if shift is None else shift
     flight = wanted_preflight(config, run.dataloader, watched.rows, shift, targets, hook_model, tokenizer)
     batches = None if run.total_steps is None else run.total_steps * run.batches_per_step
-    prober = choose_prober(asked, config, tokenizer, watched.table, flight, batches)
-    if isinstance(prober, NotApplicable) and config.probe.enabled and config.probe.watch:
+    prober: Prober | NotApplicable = NotApplicable(refused.get("probe", ""))
+    if "probe" not in refused:
+        prober = choose_prober(asked, config, tokenizer, watched.table, flight, batches)
+    if isinstance(prober, NotApplicable) and "probe" not in refused and config.probe.enabled and config.probe.watch:
         raise ConfigError(f"probe.watch names words, but {prober.reason}; allowed: null, or what is missing")
     run = replace(run, shift=shift, flight=flight)
-    uncounted = targets if isinstance(targets, NotApplicable) else None
+    uncounted = targets if isinstance(targets, NotApplicable) else watched.replicas.refused
     counts = config.exposure.enabled and uncounted is None and (shift is not None or targets is not None)
-    counter = ExposureCounter(watched.rows, next(run.model.parameters()).device, watched.tied) if counts else None
+    counter = None
+    if counts:
+        device, several = next(run.model.parameters()).device, collective.world_size() > 1
+        counter = ExposureCounter(watched.rows, device, watched.tied, deferred=several, speaks=watched.replicas.speaks)
     context = BatchContext(None if isinstance(targets, NotApplicable) else targets)
-    protection = arm(config, rules, run, watched, counter, source, context, uncounted)
+    protection = arm(config, rules, run, watched, counter, source, context, uncounted, refused)
     observer = None
     if counter is not None:
         observer = Observer(
@@ -296,7 +337,9 @@ def put_together(
         )  # fmt: skip
     asks = prober if isinstance(prober, Prober) else None
     watch, to_train = (torch.empty(0).long(), math.nan) if asks is None else (asks.watched, asks.to_train)
-    reader = choose_reader(asked, config, tokenizer, watch, to_train)
+    reader: Reader | NotApplicable = NotApplicable(refused.get("probe", ""))
+    if "probe" not in refused:
+        reader = choose_reader(asked, config, tokenizer, watch, to_train)
     if asks is not None and isinstance(reader, Reader):
         asks.read_beside(int(reader.windows.lengths.sum()))
     checker = Checker(
@@ -309,11 +352,12 @@ def put_together(
     if shift or is_encoder_decoder(run.model):
         protected = protection is not None and protection.has("echo")
         named = named_notes(run.model, tokenizer, flight, config.probe.watch, protected=protected)
-    return Parts(observer, checker, protection, flight, prober, named)
+    off = tuple(f"{kind.capitalize()} is off: {reason}." for kind, reason in refused.items())
+    return Parts(observer, checker, protection, flight, prober, off + named)
 
 
 def _forecaster(config: GuardConfig, run: Run, watched: Watched) -> Forecaster | None:
     if not config.forecast.enabled:
         return None
-    batches = run.batches_per_step * collective.world_size()
+    batches = run.batches_per_step * watched.replicas.count
     return Forecaster(watched, run.flight, run.total_steps, batches, run.schedule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -143,8 +144,12 @@ class EchoControl:
         if self.config.targets_per_live_token is not None and pace.batches is None:
             raise ConfigError(_NO_LENGTH)
         self._waiting = self._limited = False
+        # Batches seen when a plan was last tried, the first one that a plan may hold from, and the step to try again.
+        self._seen = self._first = self._retry = 0
         source.feed.clear()
-        source.feed.place(collective.rank(), collective.world_size())
+        # Processes with the same rows of data must add the same rows to them.
+        self._replicas = watched.replicas
+        source.feed.place(self._replicas.number, self._replicas.count)
 
     def describe(self) -> str:
         """Which tokens are echoed and how often, in words."""
@@ -168,10 +173,16 @@ class EchoControl:
             self.on = on
             self._publish()
 
-    def catch_up(self) -> None:
-        """Make the plan that waited for the first counts, or for the plan before it to come into force."""
-        if self._waiting:
+    def catch_up(self, step: int) -> None:
+        """Make the plan that waited for the first counts, or for the plan before it to come into force.
+
+        All processes try in the same steps, and only in those in which it may have: others have no message for it.
+        """
+        if self._waiting and step >= self._retry:
             self._publish()
+            # The same on all processes: of steps, and of batches that were agreed on.
+            in_step = max(1.0, self._seen / max(1, self._counter.steps))
+            self._retry = step + max(1, math.ceil((self._first - self._seen) / in_step)) if self._waiting else 0
 
     def revise(self, found: CheckResult, base: ProbeResult | None, batches: int) -> None:
         """Follow a check: the dose by its probe, the ids by its counts."""
@@ -189,7 +200,7 @@ class EchoControl:
     def _neediest(self, found: CheckResult, exposure: Exposure, batches: int) -> Tensor:
         """The ids that the batches until the next plan should echo, as they will stand when this plan holds."""
         assert self.plan is not None
-        seen, world = self._counter.batches, collective.world_size()
+        seen, world = self._counter.batches, self._replicas.count
         exposure = foreseen(exposure, self.plan, range(seen, seen + self.pace.lag), world, found.step)
         # Enough until the plan after this one holds, which prefetched batches delay.
         wanted = round(self.plan.rate * (batches + self.pace.lag) * world) + self.config.list_tokens
@@ -222,7 +233,7 @@ class EchoControl:
         ids = self.source.feed.ids(number)
         if not ids:
             return None
-        mask = self.source.join(batch, ids, number=number, rank=collective.rank())
+        mask = self.source.join(batch, ids, number=number, rank=self._replicas.number)
         self.source.feed.spend(time.perf_counter() - began)
         return mask
 
@@ -236,12 +247,14 @@ class EchoControl:
             "on": self.on,
             "dose": self.dose,
             "waiting": self._waiting,
+            "retry": self._retry,
             "plans": [asdict(plan) for _, plan in sorted(plans.items())],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the plans of an earlier run."""
         self.on, self.dose, self._waiting = state["on"], state["dose"], state["waiting"]
+        self._retry = state.get("retry", 0)
         for saved in state["plans"]:
             self.plan = EchoPlan(**saved)
             self.source.feed.publish(self.plan)
@@ -262,7 +275,7 @@ class EchoControl:
         if self.config.targets_per_live_token is None:
             return self.dose * data
         assert self.pace.batches is not None
-        return self.config.targets_per_live_token * len(self._ids) / (self.pace.batches * collective.world_size())
+        return self.config.targets_per_live_token * len(self._ids) / (self.pace.batches * self._replicas.count)
 
     def _data_per_batch(self, seen: int) -> float | None:
         if self.pace.data_per_batch is not None:
@@ -270,11 +283,12 @@ class EchoControl:
         if seen == 0:
             return None
         targets = collective.total(torch.tensor(self._counter.data_targets))
-        return float(targets) / (seen * collective.world_size())
+        return float(targets) / (seen * self._replicas.count)
 
     def _publish(self, ids: Tensor | None = None) -> None:
         """The next plan, from the first batch that no worker has made yet; rank 0's, everywhere."""
         plan, seen = self.plan, collective.agree(self._counter.batches)
+        self._seen, self._first, self._retry = seen, 0 if plan is None else plan.first_batch, 0
         rate = self._rate(seen) if self.on else 0.0
         # A plan to come still waits for its first batch: its slot must not be lost. Without data targets a batch to
         # go by, the first counts are waited for.
@@ -290,7 +304,7 @@ class EchoControl:
                 0, first, mode, 0.0, rate, tokens, chosen, cycle=0, offset=0, owed=0.0, seed=self._seed
             )
         else:
-            self.plan = next_plan(plan, first_batch=first, rate=rate, world=collective.world_size(), ids=ids)
+            self.plan = next_plan(plan, first_batch=first, rate=rate, world=self._replicas.count, ids=ids)
         per_batch = self._data_per_batch(seen)
         dose = rate / per_batch if per_batch else 0.0
         self.plan = collective.agree(EchoPlan(**{**vars(self.plan), "dose": dose}))

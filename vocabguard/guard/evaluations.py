@@ -222,7 +222,9 @@ class Evaluations:
 
     def __init__(self, config: GuardConfig, model: nn.Module, watched: Watched, prober: Prober | None) -> None:
         self._config, self._model, self._watched, self._prober = config, model, watched, prober
-        self._confuser = choose_confuser(model, config.confusion, watched.tokenizer)
+        self._confuser: Confuser | NotApplicable = NotApplicable("sequences are split over processes")
+        if watched.replicas.split != "sequence":
+            self._confuser = choose_confuser(model, config.confusion, watched.tokenizer)
         self._raise = config.on_error == "raise"
         self._everyday: Confuser | NotApplicable | None = None
         self._down: set[str] = set()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from vocabguard import collective
 from vocabguard.config import ConfigError
+from vocabguard.guard.agreement import RefusedError
 
 logger = logging.getLogger("vocabguard")
 
@@ -36,9 +37,9 @@ class Faults:
         """Stop guarding; only the first fault is kept and reported."""
         if self.down:
             return
-        elsewhere = isinstance(error, collective.PeerFaultError)
-        self.reason = str(error) if elsewhere else f"{what} failed with {type(error).__name__}: {error}"
-        told = None if elsewhere else error
+        plain = isinstance(error, (collective.PeerFaultError, RefusedError))
+        self.reason = str(error) if plain else f"{what} failed with {type(error).__name__}: {error}"
+        told = None if plain else error
         logger.warning("vocabguard stands down, training goes on: %s", self.reason, exc_info=told)
 
     @contextmanager

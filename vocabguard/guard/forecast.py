@@ -18,7 +18,6 @@ from vocabguard.measure.forecast_networks import forecast_running, forecast_star
 from vocabguard.measure.learning_rates import RateMeter, Rates, group_of, planned_rates
 from vocabguard.results import Exposure, Forecast, NotApplicable, Preflight, RowDrift, Schedule
 from vocabguard.rows.matrices import VocabMatrix
-from vocabguard.rows.sharding import ShardBaseline
 from vocabguard.vocabulary.table import fit_rows
 
 logger = logging.getLogger("vocabguard")
@@ -107,7 +106,8 @@ class Forecaster:
             What must be told of each of its steps; None where there is nothing to forecast.
         """
         matrix = self.watched.matrices["head"]
-        found = group_of(optimizers, matrix.weight) if isinstance(matrix, VocabMatrix) else None
+        followed = isinstance(matrix, VocabMatrix) and matrix.held is None
+        found = group_of(optimizers, matrix.weight) if followed and isinstance(matrix, VocabMatrix) else None
         if found is None:
             return None
         optimizer, group = found
@@ -171,8 +171,7 @@ class Forecaster:
     def _rows(self) -> RowFacts:
         table, rows, baseline = self.watched.table, self.watched.rows, self.watched.baseline_of("head")
         if self._norm is None:
-            norms = baseline.norms.float()
-            self._norm = baseline.shard.join(norms[None])[0] if isinstance(baseline, ShardBaseline) else norms
+            self._norm = baseline.norms.float()
         return RowFacts(
             fit_rows(self._norm, rows, math.nan), table.group, table.live, baseline.width, self.watched.tied
         )

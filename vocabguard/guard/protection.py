@@ -130,10 +130,15 @@ class Protection:
         if self.echo is not None:
             self.echo.start_epoch(skipped)
 
-    def end_step(self) -> None:
+    def end_step(self, step: int) -> None:
         """A step is done: a plan that waited may be made now."""
         if self.echo is not None:
-            self.echo.catch_up()
+            self.echo.catch_up(step)
+
+    @property
+    def holds(self) -> bool:
+        """Whether rows are held on this process or on others."""
+        return self.holder is not None and self.holder.takes_part
 
     def scalars(self, exposure: Exposure | NotApplicable, live: Tensor) -> dict[str, float]:
         """Logged keys: losses since the last check, echo so far, rows held in the last step. `live`: (V,) bool."""
@@ -194,7 +199,12 @@ class Protection:
         if self.echo is not None:
             self.echo.source.feed.fail()
         if self.holder is not None:
-            self.holder.switch(False)
+            self.holder.leave()
+
+    def close(self) -> None:
+        """There are no more steps, or all processes know that a guard has failed."""
+        if self.holder is not None:
+            self.holder.close()
 
     def finish(self) -> None:
         """Give the dataloader and the model back as they were."""

@@ -336,7 +336,9 @@ class VocabGuard:
         if self._protection is None or not self._protection.has(kind) or self._checker is None:
             raise ConfigError(f"{kind} is not part of this run; allowed: {kind}.armed: true before it begins")
         self._protection.ask(kind, on)
-        self._protection.decide(self._checker.alerts.firing)
+        with self._faults.contain("switching"):
+            self._protection.decide(self._checker.alerts.firing)
+        self._heed_failures()
 
     def start_epoch(self, *, skipped: int = 0) -> None:
         """An epoch begins: call it before the dataloader is iterated.
@@ -406,9 +408,21 @@ class VocabGuard:
                 if self._cadence.due(step):
                     result = self._check(step)
                 if self._protection is not None:
-                    self._protection.end_step()
+                    self._protection.end_step(step)
         self._heed_failures()
+        self._meet(step)
         return result
+
+    def _meet(self, step: int) -> None:
+        """While rows are held, all guards know of each other's faults after a check, those that have failed too."""
+        protection = self._protection
+        if protection is None or not protection.holds or not self._cadence.due(step) or not collective.meets():
+            return
+        with self._faults.contain("meeting"):
+            collective.raise_if_peer_failed()
+        self._heed_failures()
+        protection.close()
+        self._heed_failures()
 
     def check(self, *, at: Moment | None = None) -> CheckResult | None:
         """Check now, whatever the cadence says; the last result again if no step has come since.
@@ -475,12 +489,12 @@ class VocabGuard:
             self._let_go()
 
     def _let_go(self, *, for_good: bool = False) -> None:
-        if self._observer is not None:
-            self._observer.remove()
         if self._protection is not None:
             self._protection.stand_down()
             if for_good:
                 self._protection.finish()
+        if self._observer is not None:
+            self._observer.remove()
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -539,6 +553,9 @@ class VocabGuard:
         log = None
         with self._faults.contain("finish"):
             self._let_go(for_good=True)
+            if self._protection is not None:
+                self._protection.close()
+                self._let_go()
             if self._reporter is not None:
                 reporter, self._reporter = self._reporter, None
                 log = reporter.finish(self.last)

@@ -16,6 +16,8 @@ from vocabguard import collective
 from vocabguard.alerts.rules import BUILT_IN, AlertRule, require_parts
 from vocabguard.config import ConfigError, GuardConfig, load_questions
 from vocabguard.files import one_line
+from vocabguard.guard.agreement import agree_on
+from vocabguard.guard.layout import Replicas
 from vocabguard.measure.undertrained import never_trained
 from vocabguard.measure.unused import known_unused, not_measured
 from vocabguard.results import MatrixName, NotApplicable, Preflight, Transition, Watch, WatchedMatrix
@@ -28,9 +30,10 @@ from vocabguard.rows.baselines import (
     save_baseline,
 )
 from vocabguard.rows.checkpoints import open_baseline
+from vocabguard.rows.engines import Held, held_by_engine
 from vocabguard.rows.matrices import VocabMatrix, find_matrices
 from vocabguard.rows.proposals import proposal
-from vocabguard.rows.sharding import ShardBaseline, reshard
+from vocabguard.rows.sharding import OwnPart, ShardBaseline, reshard
 from vocabguard.vocabulary.table import GROUPS, VocabTable, build_table, fit_rows, ids_beyond, plain_table
 
 Action = Callable[[Transition], None]
@@ -60,6 +63,8 @@ class Watched:
         tokenizer: behind the table; None where there is none.
         lost: matrices whose baseline a resumed run no longer found.
         not_compared: why rows could not be compared with unused ones; None where they were, or none were looked for.
+        replicas: which processes see the same data.
+        differ: what is refused since processes differ, in words.
     """
 
     matrices: dict[MatrixName, VocabMatrix | NotApplicable]
@@ -69,6 +74,8 @@ class Watched:
     tokenizer: Any
     lost: frozenset[str] = frozenset()
     not_compared: str | None = None
+    replicas: Replicas = Replicas()
+    differ: tuple[str, ...] = ()
 
     @property
     def tied(self) -> bool:
@@ -78,9 +85,15 @@ class Watched:
 
     @property
     def gradient_matrix(self) -> VocabMatrix | None:
-        """The matrix whose gradient pulls and pushes: the head's, unless an adapter makes its rows."""
+        """The matrix whose gradient pulls and pushes: the head's, unless an adapter makes its rows or an engine has it.
+
+        Of a matrix that is split by columns no process has a whole row, so none has the norm of its gradient.
+        """
         head = self.matrices["head"]
-        return head if isinstance(head, VocabMatrix) and head.adapter is None else None
+        if not isinstance(head, VocabMatrix) or head.adapter is not None or head.held is not None:
+            return None
+        shard = head.shard
+        return head if shard is None or not shard.partial else None
 
     @property
     def sharded(self) -> bool:
@@ -112,9 +125,10 @@ class Watched:
         """
         baselines = self.baselines
         if run_dir is None:
+            whole = {name: one.whole if isinstance(one, OwnPart) else one for name, one in baselines.items()}
             kept = {
                 name: baseline.tensor if isinstance(baseline, CopiedBaseline) else baseline.reference()
-                for name, baseline in baselines.items()
+                for name, baseline in whole.items()
             }
             return {"baselines": kept, "trained": self.table.trained}
         for name, baseline in baselines.items():
@@ -156,17 +170,19 @@ def watch_model(
 
     Raises:
         ConfigError: for a module name or a source that does not exist.
+        RefusedError: where processes differ in what the guard needs; on all of them.
     """
     reshard(model)
     try:
         tokens = None if tokenizer is None else 1 + max(tokenizer.get_vocab().values(), default=-1)
-        matrices = find_matrices(model, config.matrices.head, config.matrices.embedding, tokens)
-        rows = vocabulary_rows(model, matrices, tokens)
+        known = find_matrices(model, config.matrices.head, config.matrices.embedding, tokens)
+        agreed = agree_on(model, known, lambda: vocabulary_rows(model, known, tokens))
+        matrices, rows = agreed.matrices, agreed.rows
         table = _table(tokenizer, rows)
         baselines, lost = _baselines(matrices, config, resumed["baselines"] if resumed else None, steps_done)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
-    watched = Watched(matrices, baselines, table, rows, tokenizer, lost)
+    watched = Watched(matrices, baselines, table, rows, tokenizer, lost, None, agreed.replicas, agreed.differ)
     if "trained" in resumed:
         # Rows that were added to the checkpoint since have no base: no alarm counts them.
         watched.mark_trained(fit_rows(resumed["trained"], rows, False))
@@ -183,6 +199,7 @@ def describe(
     blind = () if watched.tokenizer is not None else ("no tokenizer: tokens have no groups and no texts",)
     if watched.tokenizer is not None and watched.not_compared is not None:
         blind = (f"Under-trained tokens not measured: {watched.not_compared}; only rows of tiny norm are set apart.",)
+    blind += tuple(f"Not followed: {one}." for one in watched.differ)
     return Watch(
         head=watched.describe("head"), embedding=watched.describe("embedding"),
         probe=prober if isinstance(prober, NotApplicable) else None, preflight=flight,
@@ -223,7 +240,7 @@ def vocabulary_rows(
         tokens: how many the tokenizer has, if known.
 
     Raises:
-        ValueError: if the model has neither, or no process has its rows outside of a forward pass (DeepSpeed ZeRO-3).
+        ValueError: if the model has neither.
     """
     found = [matrix.rows for matrix in matrices.values() if isinstance(matrix, VocabMatrix)]
     if found:
@@ -236,11 +253,14 @@ def vocabulary_rows(
             raise ValueError(f"matrices: nothing to watch in {name}; name its modules: {perhaps}")
         reasons = {name: matrix.reason for name, matrix in matrices.items() if isinstance(matrix, NotApplicable)}
         raise ValueError(f"matrices: nothing to watch in {name}: {reasons}")
-    if hasattr(inputs.weight, "ds_shape") and inputs.weight.numel() == 0:
-        raise ValueError(
-            "matrices: DeepSpeed ZeRO stage 3 leaves no rows in the parameters; allowed: ZeRO stages 0 to 2, or FSDP2"
-        )
-    return int(inputs.weight.shape[0])
+    held = held_by_engine(model, inputs)
+    if isinstance(held, Held):
+        return held.rows
+    weight = getattr(inputs, "weight", None)
+    if isinstance(held, NotApplicable) or not isinstance(weight, Tensor) or weight.dim() != 2:
+        reason = f"its input embedding, a {type(inputs).__name__}, has no matrix" if held is None else held.reason
+        raise ValueError(f"matrices: the rows of {type(model).__name__} cannot be counted: {reason}")
+    return int(weight.shape[0])
 
 
 def _baselines(
@@ -256,10 +276,10 @@ def _baselines(
         if isinstance(matrix, NotApplicable) or (matrix.tied and name == "embedding" and "head" in baselines):
             continue
         found = None if saved is None else _kept(name, matrix, saved.get(name), lost)
+        if found is None and config.snapshot.source is not None:
+            found = open_baseline(config.snapshot.source, matrix)
         if found is not None:
-            baselines[name] = found
-        elif config.snapshot.source is not None:
-            baselines[name] = open_baseline(config.snapshot.source, matrix)
+            baselines[name] = found if (shard := matrix.shard) is None else OwnPart(found, shard)
         else:
             baselines[name] = copy_baseline(matrix)
     if lost and config.snapshot.source is None:

@@ -65,7 +65,8 @@ def measure_drift(
         chunk_rows: rows read at a time; on the CPU, two float32 buffers of at most so many rows a thread are all that
             is allocated besides (V,) vectors.
         shift_rows: as many unexposed rows give that mean; see `mean_shift`.
-        shard: the rows that this process has of a matrix that is spread over processes, which measure it together.
+        shard: the elements that this process has of a matrix that is spread over processes, which measure it together;
+            where some rows are here in part, matrix and baseline give zeros in the place of the rest.
 
     Returns:
         (V,) vectors on the CPU. Cosines are within 1e-6 of float64. Without unexposed rows residual is cosine.
@@ -83,8 +84,7 @@ def measure_drift(
         (tensor([0.7071, 0.7071]), tensor([1., 1.]), tensor([1., 1.]))
     """
     shift = mean_shift(matrix, baseline, unexposed, chunk_rows, shift_rows, shard)
-    found = row_drift(row_products(matrix, baseline, shift, chunk_rows))
-    return found if shard is None else _joined(found, shard)
+    return row_drift(row_products(matrix, baseline, shift, chunk_rows, shard=shard))
 
 
 def mean_shift(
@@ -108,32 +108,37 @@ def mean_shift(
     _check_mask("unexposed", unexposed, matrix.rows)
     chosen = evenly(np.flatnonzero(unexposed[: baseline.rows].numpy()), shift_rows)
     total, count = np.zeros(matrix.width), 0
-    for _, rows, base in _gathered(matrix, baseline, chosen, chunk_rows):
+    counted = slice(0, matrix.rows) if shard is None else shard.counted
+    for taken, rows, base in _gathered(matrix, baseline, chosen, chunk_rows):
+        ids = taken
         with np.errstate(invalid="ignore"):
             moved = np.subtract(rows, base, out=rows)
             chunk_sum = moved.sum(axis=0, dtype=np.float64)
         if not (np.abs(chunk_sum) < _HUGE).all():
             # A row whose length overflows float32 is as bad as one that is not finite.
             with np.errstate(all="ignore"):
-                moved = moved[np.isfinite(np.square(moved).sum(axis=1))]
+                fine = np.isfinite(np.square(moved).sum(axis=1))
+            moved, ids = moved[fine], taken[fine]
             chunk_sum = moved.sum(axis=0, dtype=np.float64)
         total += chunk_sum
-        count += len(moved)
+        count += int(np.count_nonzero((ids >= counted.start) & (ids < counted.stop)))
     if shard is not None:
-        *sums, counted = shard.total(torch.from_numpy(np.append(total, count))).tolist()
-        total, count = np.array(sums), int(counted)
+        *sums, everyone = shard.total(torch.from_numpy(np.append(total, count))).tolist()
+        total, count = np.array(sums), int(everyone)
     return torch.from_numpy((total / max(count, 1)).astype(np.float32))
 
 
 def row_products(
-    matrix: RowReader, baseline: Baseline, shift: Tensor, chunk_rows: int = 1024, *, base_too: bool = False
-) -> RowPass:
+    matrix: RowReader, baseline: Baseline, shift: Tensor, chunk_rows: int = 1024, *, base_too: bool = False,
+    shard: Shard | None = None,
+) -> RowPass:  # fmt: skip
     """The pass over all rows; a ValueError if the widths differ.
 
     Args:
         shift: (width,) float32 on the CPU, see `mean_shift`.
         base_too: measure the baseline's norms in the same pass, instead of asking for ``baseline.norms``, which are
             another one if they are not known yet.
+        shard: see `measure_drift`; the products are those of all processes' elements then.
 
     Example:
         >>> from vocabguard.rows.baselines import CopiedBaseline
@@ -143,7 +148,9 @@ def row_products(
         (tensor([25.]), tensor([9.]), tensor([9.]), tensor([16.]))
     """
     _check(matrix, baseline)
-    sums = row_sums(matrix, baseline, shift, chunk_rows, base_too=base_too).numpy()
+    own = row_sums(matrix, baseline, shift, chunk_rows, base_too=base_too)
+    # Inner products add up over processes: that of a row that lies in several is the sum of those of its parts.
+    sums = (own if shard is None else shard.add_up(own)).numpy()
     now_sq, moved_sq, now_shift, moved_shift = sums[:4]
     base_sq = sums[4] if base_too else np.full_like(now_sq, np.nan)
     if not base_too:
@@ -155,7 +162,7 @@ def row_products(
         # The same of w - s, whose displacement is d - s.
         rest = _products(base_sq, now_sq + (shift_sq - 2.0 * now_shift), moved_sq + (shift_sq - 2.0 * moved_shift))
         for found, taken_off in ((products, np.zeros_like(shift.numpy())), (rest, shift.numpy())):
-            _measure_far(matrix, baseline, found, taken_off, chunk_rows)
+            _measure_far(matrix, baseline, found, taken_off, chunk_rows, shard)
     return RowPass(products, torch.from_numpy(moved_sq), rest if shift_sq > 0 else None)
 
 
@@ -213,14 +220,6 @@ def summarise(drift: RowDrift, live: Tensor, parts: Mapping[str, Tensor]) -> dic
     return scalars
 
 
-def _joined(drift: RowDrift, shard: Shard) -> RowDrift:
-    """Every process's rows, each measured where they are."""
-    names = ("cosine", "residual", "l2", "norm_ratio", "bad", "zero")
-    vectors = shard.join(torch.stack([getattr(drift, name).float() for name in names]))
-    found = dict(zip(names, vectors, strict=True))
-    return RowDrift(**{**found, "bad": found["bad"] > 0, "zero": found["zero"] > 0})
-
-
 def _describe(drift: RowDrift, chosen: Flags) -> dict[str, float]:
     cosine, residual = drift.cosine.numpy()[chosen], drift.residual.numpy()[chosen]
     if cosine.size == 0:
@@ -272,15 +271,34 @@ def _products(base_sq: Floats, now_sq: Floats, moved_sq: Floats) -> RowProducts:
     return RowProducts(*(torch.from_numpy(vector) for vector in vectors))
 
 
-def _measure_far(matrix: RowReader, baseline: Baseline, products: RowProducts, shift: Floats, chunk_rows: int) -> None:
+def _measure_far(
+    matrix: RowReader, baseline: Baseline, products: RowProducts, shift: Floats, chunk_rows: int, shard: Shard | None
+) -> None:
     """Measure anew the rows whose norm changed so much, or whose shift is so long, that the identities lose digits."""
     base_sq, now_sq, ratio_sq = products.base_sq.numpy(), products.now_sq.numpy(), _FAR**2
     shift_sq = float(np.square(shift, dtype=np.float64).sum())
     far = (now_sq > ratio_sq * base_sq) | (base_sq > ratio_sq * now_sq) | (shift_sq > _LONG_SQ * base_sq)
-    dot = products.dot.numpy()
-    for ids, rows, base in _gathered(matrix, baseline, np.flatnonzero(far & ~products.bad.numpy()), chunk_rows):
-        rest = rows - shift
-        dot[ids], now_sq[ids] = (rest * base).sum(axis=1), np.square(rest).sum(axis=1)
+    chosen = np.flatnonzero(far & ~products.bad.numpy())
+    if len(chosen) == 0:
+        return
+    direct = np.zeros((2, len(chosen)), dtype=np.float32)
+    for ids, rows, base in _gathered(matrix, baseline, chosen, chunk_rows):
+        places = np.searchsorted(chosen, ids)
+        rest = rows - _own_shift(shift, ids, shard)
+        direct[0, places], direct[1, places] = (rest * base).sum(axis=1), np.square(rest).sum(axis=1)
+    if shard is not None:
+        direct = shard.total(torch.from_numpy(direct)).numpy()
+    products.dot.numpy()[chosen], now_sq[chosen] = direct
+
+
+def _own_shift(shift: Floats, ids: Ids, shard: Shard | None) -> Floats:
+    """The shift of some rows: of one that lies here in part, as far as it does."""
+    if shard is None or not shard.partial:
+        return shift
+    whole = torch.from_numpy(shift)[None]
+    if shard.columns is not None:
+        return shard.only(slice(0, 1), whole).numpy()
+    return np.concatenate([shard.only(slice(one, one + 1), whole).numpy() for one in ids.tolist()])
 
 
 def _cosine(products: RowProducts, zero: Flags) -> Floats:

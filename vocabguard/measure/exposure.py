@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vocabguard import collective
+from vocabguard.measure.pending import PendingStep, PendingSteps
 from vocabguard.results import EXPOSURE_CLASSES, Exposure
 from vocabguard.vocabulary.table import fit_rows
 
@@ -164,11 +165,14 @@ _ROW_STATE = ("last_target", "pull", "push", "input_only")
 class ExposureCounter:
     """Counts targets and inputs of every micro-batch and adds up row gradients of every optimizer step.
 
-    The calls of a step are: `observe` once per micro-batch, `observe_gradient` once, `end_step` once. All numbers are
-    those of this process.
+    The calls of a step are: `observe` once per micro-batch, `observe_gradient` once, `end_step` once. Counts are those
+    of this process. On an accelerator none of these calls makes the host wait for it or moves anything to the host.
 
     Args:
         tied: whether one matrix serves as input and as output, so that a row's gradient also comes from the input.
+        deferred: whether an averaged gradient holds the pull of other processes' targets too, which `settle` asks them
+            for; see `vocabguard.measure.pending`.
+        speaks: whether this process's counts are told: of those that see the very same batches, one's are.
 
     Example:
         >>> counter = ExposureCounter(rows=3, device="cpu", tied=False)
@@ -180,10 +184,15 @@ class ExposureCounter:
         (tensor([0, 1, 0]), tensor([0., 5., 0.]), tensor([2., 0., 0.]))
     """
 
-    def __init__(self, rows: int, device: torch.device | str, tied: bool) -> None:
-        self.rows = rows
+    def __init__(
+        self, rows: int, device: torch.device | str, tied: bool, deferred: bool = False, speaks: bool = True
+    ) -> None:
+        self.rows, self._speaks = rows, speaks
         self.tied = tied
+        self.deferred = deferred
         self.steps = 0
+        self._pending = PendingSteps(rows)
+        self._sharded = False
         self.push_samples = 0
         self._counts = torch.zeros(4, rows, dtype=torch.int64, device=device)
         self._before = torch.zeros_like(self._counts)
@@ -192,8 +201,11 @@ class ExposureCounter:
         self.pull = torch.zeros(rows, dtype=torch.float32, device=device)
         self.push = torch.zeros_like(self.pull)
         self.input_only = torch.zeros_like(self.pull)
-        self._batches = torch.zeros((), dtype=torch.int64, device=device)
-        self._push_share = torch.full((), torch.nan, dtype=torch.float32, device=device)
+        # Counted on the host, but by compiled graphs: a number of the host in them would have them compiled anew.
+        self._batches, self._compiled = 0, False
+        self._compiled_batches = torch.zeros((), dtype=torch.int64, device=device)
+        # Gradient norms of the rows that were no targets, and of all, in the last step in which push was sampled.
+        self._share = torch.full((2,), torch.nan, dtype=torch.float32, device=device)
 
     def observe(
         self, inputs: Tensor | None, labels: Tensor, *, shift: bool, attention_mask: Tensor | None = None,
@@ -219,7 +231,11 @@ class ExposureCounter:
             real = attention_mask != 0 if attention_mask is not None and attention_mask.shape == inputs.shape else None
             echo = echo if echo_inputs is None else self._columns(echo_inputs)
             add_counts(self._counts, inputs, row=_INPUT if echo is None else _INPUT + echo.long(), keep=real)
-        self._batches += 1
+        if torch.compiler.is_compiling():
+            self._compiled = True
+            self._compiled_batches += 1
+        else:
+            self._batches += 1
 
     def _columns(self, mask: Tensor | None) -> Tensor | None:
         """A mask on the counters' device, (B, 1) where it is of rows."""
@@ -229,12 +245,12 @@ class ExposureCounter:
     @property
     def batches(self) -> int:
         """Micro-batches observed so far."""
-        return int(self._batches)
+        return self._batches + (int(self._compiled_batches) if self._compiled else 0)
 
     @property
     def data_targets(self) -> int:
-        """Data targets counted so far, of all tokens."""
-        return int(self._counts[_TARGET].sum())
+        """Data targets counted so far, of all tokens; 0 where another process tells of them."""
+        return int(self._counts[_TARGET].sum()) if self._speaks else 0
 
     def targets_now(self) -> Tensor:
         """(V,) bool on the counters' device: the token was a target, data or echo, since the last `end_step`."""
@@ -249,55 +265,69 @@ class ExposureCounter:
         return (self._counts[_INPUT:] != self._before[_INPUT:]).any(dim=0)
 
     @torch.no_grad()
-    def observe_gradient(
-        self, head_grad: Tensor, sample_push: bool, *, targets: Tensor | None = None, inputs: Tensor | None = None,
-        first_row: int | None = None,
-    ) -> None:  # fmt: skip
+    def observe_gradient(self, head_grad: Tensor | None, sample_push: bool, *, first_row: int | None = None) -> None:
         """Add the row norms of this step's gradient: clipped and averaged, as the optimizer used it.
 
         Rows whose gradient is not finite add nothing.
 
         Args:
             head_grad: (V, D) gradient of the output matrix, any float dtype; dense, or sparse in its first dimension.
-            sample_push: read all rows, not only this step's targets.
-            targets: (V,) bool, this step's targets on any process; None takes this one's. An averaged gradient holds
-                the pull of all processes' targets.
-            inputs: (V,) bool, the same of the inputs, where a matrix is tied.
-            first_row: where the gradient is one process's rows of a sharded one: which is the first. Then all processes
-                must call this together.
+                None where the step had none.
+            sample_push: take the push of the other rows too, not only the pull of this step's targets.
+            first_row: where the gradient is one process's rows of a sharded one: which is the first.
 
         Raises:
             ValueError: if the gradient has another number of rows.
         """
+        if head_grad is None:
+            if self.deferred:
+                # Every process has as many steps to tell of.
+                self._add_later(torch.zeros_like(self.pull), sample_push, empty=True)
+            return
         expected = "(n, D)" if first_row is not None else f"({self.rows}, D)"
         if head_grad.ndim != 2 or (head_grad.shape[0] != self.rows and first_row is None):
             raise ValueError(f"the gradient has shape {tuple(head_grad.shape)}; expected {expected}")
-        is_target = self.targets_now() if targets is None else targets.to(self.pull.device)
-        gradient, first = head_grad.detach(), first_row or 0
-        rows = is_target[first : first + len(gradient)].nonzero().squeeze(1)
-        if not sample_push and not gradient.is_sparse:
-            # The matrix may lie on another device than the first parameters, or have moved since.
-            norms = gradient_norms(gradient, rows.to(gradient.device))
-            self.pull.index_add_(0, rows + first, norms.to(rows.device))
+        gradient, on_host = head_grad.detach(), self.pull.device.type == head_grad.device.type == "cpu"
+        self._sharded = first_row is not None
+        if on_host and not (self.deferred or sample_push or gradient.is_sparse):
+            # Few rows are targets. Elsewhere to count them would make the host wait, which costs more than to read all.
+            rows = self.targets_now().nonzero().squeeze(1)
+            self.pull.index_add_(0, rows, gradient_norms(gradient, rows))
             return
-        norms = torch.zeros_like(self.pull)
+        norms, first = torch.zeros_like(self.pull), first_row or 0
         norms[first : first + len(gradient)] = self._all_norms(gradient).to(norms.device)
-        self.pull += norms.masked_fill(~is_target, 0.0)
-        if sample_push:
-            was_input = self.inputs_now() if inputs is None else inputs.to(self.pull.device)
-            self._add_push(norms, is_target, was_input, sharded=first_row is not None)
+        if self.deferred:
+            self._add_later(norms, sample_push)
+        else:
+            inputs = self.inputs_now() if self.tied and sample_push else None
+            self._add(PendingStep(norms, self.targets_now(), inputs, sample_push))
 
     def end_step(self, step: int) -> None:
-        """Close an optimizer step; the first one has number 1."""
+        """Close an optimizer step; the first one has number 1. Settles, where no more steps may wait."""
         self.last_target.masked_fill_(self.targets_now(), step)
         self.last_data_target.masked_fill_(self.data_targets_now(), step)
         self.steps += 1
         self._clear_step()
+        if self._pending.full:
+            self.settle()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Add the steps that wait for other processes' targets. For all processes to call, where there are any.
+
+        Each step is added by itself and in order, so that it makes no difference when.
+        """
+        before = self.push_samples
+        for step in self._pending.take(collective.any_bits):
+            self._add(step)
+        if self._sharded and self.push_samples > before:
+            self._share = collective.total(self._share)
 
     def exposure(self) -> Exposure:
-        """The counts so far, as CPU copies."""
+        """The counts so far, as CPU copies. For all processes to call, where steps may wait for their targets."""
+        self.settle()
         return Exposure(
-            **{name: row.to("cpu", copy=True) for name, row in zip(_COUNTED[:3], self._counts, strict=False)},
+            **{name: row.to("cpu", copy=True) for name, row in zip(_COUNTED[:3], self._told, strict=False)},
             **{name: getattr(self, name).to("cpu", copy=True) for name in _ROW_STATE},
             push_samples=self.push_samples,
             push_share=float(self._push_share),
@@ -308,8 +338,20 @@ class ExposureCounter:
         """Follow a resized matrix: new rows start at nothing, cut rows are forgotten. Flags of the step are cleared."""
         for name in ("_counts", "_before", "last_data_target", *_ROW_STATE):
             setattr(self, name, fit_rows(getattr(self, name), rows, -1 if name.startswith("last") else 0))
+        self._pending.resize(rows)
         self.rows = rows
         self._clear_step()
+
+    def to(self, device: torch.device) -> None:
+        """Follow a matrix that was moved: from then on steps move nothing between devices."""
+        for name in ("_counts", "_before", "last_data_target", *_ROW_STATE, "_compiled_batches", "_share"):
+            setattr(self, name, getattr(self, name).to(device))
+        self._pending.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the counts are."""
+        return self.pull.device
 
     def state_dict(self) -> dict[str, Tensor | int]:
         """CPU copies of V-sized tensors, one scalar tensor and ints; loads with ``weights_only=True``.
@@ -317,11 +359,11 @@ class ExposureCounter:
         The numbers are those of all processes, which must call it together. Take it between optimizer steps: what was
         observed since the last `end_step` is in the counts, the step's flags are not kept.
         """
-        state: dict[str, Tensor | int] = {
-            name: collective.largest(getattr(self, name)).cpu() for name in (*_ROW_STATE, "last_data_target")
-        }
+        self.settle()
+        names = (*_ROW_STATE, "last_data_target")
+        counts, largest = collective.sum_and_largest(self._told, [getattr(self, name) for name in names])
+        state: dict[str, Tensor | int] = {name: value.cpu() for name, value in zip(names, largest, strict=True)}
         # A copy of each row, because safetensors refuses tensors that share memory.
-        counts = collective.total(self._counts)
         state |= {name: row.to("cpu", copy=True) for name, row in zip(_COUNTED, counts, strict=True)}
         state["push_share"] = self._push_share.to("cpu", copy=True)
         return state | {"push_samples": self.push_samples, "steps": self.steps, "batches": self.batches}
@@ -338,10 +380,18 @@ class ExposureCounter:
             getattr(self, name).copy_(tensors[name])
         # States of earlier versions have no echo, so any target was one of the data.
         self.last_data_target.copy_(tensors.get("last_data_target", tensors["last_target"]))
-        self._push_share.copy_(tensors["push_share"])
+        # Of the two sums the state has the ratio.
+        self._share.copy_(torch.stack([tensors["push_share"], torch.ones(())]))
+        self._pending = PendingSteps(self.rows)
         self.push_samples, self.steps = int(state["push_samples"]), int(state["steps"])
-        self._batches.fill_(int(state.get("batches", self.steps)))
+        self._batches = int(state.get("batches", self.steps))
+        self._compiled_batches.zero_()
         self._clear_step()
+
+    @property
+    def _told(self) -> Tensor:
+        """(4, V) int64: what this process adds to the counts of all."""
+        return self._counts if self._speaks else torch.zeros_like(self._counts)
 
     def _clear_step(self) -> None:
         self._before.copy_(self._counts)
@@ -353,14 +403,25 @@ class ExposureCounter:
         norms = torch.zeros(self.rows, dtype=torch.float32, device=gradient.device)
         return norms.index_copy_(0, gradient.indices()[0], gradient_norms(gradient.values()))
 
-    def _add_push(self, norms: Tensor, is_target: Tensor, was_input: Tensor, *, sharded: bool) -> None:
-        untargeted = norms.masked_fill(is_target, 0.0)
-        sums = torch.stack([untargeted.sum(), norms.sum()])
-        of_rest, of_all = collective.total(sums) if sharded else sums
-        self._push_share.copy_(of_rest / of_all)  # 0 / 0 is NaN: no gradient, no share
+    @property
+    def _push_share(self) -> Tensor:
+        """() float32; 0 / 0 is NaN: no gradient, no share."""
+        return self._share[0] / self._share[1]
+
+    def _add_later(self, norms: Tensor, sample_push: bool, *, empty: bool = False) -> None:
+        inputs = self.inputs_now() if self.tied and sample_push else None
+        self._pending.put(PendingStep(norms, self.targets_now(), inputs, sample_push and not empty))
+
+    def _add(self, step: PendingStep) -> None:
+        """Add a step whose targets are known."""
+        self.pull += step.norms.masked_fill(~step.targets, 0.0)
+        if not step.sampled:
+            return
+        untargeted = step.norms.masked_fill(step.targets, 0.0)
+        self._share = torch.stack([untargeted.sum(), step.norms.sum()])
         self.push_samples += 1
-        if not self.tied:
+        if step.inputs is None:
             self.push += untargeted
             return
-        self.push += untargeted.masked_fill(was_input, 0.0)
-        self.input_only += untargeted.masked_fill(~was_input, 0.0)
+        self.push += untargeted.masked_fill(step.inputs, 0.0)
+        self.input_only += untargeted.masked_fill(~step.inputs, 0.0)

@@ -23,6 +23,8 @@ _NESTED = "_schedulers"
 # A rate that differs from the planned one by more is another plan. The first steps may be those that a scaler skips.
 _TOLERANCE = 0.02
 _PATIENCE = 3
+# Rates that may wait on an accelerator, where no check asks for them.
+_MOST_THERE = 1000
 # So many steps are looked at one by one; of a longer run, so many places, and all steps where rates move more between
 # two of them than this share of the largest.
 _PLACES = 20_000
@@ -191,10 +193,26 @@ class RateMeter:
     sum: float = 0.0
     square: float = 0.0
     _strayed: int = field(default=0, repr=False)
+    _there: list[Tensor] = field(default_factory=list, repr=False)
 
     def add(self, optimizer: torch.optim.Optimizer) -> None:
         """A step has been done with this optimizer."""
-        rate = float(optimizer.param_groups[self.group]["lr"])
+        rate = optimizer.param_groups[self.group]["lr"]
+        if isinstance(rate, Tensor) and rate.device.type != "cpu":
+            # As capturable optimizers have it: to read it in each step, the host would wait.
+            self._there.append(rate.detach().clone())
+            if len(self._there) == _MOST_THERE:
+                self.settle()
+        else:
+            self._add(float(rate))
+
+    def settle(self) -> None:
+        """Add the rates that are on an accelerator still."""
+        rates, self._there = self._there, []
+        for rate in torch.stack(rates).cpu().double().tolist() if rates else ():
+            self._add(rate)
+
+    def _add(self, rate: float) -> None:
         if self.planned is not None:
             self._compare(rate)
         self.steps += 1
@@ -203,6 +221,7 @@ class RateMeter:
 
     def left(self, step: int, total: int) -> tuple[float, float] | None:
         """Sums of the rates to come and of their squares, after `step` of `total` steps; None if they are unknown."""
+        self.settle()
         if self.planned is None:
             return None
         rest = self.planned[max(0, step - self.first) : max(0, total - self.first)]
@@ -210,6 +229,7 @@ class RateMeter:
 
     def leave(self) -> None:
         """Give the plan up: another optimizer does the steps now."""
+        self.settle()
         self.planned = None
 
     def _compare(self, rate: float) -> None:
@@ -224,6 +244,7 @@ class RateMeter:
 
     def state_dict(self) -> dict[str, float]:
         """Plain numbers."""
+        self.settle()
         return {"steps": self.steps, "sum": self.sum, "square": self.square}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:

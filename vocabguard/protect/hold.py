@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vocabguard.rows.streams import on_device
+
 HoldMode = Literal["freeze", "shared"]
 HOLD_MODES: tuple[HoldMode, ...] = ("freeze", "shared")
 
@@ -37,7 +39,8 @@ class RowKeeper:
         if kept is None or (kept.shape, kept.dtype, kept.device) != wanted:
             pinned = self._on_host and weight.device.type == "cuda"
             kept = torch.empty(weight.shape, dtype=weight.dtype, device=device, pin_memory=pinned)
-        self._rows = kept.copy_(weight.detach())
+        # From pinned memory the rows come back by the same stream, which has written them by then.
+        self._rows = kept.copy_(weight.detach(), non_blocking=kept.is_pinned() if self._on_host else False)
 
     @property
     def rows(self) -> Tensor:
@@ -55,6 +58,8 @@ def hold_rows(weight: Tensor, before: Tensor, held: Tensor, mode: HoldMode, stat
     displacements that the step gave them, and gives them the mean of their moments: softmax does not see a shift that
     all of them share, so they follow the body without losing their differences.
 
+    On an accelerator the host neither waits for it nor learns how many rows are held.
+
     Args:
         weight: (V, D) parameter after the step.
         before: (V, D) its rows before the step, on any device.
@@ -69,6 +74,9 @@ def hold_rows(weight: Tensor, before: Tensor, held: Tensor, mode: HoldMode, stat
         >>> weight.flatten().tolist()
         [2.0, 2.0, 5.0]
     """
+    if weight.device.type != "cpu":
+        _hold_unseen(weight, before, held, mode, state)
+        return
     free = (~held).nonzero().flatten()
     if len(free) == len(held):
         return
@@ -83,6 +91,96 @@ def hold_rows(weight: Tensor, before: Tensor, held: Tensor, mode: HoldMode, stat
         if mode == "shared":
             level = _held_mean(moment, held, _moved(moment, moment.device)).to(moment.dtype)
         _put(moment, held, free, _moved(level.expand_as(moment), moment.device))
+
+
+def _hold_unseen(weight: Tensor, before: Tensor, held: Tensor, mode: HoldMode, state: Mapping[Any, Any]) -> None:
+    """`hold_rows` in operations whose shapes do not depend on what is held.
+
+    The rows before are read once: put back first and moved by their mean then, so that from the host they come once.
+    """
+    count = held.sum().clamp(min=1)
+    moved = torch.zeros(weight.shape[1:], dtype=torch.float32, device=weight.device)
+    for part, old in on_device(before, _parts(weight), weight.device):
+        rows, mask = weight[part], held[part, None]
+        if mode == "shared":
+            # Rows that are not held may hold anything, NaN too.
+            moved += torch.where(mask, rows.float() - old, 0.0).sum(dim=0)
+        rows.copy_(torch.where(mask, old, rows))
+    if mode == "shared":
+        _replace(weight, held, lambda rows: (rows + moved / count).to(rows.dtype))
+    for moment in _moments(weight, state):
+        if mode == "freeze":
+            _replace(moment, held, torch.zeros_like)
+            continue
+        level = torch.zeros(moment.shape[1:], dtype=torch.float32, device=moment.device)
+        for part in _parts(moment):
+            level += torch.where(_as_wide(held[part], moment), moment[part].float(), 0.0).sum(dim=0)
+        level = (level / count).to(moment.dtype)
+        _replace(moment, held, level.expand_as)
+
+
+@torch.no_grad()
+def hold_shard(
+    weight: Tensor, before: Tensor, held: Tensor, mode: HoldMode, state: Mapping[Any, Any], count: Tensor,
+    add_up: Callable[[Tensor], Tensor],
+) -> None:  # fmt: skip
+    """`hold_rows` for one process's rows of a matrix that is spread over several.
+
+    Args:
+        weight: (n, D) rows of this process after the step.
+        before: (n, D) the same before it, on any device.
+        held: (n,) bool of these rows, on the weight's device.
+        state: the optimizer's, as `hold_rows` takes it, of this process's rows.
+        count: () int64, held rows of all processes, at least 1.
+        add_up: sums of width D over all processes. Called once with ``shared``, on all of them, whatever fails before:
+            then nothing is put back anywhere. Not called with ``freeze``.
+
+    Example:
+        >>> weight, before, held = torch.tensor([[1.0], [3.0]]), torch.zeros(2, 1), torch.tensor([True, True])
+        >>> theirs = torch.tensor([[5.0]])  # a row of another process has moved by 5
+        >>> hold_shard(weight, before, held, "shared", {}, torch.tensor(3), lambda sums: sums + theirs)
+        >>> weight.tolist()
+        [[3.0], [3.0]]
+    """
+    moments = list(_moments(weight, state))
+    if mode == "freeze":
+        if len(weight):
+            hold_rows(weight, before, held, mode, state)
+        return
+    sums = torch.zeros(1 + len(moments), weight.shape[1], dtype=torch.float32, device=weight.device)
+    failed: Exception | None = None
+    try:
+        for part in _parts(weight):
+            moved = weight[part].float() - before[part].to(weight.device).float()
+            sums[0] += torch.where(held[part, None], moved, 0.0).sum(dim=0)
+        for place, moment in enumerate(moments, start=1):
+            for part in _parts(moment):
+                wide = moment[part].float().view(-1, *moment.shape[1:] or (1,))
+                total = torch.where(held[part, None], wide, 0.0).sum(dim=0)
+                sums[place, : len(total)] += total
+    except Exception as error:  # the others wait for this message
+        failed = error
+        sums.fill_(torch.nan)
+    means = add_up(sums) / count
+    if failed is not None:
+        raise failed
+    held = held & means.isfinite().all()
+    for part, old in on_device(before, _parts(weight), weight.device):
+        put = (old.float() + means[0]).to(weight.dtype)
+        weight[part] = torch.where(held[part, None], put, weight[part])
+    for mean, moment in zip(means[1:], moments, strict=True):
+        level = (mean if moment.ndim > 1 else mean[0]).to(moment.dtype)
+        _replace(moment, held, level.expand_as)
+
+
+def _replace(rows: Tensor, held: Tensor, values: Callable[[Tensor], Tensor]) -> None:
+    """Give the held rows what `values` makes of a chunk of rows."""
+    for part in _parts(rows):
+        rows[part] = torch.where(_as_wide(held[part], rows), values(rows[part]), rows[part])
+
+
+def _as_wide(mask: Tensor, rows: Tensor) -> Tensor:
+    return mask if rows.ndim == 1 else mask[:, None]
 
 
 def rows_to_hold(
@@ -161,6 +259,8 @@ def _moments(weight: Tensor, state: Mapping[Any, Any]) -> Iterator[Tensor]:
 
 def _parts(matrix: Tensor) -> Iterator[slice]:
     """Chunks of rows that fit a CPU's cache; on an accelerator few launches matter more."""
+    if len(matrix) == 0:
+        return iter(())
     elements = _CHUNK if matrix.device.type == "cpu" else _CHUNK_ACCELERATOR
     size = max(1, elements // max(1, matrix[0].numel()))
     return (slice(begin, min(begin + size, len(matrix))) for begin in range(0, len(matrix), size))

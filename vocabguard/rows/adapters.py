@@ -167,7 +167,7 @@ def adapter_of(module: nn.Module) -> AdaptedRows | NotApplicable | None:
     kind = type(layer).__name__
     if _adapts(layer.base_layer):
         return NotApplicable(f"it has one adapter over another ({kind}), whose rows are not told apart")
-    if any(hasattr(parameter, "to_local") for parameter in layer.parameters()):
+    if any(hasattr(parameter, "to_local") or hasattr(parameter, "ds_tensor") for parameter in layer.parameters()):
         return NotApplicable("its adapter is spread over processes, and such rows are not read")
     if hasattr(layer, "trainable_tokens_delta"):
         return _with_tokens(layer)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vocabguard.files import one_line, replacing, some
 from vocabguard.rows.matrices import VocabMatrix
-from vocabguard.rows.sharding import ShardBaseline, local_rows
+from vocabguard.rows.sharding import ShardBaseline
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of rows, by their names in safetensors files."""
@@ -205,7 +205,7 @@ def copy_baseline(matrix: VocabMatrix) -> CopiedBaseline | ShardBaseline:
     Of a matrix that is spread over processes, each copies its own rows.
     """
     if (shard := matrix.shard) is not None:
-        return ShardBaseline(local_rows(matrix.weight.detach()).to("cpu", copy=True), shard, matrix.rows)
+        return ShardBaseline(matrix.own().to("cpu", copy=True), shard)
     if matrix.adapter is not None:
         return CopiedBaseline(torch.cat([rows.to("cpu", copy=True) for _, rows in matrix.chunks(2**14)]))
     return CopiedBaseline(matrix.weight.detach().to("cpu", copy=True).contiguous())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from vocabguard.results import MatrixName, NotApplicable
 from vocabguard.rows.adapters import AdaptedRows, adapter_of, plain_module, plain_name
+from vocabguard.rows.engines import Held, held_by_engine
 from vocabguard.rows.models import text_config_of, unwrapped
 from vocabguard.rows.proposals import proposal
 from vocabguard.rows.sharding import Shard, local_rows, shard_of
@@ -29,12 +30,17 @@ class VocabMatrix:
         model: the model that holds it, without wrappers such as DistributedDataParallel.
         path: dotted name of its module; None asks the model.
         other_path: the same for the other matrix, to tell whether they are tied.
+        root: the model with its wrappers, some of which hold its parameters; None takes `model`.
+        speaks: whether this process speaks for its elements of a matrix that is spread over processes, where all of
+            them have agreed on that; None asks the engine.
     """
 
     name: MatrixName
     model: nn.Module
     path: str | None = None
     other_path: str | None = None
+    root: nn.Module | None = None
+    speaks: bool | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -52,14 +58,30 @@ class VocabMatrix:
     @property
     def wrapped(self) -> nn.Module:
         """The module that the forward pass calls: with an adapter's wrappers, where there are any."""
-        module = _locate(self.model, self.name, self.path)
+        module = _locate(self.model, self.name, self.path, self.root)
         if isinstance(module, NotApplicable):
             raise RuntimeError(f"the {self.name} is no longer in the model: {module.reason}")
         return module
 
     @property
+    def top(self) -> nn.Module:
+        """The model with its wrappers."""
+        return _top(self.model, self.root)
+
+    @property
+    def held(self) -> Held | None:
+        """How an engine holds the rows that takes parameters apart; None where the parameter has them."""
+        held = held_by_engine(self.top, self.module)
+        if isinstance(held, NotApplicable):
+            raise RuntimeError(f"the {self.name} can no longer be followed: {held.reason}")
+        return held
+
+    @property
     def weight(self) -> Tensor:
-        """(rows, width) the parameter as it is now, attached to autograd; beneath an adapter, the base's."""
+        """(rows, width) the parameter as it is now, attached to autograd; beneath an adapter, the base's.
+
+        Where an engine holds the rows (`held`), its shape and its memory mean nothing.
+        """
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight
@@ -67,46 +89,69 @@ class VocabMatrix:
     @property
     def rows(self) -> int:
         """V, which may exceed the tokenizer's length."""
-        return self.weight.shape[0]
+        return self.weight.shape[0] if (held := self.held) is None else held.rows
 
     @property
     def width(self) -> int:
         """Elements a row."""
-        return self.weight.shape[1]
+        return self.weight.shape[1] if (held := self.held) is None else held.width
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process's rows are."""
+        return self.weight.device if (held := self.held) is None else held.read().device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the parameter."""
-        return self.weight.dtype
+        """Type of the rows as they are read."""
+        return self.weight.dtype if (held := self.held) is None else held.read().dtype
 
     @property
     def tied(self) -> bool:
         """Whether head and embedding are one parameter, or share its memory, and any adapters on them do."""
         other: MatrixName = "embedding" if self.name == "head" else "head"
-        module = _locate(self.model, other, self.other_path)
-        if isinstance(module, NotApplicable) or not _same(self.weight, plain_module(module).weight):
+        module = _locate(self.model, other, self.other_path, self.root)
+        if isinstance(module, NotApplicable) or not self._shares(plain_module(module)):
             return False
         mine, theirs = self.adapter, adapter_of(module)
         if isinstance(mine, AdaptedRows) and isinstance(theirs, AdaptedRows):
             return mine.same(theirs)
         return mine is None and theirs is None
 
+    def _shares(self, module: nn.Module) -> bool:
+        """Whether another module's rows are in the same memory."""
+        mine, theirs = self.held, held_by_engine(self.top, module)
+        if isinstance(mine, Held) or theirs is not None:
+            return isinstance(mine, Held) and isinstance(theirs, Held) and mine.key == theirs.key
+        if not local_rows(self.weight).numel() and self.weight is not module.weight:
+            # This process has none of the rows, so their memory tells nothing.
+            return bool(getattr(text_config_of(self.model), "tie_word_embeddings", False))
+        return _same(self.weight, module.weight)
+
     @property
     def untied(self) -> bool:
         """Whether the model ties head and embedding, and an adapter has taken them apart."""
         if self.tied or not getattr(text_config_of(self.model), "tie_word_embeddings", False):
             return False
-        other = _locate(self.model, "embedding" if self.name == "head" else "head", self.other_path)
+        name: MatrixName = "embedding" if self.name == "head" else "head"
+        other = _locate(self.model, name, self.other_path, self.root)
         ends = [self.wrapped] if isinstance(other, NotApplicable) else [self.wrapped, other]
         return any(plain_module(module) is not module for module in ends)
 
     @property
     def shard(self) -> Shard | None:
-        """The rows that this process has; None where it has all."""
-        shard = shard_of(self.weight)
+        """The elements that this process has; None where it has all."""
+        shard = shard_of(self.weight) if (held := self.held) is None else held.shard
         if isinstance(shard, NotApplicable):
             raise RuntimeError(f"the {self.name} can no longer be followed: {shard.reason}")
-        return shard
+        return shard if shard is None or self.speaks is None else replace(shard, owner=self.speaks)
+
+    def own(self) -> Tensor:
+        """This process's elements as they are now, detached, as `Shard.take` wants them; of a whole matrix the rows."""
+        if (held := self.held) is not None:
+            return held.read()
+        rows, shard = local_rows(self.weight.detach()), self.shard
+        return rows if shard is None or shard.columns is not None else rows.reshape(-1)
 
     @property
     def has_bias(self) -> bool:
@@ -117,10 +162,16 @@ class VocabMatrix:
     def trainable(self) -> bool:
         """Whether the rows can move by gradient."""
         adapter = self.adapter
-        return self.weight.requires_grad if adapter is None else adapter.trainable
+        if adapter is not None:
+            return adapter.trainable
+        return self.weight.requires_grad if (held := self.held) is None else held.trainable
 
     def parameter_names(self) -> tuple[str, ...]:
-        """The parameter's dotted names in the model, without what PEFT adds; more than one where it is shared."""
+        """The parameter's dotted names in the model, without what wrappers add; more than one where it is shared."""
+        if self.held is not None:
+            modules = self.model.named_modules(remove_duplicate=False)
+            mine = (f"{name}.weight" for name, module in modules if _has_weight(module) and self._shares(module))
+            return tuple(dict.fromkeys(plain_name(name.replace("_fsdp_wrapped_module.", "")) for name in mine))
         weight = self.weight
         named = self.model.named_parameters(remove_duplicate=False)
         found = (name for name, parameter in named if _same(parameter, weight))
@@ -131,7 +182,7 @@ class VocabMatrix:
 
         Yields:
             The rows' slice and a detached (<= size, width) view of them, in the parameter's dtype and on its device.
-            Rows that an adapter has changed are computed, in float32.
+            Rows that an adapter has changed are computed, in float32. Of a row that is here in part, the rest is 0.
 
         Raises:
             ValueError: for a size below 1.
@@ -141,11 +192,13 @@ class VocabMatrix:
         if (adapter := self.adapter) is not None:
             yield from adapter.chunks(size)
             return
-        rows, shard = local_rows(self.weight.detach()), self.shard
-        first = 0 if shard is None else shard.part.start
-        for start in range(0, len(rows), size):
-            stop = min(start + size, len(rows))
-            yield slice(first + start, first + stop), rows[start:stop]
+        own, shard = self.own(), self.shard
+        if shard is not None:
+            yield from ((piece, shard.take(own, piece)) for piece in shard.pieces(size))
+            return
+        for start in range(0, len(own), size):
+            stop = min(start + size, len(own))
+            yield slice(start, stop), own[start:stop]
 
 
 def find_matrices(
@@ -170,24 +223,27 @@ def find_matrices(
     bare = unwrapped(model)
     paths: dict[MatrixName, str | None] = {"head": head, "embedding": embedding}
     return {
-        "head": _judge(VocabMatrix("head", bare, head, embedding), paths, tokens),
-        "embedding": _judge(VocabMatrix("embedding", bare, embedding, head), paths, tokens),
+        "head": _judge(VocabMatrix("head", bare, head, embedding, model), paths, tokens),
+        "embedding": _judge(VocabMatrix("embedding", bare, embedding, head, model), paths, tokens),
     }
 
 
 def _judge(matrix: VocabMatrix, paths: dict[MatrixName, str | None], tokens: int | None) -> VocabMatrix | NotApplicable:
     """The matrix, unless it is missing, no row per token, or frozen."""
     name = matrix.name
-    module = _locate(matrix.model, name, matrix.path)
+    module = _locate(matrix.model, name, matrix.path, matrix.root)
     if isinstance(module, NotApplicable):
         # A model that gives an odd module, such as a quantised one, is right about which it is.
         odd = module.reason.startswith(f"the {name} is ")
         perhaps = "" if odd else proposal(matrix.model, (name,), tokens)
         return NotApplicable(f"{module.reason}; it may be {perhaps}") if perhaps else module
-    expected = _vocabulary_size(matrix.model, paths)
+    held = held_by_engine(matrix.top, plain_module(module))
+    if isinstance(held, NotApplicable):
+        return NotApplicable(f"the {name} cannot be followed: {held.reason}")
+    expected = _vocabulary_size(matrix.model, paths, matrix.root)
     if matrix.path is None and expected is not None and matrix.rows < expected:
         return NotApplicable(f"the {name} has {matrix.rows} rows for {expected} tokens, so it is not a row per token")
-    for found in (adapter_of(module), shard_of(matrix.weight)):
+    for found in (adapter_of(module), None if held is not None else shard_of(matrix.weight)):
         if isinstance(found, NotApplicable):
             return NotApplicable(f"the {name} cannot be followed: {found.reason}")
     if not matrix.trainable:
@@ -196,10 +252,17 @@ def _judge(matrix: VocabMatrix, paths: dict[MatrixName, str | None], tokens: int
     return matrix
 
 
-def _locate(model: nn.Module, name: MatrixName, path: str | None) -> nn.Module | NotApplicable:
+def _top(model: nn.Module, root: nn.Module | None) -> nn.Module:
+    # A module's truth is its length, which a compiled one does not have.
+    return model if root is None else root
+
+
+def _locate(
+    model: nn.Module, name: MatrixName, path: str | None, root: nn.Module | None = None
+) -> nn.Module | NotApplicable:
     """The module that holds the rows, with any wrappers of PEFT's."""
     if path is not None:
-        return _named(model, name, path)
+        return _named(model, name, path, _top(model, root))
     getter = getattr(model, _GETTERS[name], None)
     if getter is None:
         return NotApplicable(f"{type(model).__name__} has no {_GETTERS[name]}(); name the module in matrices.{name}")
@@ -209,29 +272,38 @@ def _locate(model: nn.Module, name: MatrixName, path: str | None) -> nn.Module |
         return NotApplicable(f"{type(model).__name__}.{_GETTERS[name]}() failed ({type(error).__name__}: {error})")
     if module is None:
         return NotApplicable(f"{type(model).__name__} has no {name}: {_GETTERS[name]}() gives None")
-    if not isinstance(module, nn.Module) or not _has_rows(module):
+    if not isinstance(module, nn.Module) or not _has_rows(module, _top(model, root)):
         return NotApplicable(f"the {name} is {_shown(module)}")
     return module
 
 
-def _named(model: nn.Module, name: MatrixName, path: str) -> nn.Module:
+def _named(model: nn.Module, name: MatrixName, path: str, root: nn.Module) -> nn.Module:
     """The module a user named, or an error that lists those with rows."""
     try:
         module = model.get_submodule(path)
     except AttributeError:
         found = "no such module"
     else:
-        if path and _has_rows(module):
+        if path and _has_rows(module, root):
             return module
         found = _shown(module)
-    allowed = [known for known, candidate in model.named_modules() if known and _has_rows(candidate)]
+    allowed = [known for known, candidate in model.named_modules() if known and _has_rows(candidate, root)]
     shown = ", ".join(allowed[:12]) + (f" and {len(allowed) - 12} more" if len(allowed) > 12 else "")
     raise ValueError(f"matrices.{name} is {path!r}: {found}; allowed: a module with rows, here {shown or 'none'}")
 
 
-def _has_rows(module: nn.Module) -> bool:
-    weight = getattr(plain_module(module), "weight", None)
-    return isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
+def _has_weight(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "weight", None), Tensor)
+
+
+def _has_rows(module: nn.Module, root: nn.Module) -> bool:
+    plain = plain_module(module)
+    weight = getattr(plain, "weight", None)
+    if not isinstance(weight, Tensor):
+        return False
+    if isinstance(held_by_engine(root, plain), Held):
+        return True
+    return weight.dim() == 2 and weight.is_floating_point()
 
 
 def _shown(module: object) -> str:
@@ -244,7 +316,7 @@ def _shown(module: object) -> str:
     return said
 
 
-def _vocabulary_size(model: nn.Module, paths: dict[MatrixName, str | None]) -> int | None:
+def _vocabulary_size(model: nn.Module, paths: dict[MatrixName, str | None], root: nn.Module | None) -> int | None:
     """Fewest rows a matrix with a row per token can have.
 
     Some models keep a few more input rows than output rows (image tokens), so the smaller claim counts.
@@ -252,11 +324,13 @@ def _vocabulary_size(model: nn.Module, paths: dict[MatrixName, str | None]) -> i
     claims = []
     if isinstance(size := getattr(text_config_of(model), "vocab_size", None), int):
         claims.append(size)
-    embedding = _locate(model, "embedding", paths["embedding"])
+    embedding = _locate(model, "embedding", paths["embedding"], root)
     if isinstance(embedding, nn.Module):
-        weight = plain_module(embedding).weight
+        plain = plain_module(embedding)
+        held = held_by_engine(_top(model, root), plain)
+        weight = plain.weight
         assert isinstance(weight, Tensor)
-        claims.append(len(weight))
+        claims.append(held.rows if isinstance(held, Held) else len(weight))
     return min(claims, default=None)
 
 
@@ -266,4 +340,6 @@ def _same(weight: Tensor, other: object) -> bool:
         return True
     if not isinstance(other, Tensor) or weight.shape != other.shape or weight.device != other.device:
         return False
-    return weight.data_ptr() != 0 and weight.data_ptr() == other.data_ptr()
+    # Of a DTensor the pointer is an offset only, 0 for any two: what tells is the memory that this process has.
+    mine, theirs = local_rows(weight.detach()), local_rows(other.detach())
+    return mine.data_ptr() != 0 and mine.data_ptr() == theirs.data_ptr()

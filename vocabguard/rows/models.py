@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vocabguard.results import NotApplicable
 
@@ -34,7 +34,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     children = dict(model.named_children())
     if "_forward_module" in children:  # Fabric's, which may hold the model a second time
         return unwrapped(children["_forward_module"])
-    if len(children) == 1 and children.keys() <= {"module", "_orig_mod"}:
+    if len(children) == 1 and children.keys() <= {"module", "_orig_mod", "_fsdp_wrapped_module"}:
         return unwrapped(*children.values())
     return model
 
@@ -68,7 +68,8 @@ def logits_width(model: nn.Module) -> int:
     """
     output_of = getattr(model, "get_output_embeddings", None)
     weight = getattr(output_of(), "weight", None) if callable(output_of) else None
-    return len(weight) if isinstance(weight, Tensor) else 2**18
+    shape: tuple[int, ...] = getattr(weight, "ds_shape", ()) or tuple(getattr(weight, "shape", ()))
+    return int(shape[0]) if len(shape) == 2 else 2**18
 
 
 def input_device(model: nn.Module) -> torch.device:
