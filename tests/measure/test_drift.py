@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from vocabguard.measure import kernels as fused
+from vocabguard.measure import compiled, drift
 from vocabguard.measure import kernels as rowwise
 from vocabguard.measure.drift import mean_shift, measure_drift, summarise
 from vocabguard.measure.kernels import row_sums, sums_by_numba, sums_by_numpy, sums_by_torch
@@ -217,7 +217,7 @@ def test_under_autocast_and_low_matmul_precision() -> None:
     torch.testing.assert_close(drift.cosine, expected.cosine, rtol=0, atol=0)
 
 
-NEEDS_NUMBA = pytest.mark.skipif(fused.kernel("float32") is None, reason="numba is not installed")
+NEEDS_NUMBA = pytest.mark.skipif(compiled.sums_loop("float32") is None, reason="numba is not installed")
 
 
 @pytest.mark.parametrize("base_too", [False, True])
@@ -254,14 +254,14 @@ def test_compiled_sums_give_the_same_drift(monkeypatch: pytest.MonkeyPatch, dtyp
     now[3], now[4, 7], base[5, 9], now[6] = 0, math.nan, math.inf, base[6]
     calls = []
 
-    def compiled(*args: Any, **options: Any) -> Tensor:
+    def watched(*args: Any, **options: Any) -> Tensor:
         calls.append(args)
         return sums_by_numba(*args, **options)
 
     unexposed = some_rows(300)
     expected = drift_of(base, now, unexposed)
     monkeypatch.setattr(rowwise, "_WORTH_COMPILING", 0)
-    monkeypatch.setattr(rowwise, "sums_by_numba", compiled)
+    monkeypatch.setattr(rowwise, "sums_by_numba", watched)
     found = drift_of(base, now, unexposed)
     assert len(calls) == 1
     for name in ("cosine", "residual"):
@@ -273,6 +273,37 @@ def test_compiled_sums_give_the_same_drift(monkeypatch: pytest.MonkeyPatch, dtyp
     naive = torch.nn.functional.cosine_similarity(w, w0, dim=1)
     good = ~found.bad[:280] & ~found.zero[:280]
     assert (found.cosine[:280].double() - naive)[good].abs().max() < 1e-6
+
+
+@NEEDS_NUMBA
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 11, 67])
+def test_compiled_mean_of_any_number_of_rows(monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(rowwise, "_WORTH_COMPILING", 0)
+    for bad in (None, 0, rows // 2, rows - 1):
+        base, now = rows_pair(rows=rows, width=70, dtype=dtype)
+        chosen = torch.ones(rows, dtype=torch.bool)
+        if bad is not None:
+            now[bad, 3] = math.inf if bad else 1e30  # of the latter the length overflows
+            chosen[bad] = False
+        found = mean_shift(CopiedBaseline(now), CopiedBaseline(base), torch.ones(rows, dtype=torch.bool))
+        moved = (now.double() - base.double())[chosen]
+        expected = moved.mean(dim=0) if len(moved) else torch.zeros(70).double()
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-7)
+
+
+@NEEDS_NUMBA
+def test_the_compiled_end_of_a_check_is_numpys_to_the_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, now = rows_pair(rows=500, width=64)
+    now[3], base[4], now[5, 1], now[6], now[7] = 0, 0, math.nan, base[6], 40 * base[7]
+    monkeypatch.setattr(rowwise, "_WORTH_COMPILING", 0)
+    found = drift_of(base, now)
+    monkeypatch.setattr(drift, "finish_loop", lambda: None)
+    expected = drift_of(base, now)
+    for name in ("cosine", "residual", "l2", "norm_ratio", "bad", "zero"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=0, equal_nan=True)
+    assert found.zero[[3, 4]].all()
+    assert found.bad[5]
 
 
 @pytest.mark.parametrize("broken", ["missing", "unfit", "helpless"])
@@ -289,13 +320,16 @@ def test_without_a_numba_that_works_the_sums_are_numpys(monkeypatch: pytest.Monk
 
     base, now = rows_pair()
     expected = drift_of(base, now)
-    fused.kernel.cache_clear()
-    monkeypatch.setattr(fused.importlib, "import_module", imported)
+    loops = (compiled.sums_loop, compiled.moved_loop, compiled.finish_loop)
+    for loop in loops:
+        loop.cache_clear()
+    monkeypatch.setattr(compiled.importlib, "import_module", imported)
     monkeypatch.setattr(rowwise, "_WORTH_COMPILING", 0)
     try:
         torch.testing.assert_close(drift_of(base, now).cosine, expected.cosine, rtol=0, atol=0)
     finally:
-        fused.kernel.cache_clear()
+        for loop in loops:
+            loop.cache_clear()
 
 
 @pytest.fixture

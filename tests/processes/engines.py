@@ -355,8 +355,8 @@ def zero3() -> Engine:
 ENGINES: dict[str, Callable[[], Engine]] = {
     one.__name__: one
     for one in (
-        plain, plain_tied, ddp, fsdp1_orig, fsdp1_flat, fsdp2, fsdp2_tied, fsdp2_offload, hsdp, tp, tp_columns, tp_auto, fsdp2_tp,
-        context, sequence, pipeline, zero1, zero2, zero3,
+        plain, plain_tied, ddp, fsdp1_orig, fsdp1_flat, fsdp2, fsdp2_tied, fsdp2_offload, hsdp, tp, tp_columns, tp_auto,
+        fsdp2_tp, context, sequence, pipeline, zero1, zero2, zero3,
     )
 }  # fmt: skip
 FOUR = ("hsdp", "fsdp2_tp")

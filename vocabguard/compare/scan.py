@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vocabguard.compare.matching import Match, ReorderedRows, match_rows, table_for
 from vocabguard.measure.chunks import Chunks
-from vocabguard.measure.drift import evenly, mean_shift, row_drift, row_products
+from vocabguard.measure.drift import drift_beyond, evenly, mean_shift
 from vocabguard.measure.kernels import RowReader, take_rows
 from vocabguard.measure.undertrained import never_trained
 from vocabguard.measure.unused import FEWEST_UNUSED, known_unused
@@ -244,9 +244,9 @@ def _drift(
     size = max(1, _CHUNK // now.width)
     shift = mean_shift(now, before, unexposed, size)
     told: RowReader = now if progress is None else _Told(now, name, progress)
-    found = row_products(told, before, shift, size, base_too=True)
-    norms[name] = torch.from_numpy(np.sqrt(found.products.base_sq.numpy()))
-    return row_drift(found)
+    found, base_sq = drift_beyond(shift, told, before, size, base_too=True)
+    norms[name] = torch.from_numpy(np.sqrt(base_sq.numpy()))
+    return found
 
 
 def _check_counts(data_target: Tensor | None, rows: int) -> None:

@@ -12,13 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vocabguard.measure.kernels import Floats, RowReader, row_sums, take_rows
+from vocabguard.measure.compiled import Loop, finish_loop
+from vocabguard.measure.kernels import Floats, MovedSum, RowReader, row_sums, rows_at_once, take_rows, worth_compiling
 from vocabguard.results import DEGRADED, RowDrift, RowProducts
 from vocabguard.rows.baselines import Baseline
 from vocabguard.rows.sharding import Shard
@@ -32,25 +35,10 @@ _SEVERE = 0.90
 _FAR = 4.0
 # The same for |s|^2 / |w0|^2, where |w - s|^2 is what is left of far larger numbers.
 _LONG_SQ = 2.0
-# A sum of displacements from which on some may have overflowed, or will when they are squared.
-_HUGE = 1e15
 # Rows gathered at a time: their arrays stay in the cache.
 _FEW_ROWS = 64
-
-
-@dataclass(frozen=True)
-class RowPass:
-    """What the pass over the rows finds.
-
-    Attributes:
-        products: inner products of every row w with its baseline w0.
-        moved_sq: (V,) float32, |w - w0|^2. Taken from the products it would drown in their rounding.
-        rest: inner products of w - s with w0, for a shift s; None if there is no shift.
-    """
-
-    products: RowProducts
-    moved_sq: Tensor
-    rest: RowProducts | None
+# Rows of which vectors are worked on at a time: what is made on the way stays in the cache.
+_BLOCK = 2**14
 
 
 def measure_drift(
@@ -84,7 +72,7 @@ def measure_drift(
         (tensor([0.7071, 0.7071]), tensor([1., 1.]), tensor([1., 1.]))
     """
     shift = mean_shift(matrix, baseline, unexposed, chunk_rows, shift_rows, shard)
-    return row_drift(row_products(matrix, baseline, shift, chunk_rows, shard=shard))
+    return drift_beyond(shift, matrix, baseline, chunk_rows, shard=shard)[0]
 
 
 def mean_shift(
@@ -107,90 +95,122 @@ def mean_shift(
     _check(matrix, baseline)
     _check_mask("unexposed", unexposed, matrix.rows)
     chosen = evenly(np.flatnonzero(unexposed[: baseline.rows].numpy()), shift_rows)
-    total, count = np.zeros(matrix.width), 0
     counted = slice(0, matrix.rows) if shard is None else shard.counted
-    for taken, rows, base in _gathered(matrix, baseline, chosen, chunk_rows):
-        ids = taken
-        with np.errstate(invalid="ignore"):
-            moved = np.subtract(rows, base, out=rows)
-            chunk_sum = moved.sum(axis=0, dtype=np.float64)
-        if not (np.abs(chunk_sum) < _HUGE).all():
-            # A row whose length overflows float32 is as bad as one that is not finite.
-            with np.errstate(all="ignore"):
-                fine = np.isfinite(np.square(moved).sum(axis=1))
-            moved, ids = moved[fine], taken[fine]
-            chunk_sum = moved.sum(axis=0, dtype=np.float64)
-        total += chunk_sum
-        count += int(np.count_nonzero((ids >= counted.start) & (ids < counted.stop)))
+    # Rows of which this process has the beginning, which it counts, and rows that another one counts.
+    moved, others = MovedSum(matrix), MovedSum(matrix)
+    size = rows_at_once(matrix, baseline, 8 * chunk_rows)
+    for places, rows, base, first in _parts(matrix, baseline, chosen, size):
+        own = (places >= counted.start - first) & (places < counted.stop - first)
+        moved.add(rows, base, places[own])
+        others.add(rows, base, places[~own])
+    total, count = moved.total + others.total, moved.count
     if shard is not None:
         *sums, everyone = shard.total(torch.from_numpy(np.append(total, count))).tolist()
         total, count = np.array(sums), int(everyone)
     return torch.from_numpy((total / max(count, 1)).astype(np.float32))
 
 
-def row_products(
-    matrix: RowReader, baseline: Baseline, shift: Tensor, chunk_rows: int = 1024, *, base_too: bool = False,
+def drift_beyond(
+    shift: Tensor, matrix: RowReader, baseline: Baseline, chunk_rows: int = 1024, *, base_too: bool = False,
     shard: Shard | None = None,
-) -> RowPass:  # fmt: skip
-    """The pass over all rows; a ValueError if the widths differ.
+) -> tuple[RowDrift, Tensor]:  # fmt: skip
+    """The pass over all rows: their drift, and (V,) float32 squared lengths of the baseline's rows.
 
     Args:
-        shift: (width,) float32 on the CPU, see `mean_shift`.
+        shift: (width,) float32 on the CPU, taken off for the residual cosine; see `mean_shift`.
         base_too: measure the baseline's norms in the same pass, instead of asking for ``baseline.norms``, which are
             another one if they are not known yet.
-        shard: see `measure_drift`; the products are those of all processes' elements then.
+        shard: see `measure_drift`.
+
+    Raises:
+        ValueError: if the widths differ.
 
     Example:
         >>> from vocabguard.rows.baselines import CopiedBaseline
         >>> now, before = (CopiedBaseline(torch.tensor([row])) for row in ([3.0, 4.0], [3.0, 0.0]))
-        >>> found = row_products(now, before, shift=torch.zeros(2))
-        >>> found.products.now_sq, found.products.base_sq, found.products.dot, found.moved_sq
-        (tensor([25.]), tensor([9.]), tensor([9.]), tensor([16.]))
+        >>> drift, base_sq = drift_beyond(torch.zeros(2), now, before)
+        >>> drift.cosine, drift.l2, drift.norm_ratio, base_sq
+        (tensor([0.6000]), tensor([4.]), tensor([1.6667]), tensor([9.]))
     """
     _check(matrix, baseline)
     own = row_sums(matrix, baseline, shift, chunk_rows, base_too=base_too)
     # Inner products add up over processes: that of a row that lies in several is the sum of those of its parts.
     sums = (own if shard is None else shard.add_up(own)).numpy()
-    now_sq, moved_sq, now_shift, moved_shift = sums[:4]
-    base_sq = sums[4] if base_too else np.full_like(now_sq, np.nan)
+    base_sq = sums[4] if base_too else np.full_like(sums[0], np.nan)
     if not base_too:
         kept = min(matrix.rows, baseline.rows)
-        base_sq[:kept] = np.square(baseline.norms[:kept].numpy())
-    shift_sq = float(np.square(shift.numpy(), dtype=np.float64).sum())
+        np.square(baseline.norms[:kept].numpy(), out=base_sq[:kept])
+    passed = _Pass(matrix, baseline, shift.numpy(), chunk_rows, base_sq, sums, shard)
+    # Processes measure the same rows with more care, so they all choose them by the same arithmetic.
+    finish = finish_loop() if shard is None and worth_compiling(matrix) else None
     with np.errstate(all="ignore"):
-        products = _products(base_sq, now_sq, moved_sq)
-        # The same of w - s, whose displacement is d - s.
-        rest = _products(base_sq, now_sq + (shift_sq - 2.0 * now_shift), moved_sq + (shift_sq - 2.0 * moved_shift))
-        for found, taken_off in ((products, np.zeros_like(shift.numpy())), (rest, shift.numpy())):
-            _measure_far(matrix, baseline, found, taken_off, chunk_rows, shard)
-    return RowPass(products, torch.from_numpy(moved_sq), rest if shift_sq > 0 else None)
+        found = passed.drift_of(np.arange(matrix.rows)) if finish is None else passed.drift_by(finish)
+    return RowDrift(*(torch.from_numpy(vector) for vector in found)), torch.from_numpy(base_sq)
 
 
-def row_drift(found: RowPass) -> RowDrift:
-    """From inner products to cos(w, w0), cos(w - s, w0), |w - w0| and |w| / |w0| of every row.
+@dataclass(frozen=True)
+class _Pass:
+    """What the pass over the rows found: w0.w0 of (V,) rows, and the (4, V) or (5, V) sums of `row_sums`."""
 
-    Example:
-        >>> found = RowProducts(*map(torch.tensor, ([9.0], [9.0], [25.0], [False])))  # w = (3, 4), w0 = (3, 0)
-        >>> drift = row_drift(RowPass(found, moved_sq=torch.tensor([16.0]), rest=None))
-        >>> drift.cosine, drift.l2, drift.norm_ratio
-        (tensor([0.6000]), tensor([4.]), tensor([1.6667]))
-    """
-    products = found.products
-    base_sq, now_sq, bad = products.base_sq.numpy(), products.now_sq.numpy(), products.bad.numpy()
-    zero = ((base_sq == 0) | (now_sq == 0)) & ~bad
-    with np.errstate(all="ignore"):
-        cosine = _cosine(products, zero)
-        vectors = {
-            "cosine": cosine,
-            "residual": cosine if found.rest is None else _cosine(found.rest, zero),
-            "l2": np.where(bad, np.float32(np.nan), np.sqrt(found.moved_sq.numpy())),
-            "norm_ratio": np.where(bad | zero, np.float32(np.nan), np.sqrt(now_sq / base_sq)),
-        }
-    return RowDrift(
-        **{name: torch.from_numpy(vector) for name, vector in vectors.items()},
-        bad=products.bad,
-        zero=torch.from_numpy(zero),
-    )
+    matrix: RowReader
+    baseline: Baseline
+    shift: Floats
+    chunk_rows: int
+    base_sq: Floats
+    sums: Floats
+    shard: Shard | None
+
+    @cached_property
+    def shift_sq(self) -> float:
+        return float(np.square(self.shift, dtype=np.float64).sum())
+
+    def drift_by(self, finish: Loop) -> list[npt.NDArray[Any]]:
+        """The vectors of `RowDrift`: the compiled loop leaves out rows that want more care, as a rule none or a few."""
+        rows = len(self.base_sq)
+        vectors: list[npt.NDArray[Any]] = [np.empty(rows, dtype=np.float32) for _ in range(4)]
+        careful = np.empty(rows, dtype=np.bool_)
+        limits = (np.float32(self.shift_sq), np.float32(_FAR**2), np.float32(_LONG_SQ))
+        finish(self.base_sq, self.sums, *limits, *vectors, careful)
+        vectors += [np.zeros(rows, dtype=np.bool_) for _ in range(2)]
+        if len(ids := np.flatnonzero(careful)):
+            for vector, found in zip(vectors, self.drift_of(ids), strict=True):
+                vector[ids] = found
+        return vectors
+
+    def drift_of(self, ids: Ids) -> list[npt.NDArray[Any]]:
+        """The vectors of `RowDrift`, of some rows."""
+        base_sq, (now_sq, moved_sq, now_shift, moved_shift) = self.base_sq[ids], self.sums[:4, ids]
+        products = self._products(ids, base_sq, now_sq, moved_sq, np.zeros_like(self.shift))
+        bad, now_sq = products.bad.numpy(), products.now_sq.numpy()
+        zero = ((base_sq == 0) | (now_sq == 0)) & ~bad
+        cosine = residual = _cosine(products, zero)
+        if self.shift_sq > 0:
+            # The same of w - s, whose displacement is d - s.
+            now_sq_left = self.sums[0, ids] + (self.shift_sq - 2.0 * now_shift)
+            moved_sq_left = moved_sq + (self.shift_sq - 2.0 * moved_shift)
+            residual = _cosine(self._products(ids, base_sq, now_sq_left, moved_sq_left, self.shift), zero)
+        length = np.where(bad, np.float32(np.nan), np.sqrt(moved_sq))
+        ratio = np.where(bad | zero, np.float32(np.nan), np.sqrt(now_sq / base_sq))
+        return [cosine, residual, length, ratio, bad, zero]
+
+    def _products(self, ids: Ids, base_sq: Floats, now_sq: Floats, moved_sq: Floats, shift: Floats) -> RowProducts:
+        """Inner products of rows less a shift, with those measured anew for which the identities lose digits."""
+        found = _products(base_sq, now_sq, moved_sq)
+        dot, now_sq = found.dot.numpy(), found.now_sq.numpy()
+        shift_sq, ratio_sq = float(np.square(shift, dtype=np.float64).sum()), _FAR**2
+        # Rows whose norm changed so much, or whose shift is so long.
+        far = (now_sq > ratio_sq * base_sq) | (base_sq > ratio_sq * now_sq) | (shift_sq > _LONG_SQ * base_sq)
+        anew = np.flatnonzero(far & ~found.bad.numpy())
+        if len(anew) == 0:
+            return found
+        direct = np.zeros((2, len(anew)), dtype=np.float32)
+        for chosen, rows, base in _gathered(self.matrix, self.baseline, ids[anew], self.chunk_rows):
+            rest, places = rows - _own_shift(shift, chosen, self.shard), np.searchsorted(ids[anew], chosen)
+            direct[0, places], direct[1, places] = (rest * base).sum(axis=1), np.square(rest).sum(axis=1)
+        if self.shard is not None:
+            direct = self.shard.total(torch.from_numpy(direct)).numpy()
+        dot[anew], now_sq[anew] = direct
+        return found
 
 
 def summarise(drift: RowDrift, live: Tensor, parts: Mapping[str, Tensor]) -> dict[str, float]:
@@ -240,18 +260,22 @@ def _gathered(matrix: RowReader, baseline: Baseline, ids: Ids, chunk_rows: int) 
 
     Only those rows are copied, so chunks may be larger here, which saves calls.
     """
+    few = min(chunk_rows, _FEW_ROWS)
+    for places, rows, base, first in _parts(matrix, baseline, ids, 8 * chunk_rows):
+        for start in range(0, len(places), few):
+            chosen = places[start : start + few]
+            yield first + chosen, take_rows(rows, chosen), take_rows(base, chosen)
+
+
+def _parts(matrix: RowReader, baseline: Baseline, ids: Ids, size: int) -> Iterator[tuple[Ids, Tensor, Tensor, int]]:
+    """Blocks of rows that hold some of the ids: those ids' places in the block, rows, baseline rows, the first row."""
     if len(ids) == 0:
         return
-    few = min(chunk_rows, _FEW_ROWS)
-    for part, rows in matrix.chunks(8 * chunk_rows):
+    for part, rows in matrix.chunks(size):
         first, last = np.searchsorted(ids, (part.start, part.stop))
-        if first == last:
-            continue
-        base = baseline.chunk(slice(part.start, min(part.stop, baseline.rows)))
-        for start in range(first, last, few):
-            chosen = ids[start : min(start + few, last)]
-            places = chosen - part.start
-            yield chosen, take_rows(rows, places), take_rows(base, places)
+        if first < last:
+            base = baseline.chunk(slice(part.start, min(part.stop, baseline.rows)))
+            yield ids[first:last] - part.start, rows, base, part.start
 
 
 def evenly(ids: Ids, count: int) -> Ids:
@@ -265,30 +289,13 @@ def evenly(ids: Ids, count: int) -> Ids:
 
 def _products(base_sq: Floats, now_sq: Floats, moved_sq: Floats) -> RowProducts:
     """Inner products from squared lengths; in float64 the rounding that dot and squares share cancels in a cosine."""
-    dot = (np.add(base_sq, now_sq, dtype=np.float64) - moved_sq) / 2
-    bad = ~np.isfinite(dot)
-    vectors = (base_sq, dot.astype(np.float32), np.maximum(now_sq, 0), bad)
-    return RowProducts(*(torch.from_numpy(vector) for vector in vectors))
-
-
-def _measure_far(
-    matrix: RowReader, baseline: Baseline, products: RowProducts, shift: Floats, chunk_rows: int, shard: Shard | None
-) -> None:
-    """Measure anew the rows whose norm changed so much, or whose shift is so long, that the identities lose digits."""
-    base_sq, now_sq, ratio_sq = products.base_sq.numpy(), products.now_sq.numpy(), _FAR**2
-    shift_sq = float(np.square(shift, dtype=np.float64).sum())
-    far = (now_sq > ratio_sq * base_sq) | (base_sq > ratio_sq * now_sq) | (shift_sq > _LONG_SQ * base_sq)
-    chosen = np.flatnonzero(far & ~products.bad.numpy())
-    if len(chosen) == 0:
-        return
-    direct = np.zeros((2, len(chosen)), dtype=np.float32)
-    for ids, rows, base in _gathered(matrix, baseline, chosen, chunk_rows):
-        places = np.searchsorted(chosen, ids)
-        rest = rows - _own_shift(shift, ids, shard)
-        direct[0, places], direct[1, places] = (rest * base).sum(axis=1), np.square(rest).sum(axis=1)
-    if shard is not None:
-        direct = shard.total(torch.from_numpy(direct)).numpy()
-    products.dot.numpy()[chosen], now_sq[chosen] = direct
+    dot, bad = np.empty_like(now_sq), np.empty(now_sq.shape, dtype=np.bool_)
+    for part in _blocks(len(now_sq)):
+        wide = np.add(base_sq[part], now_sq[part], dtype=np.float64)
+        wide -= moved_sq[part]
+        wide /= 2
+        dot[part], bad[part] = wide, ~np.isfinite(wide)
+    return RowProducts(*(torch.from_numpy(vector) for vector in (base_sq, dot, np.maximum(now_sq, 0), bad)))
 
 
 def _own_shift(shift: Floats, ids: Ids, shard: Shard | None) -> Floats:
@@ -303,10 +310,21 @@ def _own_shift(shift: Floats, ids: Ids, shard: Shard | None) -> Floats:
 
 def _cosine(products: RowProducts, zero: Flags) -> Floats:
     """(V,) float32 in [-1, 1]; NaN where bad, zero or without direction."""
-    lengths = np.sqrt(np.multiply(products.base_sq.numpy(), products.now_sq.numpy(), dtype=np.float64))
-    cosine: Floats = np.clip(products.dot.numpy() / lengths, -1, 1).astype(np.float32)
-    cosine[products.bad.numpy() | zero | (lengths == 0)] = np.nan
+    base_sq, now_sq, dot = products.base_sq.numpy(), products.now_sq.numpy(), products.dot.numpy()
+    unknown = products.bad.numpy() | zero
+    cosine = np.empty_like(dot)
+    for part in _blocks(len(dot)):
+        wide = np.multiply(base_sq[part], now_sq[part], dtype=np.float64)
+        np.sqrt(wide, out=wide)
+        unknown[part] |= wide == 0
+        np.divide(dot[part], wide, out=wide)
+        cosine[part] = np.clip(wide, -1, 1, out=wide)
+    cosine[unknown] = np.nan
     return cosine
+
+
+def _blocks(rows: int) -> Iterator[slice]:
+    return (slice(start, start + _BLOCK) for start in range(0, rows, _BLOCK))
 
 
 def _check(matrix: RowReader, baseline: Baseline) -> None:

@@ -1,7 +1,7 @@
 """A few inner products of every row in one pass: what a drift check spends its time on.
 
-On the CPU the arithmetic of large matrices is one compiled loop where numba is installed (`kernel`),
-and numpy's otherwise, in a few threads of its own. A torch operation on a block that fits a cache is
+On the CPU the arithmetic of large matrices is one compiled loop where numba is installed (`sums_loop`), and numpy's
+otherwise, in a few threads of its own. A torch operation on a block that fits a cache is
 split between all cores: each ends in a barrier, so that a check takes ten times as long once another process holds a
 core, and rows wander between the cores' caches. A numpy call stays on its core and lets other threads run; every block
 is taken, measured and dropped by one of them, and torch's thread settings are left alone. On an accelerator the
@@ -10,8 +10,6 @@ arithmetic is torch's.
 
 from __future__ import annotations
 
-import functools
-import importlib
 import logging
 import math
 import threading
@@ -25,86 +23,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vocabguard.measure.compiled import Loop, moved_loop, sums_loop
 from vocabguard.rows.baselines import Baseline
 from vocabguard.rows.streams import on_device
 
-Sums = Callable[[Any, Any, Any, Any], None]
-"""Rows now, baseline rows (both (n, width) uint16 of bfloat16, or both float32), shift, (5, n) float32 to fill."""
-
 logger = logging.getLogger(__name__)
-
-_ROWS = {"bfloat16": "uint16[:,::1]", "float32": "float32[:,::1]"}
-# Sums may be taken in any order, which vector instructions need; NaN and Inf stay what they are.
-_FAST = {"reassoc", "nsz", "contract"}
-
-
-@functools.cache
-def kernel(kind: str) -> Sums | None:
-    """The compiled loop for rows of one kind; None where there is no numba, or it fails.
-
-    Compiling takes about a second, once: numba keeps the result beside this file or in the user's cache folder. The
-    loop lets other threads run. It writes w.w, d.d, w.s, d.s and w0.w0 of n rows w and w0, with d = w - w0, accumulated
-    in float32.
-
-    Args:
-        kind: ``bfloat16`` or ``float32``.
-    """
-    signature = f"void({_ROWS[kind]}, {_ROWS[kind]}, float32[::1], float32[:,:])"
-    try:
-        numba: Any = importlib.import_module("numba")
-    except Exception:  # a numba that does not fit this numpy raises other things than ImportError
-        return None
-    for cache in (True, False):
-        try:
-            compiled: Sums = numba.njit(signature, nogil=True, cache=cache, fastmath=_FAST)(_LOOPS[kind])
-        except Exception as error:  # no folder to write to, no compiler for this machine
-            logger.debug("numba cannot compile the sums of rows (cache: %s): %s", cache, error)
-        else:
-            return compiled
-    return None
-
-
-def _bfloat16(
-    now: npt.NDArray[np.uint16], base: npt.NDArray[np.uint16], shift: npt.NDArray[np.float32], out: Any
-) -> None:
-    rows, width = now.shape
-    # A bfloat16 is the upper half of a float32.
-    words = np.empty((2, width), np.uint32)
-    wide = words.view(np.float32)
-    for row in range(rows):
-        for place in range(width):
-            words[0, place] = np.uint32(now[row, place]) << np.uint32(16)
-            words[1, place] = np.uint32(base[row, place]) << np.uint32(16)
-        now_sq = moved_sq = now_shift = moved_shift = base_sq = np.float32(0)
-        for place in range(width):
-            moved = wide[0, place] - wide[1, place]
-            now_sq += wide[0, place] * wide[0, place]
-            moved_sq += moved * moved
-            now_shift += wide[0, place] * shift[place]
-            moved_shift += moved * shift[place]
-            base_sq += wide[1, place] * wide[1, place]
-        out[0, row], out[1, row], out[2, row] = now_sq, moved_sq, now_shift
-        out[3, row], out[4, row] = moved_shift, base_sq
-
-
-def _float32(
-    now: npt.NDArray[np.float32], base: npt.NDArray[np.float32], shift: npt.NDArray[np.float32], out: Any
-) -> None:
-    for row in range(now.shape[0]):
-        now_sq = moved_sq = now_shift = moved_shift = base_sq = np.float32(0)
-        for place in range(now.shape[1]):
-            moved = now[row, place] - base[row, place]
-            now_sq += now[row, place] * now[row, place]
-            moved_sq += moved * moved
-            now_shift += now[row, place] * shift[place]
-            moved_shift += moved * shift[place]
-            base_sq += base[row, place] * base[row, place]
-        out[0, row], out[1, row], out[2, row] = now_sq, moved_sq, now_shift
-        out[3, row], out[4, row] = moved_shift, base_sq
-
-
-_LOOPS: dict[str, Callable[..., None]] = {"bfloat16": _bfloat16, "float32": _float32}
-
 
 Floats = npt.NDArray[np.float32]
 _Measure = Callable[[Tensor, Tensor, Floats], None]
@@ -112,10 +35,14 @@ _Measure = Callable[[Tensor, Tensor, Floats], None]
 _NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
 # Elements of a block: two float32 buffers of it, 4 MiB a thread, stay in the cache, and calls are few.
 _BLOCK = 2**19
-# Elements of a block for the compiled loop, which has no buffers: few calls matter more.
-_COMPILED_BLOCK = 2**20
+# Elements of a block for the compiled loop, which has no buffers: few calls matter more, and that threads end together.
+_COMPILED_BLOCK = 2**23
 # Elements of a matrix from which on it pays to load the compiled loop, which takes about half a second.
 _WORTH_COMPILING = 2**26
+# Rows gathered at a time: their arrays stay in the cache.
+_FEW_ROWS = 64
+# A sum of displacements from which on some may have overflowed, or will when they are squared.
+_HUGE = 1e15
 # More threads than this wait for each other and for the memory.
 _MOST_THREADS = 4
 # numpy < 2 has no vecdot, which takes half the time.
@@ -158,16 +85,43 @@ def row_sums(
         >>> row_sums(now, before, shift=torch.tensor([1.0, 1.0]), chunk_rows=1024, base_too=True).flatten().tolist()
         [25.0, 16.0, 7.0, 4.0, 9.0]
     """
-    # Of a matrix that is spread over processes, this one's first row.
-    part, first = next(matrix.chunks(1), (slice(0, 0), torch.empty(0)))
+    first, before = _first_rows(matrix, baseline)
     if first.device.type != "cpu":
         return sums_by_torch(matrix, baseline, shift.to(first.device), chunk_rows, base_too=base_too)
-    before = baseline.chunk(part) if part.start < baseline.rows else first
-    both = first.dtype is before.dtype is torch.bfloat16
-    by, block = sums_by_numpy, _BLOCK
-    if matrix.rows * matrix.width >= _WORTH_COMPILING and kernel("bfloat16" if both else "float32") is not None:
-        by, block = sums_by_numba, _COMPILED_BLOCK
-    return by(matrix, baseline, shift, min(chunk_rows, max(1, block // matrix.width)), base_too=base_too)
+    if worth_compiling(matrix) and sums_loop(_kind(first, before)) is not None:
+        size = rows_at_once(matrix, baseline, chunk_rows)
+        if size < matrix.rows or torch.get_num_threads() > 1:
+            size = _rows_of(_COMPILED_BLOCK, matrix, size)
+        return sums_by_numba(matrix, baseline, shift, size, base_too=base_too)
+    return sums_by_numpy(matrix, baseline, shift, _rows_of(_BLOCK, matrix, chunk_rows), base_too=base_too)
+
+
+def rows_at_once(matrix: RowReader, baseline: Baseline, chunk_rows: int) -> int:
+    """Rows to read at a time: all, where they and the baseline's lie in memory as they are, else the given number.
+
+    Example:
+        >>> from vocabguard.rows.baselines import CopiedBaseline
+        >>> rows = CopiedBaseline(torch.zeros(5000, 4))
+        >>> rows_at_once(rows, rows, 1024)
+        5000
+    """
+    first, before = _first_rows(matrix, baseline)
+    whole = first.device.type == "cpu" and _is_whole(first, matrix) and _is_whole(before, baseline)
+    return matrix.rows if whole else chunk_rows
+
+
+def _first_rows(matrix: RowReader, baseline: Baseline) -> tuple[Tensor, Tensor]:
+    """One row and its baseline row: of a matrix that is spread over processes, this one's first."""
+    part, first = next(matrix.chunks(1), (slice(0, 0), torch.empty(0)))
+    return first, baseline.chunk(part) if part.start < baseline.rows else first
+
+
+def _is_whole(some: Tensor, of: RowReader | Baseline) -> bool:
+    return some.untyped_storage().nbytes() >= of.rows * of.width * some.itemsize
+
+
+def _rows_of(elements: int, matrix: RowReader, most: int) -> int:
+    return min(most, max(1, elements // matrix.width))
 
 
 @torch.no_grad()
@@ -185,6 +139,62 @@ def take_rows(rows: Tensor, places: npt.NDArray[np.int64]) -> Floats:
     if taken.dtype == np.uint16:
         taken = np.left_shift(taken, 16, dtype=np.uint32).view(np.float32)
     return np.asarray(taken, dtype=np.float32)
+
+
+class MovedSum:
+    """The sum of the displacements w - w0 of some rows of a matrix, but those whose length is not finite.
+
+    Attributes:
+        total: (width,) float64.
+        count: rows that are in it.
+
+    Example:
+        >>> from vocabguard.rows.baselines import CopiedBaseline
+        >>> now, before = torch.tensor([[3.0, 4.0], [torch.nan, 0.0]]), torch.zeros(2, 2)
+        >>> found = MovedSum(CopiedBaseline(now))
+        >>> found.add(now, before, np.array([0, 1]))
+        >>> found.total.tolist(), found.count
+        ([3.0, 4.0], 1)
+    """
+
+    def __init__(self, matrix: RowReader) -> None:
+        self.total, self.count = np.zeros(matrix.width), 0
+        self._compiled = worth_compiling(matrix)
+
+    @torch.no_grad()
+    def add(self, now: Tensor, before: Tensor, places: npt.NDArray[np.int64]) -> None:
+        """Add the rows at (k,) places of two blocks of rows, which may be of any floating dtype, on any device."""
+        if self._compiled and _are_plain(now, before) and (loop := moved_loop(_kind(now, before))) is not None:
+            self._add_quickly(loop, _as_kind(now, before), places)
+            return
+        for start in range(0, len(places), _FEW_ROWS):
+            self._add_few(now, before, places[start : start + _FEW_ROWS])
+
+    def _add_quickly(self, loop: Loop, both: tuple[Any, Any], places: npt.NDArray[np.int64]) -> None:
+        """Four rows at a time, and those that are left over, or near one that is not finite, each four times."""
+        whole = len(places) - len(places) % 4
+        fours, buffer = places[:whole].reshape(-1, 4), np.empty_like(self.total, dtype=np.float32)
+        finite = np.empty(len(fours), dtype=np.bool_)
+        loop(*both, fours, buffer, self.total, finite)
+        self.count += 4 * int(finite.sum())
+        alone = np.concatenate([fours[~finite].ravel(), places[whole:]])
+        if len(alone):
+            total, finite = np.zeros_like(self.total), np.empty(len(alone), dtype=np.bool_)
+            loop(*both, np.repeat(alone, 4).reshape(-1, 4), buffer, total, finite)
+            self.total += total / 4
+            self.count += int(finite.sum())
+
+    def _add_few(self, now: Tensor, before: Tensor, places: npt.NDArray[np.int64]) -> None:
+        rows, base = take_rows(now, places), take_rows(before, places)
+        with np.errstate(all="ignore"):
+            moved = np.subtract(rows, base, out=rows)
+            found = moved.sum(axis=0, dtype=np.float64)
+            if not (np.abs(found) < _HUGE).all():
+                # A row whose length overflows float32 is as bad as one that is not finite.
+                moved = moved[np.isfinite(np.square(moved).sum(axis=1))]
+                found = moved.sum(axis=0, dtype=np.float64)
+        self.total += found
+        self.count += len(moved)
 
 
 @torch.no_grad()
@@ -259,7 +269,7 @@ def sums_by_numba(
 
 def _summed(matrix: RowReader, baseline: Baseline, size: int, kinds: int, make: Callable[[], _Measure]) -> Tensor:
     """The (kinds, V) sums that one measure a thread writes block by block."""
-    sums = np.full((kinds, matrix.rows), np.nan, dtype=np.float32)
+    sums, missing = np.empty((kinds, matrix.rows), dtype=np.float32), np.ones(matrix.rows, dtype=np.bool_)
     pairs, turn = _pairs(matrix, baseline, size), threading.Lock()
 
     def work() -> None:
@@ -272,11 +282,16 @@ def _summed(matrix: RowReader, baseline: Baseline, size: int, kinds: int, make: 
                     return
                 part, now, before = pair
                 measure(now, before, sums[:, part])
+                missing[part] = False
 
     threads = min(torch.get_num_threads(), _MOST_THREADS)
-    with ThreadPoolExecutor(threads, thread_name_prefix="vocabguard") as pool:
-        for done in [pool.submit(work) for _ in range(threads)]:
-            done.result()
+    if threads == 1:  # to start another one takes as long as to read some thousand rows
+        work()
+    else:
+        with ThreadPoolExecutor(threads, thread_name_prefix="vocabguard") as pool:
+            for done in [pool.submit(work) for _ in range(threads)]:
+                done.result()
+    sums[:, missing] = np.nan
     return torch.from_numpy(sums)
 
 
@@ -319,12 +334,36 @@ class _CompiledSums:
 
     def __call__(self, now: Tensor, before: Tensor, out: Floats) -> None:
         """Write the (5, n) sums of n rows; see `row_sums`."""
-        both = now.dtype is before.dtype is torch.bfloat16
-        sums: Sums | None = kernel("bfloat16" if both else "float32")
+        sums = sums_loop(_kind(now, before))
         assert sums is not None
-        convert = _bits if both else _new_float32
-        rows, base = (np.ascontiguousarray(convert(of)) for of in (now, before))
-        sums(rows, base, self.shift, out)
+        sums(*_as_kind(now, before), self.shift, out)
+
+
+def worth_compiling(matrix: RowReader) -> bool:
+    """Whether a matrix is so large that it pays to load the compiled loops.
+
+    Example:
+        >>> from vocabguard.rows.baselines import CopiedBaseline
+        >>> worth_compiling(CopiedBaseline(torch.zeros(5000, 4)))
+        False
+    """
+    return matrix.rows * matrix.width >= _WORTH_COMPILING
+
+
+def _kind(now: Tensor, before: Tensor) -> str:
+    """As what the compiled loops take such rows."""
+    return "bfloat16" if now.dtype is before.dtype is torch.bfloat16 else "float32"
+
+
+def _are_plain(now: Tensor, before: Tensor) -> bool:
+    """Whether the compiled loops can read both where they lie."""
+    kinds = now.dtype is before.dtype and now.dtype in (torch.bfloat16, torch.float32)
+    return kinds and now.device.type == "cpu" and now.is_contiguous() and before.is_contiguous()
+
+
+def _as_kind(now: Tensor, before: Tensor) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    convert = _bits if _kind(now, before) == "bfloat16" else _new_float32
+    return np.ascontiguousarray(convert(now)), np.ascontiguousarray(convert(before))
 
 
 def _new_float32(rows: Tensor) -> Floats:

@@ -202,7 +202,7 @@ def input_rows_back(embedding: End, ids: Tensor | None) -> Iterator[None]:
 
     def after(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         inputs: Tensor = args[0]
-        own_ids, rows, own_rows = _rows_of(embedding, inputs.unique().cpu()) if some is None else some
+        own_ids, rows, own_rows = _rows_of(embedding, torch.unique(inputs).cpu()) if some is None else some
         chosen = torch.isin(inputs, own_ids.to(inputs.device))
         places = torch.searchsorted(own_ids, inputs[chosen].cpu())
         base = rows[places].to(output.device, torch.float32)
