@@ -185,7 +185,7 @@ class _Pipeline:
     def emitted(
         self, ids: Iterable[int], pieces: Sequence[str | None], texts: Sequence[str | None], kinds: Sequence[int]
     ) -> set[int]:
-        """Those of the ids that some text gives. Most are plain words, for which this loop asks no more than it must."""
+        """Those of the ids that some text gives; of plain words, which most are, no more is asked than must be."""
         found = set()
         tokenize, normalize, passed = self.model.tokenize, self.normalize, self.passed
         unmarked = not (self.spelling.inside or self.spelling.final)
