@@ -124,13 +124,10 @@ def reachable_ids(
     ids = list(ids)
     fallback = set() if spelling.byte_level else {i for i in ids if BYTE_PIECE.fullmatch(pieces[i] or "")}
     reached = fallback & _emitted_by_characters(encode) if fallback else fallback
-    for i in ids:
-        piece, text = pieces[i], texts[i]
-        if piece is None or i in fallback:
-            continue
-        if pipeline.emits(i, piece, text, kinds[i]) if pipeline else _round_trip(encode, i, text):
-            reached.add(i)
-    return reached
+    ids = [i for i in ids if pieces[i] is not None and i not in fallback]
+    if pipeline is not None:
+        return reached | pipeline.emitted(ids, pieces, texts, kinds)
+    return reached | {i for i in ids if _round_trip(encode, i, texts[i])}
 
 
 _Encode = Callable[[str], list[int]]
@@ -185,6 +182,29 @@ class _Pipeline:
         """The ids of the text, by merges alone and without added tokens."""
         return [i for word in self.split(self.normalize(text)) for i in _cut(self.model, word)]
 
+    def emitted(
+        self, ids: Iterable[int], pieces: Sequence[str | None], texts: Sequence[str | None], kinds: Sequence[int]
+    ) -> set[int]:
+        """Those of the ids that some text gives; of plain words, which most are, no more is asked than must be."""
+        found = set()
+        tokenize, normalize, passed = self.model.tokenize, self.normalize, self.passed
+        unmarked = not (self.spelling.inside or self.spelling.final)
+        for i in ids:
+            piece, text = pieces[i] or "", texts[i]
+            if unmarked and text is not None and _look(text, kinds[i]) in passed:
+                try:
+                    tokens = tokenize(piece)
+                except Exception:  # the library raises no narrower one
+                    tokens = ()
+                if len(tokens) == 1 and tokens[0].id == i:
+                    normal = normalize(text)
+                    if text in normal or piece in normal:
+                        found.add(i)
+                        continue
+            if self.emits(i, piece, text, kinds[i]):
+                found.add(i)
+        return found
+
     def emits(self, token_id: int, piece: str, text: str | None, kind: int) -> bool:
         """Whether some text gives the id."""
         words = self._words(piece) if self.spelling.inside or self.spelling.final else (piece,)
@@ -229,10 +249,12 @@ class _Pipeline:
 def _look(text: str, kind: int) -> tuple[object, ...] | None:
     """What pre-tokenizers see in a plain word; None where they might see more, e.g. a change of case."""
     word = text.removeprefix(" ")
-    case = word.islower(), word.istitle(), word.isupper()
-    if not word.isalpha() or not (case[0] or case[1] or case[2] or word.lower() == word.upper()):
+    if not word.isalpha():
         return None
-    return kind, len(word) < len(text), word.isascii(), len(word) == 1, *case
+    lower, title, upper = word.islower(), word.istitle(), word.isupper()
+    if not (lower or title or upper or word.lower() == word.upper()):
+        return None
+    return kind, len(word) < len(text), word.isascii(), len(word) == 1, lower, title, upper
 
 
 def _cut(model: Any, word: str) -> list[int]:

@@ -266,6 +266,8 @@ def _groups(texts: list[str | None], pieces: list[str | None], control: set[int]
             return held
         if text is None or (text[:3] == "<0x" and BYTE_PIECE.fullmatch(text)):
             return raw
+        if text.isascii() and text.removeprefix(" ").isalpha():  # half of most vocabularies
+            return _CLASS_GROUP[latin]
         first = min(map(classes.__getitem__, text), default=_CLASS_ORDER.index("symbol"))
         if first < latin or text.isalnum() or len(text.strip()) < 2:
             return _CLASS_GROUP[first]
