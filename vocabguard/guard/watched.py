@@ -26,6 +26,7 @@ from vocabguard.rows.baselines import (
     CopiedBaseline,
     FileBaseline,
     copy_baseline,
+    in_memory,
     reopen_baseline,
     save_baseline,
 )
@@ -135,8 +136,12 @@ class Watched:
             path = run_dir / f"baseline-{name}.safetensors"
             if isinstance(baseline, ShardBaseline):
                 _save_shards(baseline, path, name)
-            elif isinstance(baseline, CopiedBaseline) and collective.is_main():
-                baselines[name] = save_baseline(baseline, path, name)
+            elif isinstance(baseline, CopiedBaseline) and collective.is_main() and not baseline.reference():
+                saved = save_baseline(baseline, path, name)
+                if baseline.tensor.is_pinned():
+                    baseline.keep_reference(saved.reference())  # checks stream it from there
+                else:
+                    baselines[name] = saved
         references = collective.agree({name: baseline.reference() for name, baseline in baselines.items()})
         return {"baselines": references, "trained": self.table.trained}
 
@@ -295,7 +300,7 @@ def _kept(
     try:
         if saved is None:
             raise ValueError("the saved state names none")
-        found = CopiedBaseline(saved) if isinstance(saved, Tensor) else reopen_baseline(saved)
+        found = CopiedBaseline(saved) if isinstance(saved, Tensor) else in_memory(reopen_baseline(saved), matrix)
         if found.width != matrix.width:
             why = f"{found.describe()} has rows of {found.width} elements, the model's have {matrix.width}"
     except (ValueError, OSError, TypeError, AttributeError) as error:

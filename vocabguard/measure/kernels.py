@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from vocabguard.rows.baselines import Baseline
+from vocabguard.rows.streams import on_device
 
 Sums = Callable[[Any, Any, Any, Any], None]
 """Rows now, baseline rows (both (n, width) uint16 of bfloat16, or both float32), shift, (5, n) float32 to fill."""
@@ -192,26 +193,45 @@ def sums_by_torch(
 ) -> Tensor:
     """`row_sums` for an accelerator; the shift is on it.
 
+    By one kernel where there is Triton; see `vocabguard.measure.fused`. Baseline rows on the host come ahead of their
+    turn, if they are in pinned memory.
+
     Example:
         >>> from vocabguard.rows.baselines import CopiedBaseline
         >>> now, before = (CopiedBaseline(torch.tensor([row])) for row in ([3.0, 4.0], [3.0, 0.0]))
         >>> sums_by_torch(now, before, torch.tensor([1.0, 1.0]), chunk_rows=1).flatten().tolist()
         [25.0, 16.0, 7.0, 4.0]
     """
+    from vocabguard.measure.fused import fused_sums  # Triton takes a second to load
+
     sums = torch.full((5, matrix.rows), math.nan, device=shift.device)
-    kind = shift.device.type
+    kind, fused = shift.device.type, fused_sums(shift.device.type)
     plain = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    pairs = _pairs(matrix, baseline, chunk_rows)
     with plain:
-        for part, now, before in _pairs(matrix, baseline, chunk_rows):
-            rows, base = now.float(), before.to(now.device).float()
-            moved = rows - base
-            for place, values in enumerate((rows, moved)):
-                torch.linalg.vector_norm(values, dim=-1, out=sums[place, part])
-                torch.mv(values, shift, out=sums[2 + place, part])
-            if base_too:
-                torch.linalg.vector_norm(base, dim=-1, out=sums[4, part])
-    sums[[0, 1, 4]] = sums[[0, 1, 4]].square()
+        for (part, now), before in on_device((((part, now), before) for part, now, before in pairs), shift.device):
+            if fused is not None and now.stride(1) == before.stride(1) == 1:
+                try:
+                    fused(now, before, shift, sums[:, part])
+                    continue
+                except Exception as error:  # no compiler on this machine, a dtype that Triton does not know
+                    logger.debug("the fused kernel for the sums of rows fails: %s", error)
+                    fused = None
+            _sums_by_operations(now, before, shift, sums[:, part], base_too=base_too)
     return sums[: 4 + base_too].cpu()
+
+
+def _sums_by_operations(now: Tensor, before: Tensor, shift: Tensor, out: Tensor, *, base_too: bool) -> None:
+    """The same sums of one chunk into (5, n) float32."""
+    rows, base = now.float(), before.float()
+    moved = rows - base
+    for place, values in enumerate((rows, moved)):
+        torch.linalg.vector_norm(values, dim=-1, out=out[place])
+        out[place].square_()
+        torch.mv(values, shift, out=out[2 + place])
+    if base_too:
+        torch.linalg.vector_norm(base, dim=-1, out=out[4])
+        out[4].square_()
 
 
 def sums_by_numpy(

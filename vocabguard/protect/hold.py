@@ -100,7 +100,7 @@ def _hold_unseen(weight: Tensor, before: Tensor, held: Tensor, mode: HoldMode, s
     """
     count = held.sum().clamp(min=1)
     moved = torch.zeros(weight.shape[1:], dtype=torch.float32, device=weight.device)
-    for part, old in on_device(before, _parts(weight), weight.device):
+    for part, old in on_device(((part, before[part]) for part in _parts(weight)), weight.device):
         rows, mask = weight[part], held[part, None]
         if mode == "shared":
             # Rows that are not held may hold anything, NaN too.
@@ -165,7 +165,7 @@ def hold_shard(
     if failed is not None:
         raise failed
     held = held & means.isfinite().all()
-    for part, old in on_device(before, _parts(weight), weight.device):
+    for part, old in on_device(((part, before[part]) for part in _parts(weight)), weight.device):
         put = (old.float() + means[0]).to(weight.dtype)
         weight[part] = torch.where(held[part, None], put, weight[part])
     for mean, moment in zip(means[1:], moments, strict=True):

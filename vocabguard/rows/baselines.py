@@ -26,6 +26,7 @@ from torch import Tensor
 from vocabguard.files import one_line, replacing, some
 from vocabguard.rows.matrices import VocabMatrix
 from vocabguard.rows.sharding import ShardBaseline
+from vocabguard.rows.streams import on_host
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types of rows, by their names in safetensors files."""
@@ -108,6 +109,15 @@ class CopiedBaseline(ChunkedRows):
     def __init__(self, tensor: Tensor, place: str = "") -> None:
         super().__init__(*tensor.shape)
         self.tensor, self._place = tensor, place
+        self._saved: dict[str, str] = {}
+
+    def keep_reference(self, saved: dict[str, str]) -> None:
+        """Remember in which file the rows are, too."""
+        self._saved = saved
+
+    def reference(self) -> dict[str, str]:
+        """Where the rows have been saved; empty before."""
+        return self._saved
 
     def chunk(self, part: slice) -> Tensor:
         """Rows ``part``: (n, width) view on the CPU. Not to be written to."""
@@ -205,10 +215,10 @@ def copy_baseline(matrix: VocabMatrix) -> CopiedBaseline | ShardBaseline:
     Of a matrix that is spread over processes, each copies its own rows.
     """
     if (shard := matrix.shard) is not None:
-        return ShardBaseline(matrix.own().to("cpu", copy=True), shard)
+        return ShardBaseline(on_host(matrix.own()), shard)
     if matrix.adapter is not None:
         return CopiedBaseline(torch.cat([rows.to("cpu", copy=True) for _, rows in matrix.chunks(2**14)]))
-    return CopiedBaseline(matrix.weight.detach().to("cpu", copy=True).contiguous())
+    return CopiedBaseline(on_host(matrix.weight))
 
 
 def save_baseline(baseline: Baseline, path: str | Path, key: str) -> FileBaseline:
@@ -243,6 +253,15 @@ def reopen_baseline(reference: Mapping[str, str]) -> FileBaseline:
                 f"was {reference[name]}"
             )
     return baseline
+
+
+def in_memory(baseline: FileBaseline, matrix: VocabMatrix) -> CopiedBaseline | FileBaseline:
+    """The rows of a file in pinned memory, if they are compared with rows on a CUDA device; else as they are."""
+    if matrix.device.type != "cuda" or matrix.shard is not None:
+        return baseline
+    kept = CopiedBaseline(baseline.chunk(slice(0, baseline.rows)).clone().pin_memory())
+    kept.keep_reference(baseline.reference())
+    return kept
 
 
 def matches(baseline: Baseline, matrix: VocabMatrix, chunk_rows: int = 4096) -> bool:
