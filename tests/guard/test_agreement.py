@@ -49,8 +49,8 @@ def test_elements_that_nobody_has() -> None:
     [
         ({"rows": 4}, "the vocabulary differs: process 0: 8 rows; process 1: 4 rows"),
         (
-            {"rows": None, "error": "nothing to watch"},
-            "process 1: none \\(nothing to watch\\); a model that is cut into",
+            {"rows": None, "error": "none here"},
+            "process 1: none \\(none here\\); a model that is cut into",
         ),
         ({"versions": "2"}, "versions differ: process 0: 1; process 1: 2"),
     ],
@@ -86,7 +86,7 @@ def test_ties_that_differ() -> None:
         assert "tied differs: process 0: tied; process 1: untied" in verdict[name][0]
 
 
-# -- layouts -------------------------------------------------------------------------------------------------------------
+# -- layouts ---------------------------------------------------------------------------------------------------------
 
 
 def test_replicas() -> None:

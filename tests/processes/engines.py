@@ -355,8 +355,8 @@ def zero3() -> Engine:
 ENGINES: dict[str, Callable[[], Engine]] = {
     one.__name__: one
     for one in (
-        plain, plain_tied, ddp, fsdp1_orig, fsdp1_flat, fsdp2, fsdp2_tied, fsdp2_offload, hsdp, tp, tp_columns, tp_auto, fsdp2_tp,
-        context, sequence, pipeline, zero1, zero2, zero3,
+        plain, plain_tied, ddp, fsdp1_orig, fsdp1_flat, fsdp2, fsdp2_tied, fsdp2_offload, hsdp, tp, tp_columns, tp_auto,
+        fsdp2_tp, context, sequence, pipeline, zero1, zero2, zero3,
     )
 }  # fmt: skip
 FOUR = ("hsdp", "fsdp2_tp")
@@ -517,8 +517,10 @@ def main() -> None:
 def _start_deepspeed() -> None:
     """On a CPU, without its compiled operator for shared memory."""
     import deepspeed
-    import deepspeed.comm.torch as backend
+    import deepspeed.comm.torch
 
+    # By its full name: `deepspeed.comm.torch` as an attribute is torch itself.
+    backend: Any = sys.modules["deepspeed.comm.torch"]
     backend.build_shm_op = lambda: None
     deepspeed.init_distributed("gloo", timeout=datetime.timedelta(seconds=120))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ CUTS = [(), (30,), (33,), (7, 8, 9), (32, 33), (0, 31, 65), (1, 2, 3, 4, 64)]
 
 def shards(cuts: tuple[int, ...]) -> list[Shard]:
     ends = [0, *cuts, ROWS * WIDTH]
-    return [Shard(ROWS, WIDTH, begin, end) for begin, end in zip(ends, ends[1:], strict=False)]
+    return [Shard(ROWS, WIDTH, begin, end) for begin, end in pairwise(ends)]
 
 
 COLUMNS = [Shard(ROWS, WIDTH, 0, ROWS * WIDTH, part) for part in (slice(0, 3), slice(3, 5))]

@@ -201,7 +201,9 @@ def describe(
     notes: tuple[str, ...] = (),
 ) -> Watch:  # fmt: skip
     """What a user is told before step 1. `prober`: what probes, or the `NotApplicable` that says why nothing does."""
-    blind = () if watched.tokenizer is not None else ("no tokenizer: tokens have no groups and no texts",)
+    blind: tuple[str, ...] = ()
+    if watched.tokenizer is None:
+        blind = ("no tokenizer: tokens have no groups and no texts",)
     if watched.tokenizer is not None and watched.not_compared is not None:
         blind = (f"Under-trained tokens not measured: {watched.not_compared}; only rows of tiny norm are set apart.",)
     blind += tuple(f"Not followed: {one}." for one in watched.differ)
