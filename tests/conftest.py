@@ -34,6 +34,7 @@ SEVERAL_PROCESSES = (
     "tests/integrations/test_faults_two_processes.py",
     "tests/integrations/test_alerts_two_processes.py",
     "tests/integrations/test_protection_two_processes.py",
+    "tests/guard/test_engines.py",
     "tests/guard/test_strategies.py",
     "tests/guard/test_messages.py",
     "tests/guard/test_spread.py",

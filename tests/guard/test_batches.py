@@ -20,7 +20,9 @@ from transformers import (
 
 from vocabguard import VocabGuard
 from vocabguard.config import ConfigError
-from vocabguard.guard.batches import labels_of
+from vocabguard.guard.batches import BatchContext, labels_of
+from vocabguard.measure.exposure import ExposureCounter
+from vocabguard.protect.collator import ECHO_KEY
 from vocabguard.rows.models import predicts_next
 
 
@@ -259,3 +261,54 @@ def test_an_optimizer_with_copies_of_its_own(kit: Any, caplog: Any) -> None:
     with pytest.raises(ConfigError, match=r"hold: no optimizer has the output matrix .* allowed: an optimizer over"):
         VocabGuard(hold={"enabled": True}, **kit.QUIET).attach(model, optimizer, total_steps=2)
     assert len(model._forward_pre_hooks) == 0
+
+
+def test_labels_that_are_shifted_already(kit: Any) -> None:
+    """Adapters of sequence and context parallelism hand on `shift_labels`, with `labels` beside them or without."""
+    ids = torch.tensor([[5, 6, 7, 8]])
+    shifted = torch.tensor([[6, 7, -100, 9]])
+    for batch in (
+        {"input_ids": ids, "shift_labels": shifted},
+        {"input_ids": ids, "labels": ids, "shift_labels": shifted},
+    ):
+        model = kit.llama().train()
+        guard = attached(kit, model)
+        model(**batch)
+        guard.step(1)
+        found = guard.check().exposure
+        assert found.data_target.nonzero().flatten().tolist() == [6, 7, 9]
+        assert found.inputs.nonzero().flatten().tolist() == [5, 6, 7, 8]
+
+
+def test_the_echo_mask_of_labels_that_are_shifted_already() -> None:
+    """A mask of tokens is one place behind labels that are one place ahead; the inputs keep theirs."""
+    context, counter = BatchContext(), ExposureCounter(rows=10, device="cpu", tied=False)
+    ids, mask = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[False, False, True, True]])
+    context.take_out(nn.Linear(1, 1), (), {ECHO_KEY: mask})
+    assert context.read({"input_ids": ids, "shift_labels": torch.tensor([[2, 3, 4, -100]])})
+    assert context.aligned is not None
+    counter.observe(
+        context.inputs, context.aligned, shift=False, echo_mask=context.echo, echo_inputs=context.echo_inputs
+    )
+    found = counter.exposure()
+    assert found.data_target.nonzero().flatten().tolist() == [2]
+    assert found.echo_target.nonzero().flatten().tolist() == [3, 4]
+    assert found.inputs.nonzero().flatten().tolist() == [1, 2]
+
+
+def test_nothing_is_held_while_nothing_was_counted(kit: Any) -> None:
+    """A guard that sees no targets would take every row for one that the data never asks for."""
+    model = kit.llama().train()
+    optimizer = kit.sgd(model)
+    guard = attached(kit, model, optimizer, hold={"enabled": True, "mode": "freeze"})
+    for step, batch in enumerate(kit.batches(3), start=1):
+        before = model.lm_head.weight.detach().clone()
+        blind = step < 3
+        found = model(input_ids=batch["input_ids"]) if blind else model(**batch)
+        loss = found.logits.square().mean() if blind else found.loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        guard.step(step)
+        still = (model.lm_head.weight == before).all(dim=1)
+        assert not bool(still.any()) if blind else bool(still.any()) and not bool(still.all())

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
 from vocabguard import VocabGuard, collective
-from vocabguard.guard import layout, watched
+from vocabguard.guard import checks, hold, layout, watched
 from vocabguard.protect.collator import ECHO_KEY
 
 ROWS = 8191  # a prime: neither rows nor elements divide by the processes, so a row lies in two of them
@@ -393,17 +393,21 @@ def _around(kind: str, mode: str, stack: ExitStack) -> None:
         mesh = _mesh(dist.get_world_size(), names=("cp" if kind == "context" else "sp",))
         stack.enter_context(patch.object(layout, "_accelerate_state", lambda: {"device_mesh": mesh}))
     if mode == "fault" and _place()[0] == 1:
-        from vocabguard.guard import hold
+        # In mid-step where rows are held, which is the third step; else in a check.
+        stack.enter_context(patch.object(hold, "rows_to_hold", _broken(hold.rows_to_hold, 3)))
+        stack.enter_context(patch.object(checks, "measure_drift", _broken(checks.measure_drift, 5)))
 
-        calls, real = [0], hold.rows_to_hold
 
-        def broken(*args: Any, **kwargs: Any) -> Any:
-            calls[0] += 1
-            if calls[0] >= 3:
-                raise OnPurposeError("broken on purpose")
-            return real(*args, **kwargs)
+def _broken(real: Any, fails_at: int) -> Any:
+    calls = [0]
 
-        stack.enter_context(patch.object(hold, "rows_to_hold", broken))
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] >= fails_at:
+            raise OnPurposeError("broken on purpose")
+        return real(*args, **kwargs)
+
+    return broken
 
 
 def train(kind: str, mode: str, folder: Path) -> dict[str, Any]:
@@ -513,8 +517,10 @@ def main() -> None:
 def _start_deepspeed() -> None:
     """On a CPU, without its compiled operator for shared memory."""
     import deepspeed
-    import deepspeed.comm.torch as backend
+    import deepspeed.comm.torch
 
+    # By its full name: `deepspeed.comm.torch` as an attribute is torch itself.
+    backend: Any = sys.modules["deepspeed.comm.torch"]
     backend.build_shm_op = lambda: None
     deepspeed.init_distributed("gloo", timeout=datetime.timedelta(seconds=120))
 

@@ -50,7 +50,7 @@ NEVER = 300
 """Rows below this are no target of the data, ever."""
 
 
-def run(folder: Path, kinds: list[str], count: int, python: str, timeout: float = 600) -> None:
+def run(folder: Path, kinds: list[str], count: int, python: str, timeout: float = 1800) -> None:
     """Train under some engines in processes of their own.
 
     Raises:
@@ -206,7 +206,7 @@ def faulty(folder: Path, kind: str, count: int) -> str:
     bare, broken = load(folder, kind, "bare", count), load(folder, kind, "fault", count)
     if any(len(one["losses"]) != len(bare[0]["losses"]) for one in broken):
         return "training ended"
-    if not all(one["failure"] for one in broken) and not any("Hold is off" in note for note in broken[0]["notes"]):
+    if not all(one["failure"] for one in broken):
         return f"not every process learned of it: {[one['failure'] for one in broken]}"
     return ""
 
@@ -221,17 +221,19 @@ def main() -> None:
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"engines": {}}
     folder = options.folder or Path(tempfile.mkdtemp())
     run(folder, ["plain", "plain_tied"], 1, sys.executable)
-    for kind in options.engines:
-        count = 4 if kind in FOUR else 2
-        run(folder, [kind], count, options.python)
-        fault = faulty(folder, kind, count)
-        found = judged(folder, kind, count)
-        results["engines"][kind] = {"processes": count, "fault": fault or "training went on", "measures": found}
-        print(kind, {name: one["verdict"] for name, one in found.items()}, fault)
+    for count in (2, 4):
+        kinds = [kind for kind in options.engines if (4 if kind in FOUR else 2) == count]
+        if kinds:
+            run(folder, kinds, count, options.python)
+        for kind in kinds:
+            fault, found = faulty(folder, kind, count), judged(folder, kind, count)
+            results["engines"][kind] = {"processes": count, "fault": fault or "training went on", "measures": found}
+            print(kind, {name: one["verdict"] for name, one in found.items()}, fault)
     version = subprocess.run(
         [options.python, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True, check=True
     ).stdout.strip()
     results["torch"] = version
+    results["engines"] = {kind: results["engines"][kind] for kind in NAMES if kind in results["engines"]}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,0 +1,92 @@
+"""Every engine finds what one process finds, or says in words and within seconds that it does not.
+
+What is right and what is refused stands in `tests/rehearsals/results/engines.json`, from which the table of
+`integrations/README.md` is written; here the engines of torch are tried again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REHEARSAL = Path(__file__).parents[1] / "rehearsals" / "engines.py"
+QUICK = ("fsdp1_orig", "fsdp1_flat", "fsdp2", "tp", "tp_columns", "sequence", "pipeline")
+REST = ("ddp", "fsdp2_tied", "fsdp2_offload", "tp_auto", "context")
+FOUR = ("hsdp", "fsdp2_tp")
+
+
+def rehearsal() -> Any:
+    spec = importlib.util.spec_from_file_location("rehearsed_engines", REHEARSAL)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, together: Any) -> Path:
+    """Holds what a process by itself found, and the engines of the quick lane."""
+    folder: Path = tmp_path_factory.mktemp("engines")
+    together("engines.py", folder, "plain", count=1)
+    together("engines.py", folder, *QUICK)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def more(folder: Path, together: Any) -> Path:
+    """The other engines beside them."""
+    together("engines.py", folder, "plain_tied", count=1)
+    together("engines.py", folder, *REST)
+    together("engines.py", folder, *FOUR, count=4)
+    return folder
+
+
+def check(folder: Path, kind: str) -> None:
+    engines, count = rehearsal(), 4 if kind in FOUR else 2
+    found = engines.judged(folder, kind, count)
+    known = json.loads(engines.RESULTS.read_text(encoding="utf-8"))["engines"][kind]["measures"]
+    assert {name: one["verdict"] for name, one in found.items()} == {
+        name: one["verdict"] for name, one in known.items()
+    }, found
+    assert "wrong" not in {one["verdict"] for one in found.values()}
+    assert engines.faulty(folder, kind, count) == ""
+    for one in found.values():
+        assert one["verdict"] == "right" or (len(one["why"]) > 20 and one["seconds"] < 10), one
+
+
+@pytest.mark.parametrize("kind", QUICK)
+def test_engine(kind: str, folder: Path) -> None:
+    check(folder, kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", REST + FOUR)
+def test_other_engines(kind: str, more: Path) -> None:
+    check(more, kind)
+
+
+@pytest.mark.parametrize("kind", ["fsdp1_flat", "fsdp2", "tp_columns"])
+def test_no_matrix_is_sent(kind: str, folder: Path) -> None:
+    """A drift check has one message of 4 values a row; all of a check, counts and both matrices, is 16 values a row."""
+    engines = rehearsal()
+    rows = len(engines.load(folder, kind, "watch", 2)[0]["counts"])
+    for one in engines.load(folder, kind, "watch", 2):
+        total, largest = one["sent_at_check"]
+        assert 0 < largest <= 4 * rows
+        assert total <= 16 * rows
+        assert one["sent_in_step"] == (0, 0), "a step under watch sends nothing"
+
+
+def test_all_engines_are_known() -> None:
+    engines = rehearsal()
+    known = json.loads(engines.RESULTS.read_text(encoding="utf-8"))["engines"]
+    assert set(known) == set(engines.NAMES)
+    assert set(QUICK + REST + FOUR) == {name for name in engines.NAMES if not name.startswith("zero")}
+    for kind, one in known.items():
+        assert set(one["measures"]) == set(engines.MEASURES), kind
+        assert "wrong" not in {measure["verdict"] for measure in one["measures"].values()}, kind
