@@ -79,6 +79,8 @@ ADDED: dict[str, tuple[str, ...]] = {
         "scan.--device*",
         "scan.--dtype.*",
         "replay.--needs.*",
+        "repair.--text-tokens.*",
+        "repair.--dtype.*",
     ),
     "command_line": (
         "json.explain *: tokens[[]]/emission/*/gone",
@@ -102,6 +104,11 @@ ADDED: dict[str, tuple[str, ...]] = {
         "json.coverage *: source/*",
         "json.repair *: recall/*_low",
         "json.repair *: recall/*_high",
+        "json.repair *: recall/back",
+        "json.repair *: recall/change",
+        "json.repair *: recall/gone",
+        "json.repair *: loss_change*",
+        "json.repair *: reference*",
     ),
     "run": (
         "keys: vocabguard/reference/*",

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -244,3 +245,11 @@ def _is_json(line: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
+
+
+def copy_files(folder: Path, out: Path, but: Collection[Path]) -> None:
+    """Copy the files of a folder, and nothing below it, into another one, which is made if missing."""
+    out.mkdir(parents=True, exist_ok=True)
+    for item in sorted(folder.iterdir()):
+        if item.is_file() and item not in but:
+            shutil.copyfile(item, out / item.name)

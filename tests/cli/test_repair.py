@@ -34,10 +34,20 @@ def test_json_and_words(tuned: Path, tmp_path: Path, run: Run, capsys: Any) -> N
     assert 250 <= told["rows"] <= 300
     assert told["recall"]["repaired"] > told["recall"]["tuned"]
     assert told["loss"].keys() == {"base", "tuned", "repaired"}
+    assert told["recall"]["change_low"] > 0
+    assert told["recall"]["returned_low"] <= told["recall"]["returned"] <= told["recall"]["returned_high"]
+    assert told["loss_change"]["repaired_from_tuned"]["low"] is None, "one window has no interval"
+    changes, loss = told["reference"]["loss_change"], told["reference"]["loss"]
+    for pair in ("tuned_from_base", "repaired_from_base", "repaired_from_tuned"):
+        later, earlier = pair.split("_from_")
+        assert changes[pair]["mean"] == pytest.approx(loss[later] - loss[earlier], abs=1e-4)
+        assert changes[pair]["low"] < changes[pair]["mean"] < changes[pair]["high"]
+    assert changes["tuned_from_base"]["low"] > 0 > changes["repaired_from_tuned"]["high"]
     assert run("repair", ASSETS, tuned, "--out", tmp_path / "two", *options, "--method", "rows") == 0
     said = capsys.readouterr().out
     assert "output rows replaced (live rows with cosine below 0.95; method rows)" in said
     assert "100 % of the loss returned" in said
+    assert "loss of natural text (" in said
     assert "loss on the text: tuned" in said
 
 
@@ -64,6 +74,62 @@ def test_the_method_is_chosen_by_what_was_lost(tuned: Path, tmp_path: Path, run:
     assert "lost in the body" in said
     assert "--method auto needs --data FILE here" in said
     assert not (tmp_path / "echoed").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["auto", "echo"])
+def test_an_adapter_under_a_frozen_head_is_repaired_as_an_adapter(
+    method: str, tmp_path: Path, run: Run, capsys: Any
+) -> None:
+    """Its rows stand still and nothing can be put back: it is trained on, and neither base nor configuration change."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(ASSETS),
+        peft.LoraConfig(r=8, target_modules=["down_proj", "o_proj"], base_model_name_or_path=str(ASSETS)),
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.add_(0.7 * torch.randn(weight.shape, generator=generator))
+    adapter, out, data = tmp_path / "adapter", tmp_path / "out", tmp_path / "chats.jsonl"
+    model.save_pretrained(adapter)
+    chat = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "I am fine, thank you."}]
+    data.write_text((json.dumps({"messages": chat}) + "\n") * 40, encoding="utf-8")
+    before = {path.name: path.read_bytes() for folder in (adapter, ASSETS) for path in folder.iterdir()}
+    options = ("--sample", 256, "--text-tokens", 512)
+    for rows in ("shift", "rows"):
+        assert run("repair", ASSETS, adapter, "--out", out, "--method", rows) == 2
+        said = capsys.readouterr().err
+        assert "leaves the output rows as they are" in said
+        assert "allowed: --method echo or auto" in said
+    if method == "auto":
+        assert run("repair", ASSETS, adapter, "--out", out, "--method", "auto", *options) == 2
+        assert "needs --data FILE here" in capsys.readouterr().err
+    assert not out.exists()
+    line = ("--method", method, "--data", data, "--targets", 4, "--learning-rate", 1e-3, *options, "--json")
+    assert run("repair", ASSETS, adapter, "--out", out, *line) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["method"] == told["choice"]["method"] == "echo"
+    assert "trained on as an adapter" in told["choice"]["because"]
+    assert told["chosen_by"] == "tokens that the probe found lost"
+    low, share, high = (told["choice"]["rows_bring_back"][place] for place in (1, 0, 2))
+    assert low <= share < 0.5
+    assert share < high
+    assert {path.name: path.read_bytes() for folder in (adapter, ASSETS) for path in folder.iterdir()} == before
+    assert {path.name for path in out.iterdir()} == {path.name for path in adapter.iterdir()}
+    assert (out / "adapter_config.json").read_bytes() == (adapter / "adapter_config.json").read_bytes()
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, out))
+    assert {name: (part.shape, part.dtype) for name, part in one.items()} == {
+        name: (part.shape, part.dtype) for name, part in other.items()
+    }
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    recall = told["recall"]
+    assert recall["tuned"] < 0.9
+    assert recall["change_low"] > 0
+    # What was written is what was measured.
+    loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(ASSETS), str(out))
+    assert torch.equal(loaded.get_output_embeddings().weight, model.get_output_embeddings().weight)
 
 
 def test_without_asking(tuned: Path, tmp_path: Path, run: Run, capsys: Any) -> None:

@@ -16,8 +16,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from vocabguard.cli.common import ways_of_asking
-from vocabguard.compare.repair import METHODS, check_out, lost_rows, plan_repair, recall_of, text_loss, write_repaired
+from vocabguard.compare.adapted import write_adapter
+from vocabguard.compare.repair import (
+    METHODS,
+    Plan,
+    check_out,
+    loss_changes,
+    lost_rows,
+    plan_repair,
+    recall_of,
+    text_loss,
+    write_repaired,
+)
 from vocabguard.compare.scan import Scan, scan
+from vocabguard.measure.reference import cut_windows
 from vocabguard.rows.checkpoints import open_checkpoint
 
 
@@ -193,6 +205,106 @@ def test_recall_returns(tmp_path: Path, kit: Any, tokenizer: Any) -> None:
     assert told["tuned_lost"] < told["tuned"]  # type: ignore[operator]
     assert told["repaired"] == 1
     assert told["returned"] == pytest.approx(1)
+
+
+def test_what_a_repair_changed_is_paired(folders: tuple[Path, Path], kit: Any, tokenizer: Any) -> None:
+    """Tokens that came back, and tokens that went: of a repair that makes it worse the change is below 0."""
+    base, torn = AutoModelForCausalLM.from_pretrained(kit.ASSETS), AutoModelForCausalLM.from_pretrained(kit.ASSETS)
+    half = AutoModelForCausalLM.from_pretrained(kit.ASSETS)
+    with torch.no_grad():
+        torn.lm_head.weight[1000:4000] *= -1
+        half.lm_head.weight[1000:2500] *= -1
+    found = scanned(kit.ASSETS, kit.ASSETS, tokenizer=tokenizer, base_tokenizer=tokenizer)
+    none = torch.zeros(len(found.table), dtype=torch.bool)
+    for tuned, repaired, sign in ((torn, half, 1), (half, torn, -1)):
+        models = {"base": base, "tuned": tuned, "repaired": repaired}
+        told = recall_of(models, found, ways_of_asking(tokenizer), none, 300)
+        assert told["back" if sign > 0 else "gone"] > 20
+        assert told["change"] == pytest.approx(told["repaired"] - told["tuned"])
+        assert told["change"] == pytest.approx((told["back"] - told["gone"]) / told["said_at_base"])
+        assert told["change_low"] < told["change"] < told["change_high"]
+        assert sign * told["change_low"] > 0 < sign * told["change_high"]
+        assert told["returned_low"] < told["returned"] < told["returned_high"]
+
+
+def test_changes_of_a_loss_against_plain_numbers(tokenizer: Any) -> None:
+    windows = cut_windows([[1, 2, 3]] * 8, window=3, max_tokens=99)
+    base = torch.arange(16.0).view(8, 2)
+    noise = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    nll = {"base": base, "tuned": base + 1 + noise, "repaired": base + noise}
+    nll["tuned"][0, 0] = torch.nan  # said of no number: left out of its pairs
+    found = loss_changes(windows, nll)
+    assert found.keys() == {"tuned_from_base", "repaired_from_base", "repaired_from_tuned"}
+    assert found["repaired_from_tuned"] == pytest.approx({"mean": -1, "low": -1, "high": -1}, abs=1e-5)
+    told = found["tuned_from_base"]
+    assert told["mean"] == pytest.approx(float(1 + noise.flatten()[1:].mean()), abs=1e-6)
+    assert told["low"] < told["mean"] < told["high"]
+    alone = loss_changes(cut_windows([[1, 2, 3]], window=3, max_tokens=9), {"tuned": base[:1], "repaired": base[:1]})
+    assert alone == {"repaired_from_tuned": {"mean": 0.0, "low": None, "high": None}}
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "lora": {"target_modules": ["q_proj", "lm_head"]},
+    "frozen": {"target_modules": ["q_proj", "down_proj"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_rows_of_an_adapter(tmp_path: Path, kit: Any, kind: str, pickled: bool) -> None:
+    """Put back where it has the whole head; refused with the reason where it has none, or only an update."""
+    peft = pytest.importorskip("peft")
+    base = kit.saved(kit.llama(), tmp_path / "base")
+    model = peft.get_peft_model(kit.llama(), peft.LoraConfig(r=2, **ADAPTERS[kind]))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder, safe_serialization=not pickled)
+    (folder / "notes.txt").write_text("kept")
+    before, opened = digest(folder), open_checkpoint(base)
+    tuned = open_checkpoint(folder, base=opened)
+    if kind != "saved":
+        why = "leaves the output rows" if kind == "frozen" else "into which no single row"
+        with pytest.raises(ValueError, match=why):
+            write_repaired(tuned, Plan(torch.tensor([1]), torch.zeros(1, 16), "x"), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    found = scan(opened, tuned)
+    plan = plan_repair(found, *lost_rows(found), "rows")
+    assert len(plan.ids) > 10
+    write_repaired(tuned, plan, tmp_path / "out")
+    assert digest(folder) == before
+    repaired = peft.PeftModel.from_pretrained(kit.llama(), str(tmp_path / "out"))
+    rows, old = (one.get_output_embeddings().weight.detach() for one in (repaired, model))
+    expected = old.clone()
+    expected[plan.ids] = head_of(base)[plan.ids]
+    assert torch.equal(rows, expected)
+    now = digest(tmp_path / "out")
+    changed = {name for name in now if now[name] != before.get(name)}
+    assert changed == {"adapter_model.safetensors"}
+    assert now.keys() - changed == before.keys() - {"adapter_model.safetensors", "adapter_model.bin"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_is_written_with_its_own_tensors_only(tmp_path: Path, kit: Any) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(kit.llama(), peft.LoraConfig(r=2, target_modules=["q_proj"])).bfloat16()
+    model.save_pretrained(tmp_path / "adapter")
+    kept = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    name = next(iter(kept))
+    write_adapter(tmp_path / "adapter", {name: torch.ones(kept[name].shape)}, tmp_path / "out")
+    new = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert new.keys() == kept.keys()
+    assert {one.dtype for one in new.values()} == {torch.bfloat16}
+    assert bool((new[name] == 1).all())
+    assert all(torch.equal(new[other], kept[other]) for other in kept if other != name)
+    for wrong in ({"magic": torch.ones(1)}, {name: torch.ones(1)}):
+        with pytest.raises(ValueError, match="no such tensors"):
+            write_adapter(tmp_path / "adapter", wrong, tmp_path / "other")
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vocabguard.measure.intervals import ALPHA, look_alpha, wilson, z_of_look
+from vocabguard.measure.intervals import ALPHA, look_alpha, paired_change, wilson, z_of_look
 
 
 def test_all_looks_together_miss_at_most_alpha() -> None:
@@ -53,3 +53,23 @@ def test_refuses_what_cannot_be() -> None:
         look_alpha(0)
     with pytest.raises(ValueError, match="count is 3 of 2; allowed: 0 to 2"):
         wilson(3, 2)
+
+
+@pytest.mark.parametrize(("better", "worse", "total"), [(0.3, 0.02, 80), (0.02, 0.02, 200), (0.0, 0.05, 40)])
+def test_a_paired_change_is_held_as_often_as_promised(better: float, worse: float, total: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.rand(2000, total, generator=generator)
+    ups, downs = (draws < better).sum(1).tolist(), (draws > 1 - worse).sum(1).tolist()
+    held = [
+        low <= better - worse <= high
+        for low, high in (paired_change(a, b, total) for a, b in zip(ups, downs, strict=True))
+    ]
+    assert sum(held) / len(held) > 0.94
+
+
+def test_a_paired_change_has_ends() -> None:
+    assert paired_change(0, 0, 0) == (-1.0, 1.0)
+    low, high = paired_change(0, 0, 50)
+    assert low < 0 < high, "nothing changed in the sample is no proof that nothing changes"
+    with pytest.raises(ValueError, match="together at most"):
+        paired_change(3, 3, 5)

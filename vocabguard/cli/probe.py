@@ -19,7 +19,9 @@ from vocabguard.cli.answers import probe_parts
 from vocabguard.cli.app import InputError
 from vocabguard.cli.asking import Asking, Interview
 from vocabguard.cli.served import Served, probe_served, save_served
+from vocabguard.compare.adapted import is_adapter
 from vocabguard.compare.evidence import evidence_of, tokenizer_of, unequal
+from vocabguard.compare.models import base_of_adapter
 from vocabguard.compare.probing import Answered, Bars, ProbePlan, answers_of, plan_of_json
 from vocabguard.compare.scan import Scan
 from vocabguard.compare.summary import KINDS, load_scan, save_scan, summarise_scan
@@ -206,12 +208,27 @@ def _asked(
     """Rows and answers of both sides, or of the one that there is."""
     if base is not None and is_probe_file(base):
         return _asked_again(model, Path(base), options, tokenizer, coverage, run)
-    pair = common.open_pair(model if base is None else base, model, tokenizer, coverage=coverage, run=run)
+    pair = common.open_pair(_below(model) if base is None else base, model, tokenizer, coverage=coverage, run=run)
     found = common.measured(pair)
     if base is None:
         found = _alone(found)
         return pair, found, asking.ask_one(pair, found, options)
     return pair, found, asking.ask_both(pair, found, options)
+
+
+def _below(model: str) -> str:
+    """Where the rows of a model alone come from: its own folder, or that of the model that an adapter sits on.
+
+    Raises:
+        InputError: for an adapter whose base is not on this machine.
+    """
+    folder = Path(model)
+    if not is_adapter(folder):
+        return model
+    try:
+        return str(base_of_adapter(folder))
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from error
 
 
 def _alone(found: Scan) -> Scan:
@@ -235,7 +252,7 @@ def _asked_again(
     model: str, file: Path, options: Asking, tokenizer: str | None, coverage: str | None, run: str | None
 ) -> tuple[common.Pair, Scan, Interview]:
     """Ask a model what an earlier probe asked its own, whose answers are the base's."""
-    pair = common.open_pair(model, model, tokenizer, coverage=coverage, run=run)
+    pair = common.open_pair(_below(model), model, tokenizer, coverage=coverage, run=run)
     plan, base = earlier_probe(file, pair.tokenizer)
     defaults = Asking(loading=options.loading, batch=options.batch)
     if options != defaults:

@@ -2,7 +2,7 @@
 
 It begins with the rows that ``shift`` makes. What those leave lost is lost in the body, which no row brings back: so
 the body and the head are trained, with as many echo targets as the data beside them has. The input embedding keeps
-still, unless it is the head.
+still, unless it is the head. Of an adapter on a base its own parameters are trained, and nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vocabguard.compare.models import load_model
-from vocabguard.compare.repair import Plan, copy_files, weight_files
+from vocabguard.compare.adapted import is_adapter, write_adapter
+from vocabguard.compare.models import Loading, load_model
+from vocabguard.compare.repair import Plan, weight_files
 from vocabguard.config import EchoConfig, GuardConfig, ProbeConfig
 from vocabguard.data.encode import TargetEncoder
 from vocabguard.data.readers import Example, in_chunks
+from vocabguard.files import copy_files
 from vocabguard.protect.prompts import PLACE
 from vocabguard.protect.rows import IGNORE
 
@@ -45,6 +47,7 @@ class EchoRun:
         max_length: tokens of a data row; the rest is cut off.
         seed: of the rows' order and of the echo lists.
         instructions: ways of asking in echo rows, each with one ``{tokens}``; none takes the guard's.
+        loading: how an adapter's base is loaded; models of their own are trained in float32.
     """
 
     targets: float = 2.0
@@ -53,6 +56,7 @@ class EchoRun:
     max_length: int = 512
     seed: int = 0
     instructions: tuple[str, ...] = ()
+    loading: Loading = field(default_factory=Loading)
 
 
 def data_rows(examples: Iterable[Example], tokenizer: Any, targets: float, max_length: int) -> list[_Row]:
@@ -90,14 +94,15 @@ def steps_for(rows: Sequence[_Row], echo_targets: float, batch: int) -> int:
 
 def train_echo(
     tuned: Path, plan: Plan, live: int, rows: Sequence[_Row], tokenizer: Any, run: EchoRun,
-    tell: Callable[[int, int], None],
+    tell: Callable[[int, int], None], base: Path | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:  # fmt: skip
-    """Fine-tune a model in float32.
+    """Fine-tune a model in float32, or an adapter on its base.
 
     Args:
         tuned: its folder; only read.
         plan: the rows it begins with; their tokens are echoed, or all live ones where these are most of them.
         tell: gets the step and the number of steps.
+        base: folder of the model that an adapter sits on.
 
     Returns:
         The model, in its own dtype again, and what was done: ``steps``, ``echo_targets``, ``data_targets``,
@@ -108,14 +113,11 @@ def train_echo(
     """
     from transformers import set_seed
 
-    model: Any = load_model(tuned)
+    adapter = is_adapter(tuned)
+    model: Any = load_model(tuned, run.loading if adapter else None, base, trainable=True)
     dtype, began = model.dtype, time.perf_counter()
-    model.float()
-    head, inputs = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    with torch.no_grad():
-        head[plan.ids.to(head.device)] = plan.rows.to(head.device)
-    if inputs is not head:
-        inputs.requires_grad_(False)
+    # PEFT has an adapter's own weights in float32, whatever its base is in.
+    moved = "as the adapter has it" if adapter else _begin(model.float(), plan)
     # A list of most of a vocabulary would only slow the configuration down.
     lost = plan.ids.tolist() if 2 * len(plan.ids) < live else []
     steps = steps_for(rows, run.targets * (len(lost) or live), run.batch)
@@ -125,18 +127,35 @@ def train_echo(
         "steps": steps,
         **counts,
         "learning_rate": run.learning_rate,
-        "input_embedding": "shared with the head: moved with it" if inputs is head else "unchanged",
+        "input_embedding": moved,
         "seconds": time.perf_counter() - began,
     }
-    return model.to("cpu", dtype).eval(), told
+    return (model.cpu() if adapter else model.to("cpu", dtype)).eval(), told
+
+
+def _begin(model: Any, plan: Plan) -> str:
+    """Put the plan's rows in and let the input embedding keep still; what becomes of it, in words."""
+    head, inputs = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if plan.rows is not None:
+        with torch.no_grad():
+            head[plan.ids.to(head.device)] = plan.rows.to(head.device)
+    if inputs is head:
+        return "shared with the head: moved with it"
+    inputs.requires_grad_(False)
+    return "unchanged"
 
 
 def write_trained(model: Any, tuned: Path, out: Path) -> None:
-    """Save a trained model, and beside it what else the tuned folder holds: tokenizer, template and so on.
+    """Save a trained model or adapter, and beside it what else the tuned folder holds: tokenizer, template and so on.
 
     Raises:
         OSError: if it cannot be written.
     """
+    if is_adapter(tuned):
+        from peft import get_peft_model_state_dict
+
+        write_adapter(tuned, get_peft_model_state_dict(model, save_embedding_layers=False), out)
+        return
     copy_files(tuned, out, but=weight_files(tuned))
     model.save_pretrained(out)
 

@@ -52,13 +52,16 @@ class Loading:
         return found | ({} if self.device_map is None else {"device_map": self.device_map})
 
 
-def load_model(path: Path, loading: Loading | None = None, base: Path | None = None) -> nn.Module:
+def load_model(
+    path: Path, loading: Loading | None = None, base: Path | None = None, *, trainable: bool = False
+) -> nn.Module:
     """A causal language model of a folder, ready to be asked.
 
     Args:
         path: a model's folder, or a PEFT adapter's.
         loading: None loads it as it is saved, on the CPU.
         base: folder of the model that an adapter sits on; None looks where the adapter's configuration says.
+        trainable: whether an adapter's parameters take gradients.
 
     Raises:
         ValueError: if there is none, it cannot be loaded, or it cannot be asked to continue a prompt.
@@ -68,7 +71,7 @@ def load_model(path: Path, loading: Loading | None = None, base: Path | None = N
 
     disable_progress_bar()  # type: ignore[no-untyped-call]  # one for each model, where that is no terminal too
     adapter = (path / ADAPTER_CONFIG).is_file()
-    model: nn.Module = _adapted(path, loading, base) if adapter else _loaded(path, loading)
+    model: nn.Module = _adapted(path, loading, base, trainable) if adapter else _loaded(path, loading)
     reason = probe_applicable(model)
     if reason is not None:
         raise ValueError(f"{path}: {reason.reason}")
@@ -133,12 +136,21 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _adapted(path: Path, loading: Loading, base: Path | None) -> nn.Module:
+def base_of_adapter(path: Path) -> Path:
+    """The folder of the model that an adapter sits on, by its configuration.
+
+    Raises:
+        ValueError: where it is not on this machine.
+    """
+    base = full_path(str(read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")))
+    if not base.is_dir():
+        raise ValueError(f"{path}: its base {str(base)!r} is not on this machine; give it as BASE")
+    return base
+
+
+def _adapted(path: Path, loading: Loading, base: Path | None, trainable: bool) -> nn.Module:
     """A base with an adapter on it, in which its rows and layers are as in training."""
-    if base is None:
-        base = full_path(str(read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")))
-        if not base.is_dir():
-            raise ValueError(f"{path}: its base {str(base)!r} is not on this machine; give it as BASE")
+    base = base_of_adapter(path) if base is None else base
     try:
         from peft import PeftModel, get_peft_model_state_dict  # an optional package
     except ImportError as error:
@@ -148,7 +160,7 @@ def _adapted(path: Path, loading: Loading, base: Path | None) -> nn.Module:
         require_readable(path)
         with _quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of keys that are missing, which are looked at below
-            found: Any = PeftModel.from_pretrained(model, str(path), local_files_only=True)
+            found: Any = PeftModel.from_pretrained(model, str(path), is_trainable=trainable, local_files_only=True)
         loaded = set(get_peft_model_state_dict(found, save_embedding_layers=False))
     except Exception as error:
         raise ValueError(f"{path}: the adapter cannot be loaded ({one_line(error)})") from error

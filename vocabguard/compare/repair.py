@@ -7,8 +7,7 @@ shift lies between: it gives back the most for its price.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,19 +17,21 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vocabguard.compare.adapted import adapter_head, is_adapter, write_adapter
 from vocabguard.compare.explain import asks_of
 from vocabguard.compare.scan import Scan, fitted
-from vocabguard.files import full_path, plain, replacing
+from vocabguard.files import copy_files, full_path, plain, replacing
 from vocabguard.measure.exposure import exposure_classes
-from vocabguard.measure.intervals import z_of_look
+from vocabguard.measure.intervals import paired_change, z_of_look
 from vocabguard.measure.probe import PromptContext, probe
+from vocabguard.measure.reference import Windows, cut_windows, paired_rise, token_nll
 from vocabguard.measure.retention import lost as lost_now
 from vocabguard.measure.retention import retained, said, share_of
 from vocabguard.measure.sampling import stratified_sample
-from vocabguard.results import EXPOSURE_CLASSES, NotApplicable, RowDrift
+from vocabguard.results import EXPOSURE_CLASSES, NotApplicable, ProbeResult, RowDrift
 from vocabguard.rows.baselines import Baseline
 from vocabguard.rows.checkpoints import Checkpoint
-from vocabguard.rows.tensors import INDEX, SINGLE, safetensors_files
+from vocabguard.rows.tensors import INDEX, SINGLE, open_adapter_store, safetensors_files
 
 Method = Literal["shift", "rows"]
 METHODS: tuple[Method, ...] = ("shift", "rows")
@@ -46,12 +47,12 @@ class Plan:
 
     Attributes:
         ids: (n,) int64, in the tuned vocabulary, ascending.
-        rows: (n, width) float32, the new rows.
+        rows: (n, width) float32, the new rows; None leaves them as they are.
         chosen_by: the rule, in words.
     """
 
     ids: Tensor
-    rows: Tensor
+    rows: Tensor | None
     chosen_by: str
 
 
@@ -119,35 +120,45 @@ def _sound(rows: Tensor) -> Tensor:
     return rows.isfinite().all(1) & rows.any(1)
 
 
+def rows_fixed(tuned: Checkpoint) -> str:
+    """Why no row of a checkpoint's head can be replaced; empty where one can."""
+    why = adapter_head(tuned) if is_adapter(tuned.path) else ""
+    return why.reason if isinstance(why, NotApplicable) else ""
+
+
 def write_repaired(tuned: Checkpoint, plan: Plan, out: Path) -> None:
     """Copy a tuned folder with its head's rows replaced; shards, dtypes and all other files stay as they are.
 
     Args:
-        tuned: a folder of safetensors with a head of its own, or a tied one.
+        tuned: a folder of safetensors with a head of its own, or a tied one; or an adapter's that has the whole head.
         out: made if missing; must be empty.
 
     Raises:
         ValueError: if the tuned checkpoint is no such folder, or ``out`` is in use.
     """
     check_out(tuned, out)
+    if plan.rows is None or rows_fixed(tuned):
+        raise ValueError(f"{tuned.path}: {rows_fixed(tuned) or 'no rows to put back'}; allowed: --method echo or auto")
+    if is_adapter(tuned.path):
+        key = str(adapter_head(tuned))
+        write_adapter(tuned.path, {key: _replaced(open_adapter_store(tuned.path).tensor(key), plan)}, out)
+        return
     key = head_key(tuned)
     file = safetensors_files(tuned.path)[key]
     copy_files(tuned.path, out, but={file})
     with safe_open(str(file), framework="pt", device="cpu") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (it is no mapping)
         header = opened.metadata()
-    head = tensors[key].clone()
-    head[plan.ids] = plan.rows.to(head.dtype)
     with replacing(out / file.name) as new:
-        save_file(tensors | {key: head}, str(new), metadata=header)
+        save_file(tensors | {key: _replaced(tensors[key], plan)}, str(new), metadata=header)
 
 
-def copy_files(folder: Path, out: Path, but: Collection[Path]) -> None:
-    """Copy the files of a folder, and nothing below it, into another one, which is made if missing."""
-    out.mkdir(parents=True, exist_ok=True)
-    for item in sorted(folder.iterdir()):
-        if item.is_file() and item not in but:
-            shutil.copyfile(item, out / item.name)
+def _replaced(head: Tensor, plan: Plan) -> Tensor:
+    """(V, width), new: a head with the plan's rows."""
+    assert plan.rows is not None
+    changed = head.clone()
+    changed[plan.ids] = plan.rows.to(head.dtype)
+    return changed
 
 
 def weight_files(folder: Path) -> set[Path]:
@@ -163,11 +174,14 @@ def check_out(tuned: Checkpoint, out: Path) -> None:
     """Refuse a target before work is done.
 
     Raises:
-        ValueError: if the tuned checkpoint is not a folder of safetensors with a head, or ``out`` is in use.
+        ValueError: if the tuned checkpoint is neither an adapter nor a folder of safetensors with a head, or ``out`` is
+            in use.
     """
-    if not tuned.path.is_dir() or not ((tuned.path / SINGLE).is_file() or (tuned.path / INDEX).is_file()):
-        raise ValueError(f"{tuned.path}: allowed for repair: a model's folder with {SINGLE} or {INDEX}")
-    head_key(tuned)
+    adapter = is_adapter(tuned.path)
+    if not adapter:
+        if not any((tuned.path / name).is_file() for name in (SINGLE, INDEX)):
+            raise ValueError(f"{tuned.path}: allowed for repair: a model's folder with {SINGLE} or {INDEX}")
+        head_key(tuned)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: exists and is not an empty folder")
     if tuned.path == full_path(out) or tuned.path in full_path(out).parents:
@@ -205,7 +219,7 @@ def _taken(rows: Baseline, ids: Tensor) -> Tensor:
     return found
 
 
-_ASKS = 4
+_ASKS, _BATCH = 4, 8192
 _WINDOW = 256
 _SEED = 7
 
@@ -224,8 +238,9 @@ def recall_of(
     Returns:
         ``tokens``; for each other model ``<name>`` and ``<name>_lost``, the share in [0, 1] of tokens said at the
         base (of all, and of the repaired rows) that it has not lost, and ``<name>_low`` and ``<name>_high``, the
-        interval of the former; ``returned``, the share of the loss that
-        ``repaired`` gives back, where both are there and something was lost.
+        interval of the former; of ``tuned`` and ``repaired``, where both are there, ``change`` of the share with its
+        paired interval, ``back`` and ``gone``, how many tokens came back and went, and ``returned``, the change as a
+        share of what this sample had lost, with the change's interval; None where nothing was lost.
 
     Raises:
         ValueError: if a prompt is longer than a model takes.
@@ -234,7 +249,7 @@ def recall_of(
     size = sample or int(scan.live.sum())
     ids = stratified_sample(strata, scan.live, size, _SEED)
     contexts = asks_of(models["base"], scan, pool, _ASKS)
-    asked = {name: probe(model, ids, contexts, seed=_SEED, batch_tokens=8192) for name, model in models.items()}
+    asked = {name: probe(model, ids, contexts, seed=_SEED, batch_tokens=_BATCH) for name, model in models.items()}
     base = asked.pop("base")
     found: dict[str, float | int | None] = {"tokens": len(ids), "said_at_base": int(said(base).sum())}
     for name, result in asked.items():
@@ -243,18 +258,36 @@ def recall_of(
         kept = share_of(~lost_now(base, result), said(base), torch.ones(len(ids)), z_of_look(1))
         found |= {f"{name}_low": kept.low, f"{name}_high": kept.high}
         found[f"{name}_lost"] = plain(retained(base, result, lost[ids]))
-    before, after = found.get("tuned"), found.get("repaired")
-    gone = None if before is None else 1 - before
-    found["returned"] = (after - before) / gone if gone and after is not None and before is not None else None
+    return found | (_change(base, asked["tuned"], asked["repaired"]) if {"tuned", "repaired"} <= asked.keys() else {})
+
+
+def _change(base: ProbeResult, tuned: ProbeResult, repaired: ProbeResult) -> dict[str, float | int | None]:
+    """What a repair changed, of the tokens that the base says: the same ones before and after."""
+    knew = said(base)
+    before, after = lost_now(base, tuned) & knew, lost_now(base, repaired) & knew
+    back, gone, total = int((before & ~after).sum()), int((after & ~before).sum()), int(knew.sum())
+    missing = int(before.sum())
+    low, high = paired_change(back, gone, total, z_of_look(1))
+    found: dict[str, float | int | None] = {"back": back, "gone": gone}
+    ends = {"": (back - gone) / total if total else 0.0, "_low": low, "_high": high}
+    for end, value in ends.items():
+        found[f"change{end}"] = value
+        found[f"returned{end}"] = min(1.0, value * total / missing) if missing else None
     return found
 
 
-@torch.no_grad()
 def text_loss(model: nn.Module, tokenizer: Any, file: Path, most: int = 2**16) -> float:
-    """Mean cross entropy in nats of a text's tokens.
+    """Mean cross entropy in nats of a text's tokens; see `text_windows`."""
+    windows = text_windows(tokenizer, file, most)
+    return mean_loss(windows, token_nll(model, windows, batch_tokens=_BATCH))
+
+
+def text_windows(tokenizer: Any, file: Path, most: int = 2**16) -> Windows:
+    """The beginning of a text, in windows.
 
     Args:
         file: UTF-8 text.
+        most: tokens.
 
     Raises:
         ValueError: if the file cannot be read or has fewer than two tokens.
@@ -263,13 +296,33 @@ def text_loss(model: nn.Module, tokenizer: Any, file: Path, most: int = 2**16) -
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--text {file}: cannot be read as UTF-8 ({error})") from error
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:most], dtype=torch.int64)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:most]
     if len(ids) < 2:
         raise ValueError(f"--text {file}: has {len(ids)} tokens; needed: at least 2")
-    total, count = 0.0, 0
-    for window in torch.split(ids, _WINDOW):
-        if len(window) > 1:
-            logits = model(input_ids=window[None]).logits[0, :-1].float()
-            total += float(nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
-            count += len(window) - 1
-    return total / count
+    return cut_windows([ids], window=_WINDOW, max_tokens=most)
+
+
+def mean_loss(windows: Windows, nll: Tensor) -> float:
+    """Mean negative log-likelihood in nats of the targets that a model gave a number for."""
+    return float(nll[windows.measured & nll.isfinite()].double().mean())
+
+
+def loss_changes(windows: Windows, nll: Mapping[str, Tensor]) -> dict[str, dict[str, float | None]]:
+    """How much harder a text became from one model to another, paired by token.
+
+    Args:
+        nll: of ``base``, ``tuned`` and ``repaired``, as `vocabguard.measure.reference.token_nll` gives it; ``base`` may
+            be missing.
+
+    Returns:
+        ``<later>_from_<earlier>`` with ``mean`` in nats a token, > 0 where the later one finds it harder, ``low`` and
+        ``high``, None of a single window.
+    """
+    pairs = (("base", "tuned"), ("base", "repaired"), ("tuned", "repaired"))
+    found = {}
+    for first, then in pairs:
+        if first in nll and then in nll:
+            rise = nll[then] - nll[first]
+            told = paired_rise(rise.nan_to_num(), windows.measured & rise.isfinite(), z=z_of_look(1))
+            found[f"{then}_from_{first}"] = plain({"mean": told.mean, "low": told.low, "high": told.high})
+    return found

@@ -86,6 +86,35 @@ def wilson_share(share: float, total: float, z: float = 1.96) -> tuple[float, fl
     return _lower(share, total, z), 1 - _lower(1 - share, total, z)
 
 
+def paired_change(better: int, worse: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Interval of the change of a share whose members are the same before and after, in [-1, 1].
+
+    From the intervals (`wilson`) of the two shares that changed, whose half widths are squared and added (G. Y. Zou
+    and A. Donner, "Construction of confidence limits about effect measures", 2008): it does not shrink to a point
+    where nothing changed.
+
+    Args:
+        better: members that have it only after.
+        worse: members that have it only before.
+        total: all members; ``(-1, 1)`` of nothing.
+        z: half width in standard errors.
+
+    Raises:
+        ValueError: if there are more changes than members.
+
+    Example:
+        >>> [round(end, 3) for end in paired_change(40, 2, 100)]
+        [0.269, 0.484]
+    """
+    if min(better, worse) < 0 or better + worse > total:
+        raise ValueError(f"{better} better and {worse} worse of {total}; allowed: together at most all of them")
+    if total == 0:
+        return -1.0, 1.0
+    up, down = better / total, worse / total
+    (up_low, up_high), (down_low, down_high) = wilson(better, total, z), wilson(worse, total, z)
+    return up - down - math.hypot(up - up_low, down_high - down), up - down + math.hypot(up_high - up, down - down_low)
+
+
 def _lower(share: float, total: float, z: float) -> float:
     if share * total < 0.5:
         return 0.0

@@ -18,6 +18,7 @@ from vocabguard.rows.baselines import CopiedBaseline, FileBaseline, check_rows, 
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _TORCH_SINGLE, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 TORCH_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
 COMMON_NAMES: dict[MatrixName, tuple[str, ...]] = {
@@ -216,7 +217,7 @@ def open_adapter_store(folder: Path) -> TensorStore:
     Raises:
         ValueError: if there are none, or damaged ones.
     """
-    safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    safe, pickled = (folder / name for name in ADAPTER_FILES)
     if safe.is_file():
         return TensorStore(dict.fromkeys(safetensors_names(safe), safe), safe)
     if pickled.is_file():

@@ -73,8 +73,6 @@ RECIPES = {
     "full2e-5": Recipe("smollm2", rate=2e-5, beta2=0.999),
     "full1e-4": Recipe("smollm2", rate=1e-4, beta2=0.999),
     "frozen": Recipe("smollm2", rate=1e-4, beta2=0.999, frozen_head=True),
-    # An adapter under rows that stand still, at ten times the rate that is usual: it loses tokens in the body.
-    "lora_harsh": Recipe("smollm2", rate=2e-3, schedule="constant_with_warmup", beta2=0.999, steps=60, lora=16),
 }
 """By the names of the command line."""
 
@@ -157,7 +155,7 @@ def run(
         label: what the arm is called with them.
 
     Returns:
-        Its folder: ``run.json``, ``vocabguard/``, ``weights-<percent>.safetensors``, and an adapter in ``adapter/``.
+        Its folder: ``run.json``, ``vocabguard/`` and ``weights-<percent>.safetensors``.
     """
     recipe, folder = RECIPES[name], cache / name / f"{label or arm}-{seed}"
     if (folder / "run.json").exists():
@@ -197,8 +195,6 @@ def run(
         "step_seconds": snapshots.seconds, "threads": torch.get_num_threads(),
         "data_target": target_counts(rows, size).tolist(),
     }  # fmt: skip
-    if recipe.lora:
-        model.save_pretrained(folder / "adapter")
     if guarded is not None:
         guard = guarded.guard
         found |= {"timings": asdict(guard.timings), "latest": guard.latest, "failure": guard.failure}
