@@ -47,7 +47,7 @@ def test_screen(tuned: Path, tmp_path: Path, run: Run, capsys: Any) -> None:
 def test_files_cannot_be_asked(tuned: Path, run: Run, capsys: Any) -> None:
     files = (ASSETS / "model.safetensors", tuned / "model.safetensors")
     assert run("explain", *files, "3497") == 1
-    assert "Not asked: there is no tokenizer to write prompts with." in capsys.readouterr().out
+    assert "Not probed: there is no tokenizer to write prompts with." in capsys.readouterr().out
     assert run("explain", *files, "3497", "--tokenizer", ASSETS) == 1
     assert "has no config.json" in capsys.readouterr().out
 

@@ -150,7 +150,7 @@ def test_a_damaged_layer_is_never_fine(tmp_path: Path, run: Run, capsys: Any) ->
 def test_without_a_base(zeroed: Path, run: Run, capsys: Any) -> None:
     assert run("probe", zeroed, *FEW) == 0
     said = capsys.readouterr().out
-    assert said.startswith("Without a base no loss can be told. The model repeats ")
+    assert said.startswith("Without a base model a loss cannot be measured. The model repeats ")
     assert "not repeated" in said
     told = told_by("probe", zeroed, *FEW, "--json", "--threshold", "0.02")
     assert told["verdict"]["level"] == "unsaid"

@@ -357,7 +357,7 @@ def _echo(about: About) -> str:
 
 def _hold(about: About) -> str:
     scene, still = about.scene, sum(about.scene.unasked.get(name, 0) for name in EXPOSURE_CLASSES)
-    rows = f"{still:,} rows that the data has not asked for so far" if still else "rows that the data does not ask for"
+    rows = f"{still:,} rows that have not been a target so far" if still else "rows that the data does not ask for"
     if scene.hold == "armed":
         return f'switch hold on: guard.switch("hold", True) stops the drift of {rows}.'
     if scene.hold == "on" or scene.echo == "absent" or about.kind == "forgotten":
@@ -466,7 +466,7 @@ def _skill(about: About) -> str:
     kept = about.scene.scalar("probe/skill")
     share = percent(None if math.isnan(kept) else kept)
     return (
-        f"The model repeats only {share} of the tokens that the data asks for often, so what is lost is the skill of "
+        f"The model repeats only {share} of the most frequent targets, so what is lost is the skill of "
         "repeating, or the model itself, for all tokens alike."
     )
 

@@ -11,7 +11,7 @@ from rich.text import Text
 from vocabguard.cli.common import Column, Grid
 from vocabguard.text import listed, number, percent, visible
 
-_WORD_KINDS = (("lost", "lost"), ("known", "still said"), ("unknown", "not said by the base"))
+_WORD_KINDS = (("lost", "lost"), ("known", "still said"), ("unknown", "not repeated by the base"))
 
 
 def probe_parts(told: Mapping[str, Any], top: int, *, verdict: bool = True) -> list[RenderableType]:
@@ -111,7 +111,7 @@ def where_sentence(where: Mapping[str, int] | None) -> str:
     """What brings lost tokens back, in words; empty where that is not known.
 
     >>> where_sentence({"forgotten": 12, "head": 11, "input": 0, "body": 1})
-    "Of 12 lost tokens asked for again, 11 come back with the base's output row, 1 with no row: lost in the body."
+    "Of 12 lost tokens probed again, 11 come back with the base's output row, 1 with no row: lost in the body."
     """
     if not where or not where["forgotten"]:
         return ""
@@ -119,4 +119,4 @@ def where_sentence(where: Mapping[str, int] | None) -> str:
             ("other_rows", "only with the rows of all tokens: other rows drown them"),
             ("body", "with no row: lost in the body"))  # fmt: skip
     parts = [f"{where[key]:,} {words}" for key, words in ways if where.get(key)]
-    return f"Of {where['forgotten']:,} lost tokens asked for again, {', '.join(parts)}."
+    return f"Of {where['forgotten']:,} lost tokens probed again, {', '.join(parts)}."

@@ -24,7 +24,7 @@ COMMANDS = {
     "echo": "Write rows in which the assistant repeats tokens, to mix into your data.",
     "replay": "Choose the fewest rows of a corpus that have the missing tokens as targets.",
     "explain": "Show what happened to single tokens between two checkpoints.",
-    "repair": "Write a copy of a checkpoint in which lost tokens can be said again.",
+    "repair": "Write a copy of a checkpoint in which lost tokens are repeated again.",
     "report": "Write one HTML page about a run folder or a scan, or about several.",
     "show": "Show a run folder in the terminal, while it trains too.",
     "run": "Run a training program with a guard, without changing it.",

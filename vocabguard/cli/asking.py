@@ -60,7 +60,7 @@ Texts = Annotated[
     ),
 ]
 TextTokens = Annotated[int, typer.Option(min=0, help="Tokens of the text to read; 0 reads none.")]
-Asks = Annotated[int, typer.Option(min=1, help="Times that each token is asked for, among other neighbours.")]
+Asks = Annotated[int, typer.Option(min=1, help="Prompts for each token, among different neighbours.")]
 Batch = Annotated[int, typer.Option(min=1, help="Tokens in one forward pass.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the sample and of the lists.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, xpu.")]
@@ -180,8 +180,8 @@ def ask_both(pair: common.Pair, found: Scan, asking: Asking) -> Interview:
         raise InputError("a probe needs a tokenizer, and neither folder has one; allowed: --tokenizer FOLDER")
     if not found.match.in_order:
         raise InputError(
-            "the two number their tokens otherwise, so that they cannot be asked alike; allowed: `vocabguard probe` of "
-            "each alone"
+            "the two models number their tokens differently, so they cannot be probed alike; allowed: `vocabguard "
+            "probe` of each alone"
         )
     return _refusing(lambda: _ask_both(pair, found, asking))
 
@@ -214,7 +214,7 @@ def _refusing(work: Callable[[], Interview]) -> Interview:
         # The guard's parts name its settings, which are options here.
         raise InputError(str(error).replace("probe.watch", "--watch").replace("reference.texts", "--texts")) from error
     except (IndexError, RuntimeError) as error:  # a model whose vocabulary is not the tokenizer's
-        raise InputError(f"the model cannot be asked ({type(error).__name__}: {one_line(error)})") from error
+        raise InputError(f"the model cannot be probed ({type(error).__name__}: {one_line(error)})") from error
     except MemoryError as error:
         raise InputError("not enough memory for the probe; allowed: a smaller --batch, --dtype bfloat16") from error
 

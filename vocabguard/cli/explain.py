@@ -37,7 +37,7 @@ def show_story(console: Console, told: Mapping[str, Any]) -> None:
     if told["emission"]:
         parts.append(_emission(told["emission"]))
     else:
-        parts.append(Text(f"Not asked: {told['not_asked'] or 'the token has no row in the base'}."))
+        parts.append(Text(f"Not probed: {told['not_asked'] or 'the token has no row in the base'}."))
     parts.append(_neighbours(told["neighbours"]))
     for part in parts:
         console.print(part, highlight=False, soft_wrap=isinstance(part, Text))
@@ -169,7 +169,7 @@ def _askable(found: Scan, tokenizer: Any) -> tuple[list[Any], Any]:
     if tokenizer is None:
         return [], "there is no tokenizer to write prompts with"
     if found.match.by != "id":
-        return [], "the base has another vocabulary, so both cannot be asked alike"
+        return [], "the base has another vocabulary, so both cannot be probed alike"
     try:
         base = found.base.path
         pool, models = common.ways_of_asking(tokenizer), (load_model(base), load_model(found.tuned.path, base=base))

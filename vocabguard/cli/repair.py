@@ -89,7 +89,7 @@ def repair(
     dtype: Dtype = "auto",
     as_json: common.AsJson = False,
 ) -> None:
-    """Write a copy of TUNED in which lost tokens can be said again; BASE and TUNED are only read.
+    """Write a copy of TUNED in which lost tokens are repeated again; BASE and TUNED are only read.
 
     Of an adapter comes an adapter: rows are put back where it holds the whole head, else it is trained on (echo).
 
@@ -276,7 +276,7 @@ def _measured(
             told["reference"] = {"tokens": int(windows.measured.sum()), "loss": loss, "loss_change": change}
     except ValueError as error:
         return told | {"not_measured": str(error)}
-    return told if told else {"not_measured": "the base has another vocabulary, so both cannot be asked alike"}
+    return told if told else {"not_measured": "the base has another vocabulary, so both cannot be probed alike"}
 
 
 def _losses(models: Mapping[str, nn.Module], windows: Windows) -> tuple[dict[str, float], dict[str, Any]]:

@@ -39,7 +39,7 @@ Threshold = Annotated[
     float, typer.Option(min=0.0, max=1.0, help="Share of live rows below cosine 0.95 over which the exit code is 1.")
 ]
 Forgotten = Annotated[
-    float, typer.Option(min=0.0, max=1.0, help="Share of tokens no longer said over which the exit code is 1.")
+    float, typer.Option(min=0.0, max=1.0, help="Share of lost tokens above which the exit code is 1.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print verdict and key numbers as JSON and nothing else.")]
 

@@ -337,7 +337,7 @@ def plan_of_json(told: Mapping[str, Any], vectors: Mapping[str, Tensor]) -> Prob
     if not contexts or ids.ndim != 1 or weights.shape != ids.shape or frequent.shape != ids.shape:
         raise ValueError("its tokens and their weights do not fit each other")
     if not len(ids) or int(ids.min()) < 0 or any(one.k < 1 for one in contexts):
-        raise ValueError("it holds no tokens that can be asked for")
+        raise ValueError("it holds no tokens that can be probed")
     windows = None
     if "reference/ids" in vectors:
         windows = Windows(vectors["reference/ids"].to(torch.int64), vectors["reference/lengths"].to(torch.int64))

@@ -108,9 +108,9 @@ def _said_parts(told: Mapping[str, Any], *, sure: bool) -> list[str]:
         by = "" if chance is None else f", of which chance explains {outright['known'] * chance:.1f}"
         parts.append(f"{outright['count']:,} of them were repeated in every ask and now are in none{by}")
     if numbers.get("noise"):
-        parts.append(f"asked among other neighbours the base itself would lose {percent(numbers['noise'])}")
+        parts.append(f"among other neighbours the base itself would lose {percent(numbers['noise'])}")
     if "skill" in numbers:
-        parts.append(f"of the tokens that the data asks for often, {percent(1 - numbers['skill'])} are lost")
+        parts.append(f"of the most frequent targets, {percent(1 - numbers['skill'])} are lost")
     if numbers.get("gained"):
         parts.append(f"{told['gained_count']:,} tokens are repeated only now")
     return parts
@@ -119,12 +119,10 @@ def _said_parts(told: Mapping[str, Any], *, sure: bool) -> list[str]:
 def _one_sided_parts(told: Mapping[str, Any]) -> list[str]:
     numbers = told["numbers"]
     if not numbers["asked"]:
-        return ["Nothing was asked: no live token"]
+        return ["Nothing was probed: no live token"]
     share = f"{percent(numbers['repeated_low'])} to {percent(numbers['repeated_high'])}"
-    lead = (
-        f"Without a base no loss can be told. The model repeats {percent(numbers['repeated'])} ({share}) of live tokens"
-    )
-    return [f"{lead}, by {_those(told['asked'])}{_silent(told)}"]
+    lead = "Without a base model a loss cannot be measured. The model repeats "
+    return [f"{lead}{percent(numbers['repeated'])} ({share}) of live tokens, by {_those(told['asked'])}{_silent(told)}"]
 
 
 def _those(asked: Mapping[str, Any]) -> str:

@@ -307,7 +307,7 @@ class Evaluations:
                     raise
                 failed = True
                 logger.warning(
-                    "vocabguard: %s stands down, the guard goes on: %s: %s", name, type(error).__name__, error
+                    "vocabguard: %s disabled itself; vocabguard continues: %s: %s", name, type(error).__name__, error
                 )
         if bool(collective.any_of(torch.tensor(failed))):
             self._down.add(name)

@@ -40,7 +40,7 @@ class Faults:
         plain = isinstance(error, (collective.PeerFaultError, RefusedError))
         self.reason = str(error) if plain else f"{what} failed with {type(error).__name__}: {error}"
         told = None if plain else error
-        logger.warning("vocabguard stands down, training goes on: %s", self.reason, exc_info=told)
+        logger.warning("vocabguard disabled itself; training continues: %s", self.reason, exc_info=told)
 
     @contextmanager
     def contain(self, what: str, *, refuses: bool = False) -> Iterator[None]:

@@ -64,7 +64,7 @@ def probe_applicable(model: nn.Module) -> NotApplicable | None:
     of one's own that says nothing by these is taken to be a causal language model.
 
     >>> probe_applicable(nn.Linear(2, 2)).reason
-    'Linear.forward does not take input_ids; `call=` may say how it is asked'
+    'Linear.forward does not take input_ids; `call=` may say how it is called'
     """
     core = core_of(model)
     name = type(core).__name__
@@ -78,7 +78,7 @@ def probe_applicable(model: nn.Module) -> NotApplicable | None:
     if not has_head(core):
         return NotApplicable(f"{name} has no output matrix over the vocabulary")
     if not _accepts(core, "input_ids"):
-        return NotApplicable(f"{name}.forward does not take input_ids; `call=` may say how it is asked")
+        return NotApplicable(f"{name}.forward does not take input_ids; `call=` may say how it is called")
     return None
 
 

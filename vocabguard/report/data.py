@@ -694,7 +694,7 @@ def _about(found: Mapping[str, Any], *, asked: bool) -> tuple[str, ...]:
         said.append(f"{sentence[0].upper()}{sentence[1:]}.")
     if asked:
         return (*said, *_how_asked(found["probe"]))
-    return (*said, "A scan reads weights and asks the model nothing: whether a token can still be said is not known.")
+    return (*said, "A scan reads weights only: whether a token is still repeated was not measured.")
 
 
 def _how_asked(probe: Mapping[str, Any]) -> tuple[str, ...]:
@@ -707,7 +707,7 @@ def _how_asked(probe: Mapping[str, Any]) -> tuple[str, ...]:
     ]
     if where := probe.get("where"):
         said.append(
-            f"Of {where['forgotten']:,} lost tokens asked for again, {where['head']:,} come back with the base's "
+            f"Of {where['forgotten']:,} lost tokens probed again, {where['head']:,} come back with the base's "
             f"output row, {where['input']:,} with its input row too, {where.get('other_rows', 0):,} only with the "
             f"rows of all tokens, {where['body']:,} with no row."
         )

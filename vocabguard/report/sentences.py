@@ -264,7 +264,7 @@ def _count_of(data: PageData, share: float, bar: float | None) -> int | None:
 
 def _nothing_measured(data: PageData) -> str:
     if not data.table:
-        return "No check was logged, so nothing can be said about this run."
+        return "No check was logged: nothing is known about this run."
     return "Neither row drift nor what the model can say was measured; see below why."
 
 
@@ -289,7 +289,7 @@ def _forgotten_part(data: PageData, forgotten: float | None) -> str:
         of_all = "of all live ones " if sampled else ""
         lead = f"{np.count_nonzero(probed.lost):,} of {those} are lost ({of_all}{_interval(data, 'lost', forgotten)})"
     skill = data.scalars.get("probe/skill")
-    lead += f"; of tokens that the data asks for often {percent(1 - skill)}" if skill is not None else ""
+    lead += f"; of the most frequent targets {percent(1 - skill)}" if skill is not None else ""
     few = _barely_probed(data)
     rows = [
         (1.0 - row.retained, row.label)
