@@ -95,7 +95,7 @@ def _body_sentence(counts: Mapping[str, Any]) -> str:
         )
         if counts.get(part)
     ]
-    return f"{total:,} forgotten token{'s' * (total != 1)}: {', '.join(said)}"
+    return f"{total:,} lost token{'s' * (total != 1)}: {', '.join(said)}"
 
 
 def _confusion_row(
