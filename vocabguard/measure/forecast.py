@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -212,6 +212,60 @@ def as_tensor(values: Floats) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
 
+@dataclass(frozen=True)
+class Moment:
+    """All that a forecast in mid-run is made of, so that it can be made again for another end; see `running_features`.
+
+    Attributes:
+        norm_ratio: (V,) length of the rows over that of their baseline rows.
+    """
+
+    rows: RowFacts
+    track: tuple[Past, Past, Past]
+    asked: Asked
+    schedule: Schedule
+    norm_ratio: Floats
+
+    def of(self, ids: npt.NDArray[np.int64]) -> Moment:
+        """The same of some rows, in their order."""
+        chosen = torch.from_numpy(ids)
+        asked = {name: value[chosen] for name, value in vars(self.asked).items() if isinstance(value, Tensor)}
+        facts = {name: value[chosen] for name, value in vars(self.rows).items() if isinstance(value, Tensor)}
+        pasts = (
+            replace(past, angle=past.angle[ids], own_angle=past.own_angle[ids], push=past.push[ids])
+            for past in self.track
+        )
+        now, half, quarter = pasts
+        return Moment(
+            replace(self.rows, **facts), (now, half, quarter), replace(self.asked, **asked), self.schedule,
+            self.norm_ratio[ids],
+        )  # fmt: skip
+
+    def until(self, end: Past, square: float) -> Moment:
+        """The same for a run that ends at a later check.
+
+        Args:
+            end: where the rows are then.
+            square: squares of the learning rates up to then, summed.
+        """
+        known = self.schedule
+        left = {"sum_left": end.rate_sum - known.sum_past, "square_left": square - known.square_past}
+        return replace(self, schedule=replace(known, total=end.step, **left))
+
+
+def class_medians(values: Floats, rows: RowFacts, asked: Asked) -> Floats:
+    """(V,) the median over live rows of a row's exposure class; over all live rows where it has fewer than 5.
+
+    Example:
+        >>> counts, none = torch.tensor([0] * 5 + [9] * 5), torch.zeros(10)
+        >>> asked = Asked(counts, counts, counts, none, none, none, 0, None, False, 1.0)
+        >>> facts = RowFacts(torch.ones(10), counts.byte(), torch.ones(10).bool(), width=4, tied=False)
+        >>> class_medians(np.arange(10, dtype=np.float32), facts, asked)
+        array([2., 2., 2., 2., 2., 7., 7., 7., 7., 7.], dtype=float32)
+    """
+    return _medians(values, exposure_classes(asked.targets).numpy(), rows.live.numpy(), _FEW)
+
+
 SMALLEST_ANGLE = 1e-4
 """Angles below count as so large: their logarithm is taken."""
 
@@ -239,7 +293,7 @@ def running_features(
         >>> schedule = Schedule(100, 200, 0.1, 1e-4, 0.1, 1e-4, "adam", memory=1000.0)
         >>> numbers, angle = running_features(facts, (now, half, half), asked, schedule, norm_ratio=one)
         >>> numbers.shape, np.exp(angle).round(3)
-        ((2, 37), array([0.1, 0.1], dtype=float32))
+        ((2, 39), array([0.1, 0.1], dtype=float32))
     """
     now, half, quarter = track
     angle, live = _log(now.angle), rows.live.numpy()
@@ -279,6 +333,9 @@ def running_features(
         usual_fading,
         usual_fading * span,
         usual_fading * memory,
+        # From here on for the range only.
+        math.log(max(math.log(now.rate_sum / half.rate_sum), 1e-2)),
+        _spreads(growth, classes, live, _FEW),
     ]
     return _stacked(columns, len(angle)), angle
 
@@ -449,6 +506,24 @@ def _medians(values: Floats, parts: npt.NDArray[np.integer], chosen: npt.NDArray
         if len(inside) >= least:
             found[of_part] = np.median(inside)
     return found
+
+
+def _spreads(values: Floats, parts: npt.NDArray[np.integer], chosen: npt.NDArray[np.bool_], least: int) -> Floats:
+    """(V,) half the distance between the 10 % and 90 % quantiles of a row's part; as `_medians` else."""
+    usable = chosen & np.isfinite(values)
+    everywhere = _half_width(values[usable]) if usable.any() else 0.0
+    found = np.full(len(values), everywhere, dtype=np.float32)
+    for part in np.unique(parts):
+        of_part = parts == part
+        inside = values[of_part & usable]
+        if len(inside) >= least:
+            found[of_part] = _half_width(inside)
+    return found
+
+
+def _half_width(values: Floats) -> float:
+    low, high = np.quantile(values, (0.1, 0.9))
+    return float(high - low) / 2
 
 
 def _log(values: npt.ArrayLike, smallest: float = SMALLEST_ANGLE) -> Floats:
