@@ -305,6 +305,10 @@ def summary(lines: Sequence[dict[str, Any]], rule: AlertRule) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _short(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
 def all_told(folder: Path) -> list[Told]:
     """Every recording of the folder that has a forecast of an Adam-like optimizer."""
     runs = [Recorded.load(path) for path in sorted(folder.glob("*.npz"))]
@@ -342,6 +346,8 @@ def main() -> None:
         for moment in MOMENTS
         if (part := [line for line in every if line["moment"] == moment])
     }
+    kept = ("run", "moment", "degraded", "below", "range: covered", "range: score")
+    found["every look"] = [{name: _short(line[name]) for name in kept} for line in every]
     print("all", json.dumps(found["all models"]))
     if asked.fit:
         made = fit([one for one in told if not one.run.held_out])

@@ -111,6 +111,10 @@ def test_on_wide_rows_it_speaks_from_a_tenth_of_the_run_on(kit: Any, tokenizer: 
     found = guard.last.forecast  # type: ignore[union-attr]
     assert isinstance(found, Forecast)
     assert bool((found.low <= found.cosine)[found.cosine.isfinite()].all())
+    # A range of each row and of the share, but no chance: nothing that `at_risk` could fire on.
+    assert bool(found.chance.isnan().all())
+    keys = {key.split("/", 1)[1] for key in guard.last.scalars if "/forecast/" in key}  # type: ignore[union-attr]
+    assert keys == {"forecast/below_0.95_low", "forecast/below_0.95_high", "forecast/cosine_mean"}
     assert guard.failure is None
     actions = {name: rule.actions for name, rule in load_config("early").alerts.items()}
     assert actions["at_risk"] == actions["tokens_forgotten"] == ["log", "echo", "hold"]

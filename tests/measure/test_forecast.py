@@ -315,3 +315,12 @@ def test_an_earlier_forecast_is_made_again_for_another_end() -> None:
     assert until.schedule.square_left == pytest.approx(0.004)
     planned = Schedule(20, 60, 0.2, 0.002, 0.4, 0.004, "adam", 1000.0)
     np.testing.assert_allclose(growths(until)[0], growths(moment(planned).of(ids))[0], rtol=1e-6)
+
+
+def test_without_chances_the_share_has_a_range() -> None:
+    low, cosine, high = torch.tensor([[0.8, 0.9, 0.97, 0.5], [0.9, 0.94, 0.98, 0.6], [0.94, 0.96, 0.99, 0.7]])
+    live, none = torch.tensor([True, True, True, False]), torch.full((4,), math.nan)
+    found = summarise_forecast(Forecast(20, 200, cosine, low, high, none), live, {"ja": live})
+    assert found == pytest.approx(
+        {"below_0.95_low": 1 / 3, "below_0.95_high": 2 / 3, "cosine_mean": float(cosine[:3].mean())}
+    )

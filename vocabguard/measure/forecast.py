@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vocabguard.measure.exposure import exposure_classes
-from vocabguard.results import Forecast, RowDrift, Schedule
+from vocabguard.results import DEGRADED, Forecast, RowDrift, Schedule
 
 Floats = npt.NDArray[np.float32]
 
@@ -179,7 +180,9 @@ def summarise_forecast(forecast: Forecast, live: Tensor, parts: Mapping[str, Ten
     """Flat scalars of a forecast, over live rows that have one.
 
     Keys: ``below_0.95`` (share in [0, 1] of rows that is expected to end below, the mean of their chances), ``rows``
-    (how many that is), ``cosine_mean``; the first two also as ``<part>/...`` for each part that has such rows.
+    (how many that is), ``cosine_mean``; the first two also as ``<part>/...`` for each part that has such rows. Where
+    only ranges are known and no chances, ``below_0.95_low`` and ``below_0.95_high`` instead of them: shares in [0, 1]
+    of the rows whose whole range is below, and of those whose range reaches below.
 
     Example:
         >>> cosine, chance = torch.tensor([0.98, 0.94]), torch.tensor([0.1, 0.7])
@@ -188,10 +191,14 @@ def summarise_forecast(forecast: Forecast, live: Tensor, parts: Mapping[str, Ten
         >>> {name: round(value, 3) for name, value in found.items()}
         {'below_0.95': 0.4, 'rows': 0.8, 'cosine_mean': 0.96}
     """
-    usable = live & forecast.chance.isfinite()
-    if not bool(usable.any()):
+    known = live & forecast.cosine.isfinite()
+    if not bool(known.any()):
         return {}
-    found = {**_risk(forecast, usable), "cosine_mean": float(forecast.cosine[usable].double().mean())}
+    mean, usable = {"cosine_mean": float(forecast.cosine[known].double().mean())}, known & forecast.chance.isfinite()
+    if not bool(usable.any()):
+        least, most = (float((end[known] < DEGRADED).double().mean()) for end in (forecast.high, forecast.low))
+        return {"below_0.95_low": least, "below_0.95_high": most, **mean}
+    found = {**_risk(forecast, usable), **mean}
     for name, mask in parts.items():
         if bool((usable & mask).any()):
             found |= {f"{name}/{key}": value for key, value in _risk(forecast, usable & mask).items()}
@@ -228,18 +235,9 @@ class Moment:
 
     def of(self, ids: npt.NDArray[np.int64]) -> Moment:
         """The same of some rows, in their order."""
-        chosen = torch.from_numpy(ids)
-        asked = {name: value[chosen] for name, value in vars(self.asked).items() if isinstance(value, Tensor)}
-        facts = {name: value[chosen] for name, value in vars(self.rows).items() if isinstance(value, Tensor)}
-        pasts = (
-            replace(past, angle=past.angle[ids], own_angle=past.own_angle[ids], push=past.push[ids])
-            for past in self.track
-        )
-        now, half, quarter = pasts
-        return Moment(
-            replace(self.rows, **facts), (now, half, quarter), replace(self.asked, **asked), self.schedule,
-            self.norm_ratio[ids],
-        )  # fmt: skip
+        now, half, quarter = (_of_rows(past, ids) for past in self.track)
+        rows, asked = _of_rows(self.rows, ids), _of_rows(self.asked, ids)
+        return Moment(rows, (now, half, quarter), asked, self.schedule, self.norm_ratio[ids])
 
     def until(self, end: Past, square: float) -> Moment:
         """The same for a run that ends at a later check.
@@ -249,8 +247,18 @@ class Moment:
             square: squares of the learning rates up to then, summed.
         """
         known = self.schedule
-        left = {"sum_left": end.rate_sum - known.sum_past, "square_left": square - known.square_past}
-        return replace(self, schedule=replace(known, total=end.step, **left))
+        sum_left, square_left = end.rate_sum - known.sum_past, square - known.square_past
+        ended = replace(known, total=end.step, sum_left=sum_left, square_left=square_left)
+        return replace(self, schedule=ended)
+
+
+_Part = TypeVar("_Part", RowFacts, Asked, Past)
+
+
+def _of_rows(part: _Part, ids: npt.NDArray[np.int64]) -> _Part:
+    """The same with some rows of its vectors, which come as tensors or as arrays."""
+    chosen: Any = {name: value[ids] for name, value in vars(part).items() if isinstance(value, (Tensor, np.ndarray))}
+    return replace(part, **chosen)
 
 
 def class_medians(values: Floats, rows: RowFacts, asked: Asked) -> Floats:
