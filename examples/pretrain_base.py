@@ -49,7 +49,7 @@ def texts_by_language(corpus: Corpus) -> dict[str, list[str]]:
     return texts
 
 
-def train_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
+def train_tokenizer(corpus: Corpus, rows: int = ROWS) -> PreTrainedTokenizerFast:
     """A BPE tokenizer with byte fallback whose rows are shared more evenly between languages than their text is."""
     core = Tokenizer(models.BPE())
     core.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(" ", "▁")])
@@ -67,8 +67,10 @@ def train_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
         for _ in range(max(1, round((largest / sizes[language]) ** 0.4)))
         for line in lines
     )
-    room = ROWS - PADDED_ROWS - len(CONTROL) - 256
-    trainer = trainers.BpeTrainer(vocab_size=room, limit_alphabet=3000, show_progress=False, special_tokens=[])
+    room = rows - PADDED_ROWS - len(CONTROL) - 256
+    trainer = trainers.BpeTrainer(
+        vocab_size=room, limit_alphabet=min(3000, room // 2), show_progress=False, special_tokens=[]
+    )
     core.train_from_iterator(balanced, trainer)
     learned = json.loads(core.to_str())["model"]
     pieces = CONTROL + [f"<0x{byte:02X}>" for byte in range(256)] + sorted(learned["vocab"], key=learned["vocab"].get)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import safetensors.numpy
 import torch
-from early_replay import Prior, Recorded
+from early_replay import PRIORS, Recorded
 from torch import nn
 
 from vocabguard.measure.forecast import Floats
@@ -23,12 +23,11 @@ PAIRS = {"running-adam": 36, "running-sgd": 60, "starting": 16}
 ROWS = 1200
 EPOCHS = 10
 BATCH = 4096
-PRIORS: tuple[Prior, ...] = ("complete", "sample", "none")
 _MEDIAN = LEVELS.index(0.5)
 
 
 class Member(nn.Module):
-    """One network, in torch: what `forecast_model.QuantileNets` computes in numpy."""
+    """One network, in torch: what `forecast_networks.QuantileNets` computes in numpy."""
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
@@ -73,7 +72,7 @@ def fit(runs: Sequence[Recorded], name: Name, seed: int = 0, members: int = MEMB
     """Fit some networks, each on all runs but its share of them.
 
     Returns:
-        The tensors of `forecast_model.nets_of`, not widened.
+        The tensors of `forecast_networks.nets_of`, not widened.
     """
     runs = concerned(runs, name)
     data = [examples(run, name, seed + index) for index, run in enumerate(runs)]

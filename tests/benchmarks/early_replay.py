@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from early_runs import HELD_OUT_DATA, HELD_OUT_OPTIMIZER, Setup
 
 from vocabguard.measure.forecast import (
+    SMALLEST_ANGLE,
     Asked,
     Floats,
     Past,
-    Rows,
+    RowFacts,
     keep,
     past_of,
     running_features,
@@ -25,6 +27,7 @@ from vocabguard.measure.forecast import (
 from vocabguard.results import RowDrift, Schedule
 
 Prior = Literal["complete", "sample", "none"]
+PRIORS: tuple[Prior, ...] = ("complete", "sample", "none")
 MEMORY = {"adamw": 1000.0, "adamw95": 20.0, "adamw0": 1000.0, "rmsprop": 100.0, "sgd": 0.0}
 
 
@@ -71,12 +74,11 @@ class Recorded:
         return end
 
     @cached_property
-    def rows(self) -> Rows:
+    def rows(self) -> RowFacts:
         """What does not change."""
         found = self.found
-        width = 128
         norm, group, live = (torch.from_numpy(found[name]) for name in ("base_norm", "group", "live"))
-        return Rows(norm, group, live, width, self.setup.tied)
+        return RowFacts(norm, group, live, int(found["width"]), self.setup.tied)
 
     @cached_property
     def places(self) -> list[Past]:
@@ -133,37 +135,64 @@ class Recorded:
             per_step=float(per_step),
         )
 
-    def pasts(self, check: int) -> tuple[Past, ...]:
-        """What the guard would have kept up to a check."""
+    @property
+    def gradients(self) -> bool:
+        """Whether pull and push were read."""
+        return bool(self.found["push_samples"][-1] > 0)
+
+    def pasts(self, check: int, seen: Collection[int] | None = None) -> tuple[Past, ...]:
+        """What the guard would have kept up to a check, had it looked at all checks, or at those `seen` only."""
         pasts: tuple[Past, ...] = ()
-        for place in self.places[: check + 1]:
-            if place.rate_sum > 0:
+        for index, place in enumerate(self.places[: check + 1]):
+            if place.rate_sum > 0 and (seen is None or index in seen or index == check):
                 pasts = keep(pasts, place)
         return pasts
 
-    def running(self, check: int, end: int | None = None, prior: Prior = "complete", seed: int = 0) -> Any:
-        """What `forecast_model.forecast_running` takes."""
-        pasts, schedule = self.pasts(check), self.schedule(check, end)
-        known = track(pasts[:-1], pasts[-1])
-        assert known is not None
-        return self.rows, known, self.asked(check, prior, seed), schedule, self.found["norm_ratio"][check]
+    def running(
+        self, check: int, end: int | None = None, prior: Prior = "complete", seed: int = 0, *,
+        seen: Collection[int] | None = None, blind: bool = False,
+    ) -> Any:  # fmt: skip
+        """What `forecast_networks.forecast_running` takes; None where nothing is known from before.
+
+        Args:
+            check: at which it is made.
+            end: the check that stands for the end of the run.
+            prior: what was counted beforehand.
+            seed: of a sample counted beforehand.
+            seen: checks that the guard made; None for all.
+            blind: leave out what gradients tell.
+        """
+        pasts, schedule = self.pasts(check, seen), self.schedule(check, end)
+        known, asked = track(pasts[:-1], pasts[-1]) if pasts else None, self.asked(check, prior, seed)
+        if known is None:
+            return None
+        if blind:
+            none = torch.zeros_like(asked.push)
+            asked = replace(asked, pull=none, push=none, input_only=none, push_samples=0)
+            known = tuple(replace(past, push=none.numpy(), push_samples=0) for past in known)
+        return self.rows, known, asked, schedule, self.found["norm_ratio"][check]
 
     def starting(self, end: int | None = None, prior: Prior = "complete", seed: int = 0) -> Any:
-        """What `forecast_model.forecast_starting` takes."""
+        """What `forecast_networks.forecast_starting` takes."""
         asked = self.asked(0, prior, seed)
         if end is not None and prior == "complete":
             # Of a run that ends earlier, the data is what it came to see.
             asked = replace(asked, prior=torch.from_numpy(self.found["data_target"][end].astype(np.int64)))
         return self.rows, asked, self.schedule(0, end)
 
-    def pair(self, check: int, end: int, prior: Prior, seed: int) -> tuple[Floats, Floats]:
-        """Numbers of every row at a check, and the logarithm of how its angle grew up to another."""
-        inputs, base = (
-            running_features(*self.running(check, end, prior, seed))
-            if check
-            else starting_features(*self.starting(end, prior, seed))
-        )
-        return inputs, np.log(np.maximum(self.angle[end], 1e-4)) - base
+    def pair(
+        self, check: int, end: int, prior: Prior, seed: int, *, seen: Collection[int] | None = None,
+        blind: bool = False,
+    ) -> tuple[Floats, Floats] | None:  # fmt: skip
+        """Numbers of every row at a check, and the logarithm of how its angle grew up to another; see `running`."""
+        if not check:
+            inputs, base = starting_features(*self.starting(end, prior, seed))
+        else:
+            known = self.running(check, end, prior, seed, seen=seen, blind=blind)
+            if known is None:
+                return None
+            inputs, base = running_features(*known)
+        return inputs, np.log(np.maximum(self.angle[end], SMALLEST_ANGLE)) - base
 
     def _drift(self, check: int) -> RowDrift:
         names = ("cosine", "residual", "l2", "norm_ratio")

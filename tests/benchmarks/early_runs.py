@@ -1,12 +1,13 @@
-"""The fine-tunes of ``early_warning.py``: the embedded base under many configurations, every row followed to the end.
+"""The fine-tunes of ``early_warning.py``: small bases under many configurations, every row followed to the end.
 
-Each run goes through the Hugging Face ``Trainer`` with the guard watching, and leaves one ``.npz``: what the guard knew
-at each check, and where each row ended.
+Each run is a plain loop with the guard watching, and leaves one ``.npz``: what the guard knew at each check, and where
+each row ended. The base is the embedded one or one of the small bases of ``early_bases.py``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -16,21 +17,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Adafactor, TrainerCallback, TrainingArguments, get_scheduler, set_seed
+from torch.utils.data import DataLoader
+from transformers import Adafactor, get_scheduler, set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from copying import Row, chat_row
 from corpus import Chat, load, package_folder
-from finetune import OrderedTrainer, collator, load_base
+from early_bases import SHAPES, base_of
+from finetune import collator, load_base
 
-from vocabguard.integrations.huggingface import VocabGuardCallback
+from vocabguard import VocabGuard
 from vocabguard.results import Exposure, Preflight, RowDrift
 
 LONGEST = 64
 CHECKS = 50
 BETAS = {"adamw": (0.9, 0.999), "adamw95": (0.9, 0.95), "adamw0": (0.0, 0.999)}
 WARMUP = 0.04
+GRADIENT_NORM = 1.0
+MOST_ROWS = 8192
+"""Rows of a larger vocabulary that are kept of a run: as many, drawn at random."""
 LANGUAGES = {"english": "en", "russian": "ru", "spanish": "es", "chinese": "zh_Hans", "korean": "ko", "hindi": "hi"}
 
 
@@ -48,6 +54,7 @@ class Setup:
         tied: whether one matrix is input and output.
         steps: optimizer steps.
         seed: of the data's order.
+        base: ``embedded``, or a name of `early_bases.SHAPES`.
     """
 
     data: str
@@ -58,13 +65,18 @@ class Setup:
     tied: bool = False
     steps: int = 240
     seed: int = 0
+    base: str = "embedded"
 
     @property
     def name(self) -> str:
         """A file name."""
         tied = "-tied" if self.tied else ""
-        parts = (self.data, self.optimizer, f"{self.rate:g}", self.schedule, f"b{self.batch}")
+        base = () if self.base == "embedded" else (self.base,)
+        parts = (*base, self.data, self.optimizer, f"{self.rate:g}", self.schedule, f"b{self.batch}")
         return "-".join(parts) + f"{tied}-{self.steps}-s{self.seed}"
+
+
+_corpus = functools.cache(load)
 
 
 def texts(data: str) -> tuple[list[Chat], list[str]]:
@@ -74,7 +86,7 @@ def texts(data: str) -> tuple[list[Chat], list[str]]:
     if data == "mixed":
         parts = [texts(name) for name in ("english", "spanish", "korean", "code")]
         return [c for chats, _ in parts for c in chats], [x for _, lines in parts for x in lines[:2000]]
-    corpus = load("train")
+    corpus = _corpus("train")
     chats = [chat for chat in corpus.chats if chat.language == data]
     return chats, [text for language, text in corpus.lines if language == LANGUAGES[data]]
 
@@ -117,25 +129,6 @@ def optimizer_of(setup: Setup, model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(weights, lr=setup.rate, betas=BETAS[setup.optimizer], weight_decay=0.0, fused=True)
 
 
-class Recorder(TrainerCallback):
-    """Keeps what the guard knows at each check; named after the guard's callback."""
-
-    def __init__(self, guard: Any) -> None:
-        self.guard = guard
-        self.rates: list[float] = []
-        self.checks: list[dict[str, Any]] = []
-
-    def on_step_begin(self, _args: Any, _state: Any, _control: Any, optimizer: Any = None, **_kwargs: Any) -> None:
-        """The rate of the step to come."""
-        self.rates.append(float(optimizer.param_groups[0]["lr"]))
-
-    def on_step_end(self, _args: Any, _state: Any, _control: Any, **_kwargs: Any) -> None:
-        """The step's check, where it had one."""
-        last = self.guard.last
-        if last is not None and (not self.checks or last.step > self.checks[-1]["step"]):
-            self.checks.append(_numbers(last))
-
-
 def _numbers(last: Any) -> dict[str, Any]:
     head, exposure = last.head, last.exposure
     assert isinstance(head, RowDrift)
@@ -166,11 +159,9 @@ def run(setup: Setup, folder: Path) -> Path:
     if path.exists():
         return path
     set_seed(setup.seed)
-    model, tokenizer = load_base()
+    model, tokenizer = load_base() if setup.base == "embedded" else base_of(setup.base, folder)
     if setup.tied:
         tie(model)
-    norms = model.get_output_embeddings().weight.detach().norm(dim=1).numpy()
-    rows = rows_of(tokenizer, setup)
     optimizer = optimizer_of(setup, model)
     specific = {"num_cycles": 3} if setup.schedule == "cosine_with_restarts" else {}
     schedule = get_scheduler(
@@ -180,27 +171,80 @@ def run(setup: Setup, folder: Path) -> Path:
         num_training_steps=setup.steps,
         scheduler_specific_kwargs=specific,
     )
-    every = setup.steps // CHECKS or 1
-    guard = VocabGuardCallback(
-        "watch",
-        overrides=[f"drift.every_n_steps={every}", "exposure.push_every_n_steps=4", "probe.enabled=false"],
-        alerts={},
-        log={"console": False, "tensorboard": False, "report": False},
-    )
-    recorder = Recorder(guard.guard)
-    with tempfile.TemporaryDirectory() as out:
-        trainer = OrderedTrainer(
-            model=model,
-            args=_arguments(setup, out),
-            train_dataset=rows,  # type: ignore[arg-type]
-            data_collator=collator(tokenizer),
-            processing_class=tokenizer,
-            callbacks=[guard, recorder],
-            optimizers=(optimizer, schedule),
-        )
-        losses = trainer.train().training_loss
-    _save(path, setup, guard.guard, recorder, norms, losses)
+    loader = DataLoader(rows_of(tokenizer, setup), batch_size=setup.batch, collate_fn=collator(tokenizer))  # type: ignore[arg-type]
+    checks = CHECKS if setup.base == "embedded" else CHECKS // 2
+    kept = record(model, tokenizer, loader, optimizer, schedule, steps=setup.steps, checks=checks)
+    save(path, kept | {f"setup/{name}": value for name, value in asdict(setup).items()})
     return path
+
+
+def record(
+    model: Any, tokenizer: Any, loader: Any, optimizer: torch.optim.Optimizer, schedule: Any, *, steps: int, checks: int
+) -> dict[str, Any]:
+    """Fine-tune over a loader's batches with the guard watching.
+
+    Args:
+        checks: about so many in the run.
+
+    Returns:
+        What the guard knew at each check, by name; rows are the first axis but one, or the first.
+    """
+    head = model.get_output_embeddings().weight
+    norms = head.detach().float().norm(dim=1).numpy()
+    every, rates, seen, losses = max(1, steps // checks), [], [], []
+    overrides = [f"drift.every_n_steps={every}", "exposure.push_every_n_steps=4", "probe.enabled=false"]
+    guard = VocabGuard(
+        "watch", tokenizer=tokenizer, overrides=[*overrides, "forecast.enabled=false"],
+        alerts={}, log={"console": False, "tensorboard": False, "report": False},
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as out:
+        guard.attach(model, optimizer, total_steps=steps, run_dir=out, dataloader=loader, hook_model=False)
+        model.train()
+        seen.append(_numbers(guard.last))
+        for step, batch in enumerate(loader, start=1):
+            rates.append(float(optimizer.param_groups[0]["lr"]))
+            guard.observe_batch(batch)
+            loss = _loss(model, batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
+            optimizer.step()
+            schedule.step()
+            if guard.step(step) is not None:
+                seen.append(_numbers(guard.last))
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        guard.finish(check=False)
+    assert guard.failure is None, guard.failure
+    steps_seen, samples = ([check.pop(name) for check in seen] for name in ("step", "push_samples"))
+    table, flight = guard.table, guard.watch.preflight
+    counted = isinstance(flight, Preflight)
+    chosen = chosen_rows(len(norms))
+    kept = {
+        "group": table.group.numpy(), "live": table.live.numpy(), "base_norm": norms,
+        "prior": flight.data_target.numpy() if counted else np.zeros(len(norms), dtype=np.int64),
+    }  # fmt: skip
+    stacked = {name: np.stack([check[name][chosen] for check in seen]) for name in seen[0]}
+    return {
+        **{name: value[chosen] for name, value in kept.items()}, **stacked, "rows": len(norms),
+        "prior_complete": counted and flight.complete, "width": head.shape[1], "rates": np.array(rates),
+        "step": np.array(steps_seen), "push_samples": np.array(samples), "loss": float(np.mean(losses)),
+    }  # fmt: skip
+
+
+def chosen_rows(count: int) -> np.ndarray:
+    """Ascending ids of the rows that are kept of a run."""
+    every = np.arange(count)
+    return (
+        every if count <= 2 * MOST_ROWS else np.sort(np.random.default_rng(0).choice(every, MOST_ROWS, replace=False))
+    )
+
+
+def _loss(model: Any, batch: Any) -> torch.Tensor:
+    """Mean cross entropy of the targets; logits are computed where there is one."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    hidden = model.model(input_ids=ids, attention_mask=batch["attention_mask"]).last_hidden_state[:, :-1]
+    kept = labels[:, 1:] != -100
+    return torch.nn.functional.cross_entropy(model.get_output_embeddings()(hidden[kept]), labels[:, 1:][kept])
 
 
 def tie(model: Any) -> None:
@@ -209,40 +253,9 @@ def tie(model: Any) -> None:
     model.config.tie_word_embeddings = True
 
 
-def _arguments(setup: Setup, out: str) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=out,
-        max_steps=setup.steps,
-        per_device_train_batch_size=setup.batch,
-        logging_steps=50,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-
-
-def _save(path: Path, setup: Setup, guard: Any, recorder: Recorder, norms: Any, loss: float) -> None:
-    table, flight = guard.table, guard.watch.preflight
-    steps = [check.pop("step") for check in recorder.checks]
-    samples = [check.pop("push_samples") for check in recorder.checks]
-    stacked = {name: np.stack([check[name] for check in recorder.checks]) for name in recorder.checks[0]}
-    kept = {
-        "group": table.group.numpy(),
-        "live": table.live.numpy(),
-        "names": np.array(table.names),
-        "base_norm": norms,
-        "rates": np.array(recorder.rates),
-        "step": np.array(steps),
-        "push_samples": np.array(samples),
-        "prior": flight.data_target.numpy() if isinstance(flight, Preflight) else np.zeros(0),
-        "prior_complete": isinstance(flight, Preflight) and flight.complete,
-        "loss": loss,
-        **{f"setup/{name}": value for name, value in asdict(setup).items()},
-        **stacked,
-    }
+def save(path: Path, kept: dict[str, Any]) -> None:
+    """Write a run's file whole or not at all: a stopped benchmark goes on where it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all: a stopped benchmark goes on where it was.
     with path.with_suffix(".part").open("wb") as file:
         np.savez_compressed(file, **kept)
     path.with_suffix(".part").replace(path)
@@ -334,6 +347,29 @@ HELD_OUT = (
     Setup("mixed", "adafactor", 1e-4, LINEAR, 12, seed=47),
 )
 """Rates are such that most runs end with 2 to 50 % of the live rows below 0.95, and a few with none or with more."""
+
+
+def _shaped(base: str, number: int, count: int) -> list[Setup]:
+    """Some fine-tunes of a small base: data, optimizer, rate, schedule, length and batch drawn independently."""
+    rng, setups = Random(f"{base} {number}"), []
+    for seed in range(count):
+        schedule = rng.choice((LINEAR, COSINE, CONSTANT, RESTARTS))
+        optimizer = rng.choice(("adamw", "adamw", "adamw95", "adamw95", "adamw0", "rmsprop")) if seed else "sgd"
+        # Half of the runs move rows as little as fine-tunes of real models do.
+        rate = 10 ** rng.uniform(-4.3, -2.8) * (0.6 if schedule == CONSTANT else 1)
+        rate = 0.3 if optimizer == "sgd" else float(f"{rate:.1e}")
+        setups.append(
+            Setup(
+                rng.choice(("english", "spanish", "korean", "chinese", "hindi", "code", "mixed")), optimizer, rate,
+                schedule, rng.choice((4, 8, 12)), tied=rng.random() < 0.4, steps=rng.choice((60, 100, 160)),
+                seed=seed, base=base,
+            )
+        )  # fmt: skip
+    return setups
+
+
+SHAPED = tuple(setup for turn in zip(*(_shaped(base, 0, 10) for base in SHAPES), strict=True) for setup in turn)
+"""Fine-tunes of the bases of other shapes."""
 
 
 def run_all(folder: Path) -> None:

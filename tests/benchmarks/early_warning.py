@@ -28,8 +28,11 @@ from torchmetrics.functional.classification import binary_auroc
 from vocabguard.alerts.machine import AlertMachine
 from vocabguard.alerts.rules import AlertRule
 from vocabguard.config import load_config
-from vocabguard.measure.forecast import Floats, summarise_forecast
-from vocabguard.measure.forecast_networks import forecast_running, forecast_starting
+from vocabguard.guard.forecast import JUDGED_ROWS
+from vocabguard.measure.drift import evenly
+from vocabguard.measure.forecast import SMALLEST_ANGLE, Floats, Moment, summarise_forecast
+from vocabguard.measure.forecast_networks import forecast_running, forecast_starting, growths
+from vocabguard.measure.forecast_range import missed_by
 from vocabguard.results import AT_RISK, DEGRADED, Forecast
 
 MODEL = Path(__file__).parents[2] / "vocabguard" / "measure" / "forecast.safetensors"
@@ -93,7 +96,23 @@ def _drifted(cosine: Floats) -> Floats:
 
 def forecast(run: Recorded, check: int) -> Forecast:
     """The guard's forecast at a check."""
-    return forecast_running(*run.running(check)) if check else forecast_starting(*run.starting())
+    if not check:
+        return forecast_starting(*run.starting())
+    return forecast_running(Moment(*run.running(check)), own_sides(run, check))
+
+
+def own_sides(run: Recorded, check: int) -> tuple[float, float]:
+    """How much the guard's earlier forecast, from about half of the summed rates, missed by."""
+    now = run.places[check]
+    kept = [index for index in range(1, check) if any(run.places[index] is past for past in run.pasts(check))]
+    kept = [index for index in kept if 1.15 < now.rate_sum / run.places[index].rate_sum < 8]
+    then = min(kept, key=lambda index: abs(math.log(now.rate_sum / run.places[index].rate_sum / 2)), default=None)
+    known = None if then is None or run.setup.optimizer == "sgd" else run.running(then, check)
+    if known is None:
+        return 1.0, 1.0
+    ids = evenly(np.flatnonzero(run.live), JUDGED_ROWS)
+    quantiles, before = growths(Moment(*known).of(ids))
+    return missed_by(quantiles, np.log(np.maximum(now.angle[ids], SMALLEST_ANGLE)) - before)
 
 
 def ranking(made: Forecast) -> Floats:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from vocabguard.measure.drift import measure_drift
-from vocabguard.measure.forecast import Asked, Past, RowFacts, past_of
+from vocabguard.measure.forecast import Asked, Moment, Past, RowFacts, past_of
 from vocabguard.measure.forecast_networks import forecast_running
 from vocabguard.results import Schedule
 from vocabguard.rows.baselines import copy_baseline
@@ -68,7 +68,7 @@ def main() -> None:
         measured = time.perf_counter()
         now = past_of(20, 0.2, drift, rows.norm, asked.push, asked.push_samples)
         before = tuple(earlier(now, k) for k in (2, 4))
-        forecast_running(rows, (now, *before), asked, schedule, drift.norm_ratio.numpy())
+        forecast_running(Moment(rows, (now, *before), asked, schedule, drift.norm_ratio.numpy()))
         spent["drift"].append(measured - began)
         spent["forecast"].append(time.perf_counter() - measured)
     ratios = [one / other for one, other in zip(spent["forecast"], spent["drift"], strict=True)]

@@ -8,9 +8,11 @@ import torch
 
 from vocabguard.measure.forecast import (
     Asked,
+    Moment,
     Past,
     RowFacts,
     angles,
+    class_medians,
     halfway,
     keep,
     running_features,
@@ -21,13 +23,15 @@ from vocabguard.measure.forecast import (
 )
 from vocabguard.measure.forecast_networks import (
     KINDS,
-    LEVELS,
     QuantileNets,
     forecast_of,
     forecast_running,
     forecast_starting,
+    growths,
     packaged,
+    packaged_range,
 )
+from vocabguard.measure.forecast_range import LEVELS, level_numbers, missed_by, widened, width_numbers
 from vocabguard.results import AT_RISK, Forecast, RowDrift, Schedule
 
 V, D = 400, 16
@@ -70,6 +74,10 @@ def past(step: int, rate_sum: float, size: float) -> Past:
 
 
 TRACK = (past(20, 0.2, 0.1), past(10, 0.1, 0.06), past(5, 0.05, 0.03))
+
+
+def moment(known: Schedule, track: tuple[Past, Past, Past] = TRACK) -> Moment:
+    return Moment(rows(), track, asked(), known, np.ones(V, dtype=np.float32))
 
 
 def test_angles_are_exact_where_a_cosine_has_lost_its_digits() -> None:
@@ -146,7 +154,7 @@ def test_features_know_no_scale_and_no_order() -> None:
 
 def test_a_push_that_dies_out_is_seen() -> None:
     ratio, known, half = np.ones(V, dtype=np.float32), asked(), TRACK[1]
-    names = slice(-4, None)  # row beside median, median, and its products
+    names = slice(33, 37)  # row beside median, median, and its products
     found = running_features(rows(), TRACK, known, schedule(), ratio)[0][:, names]
     late = (known.push.numpy() - half.push) / (known.push_samples - half.push_samples)
     wanted = np.log(late / (half.push / half.push_samples))
@@ -220,17 +228,14 @@ def test_a_forecast_reads_cosines_and_chances_off_the_quantiles() -> None:
 
 def test_at_the_end_rows_stay_where_they_are() -> None:
     done = Schedule(200, 200, 2.0, 0.02, 0.0, 0.0, "adam", 1000.0)
-    found = forecast_running(rows(), TRACK, asked(), done, np.ones(V, dtype=np.float32))
+    found = forecast_running(moment(done))
     np.testing.assert_allclose(found.cosine.numpy(), np.cos(TRACK[0].angle), atol=1e-6)
     assert torch.equal(found.at_risk, found.cosine < 0.95)
 
 
 def test_longer_schedules_and_fewer_targets_cost_more() -> None:
-    """The fitted networks know which way things go."""
-    ratio = np.ones(V, dtype=np.float32)
-    near, far = (
-        forecast_running(rows(), TRACK, asked(), schedule(left=left), ratio).cosine.mean() for left in (0.4, 3.0)
-    )
+    """What is fitted knows which way things go."""
+    near, far = (forecast_running(moment(schedule(left=left))).cosine.mean() for left in (0.4, 3.0))
     assert float(far) < float(near)
     short, long = (forecast_starting(rows(), asked(), schedule(0, left=left)).cosine for left in (0.02, 0.2))
     assert float(long.mean()) < float(short.mean())
@@ -258,3 +263,64 @@ def test_summary_expects_as_many_rows_as_their_chances_say() -> None:
         {"below_0.95": 1.8 / 3, "rows": 1.8, "cosine_mean": 2.72 / 3, "ja/below_0.95": 0.65, "ja/rows": 1.3}
     )
     assert summarise_forecast(Forecast(20, 200, cosine, cosine, cosine, chance), live & False, masks) == {}
+
+
+def test_the_range_is_a_weighted_sum_and_closes_with_the_rates_to_come() -> None:
+    known = moment(schedule())
+    inputs, _ = running_features(known.rows, known.track, known.asked, known.schedule, known.norm_ratio)
+    networks = packaged("running-adam").quantiles(inputs)
+    of_class = class_medians(networks[:, 3], known.rows, known.asked)
+    fitted, row = packaged_range(), 11
+    middle = sum(
+        weight * number
+        for weight, number in zip(fitted.median, level_numbers(inputs, networks[:, 3], of_class)[row], strict=True)
+    )
+    width = math.exp(float(width_numbers(inputs, networks)[row] @ fitted.width))
+    found, _ = growths(known)
+    np.testing.assert_allclose(found[row], [middle + width * level for level in fitted.levels], rtol=1e-4)
+    assert (np.diff(found, axis=1) > 0).all()
+    wide, narrow = (np.ptp(growths(moment(schedule(left=left)))[0], axis=1).mean() for left in (3.0, 0.02))
+    assert narrow < 0.2 * wide
+
+
+def test_rows_of_any_length_have_the_same_range() -> None:
+    """A vocabulary whose rows are ten times as long, moved ten times as far at ten times the rates."""
+    longer = Schedule(20, 200, 2.0, 0.2, 18.0, 1.8, "adam", 1000.0)
+    grown = tuple(replace(one, rate_sum=10 * one.rate_sum) for one in TRACK)
+    other = Moment(rows(10.0), grown, asked(), longer, np.ones(V, dtype=np.float32))  # type: ignore[arg-type]
+    np.testing.assert_allclose(growths(other)[0], growths(moment(schedule()))[0], atol=2e-4)
+
+
+def test_a_run_that_was_missed_before_gets_a_wider_range() -> None:
+    told = np.repeat(np.array([[-3, -2, -1, 0, 1, 2, 3]], dtype=np.float32), 1000, axis=0)
+    assert missed_by(told, np.zeros(1000, dtype=np.float32)) == (1.0, 1.0)
+    beyond = np.linspace(0, 6, 1000, dtype=np.float32)
+    beyond[::10] = math.nan
+    below, above = missed_by(told, beyond)
+    assert below == 1.0
+    assert above == pytest.approx(0.95 * 6 / 3, rel=0.01)
+    assert missed_by(told, np.full(1000, -90, dtype=np.float32)) == (5.0, 1.0)
+    assert missed_by(told, np.full(1000, math.nan, dtype=np.float32)) == (1.0, 1.0)
+    np.testing.assert_allclose(widened(told, (2.0, 1.0))[0], [-6, -4, -2, 0, 1, 2, 3])
+
+
+def test_an_earlier_forecast_is_made_again_for_another_end() -> None:
+    """Of some rows: as if the run had been planned to end at the later check."""
+    ids = np.arange(0, V, 2)
+    some = moment(schedule()).of(ids)
+    assert [len(one.angle) for one in some.track] == [V // 2] * 3
+    later = past(60, 0.6, 0.2)
+    until = some.until(later, square=0.006)
+    assert (until.schedule.total, until.schedule.sum_left) == (60, pytest.approx(0.4))
+    assert until.schedule.square_left == pytest.approx(0.004)
+    planned = Schedule(20, 60, 0.2, 0.002, 0.4, 0.004, "adam", 1000.0)
+    np.testing.assert_allclose(growths(until)[0], growths(moment(planned).of(ids))[0], rtol=1e-6)
+
+
+def test_without_chances_the_share_has_a_range() -> None:
+    low, cosine, high = torch.tensor([[0.8, 0.9, 0.97, 0.5], [0.9, 0.94, 0.98, 0.6], [0.94, 0.96, 0.99, 0.7]])
+    live, none = torch.tensor([True, True, True, False]), torch.full((4,), math.nan)
+    found = summarise_forecast(Forecast(20, 200, cosine, low, high, none), live, {"ja": live})
+    assert found == pytest.approx(
+        {"below_0.95_low": 1 / 3, "below_0.95_high": 2 / 3, "cosine_mean": float(cosine[:3].mean())}
+    )

@@ -13,8 +13,20 @@ import torch
 from torch import Tensor
 
 from vocabguard.guard.watched import Watched
-from vocabguard.measure.forecast import Asked, Floats, Past, RowFacts, keep, past_of, track
-from vocabguard.measure.forecast_networks import forecast_running, forecast_starting
+from vocabguard.measure.drift import evenly
+from vocabguard.measure.forecast import (
+    SMALLEST_ANGLE,
+    Asked,
+    Floats,
+    Moment,
+    Past,
+    RowFacts,
+    keep,
+    past_of,
+    track,
+)
+from vocabguard.measure.forecast_networks import forecast_running, forecast_starting, growths
+from vocabguard.measure.forecast_range import missed_by
 from vocabguard.measure.learning_rates import RateMeter, Rates, group_of, planned_rates
 from vocabguard.results import Exposure, Forecast, NotApplicable, Preflight, RowDrift, Schedule
 from vocabguard.rows.matrices import VocabMatrix
@@ -23,9 +35,18 @@ from vocabguard.vocabulary.table import fit_rows
 logger = logging.getLogger("vocabguard")
 
 FITTED_WIDTH = 256
-"""Widest rows for which the forecast speaks. It was fitted on fine-tunes of one model, of width 128. On SmolLM2 135M
-(576) and Gemma 3 270M (640) it said that 13 to 63 % of the rows would end below 0.95, and at most 0.1 % did."""
-_WIDE = "the forecast was fitted on a small model; rows of width {} are wider than 256, where its ranges do not hold"
+"""Widest rows for which every forecast speaks; on wider ones only those whose ranges were measured on models that
+were never fitted: in mid-run from `SPEAKS_FROM` on, of optimizers that divide by a second moment, in float32."""
+SPEAKS_FROM = 0.1
+"""Share of the steps."""
+JUDGED_ROWS = 2048
+"""Rows by which an earlier forecast is judged."""
+_WIDE = (
+    "on rows wider than 256 (here {}) the forecast speaks from 10 % of the steps on: before, its ranges did not hold"
+)
+_WIDE_KIND = "on rows wider than 256 (here {}) the forecast was measured for {} only"
+# How long ago an earlier forecast that is judged was made: the ratio of the summed rates, best and allowed.
+_AGO, _LEAST_AGO, _MOST_AGO = 2.0, 1.15, 8.0
 _NO_TOTAL = NotApplicable("the forecast needs the planned number of optimizer steps")
 _NO_PLAN = NotApplicable("the forecast needs the learning rates to come: no schedule is known, or it was left")
 _NO_COUNTS = NotApplicable("the forecast needs counts of targets")
@@ -86,6 +107,7 @@ class Forecaster:
         schedule: a torch scheduler, or rates of the steps to come, or None.
         meter: learning rates so far and to come; None before `hook`, or where no optimizer has the head's rows.
         pasts: where the rows were.
+        moments: of some rows, what earlier forecasts were made of, to be judged by where the rows are now.
     """
 
     watched: Watched
@@ -96,6 +118,7 @@ class Forecaster:
     meter: RateMeter | None = None
     nature: Nature | None = None
     pasts: tuple[Past, ...] = ()
+    moments: tuple[Moment, ...] = ()
     _saved: Mapping[str, Any] = field(default_factory=dict, repr=False)
     _norm: Tensor | None = field(default=None, repr=False)
 
@@ -138,21 +161,57 @@ class Forecaster:
         if isinstance(known, NotApplicable):
             return known
         rows, asked = self._rows(), self._asked(exposure, step)
+        unmeasured = self._unmeasured(known)
         if known.sum_past <= 0:
             first = asked.prior is not None and known.optimizer != "sgd" and known.sum_left > 0
-            return forecast_starting(rows, asked, known) if first else _FIRST_MOVES
+            return unmeasured or (forecast_starting(rows, asked, known) if first else _FIRST_MOVES)
         now = past_of(step, known.sum_past, drift, rows.norm, asked.push.float(), asked.push_samples)
         known_from = track(self.pasts, now)
         if not self.pasts or self.pasts[-1].rate_sum < now.rate_sum:
             self.pasts = keep(self.pasts, now)
         if known_from is None:
-            return _NO_PAST
-        return forecast_running(rows, known_from, asked, known, drift.norm_ratio.numpy())
+            return unmeasured or _NO_PAST
+        moment = Moment(rows, known_from, asked, known, drift.norm_ratio.numpy())
+        sides = self._judged(moment)
+        return unmeasured or self._made(moment, sides)
+
+    def _made(self, moment: Moment, sides: tuple[float, float]) -> Forecast:
+        made = forecast_running(moment, sides)
+        # Ranges of rows held on models never fitted; an expected share of rows below 0.95 raised some false alarms.
+        wide = self.watched.baseline_of("head").width > FITTED_WIDTH
+        return replace(made, chance=torch.full_like(made.chance, math.nan)) if wide else made
+
+    def _unmeasured(self, known: Schedule) -> NotApplicable | None:
+        """Why ranges of this kind of run are not known to hold."""
+        width, matrix = self.watched.baseline_of("head").width, self.watched.matrices["head"]
+        if width <= FITTED_WIDTH:
+            return None
+        if known.optimizer == "sgd":
+            return NotApplicable(_WIDE_KIND.format(width, "optimizers that divide by a second moment"))
+        if isinstance(matrix, VocabMatrix) and matrix.weight.dtype != torch.float32:
+            return NotApplicable(_WIDE_KIND.format(width, "weights in float32"))
+        return NotApplicable(_WIDE.format(width)) if known.step < SPEAKS_FROM * known.total else None
+
+    def _judged(self, moment: Moment) -> tuple[float, float]:
+        """How much an earlier forecast of this run missed by, below and above; see `missed_by`."""
+        now, known = moment.track[0], moment.schedule
+        if known.optimizer == "sgd":
+            return 1.0, 1.0
+        ids = evenly(np.flatnonzero(moment.rows.live.numpy()), JUDGED_ROWS)
+        here = moment.of(ids)
+        ago = [(now.rate_sum / one.schedule.sum_past, one) for one in self.moments if len(one.norm_ratio) == len(ids)]
+        usable = [(ratio, one) for ratio, one in ago if _LEAST_AGO < ratio < _MOST_AGO]
+        if not self.moments or self.moments[-1].schedule.sum_past < known.sum_past:
+            kept = {past.step for past in self.pasts}
+            self.moments = (*(one for one in self.moments if one.schedule.step in kept), here)
+        if not usable:
+            return 1.0, 1.0
+        _, then = min(usable, key=lambda pair: abs(math.log(pair[0] / _AGO)))
+        quantiles, before = growths(then.until(here.track[0], known.square_past))
+        return missed_by(quantiles, np.log(np.maximum(here.track[0].angle, SMALLEST_ANGLE)) - before)
 
     def _schedule(self, step: int) -> Schedule | NotApplicable:
-        meter, nature, width = self.meter, self.nature, self.watched.baseline_of("head").width
-        if width > FITTED_WIDTH:
-            return NotApplicable(_WIDE.format(width))
+        meter, nature = self.meter, self.nature
         if self.total is None:
             return _NO_TOTAL
         if meter is None:
@@ -202,26 +261,43 @@ class Forecaster:
             )
             for past in self.pasts
         )
+        # Their rows were drawn from another vocabulary.
+        self.moments = ()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and a few V-sized vectors; loads with ``weights_only=True``."""
-        pasts = [{name: _storable(value) for name, value in vars(past).items()} for past in self.pasts]
-        return {"meter": {} if self.meter is None else self.meter.state_dict(), "pasts": pasts}
+        meter = {} if self.meter is None else self.meter.state_dict()
+        moments = [_moment_state(moment) for moment in self.moments]
+        return {"meter": meter, "pasts": [_state(past) for past in self.pasts], "moments": moments}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`; call it before `hook`."""
+        """Go on from `state_dict`; call it before `hook`. States of earlier versions have no moments."""
         self._saved = state["meter"]
-        self.pasts = tuple(
-            Past(
-                past["step"],
-                past["rate_sum"],
-                past["angle"].numpy(),
-                past["own_angle"].numpy(),
-                past["push"].numpy(),
-                past["push_samples"],
-            )
-            for past in state["pasts"]
-        )
+        self.pasts = tuple(_past(past) for past in state["pasts"])
+        self.moments = tuple(_moment(moment) for moment in state.get("moments", ()))
+
+
+def _state(part: Any) -> dict[str, Any]:
+    return {name: _storable(value) for name, value in vars(part).items()}
+
+
+def _past(state: Mapping[str, Any]) -> Past:
+    vectors = {name: value.numpy() for name, value in state.items() if isinstance(value, Tensor)}
+    return Past(**{**state, **vectors})
+
+
+def _moment_state(moment: Moment) -> dict[str, Any]:
+    parts = {name: _state(getattr(moment, name)) for name in ("rows", "asked", "schedule")}
+    track = [_state(past) for past in moment.track]
+    return {**parts, "track": track, "norm_ratio": torch.from_numpy(moment.norm_ratio)}
+
+
+def _moment(state: Mapping[str, Any]) -> Moment:
+    now, half, quarter = (_past(past) for past in state["track"])
+    return Moment(
+        RowFacts(**state["rows"]), (now, half, quarter), Asked(**state["asked"]), Schedule(**state["schedule"]),
+        state["norm_ratio"].numpy(),
+    )  # fmt: skip
 
 
 def _storable(value: Any) -> Any:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vocabguard.measure.exposure import exposure_classes
-from vocabguard.results import Forecast, RowDrift, Schedule
+from vocabguard.results import DEGRADED, Forecast, RowDrift, Schedule
 
 Floats = npt.NDArray[np.float32]
 
@@ -179,7 +180,9 @@ def summarise_forecast(forecast: Forecast, live: Tensor, parts: Mapping[str, Ten
     """Flat scalars of a forecast, over live rows that have one.
 
     Keys: ``below_0.95`` (share in [0, 1] of rows that is expected to end below, the mean of their chances), ``rows``
-    (how many that is), ``cosine_mean``; the first two also as ``<part>/...`` for each part that has such rows.
+    (how many that is), ``cosine_mean``; the first two also as ``<part>/...`` for each part that has such rows. Where
+    only ranges are known and no chances, ``below_0.95_low`` and ``below_0.95_high`` instead of them: shares in [0, 1]
+    of the rows whose whole range is below, and of those whose range reaches below.
 
     Example:
         >>> cosine, chance = torch.tensor([0.98, 0.94]), torch.tensor([0.1, 0.7])
@@ -188,10 +191,14 @@ def summarise_forecast(forecast: Forecast, live: Tensor, parts: Mapping[str, Ten
         >>> {name: round(value, 3) for name, value in found.items()}
         {'below_0.95': 0.4, 'rows': 0.8, 'cosine_mean': 0.96}
     """
-    usable = live & forecast.chance.isfinite()
-    if not bool(usable.any()):
+    known = live & forecast.cosine.isfinite()
+    if not bool(known.any()):
         return {}
-    found = {**_risk(forecast, usable), "cosine_mean": float(forecast.cosine[usable].double().mean())}
+    mean, usable = {"cosine_mean": float(forecast.cosine[known].double().mean())}, known & forecast.chance.isfinite()
+    if not bool(usable.any()):
+        least, most = (float((end[known] < DEGRADED).double().mean()) for end in (forecast.high, forecast.low))
+        return {"below_0.95_low": least, "below_0.95_high": most, **mean}
+    found = {**_risk(forecast, usable), **mean}
     for name, mask in parts.items():
         if bool((usable & mask).any()):
             found |= {f"{name}/{key}": value for key, value in _risk(forecast, usable & mask).items()}
@@ -210,6 +217,61 @@ def as_tensor(values: Floats) -> Tensor:
     tensor([2., 4.])
     """
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """All that a forecast in mid-run is made of, so that it can be made again for another end; see `running_features`.
+
+    Attributes:
+        norm_ratio: (V,) length of the rows over that of their baseline rows.
+    """
+
+    rows: RowFacts
+    track: tuple[Past, Past, Past]
+    asked: Asked
+    schedule: Schedule
+    norm_ratio: Floats
+
+    def of(self, ids: npt.NDArray[np.int64]) -> Moment:
+        """The same of some rows, in their order."""
+        now, half, quarter = (_of_rows(past, ids) for past in self.track)
+        rows, asked = _of_rows(self.rows, ids), _of_rows(self.asked, ids)
+        return Moment(rows, (now, half, quarter), asked, self.schedule, self.norm_ratio[ids])
+
+    def until(self, end: Past, square: float) -> Moment:
+        """The same for a run that ends at a later check.
+
+        Args:
+            end: where the rows are then.
+            square: squares of the learning rates up to then, summed.
+        """
+        known = self.schedule
+        sum_left, square_left = end.rate_sum - known.sum_past, square - known.square_past
+        ended = replace(known, total=end.step, sum_left=sum_left, square_left=square_left)
+        return replace(self, schedule=ended)
+
+
+_Part = TypeVar("_Part", RowFacts, Asked, Past)
+
+
+def _of_rows(part: _Part, ids: npt.NDArray[np.int64]) -> _Part:
+    """The same with some rows of its vectors, which come as tensors or as arrays."""
+    chosen: Any = {name: value[ids] for name, value in vars(part).items() if isinstance(value, (Tensor, np.ndarray))}
+    return replace(part, **chosen)
+
+
+def class_medians(values: Floats, rows: RowFacts, asked: Asked) -> Floats:
+    """(V,) the median over live rows of a row's exposure class; over all live rows where it has fewer than 5.
+
+    Example:
+        >>> counts, none = torch.tensor([0] * 5 + [9] * 5), torch.zeros(10)
+        >>> asked = Asked(counts, counts, counts, none, none, none, 0, None, False, 1.0)
+        >>> facts = RowFacts(torch.ones(10), counts.byte(), torch.ones(10).bool(), width=4, tied=False)
+        >>> class_medians(np.arange(10, dtype=np.float32), facts, asked)
+        array([2., 2., 2., 2., 2., 7., 7., 7., 7., 7.], dtype=float32)
+    """
+    return _medians(values, exposure_classes(asked.targets).numpy(), rows.live.numpy(), _FEW)
 
 
 SMALLEST_ANGLE = 1e-4
@@ -239,7 +301,7 @@ def running_features(
         >>> schedule = Schedule(100, 200, 0.1, 1e-4, 0.1, 1e-4, "adam", memory=1000.0)
         >>> numbers, angle = running_features(facts, (now, half, half), asked, schedule, norm_ratio=one)
         >>> numbers.shape, np.exp(angle).round(3)
-        ((2, 37), array([0.1, 0.1], dtype=float32))
+        ((2, 39), array([0.1, 0.1], dtype=float32))
     """
     now, half, quarter = track
     angle, live = _log(now.angle), rows.live.numpy()
@@ -279,6 +341,9 @@ def running_features(
         usual_fading,
         usual_fading * span,
         usual_fading * memory,
+        # From here on for the range only.
+        math.log(max(math.log(now.rate_sum / half.rate_sum), 1e-2)),
+        _spreads(growth, classes, live, _FEW),
     ]
     return _stacked(columns, len(angle)), angle
 
@@ -449,6 +514,24 @@ def _medians(values: Floats, parts: npt.NDArray[np.integer], chosen: npt.NDArray
         if len(inside) >= least:
             found[of_part] = np.median(inside)
     return found
+
+
+def _spreads(values: Floats, parts: npt.NDArray[np.integer], chosen: npt.NDArray[np.bool_], least: int) -> Floats:
+    """(V,) half the distance between the 10 % and 90 % quantiles of a row's part; as `_medians` else."""
+    usable = chosen & np.isfinite(values)
+    everywhere = _half_width(values[usable]) if usable.any() else 0.0
+    found = np.full(len(values), everywhere, dtype=np.float32)
+    for part in np.unique(parts):
+        of_part = parts == part
+        inside = values[of_part & usable]
+        if len(inside) >= least:
+            found[of_part] = _half_width(inside)
+    return found
+
+
+def _half_width(values: Floats) -> float:
+    low, high = np.quantile(values, (0.1, 0.9))
+    return float(high - low) / 2
 
 
 def _log(values: npt.ArrayLike, smallest: float = SMALLEST_ANGLE) -> Floats:

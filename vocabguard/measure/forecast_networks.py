@@ -19,16 +19,15 @@ from vocabguard.measure.forecast import (
     SMALLEST_ANGLE,
     Asked,
     Floats,
-    Past,
+    Moment,
     RowFacts,
     as_tensor,
+    class_medians,
     running_features,
     starting_features,
 )
+from vocabguard.measure.forecast_range import LEVELS, Range, widened
 from vocabguard.results import DEGRADED, Forecast, Schedule
-
-LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
-"""Quantiles that a network gives."""
 
 KINDS = ("running-adam", "running-sgd", "starting")
 """Names of the networks."""
@@ -63,18 +62,15 @@ class QuantileNets:
     widen: tuple[float, float]
 
     def quantiles(self, inputs: Floats) -> Floats:
-        """(V, Q), ascending in Q, of (V, F) inputs."""
+        """(V, Q), ascending in Q, of the first F columns of (V, F or more) inputs."""
         found = np.empty((len(inputs), len(LEVELS)), dtype=np.float32)
         for start in range(0, len(inputs), _CHUNK):
             part = slice(start, start + _CHUNK)
             # Beyond what was seen in fitting nothing is known: the edge stands for it.
-            x = np.nan_to_num(np.clip((inputs[part] - self.mean) / self.scale, -_WITHIN, _WITHIN))
+            x = (inputs[part, : len(self.mean)] - self.mean) / self.scale
+            x = np.nan_to_num(np.clip(x, -_WITHIN, _WITHIN))
             found[part] = sum(self._one(x, member) for member in range(len(self.weights[0]))) / len(self.weights[0])
-        below, above = self.widen
-        middle = found[:, _MEDIAN : _MEDIAN + 1]
-        found[:, :_MEDIAN] = middle + below * (found[:, :_MEDIAN] - middle)
-        found[:, _MEDIAN + 1 :] = middle + above * (found[:, _MEDIAN + 1 :] - middle)
-        return found
+        return widened(found, self.widen)
 
     def _one(self, x: Floats, member: int) -> Floats:
         past = x @ self.weights[3][member]
@@ -138,30 +134,60 @@ def nets_of(tensors: Mapping[str, Floats], name: str) -> QuantileNets:
     )
 
 
-def forecast_running(
-    rows: RowFacts, track: tuple[Past, Past, Past], asked: Asked, schedule: Schedule, norm_ratio: Floats
-) -> Forecast:
-    """The forecast in mid-run; see `running_features` for what it takes.
+def growths(moment: Moment) -> tuple[Floats, Floats]:
+    """(V, Q) quantiles of how the logarithm of each row's angle grows up to the end, and the (V,) logarithm now.
+
+    Networks that were fitted on one small model rank the rows; where they end, and how wide the range is, is read by
+    `vocabguard.measure.forecast_range`, which was fitted on several models. Plain gradient descent has the networks
+    only.
+    """
+    inputs, now = running_features(moment.rows, moment.track, moment.asked, moment.schedule, moment.norm_ratio)
+    found = packaged(f"running-{moment.schedule.optimizer}").quantiles(inputs)
+    if moment.schedule.optimizer == "adam":
+        of_class = class_medians(found[:, _MEDIAN], moment.rows, moment.asked)
+        found = packaged_range().quantiles(inputs, found, of_class)
+    return found, now
+
+
+@functools.cache
+def packaged_range() -> Range:
+    """The range that comes with the package.
+
+    Example:
+        >>> packaged_range().levels.shape
+        (7,)
+    """
+    data = (resources.files("vocabguard.measure") / "forecast.safetensors").read_bytes()
+    tensors = safetensors.numpy.load(data)
+    return Range(*(tensors[f"range/{name}"].astype(np.float64) for name in ("median", "width", "levels")))
+
+
+def forecast_running(moment: Moment, sides: tuple[float, float] = (1.0, 1.0)) -> Forecast:
+    """The forecast in mid-run.
+
+    Args:
+        moment: all that is known.
+        sides: what distances from the median are multiplied by, below and above, in the angle; see `missed_by`.
 
     Example:
         >>> import torch
+        >>> from vocabguard.measure.forecast import Past
         >>> one, no = np.ones(2, dtype=np.float32), torch.zeros(2, dtype=torch.int64)
         >>> facts = RowFacts(torch.ones(2), no.byte(), torch.ones(2).bool(), width=4, tied=False)
         >>> now = Past(100, 0.1, angle=np.array([0.1, 0.4], dtype=np.float32), own_angle=one, push=one, push_samples=1)
         >>> asked = Asked(no, no, no - 1, no.float(), no.float(), no.float(), 1, None, False, 8.0)
         >>> over = Schedule(100, 100, 0.1, 1e-4, sum_left=0.0, square_left=0.0, optimizer="adam", memory=1000.0)
-        >>> forecast = forecast_running(facts, (now, now, now), asked, over, norm_ratio=one)
+        >>> forecast = forecast_running(Moment(facts, (now, now, now), asked, over, norm_ratio=one))
         >>> forecast.cosine, forecast.chance.round()  # nothing moves any more: cos(0.1) and cos(0.4)
         (tensor([0.9950, 0.9211]), tensor([0., 1.]))
     """
-    angle = track[0].angle
-    if schedule.sum_left <= 0:
+    angle = moment.track[0].angle
+    if moment.schedule.sum_left <= 0:
         # Nothing moves any more.
         stays = np.log(np.maximum(angle, SMALLEST_ANGLE))
-        return forecast_of(np.repeat(stays[:, None], len(LEVELS), axis=1), np.isnan(angle), schedule)
-    inputs, relative_to = running_features(rows, track, asked, schedule, norm_ratio)
-    quantiles = packaged(f"running-{schedule.optimizer}").quantiles(inputs) + relative_to[:, None]
-    return forecast_of(quantiles, np.isnan(angle), schedule)
+        return forecast_of(np.repeat(stays[:, None], len(LEVELS), axis=1), np.isnan(angle), moment.schedule)
+    grown, now = growths(moment)
+    return forecast_of(widened(grown, sides) + now[:, None], np.isnan(angle), moment.schedule)
 
 
 def forecast_starting(rows: RowFacts, asked: Asked, schedule: Schedule) -> Forecast:
