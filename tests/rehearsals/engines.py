@@ -129,7 +129,8 @@ def gradients(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> tuple[str, 
     if "reason" in ranks[0]["exposure"]:
         return "refused", ranks[0]["exposure"]["reason"]
     if all(bool(one["exposure"][name].isnan().all()) for one in ranks for name in ("pull", "push")):
-        return "refused", "no process reads the gradient of whole rows"
+        told = [note for note in ranks[0]["notes"] if note.startswith("Pull and push")]
+        return ("refused", told[0].partition(": ")[2]) if told else ("wrong", "not read, and nobody is told")
     worst = 0.0
     for one in ranks:
         for name in ("pull", "push"):
