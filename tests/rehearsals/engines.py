@@ -22,28 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+sys.path.append(str(Path(__file__).parent))
+from table import ENGINES as NAMES
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "engines.json"
-MEASURES = ("drift", "exposure", "pull and push", "probe", "echo", "hold")
-NAMES = {
-    "ddp": "DDP",
-    "fsdp1_orig": "FSDP1, original parameters",
-    "fsdp1_flat": "FSDP1, flat parameters",
-    "fsdp2": "FSDP2",
-    "fsdp2_tied": "FSDP2, tied",
-    "fsdp2_offload": "FSDP2, CPU offload",
-    "hsdp": "HSDP (2 x 2)",
-    "tp": "tensor parallel by rows",
-    "tp_columns": "tensor parallel by columns",
-    "tp_auto": '`tp_plan="auto"`',
-    "fsdp2_tp": "FSDP2 x tensor parallel (2 x 2)",
-    "context": "context parallel batches",
-    "sequence": "sequence parallel batches (Ulysses)",
-    "pipeline": "pipeline stages",
-    "zero1": "DeepSpeed ZeRO-1",
-    "zero2": "DeepSpeed ZeRO-2",
-    "zero3": "DeepSpeed ZeRO-3",
-}
 FOUR = ("hsdp", "fsdp2_tp")
 MODES = ("watch", "echo", "freeze", "shared")
 NEVER = 300

@@ -66,6 +66,7 @@ class Watched:
         not_compared: why rows could not be compared with unused ones; None where they were, or none were looked for.
         replicas: which processes see the same data.
         differ: what is refused since processes differ, in words.
+        alike: matrices that all processes have whole and the same.
     """
 
     matrices: dict[MatrixName, VocabMatrix | NotApplicable]
@@ -77,6 +78,7 @@ class Watched:
     not_compared: str | None = None
     replicas: Replicas = Replicas()
     differ: tuple[str, ...] = ()
+    alike: frozenset[str] = frozenset()
 
     @property
     def tied(self) -> bool:
@@ -187,7 +189,9 @@ def watch_model(
         baselines, lost = _baselines(matrices, config, resumed["baselines"] if resumed else None, steps_done)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
-    watched = Watched(matrices, baselines, table, rows, tokenizer, lost, None, agreed.replicas, agreed.differ)
+    watched = Watched(
+        matrices, baselines, table, rows, tokenizer, lost, None, agreed.replicas, agreed.differ, agreed.alike
+    )
     if "trained" in resumed:
         # Rows that were added to the checkpoint since have no base: no alarm counts them.
         watched.mark_trained(fit_rows(resumed["trained"], rows, False))
