@@ -27,6 +27,7 @@ from table import ENGINES as NAMES
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "engines.json"
+STEPS = 6
 FOUR = ("hsdp", "fsdp2_tp")
 MODES = ("watch", "echo", "freeze", "shared")
 NEVER = 300
@@ -186,9 +187,9 @@ def _moved(one: dict[str, Any]) -> Tensor:
 
 
 def faulty(folder: Path, kind: str, count: int) -> str:
-    """What went wrong where one process's guard fails in mid-step; empty if training went on as without a guard."""
-    bare, broken = load(folder, kind, "bare", count), load(folder, kind, "fault", count)
-    if any(len(one["losses"]) != len(bare[0]["losses"]) for one in broken):
+    """What went wrong where one process's guard fails in mid-run; empty if all learned of it and training went on."""
+    broken = load(folder, kind, "fault", count)
+    if any(len(one["losses"]) != STEPS for one in broken):
         return "training ended"
     if not all(one["failure"] for one in broken):
         return f"not every process learned of it: {[one['failure'] for one in broken]}"
