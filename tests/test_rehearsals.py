@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 REHEARSALS = Path(__file__).parent / "rehearsals"
 RESULTS = sorted((REHEARSALS / "results").glob("*.json"))
-CLIENTS = [path for path in RESULTS if path.stem != "trackers"]
+CLIENTS = [path for path in RESULTS if path.stem not in ("trackers", "engines")]
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +68,14 @@ def test_trackers_have_the_keys_at_every_check() -> None:
             assert one[way]["checks"] == 5
             assert one[way]["last_value_right"]
             assert one[way]["worst_tokens"]
+
+
+def test_no_engine_is_wrong_and_each_refusal_is_quick_and_in_words(table: Any) -> None:
+    found = json.loads((REHEARSALS / "results" / "engines.json").read_text(encoding="utf-8"))
+    assert set(found["engines"]) == set(table.ENGINES)
+    for kind, one in found["engines"].items():
+        assert one["fault"] == "training went on", kind
+        assert set(one["measures"]) == set(table.MEASURES)
+        for measure in one["measures"].values():
+            assert measure["verdict"] in ("right", "refused"), kind
+            assert measure["verdict"] == "right" or (measure["seconds"] < 10 and len(measure["why"]) > 20), kind

@@ -49,7 +49,6 @@ IN_TWO_PROCESSES: dict[str, dict[str, str]] = {
     "DDP": _by_hand("ddp"),
     "FSDP2": _by_hand("fsdp"),
     "Lightning `ModelParallelStrategy`": {"drift": SHARDED_BY_LIGHTNING, "exposure": SHARDED_BY_LIGHTNING},
-    "DeepSpeed and FSDP1": {},
 }
 """The test behind each cell; a test that is skipped says why not."""
 

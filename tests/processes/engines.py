@@ -42,7 +42,6 @@ MODES: dict[str, dict[str, Any]] = {
     "freeze": QUIET | {"hold": {"enabled": True, "mode": "freeze"}},
     "shared": QUIET | {"hold": {"enabled": True, "mode": "shared"}},
     "fault": QUIET | {"hold": {"enabled": True, "mode": "shared"}},
-    "bare": {},
 }
 
 
@@ -418,23 +417,21 @@ def train(kind: str, mode: str, folder: Path) -> dict[str, Any]:
     share = BATCH // engine.replicas
     mine = [row for place, row in enumerate(examples()) if place % BATCH // share == engine.replica]
     collate: Any = DataCollatorForSeq2Seq(tokenizer_of())
-    guard = VocabGuard(tokenizer=tokenizer_of(), **options) if options else None
-    if guard is not None and mode == "echo":
+    guard = VocabGuard(tokenizer=tokenizer_of(), **options)
+    if mode == "echo":
         collate = guard.collator(collate)
     loader: Any = DataLoader(mine, batch_size=share, collate_fn=collate)  # type: ignore[arg-type]
     seen, losses, same = torch.zeros(2, ROWS, dtype=torch.int64), [], True
     result: dict[str, Any] = {"refused": None, "watch": {}, "notes": ()}
     with ExitStack() as stack:
         _around(kind, mode, stack)
-        if guard is not None:
-            began = time.perf_counter()
-            watch = guard.attach(engine.model, engine.optimizer, total_steps=STEPS, run_dir=folder, dataloader=loader)
-            result["attach_seconds"] = time.perf_counter() - began
-            if watch is not None:
-                told = {name: getattr(watch, name) for name in ("head", "embedding", "probe")}
-                result["watch"] = {name: getattr(one, "reason", None) for name, one in told.items()}
-                result["notes"] = watch.notes
-        last = None
+        began = time.perf_counter()
+        watch = guard.attach(engine.model, engine.optimizer, total_steps=STEPS, run_dir=folder, dataloader=loader)
+        result["attach_seconds"] = time.perf_counter() - began
+        if watch is not None:
+            told = {name: getattr(watch, name) for name in ("head", "embedding", "probe")}
+            result["watch"] = {name: getattr(one, "reason", None) for name, one in told.items()}
+            result["notes"] = watch.notes
         for number, batch in enumerate(loader, start=1):
             seen += _asked(batch)
             if engine.replicas != _place()[1] and dist.is_initialized():
@@ -442,22 +439,20 @@ def train(kind: str, mode: str, folder: Path) -> dict[str, Any]:
             loss = engine.loss(batch)
             engine.step(loss)
             losses.append(float(loss.detach()))
-            if guard is not None:
-                with Sent() as sent:
-                    last = guard.step(number)
-                result["sent_at_check" if last is not None else "sent_in_step"] = (sent.elements, sent.largest)
+            with Sent() as sent:
+                last = guard.step(number)
+            result["sent_at_check" if last is not None else "sent_in_step"] = (sent.elements, sent.largest)
         result |= {"losses": losses, "start": start, "now": engine.rows(), "seen": seen, "same_batches": same}
-        if guard is not None:
-            result |= {"failure": guard.failure, "latest": dict(guard.latest)}
-            found = guard.last
-            if found is not None:
-                result |= {name: _drift(getattr(found, name)) for name in ("head", "embedding")}
-                result["exposure"] = _vectors(found.exposure)
-                probe = found.probe
-                result["probe"] = None if probe is None else {"ids": probe.ids, "probability": probe.probability}
-            state = guard.state_dict()
-            result["counts"] = state.get("exposure", {}).get("data_target")
-            guard.finish()
+        result |= {"failure": guard.failure, "latest": dict(guard.latest)}
+        found = guard.last
+        if found is not None:
+            result |= {name: _drift(getattr(found, name)) for name in ("head", "embedding")}
+            result["exposure"] = _vectors(found.exposure)
+            probe = found.probe
+            result["probe"] = None if probe is None else {"ids": probe.ids, "probability": probe.probability}
+        state = guard.state_dict()
+        result["counts"] = state.get("exposure", {}).get("data_target")
+        guard.finish()
     return result
 
 

@@ -22,28 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+sys.path.append(str(Path(__file__).parent))
+from table import ENGINES as NAMES
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "engines.json"
-MEASURES = ("drift", "exposure", "pull and push", "probe", "echo", "hold")
-NAMES = {
-    "ddp": "DDP",
-    "fsdp1_orig": "FSDP1, original parameters",
-    "fsdp1_flat": "FSDP1, flat parameters",
-    "fsdp2": "FSDP2",
-    "fsdp2_tied": "FSDP2, tied",
-    "fsdp2_offload": "FSDP2, CPU offload",
-    "hsdp": "HSDP (2 x 2)",
-    "tp": "tensor parallel by rows",
-    "tp_columns": "tensor parallel by columns",
-    "tp_auto": '`tp_plan="auto"`',
-    "fsdp2_tp": "FSDP2 x tensor parallel (2 x 2)",
-    "context": "context parallel batches",
-    "sequence": "sequence parallel batches (Ulysses)",
-    "pipeline": "pipeline stages",
-    "zero1": "DeepSpeed ZeRO-1",
-    "zero2": "DeepSpeed ZeRO-2",
-    "zero3": "DeepSpeed ZeRO-3",
-}
+STEPS = 6
 FOUR = ("hsdp", "fsdp2_tp")
 MODES = ("watch", "echo", "freeze", "shared")
 NEVER = 300
@@ -146,7 +130,8 @@ def gradients(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> tuple[str, 
     if "reason" in ranks[0]["exposure"]:
         return "refused", ranks[0]["exposure"]["reason"]
     if all(bool(one["exposure"][name].isnan().all()) for one in ranks for name in ("pull", "push")):
-        return "refused", "no process reads the gradient of whole rows"
+        told = [note for note in ranks[0]["notes"] if note.startswith("Pull and push")]
+        return ("refused", told[0].partition(": ")[2]) if told else ("wrong", "not read, and nobody is told")
     worst = 0.0
     for one in ranks:
         for name in ("pull", "push"):
@@ -202,9 +187,9 @@ def _moved(one: dict[str, Any]) -> Tensor:
 
 
 def faulty(folder: Path, kind: str, count: int) -> str:
-    """What went wrong where one process's guard fails in mid-step; empty if training went on as without a guard."""
-    bare, broken = load(folder, kind, "bare", count), load(folder, kind, "fault", count)
-    if any(len(one["losses"]) != len(bare[0]["losses"]) for one in broken):
+    """What went wrong where one process's guard fails in mid-run; empty if all learned of it and training went on."""
+    broken = load(folder, kind, "fault", count)
+    if any(len(one["losses"]) != STEPS for one in broken):
         return "training ended"
     if not all(one["failure"] for one in broken):
         return f"not every process learned of it: {[one['failure'] for one in broken]}"

@@ -21,6 +21,26 @@ NAMES = {
     "lightning": "a script with a Lightning `Trainer`",
     "litgpt": "litgpt's model, data and loss in Fabric",
 }  # fmt: skip
+ENGINES = {
+    "ddp": "DDP",
+    "fsdp1_orig": "FSDP1, original parameters",
+    "fsdp1_flat": "FSDP1, flat parameters",
+    "fsdp2": "FSDP2",
+    "fsdp2_tied": "FSDP2, tied",
+    "fsdp2_offload": "FSDP2, CPU offload",
+    "hsdp": "HSDP (2 x 2)",
+    "tp": "tensor parallel by rows",
+    "tp_columns": "tensor parallel by columns",
+    "tp_auto": '`tp_plan="auto"`',
+    "fsdp2_tp": "FSDP2 x tensor parallel (2 x 2)",
+    "context": "context parallel batches",
+    "sequence": "sequence parallel batches (Ulysses)",
+    "pipeline": "pipeline stages",
+    "zero1": "DeepSpeed ZeRO-1",
+    "zero2": "DeepSpeed ZeRO-2",
+    "zero3": "DeepSpeed ZeRO-3",
+}
+MEASURES = ("drift", "exposure", "pull and push", "probe", "echo", "hold")
 TRACKERS = {"wandb": "wandb (offline)", "mlflow": "MLflow", "trackio": "trackio", "tensorboard": "TensorBoard"}
 
 
@@ -83,6 +103,31 @@ def trackers() -> str:
     return "\n".join(lines)
 
 
+def engines() -> str:
+    """Engine x measure (right, or refused in so many seconds, and why)."""
+    found = json.loads((HERE / "results" / "engines.json").read_text(encoding="utf-8"))["engines"]
+    lines = [f"| engine | processes | {' | '.join(MEASURES)} |", "|---|---|" + "---|" * len(MEASURES)]
+    reasons: dict[str, int] = {}
+    for name, title in ENGINES.items():
+        if name not in found:
+            lines.append(f"| {title} | not run |" + " - |" * len(MEASURES))
+            continue
+        one = found[name]
+        cells = [_cell(one["measures"][measure], reasons) for measure in MEASURES]
+        lines.append(f"| {title} | {one['processes']} | {' | '.join(cells)} |")
+    told = [f"<sup>{number}</sup> {reason}" for reason, number in reasons.items()]
+    return "\n".join([*lines, "", *told])
+
+
+def _cell(found: dict[str, Any], reasons: dict[str, int]) -> str:
+    if found["verdict"] != "refused":
+        return str(found["verdict"])
+    reason = found["why"].partition(" is off: ")[2] or found["why"]
+    reason = (reason[0].upper() + reason[1:]).rstrip(".") + "."
+    number = reasons.setdefault(reason, len(reasons) + 1)
+    return f"refused ({found['seconds']:.1f} s) <sup>{number}</sup>"
+
+
 def result(name: str) -> dict[str, Any] | None:
     """Of a client; None where it was not run."""
     path = HERE / "results" / f"{name}.json"
@@ -95,8 +140,8 @@ def yes(so: bool) -> str:
 
 
 def written(text: str) -> str:
-    """The page with both tables put in."""
-    for name, table in (("clients", clients()), ("trackers", trackers())):
+    """The page with the tables put in."""
+    for name, table in (("clients", clients()), ("trackers", trackers()), ("engines", engines())):
         begin, end = f"<!-- {name}: by tests/rehearsals/table.py -->", f"<!-- end of {name} -->"
         head, _, rest = text.partition(begin)
         _, _, tail = rest.partition(end)

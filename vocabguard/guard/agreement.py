@@ -6,13 +6,14 @@ the guard is, and training goes on. Without it a process would wait for others t
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vocabguard import collective
 from vocabguard.guard.layout import Layout, Replicas, layout_of, replicas_of
@@ -21,6 +22,7 @@ from vocabguard.rows.matrices import VocabMatrix
 
 Matrices = Mapping[MatrixName, VocabMatrix | NotApplicable]
 
+_DIGEST_ROWS = 64
 _STAGES = "; a model that is cut into pipeline stages is not followed"
 T = TypeVar("T")
 
@@ -40,6 +42,7 @@ class MatrixFound:
         span: first element, the one after the last, first and last column where it is split by columns; None where the
             process has all of it.
         elements: how many it has.
+        digest: of some rows, where the process has all of them.
     """
 
     reason: str = ""
@@ -47,6 +50,7 @@ class MatrixFound:
     shape: tuple[int, int] = (0, 0)
     span: tuple[int, ...] | None = None
     elements: int = 0
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,14 @@ class Agreement:
         rows: V.
         matrices: with who speaks for what, or why they are not followed.
         differ: what was refused because processes differ, in words.
+        alike: matrices that all processes have whole and the same, so that each need read a share only.
     """
 
     rows: int
     matrices: dict[MatrixName, VocabMatrix | NotApplicable]
     replicas: Replicas
     differ: tuple[str, ...] = ()
+    alike: frozenset[str] = frozenset()
 
 
 def agree_on(model: nn.Module, matrices: Matrices, rows: Callable[[], int]) -> Agreement:
@@ -112,9 +118,11 @@ def agree_on(model: nn.Module, matrices: Matrices, rows: Callable[[], int]) -> A
     alike = {name: {one.matrices[name].reason for one in everyone} for name in matrices}
     differ = [reason for name, (reason, _) in verdict.items() if reason and alike[name] != {reason}]
     differ += [] if replicas.refused is None else [replicas.refused.reason]
+    digests = {name: {one.matrices[name].digest for one in everyone} for name in matrices}
+    same = frozenset(name for name, told in digests.items() if len(everyone) > 1 and len(told) == 1 and told != {""})
     found = everyone[0].rows
     assert found is not None
-    return Agreement(found, mine, replicas, tuple(dict.fromkeys(differ)))
+    return Agreement(found, mine, replicas, tuple(dict.fromkeys(differ)), same)
 
 
 def found_here(model: nn.Module, matrices: Matrices, rows: int | None, error: str) -> Found:
@@ -137,9 +145,18 @@ def _matrix_found(matrix: VocabMatrix | NotApplicable) -> MatrixFound:
     if matrix.adapter is not None:
         kind += f" with {matrix.adapter.kind}"
     if shard is None:
-        return MatrixFound("", f"{kind}, whole", shape, None, shape[0] * shape[1])
+        digest = "" if matrix.adapter is not None else _digest(matrix.own())
+        return MatrixFound("", f"{kind}, whole", shape, None, shape[0] * shape[1], digest)
     columns = () if shard.columns is None else (shard.columns.start, shard.columns.stop)
     return MatrixFound("", f"{kind}, in parts", shape, (shard.start, shard.stop, *columns), shard.elements)
+
+
+def _digest(rows: Tensor) -> str:
+    """SHA-256 of the bytes of evenly spaced rows; empty where nobody is there to compare them, or they are odd."""
+    if collective.world_size() == 1 or type(rows) is not Tensor or rows.device.type == "meta":
+        return ""
+    some = rows[:: max(1, len(rows) // _DIGEST_ROWS)].to("cpu", copy=True).contiguous()
+    return hashlib.sha256(some.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def judged(everyone: Sequence[Found]) -> dict[MatrixName, tuple[str, frozenset[int]]]:

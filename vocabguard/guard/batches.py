@@ -415,6 +415,7 @@ class Observer:
         self._silent = 0
         self._names: tuple[str, ...] = ()
         self._unread, self._told = True, False
+        self._seen: tuple[Any, ...] = ()
         self.hooked = False
         if matrix is None:
             self._read_no_gradient()
@@ -533,7 +534,13 @@ class Observer:
         """Its rows before a step's first batch is counted, so that its targets are not forgotten; and its device."""
         if self._matrix is None:
             return
-        rows, device, counter = self._matrix.rows, self._matrix.device, self.counter
+        weight, counter = self._matrix.weight, self.counter
+        seen = (id(weight), len(weight), weight.device, counter.rows)
+        if seen == self._seen:
+            # To ask an engine for its rows takes longer than to count a batch.
+            return
+        self._seen = seen
+        rows, device = self._matrix.rows, self._matrix.device
         if rows != counter.rows:
             counter.resize(rows)
         if device != counter.device and device.type != "meta":

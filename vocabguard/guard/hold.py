@@ -19,6 +19,8 @@ def unheld(matrix: VocabMatrix) -> str | None:
     """Why the rows of a matrix cannot be put back after a step, as its engine spreads it; None where they can."""
     if (held := matrix.held) is not None:
         return f"{held.engine} has the output rows in parts of its own"
+    if hasattr(matrix.weight, "_hp_mapping"):
+        return "DeepSpeed steps copies of the output rows, of which each process has a part (ZeRO)"
     shard = matrix.shard
     if shard is not None and shard.partial:
         return "the output matrix is split by columns, so no process has a whole row"

@@ -66,6 +66,7 @@ class Watched:
         not_compared: why rows could not be compared with unused ones; None where they were, or none were looked for.
         replicas: which processes see the same data.
         differ: what is refused since processes differ, in words.
+        alike: matrices that all processes have whole and the same.
     """
 
     matrices: dict[MatrixName, VocabMatrix | NotApplicable]
@@ -77,6 +78,7 @@ class Watched:
     not_compared: str | None = None
     replicas: Replicas = Replicas()
     differ: tuple[str, ...] = ()
+    alike: frozenset[str] = frozenset()
 
     @property
     def tied(self) -> bool:
@@ -91,10 +93,23 @@ class Watched:
         Of a matrix that is split by columns no process has a whole row, so none has the norm of its gradient.
         """
         head = self.matrices["head"]
-        if not isinstance(head, VocabMatrix) or head.adapter is not None or head.held is not None:
+        if not isinstance(head, VocabMatrix) or head.adapter is not None or self.ungraded is not None:
             return None
+        return head
+
+    @property
+    def ungraded(self) -> str | None:
+        """Why the gradient of the output rows is not read, as the engine has it; None where it is."""
+        head = self.matrices["head"]
+        if not isinstance(head, VocabMatrix) or head.adapter is not None:
+            return None
+        if (held := head.held) is not None:
+            return f"{held.engine} has the output rows and their gradient in parts of its own"
+        if hasattr(head.weight, "_hp_mapping"):
+            return "DeepSpeed steps copies of the output rows, and clears their gradient before it can be read (ZeRO)"
         shard = head.shard
-        return head if shard is None or not shard.partial else None
+        split = shard is not None and shard.partial
+        return "the output matrix is split by columns, so no process has the gradient of a whole row" if split else None
 
     @property
     def sharded(self) -> bool:
@@ -187,7 +202,9 @@ def watch_model(
         baselines, lost = _baselines(matrices, config, resumed["baselines"] if resumed else None, steps_done)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(str(error)) from error
-    watched = Watched(matrices, baselines, table, rows, tokenizer, lost, None, agreed.replicas, agreed.differ)
+    watched = Watched(
+        matrices, baselines, table, rows, tokenizer, lost, None, agreed.replicas, agreed.differ, agreed.alike
+    )
     if "trained" in resumed:
         # Rows that were added to the checkpoint since have no base: no alarm counts them.
         watched.mark_trained(fit_rows(resumed["trained"], rows, False))
@@ -207,6 +224,8 @@ def describe(
     if watched.tokenizer is not None and watched.not_compared is not None:
         blind = (f"Under-trained tokens not measured: {watched.not_compared}; only rows of tiny norm are set apart.",)
     blind += tuple(f"Not followed: {one}." for one in watched.differ)
+    if (why := watched.ungraded) is not None:
+        blind += (f"Pull and push are not applicable: {why}.",)
     return Watch(
         head=watched.describe("head"), embedding=watched.describe("embedding"),
         probe=prober if isinstance(prober, NotApplicable) else None, preflight=flight,

@@ -201,6 +201,42 @@ class VocabMatrix:
             yield slice(start, stop), own[start:stop]
 
 
+@dataclass(frozen=True)
+class SomeRows:
+    """Of a matrix that every process has whole, the rows that this one reads.
+
+    Attributes:
+        matrix: without an adapter, and not spread.
+        shard: whole rows.
+    """
+
+    matrix: VocabMatrix
+    shard: Shard
+
+    @classmethod
+    def share(cls, matrix: VocabMatrix, place: int, count: int) -> SomeRows:
+        """One of `count` shares."""
+        each = -(-matrix.rows // count)
+        first = min(place * each, matrix.rows)
+        last, width = min(first + each, matrix.rows), matrix.width
+        return cls(matrix, Shard(matrix.rows, width, first * width, last * width))
+
+    @property
+    def rows(self) -> int:
+        """V, of the whole matrix."""
+        return self.shard.rows
+
+    @property
+    def width(self) -> int:
+        """Elements a row."""
+        return self.shard.width
+
+    def chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
+        """Walk over this share; see `VocabMatrix.chunks`."""
+        rows = self.matrix.own()
+        yield from ((piece, rows[piece]) for piece in self.shard.pieces(size))
+
+
 def find_matrices(
     model: nn.Module, head: str | None = None, embedding: str | None = None, tokens: int | None = None
 ) -> dict[MatrixName, VocabMatrix | NotApplicable]:
