@@ -294,7 +294,7 @@ def run_data(log: RunLog, text: TextOf | None = None, top: int = TOP) -> PageDat
 
 
 def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
-    checks, names = Checks.of(log.each_check()), tuple(str(name) for name in log.meta["groups"])
+    checks, names = Checks(log.each_check()), tuple(str(name) for name in log.meta["groups"])
     watch = _watch(log.meta["watch"], str(log.folder))
     notes = {kind: found for kind in NOTES if (found := log.notes(kind))}
     curves = _with_languages(checks.curves, notes.get("confusion", ()))
@@ -350,7 +350,6 @@ def _value(number: float | None) -> float:
     return math.nan if number is None else float(number)
 
 
-@dataclass
 class Checks:
     """What a page needs of a run's checks, which are read one at a time.
 
@@ -363,32 +362,27 @@ class Checks:
         texts: of all tokens that the checks name.
     """
 
-    last: Mapping[str, Any] = field(default_factory=dict)
-    probe_step: int | None = None
-    total: int | None = None
-    curves: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
-    scalars: dict[str, float] = field(default_factory=dict)
-    texts: dict[int, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, checks: Iterable[Mapping[str, Any]]) -> Checks:
-        """Read them."""
-        found, probed = cls(), dict[str, float]()
+    def __init__(self, checks: Iterable[Mapping[str, Any]]) -> None:
+        self.last: Mapping[str, Any] = {}
+        self.probe_step: int | None = None
+        self.total: int | None = None
+        self.curves: dict[str, tuple[list[int], list[float]]] = {}
+        self.texts: dict[int, str] = {}
+        probed: Mapping[str, float | None] = {}
         for check in checks:
-            found.last = check
-            _add_points(found.curves, "", int(check["step"]), check["scalars"])
+            self.last = check
+            _add_points(self.curves, "", int(check["step"]), check["scalars"])
             if check["probed"]:
-                found.probe_step = max(check["step"], -1 if found.probe_step is None else found.probe_step)
-                probed = _named(check["scalars"])
+                self.probe_step = max(check["step"], -1 if self.probe_step is None else self.probe_step)
+                probed = check["scalars"]
             if (said := check.get("forecast")) and "total" in said:
-                found.total = int(said["total"])
+                self.total = int(said["total"])
             for token in (*check["worst"], *check["watched"]):
-                found.texts[int(token["id"])] = str(token["text"])
-        if found.last:
-            kept = {} if found.last["probed"] else {key: probed[key] for key in probed if key.startswith(_PROBED)}
-            latest = kept | _named(found.last["scalars"])
-            found.scalars = {key: value for key, value in latest.items() if math.isfinite(value)}
-        return found
+                self.texts[int(token["id"])] = str(token["text"])
+        kept = {key: value for key, value in _named(probed).items() if key.startswith(_PROBED)}
+        latest = _named(self.last.get("scalars", {}))
+        latest = latest if self.last.get("probed") else kept | latest
+        self.scalars = {key: value for key, value in latest.items() if math.isfinite(value)}
 
 
 def _named(scalars: Mapping[str, float | None]) -> dict[str, float]:
