@@ -371,3 +371,20 @@ def test_writing_needs_a_start(tmp_path):
     for use in (lambda: RunWriter(tmp_path).check(check(10)), lambda: RunWriter(tmp_path).rows(10, {})):
         with pytest.raises(RuntimeError, match=r"call start\(\) before"):
             use()
+
+
+def test_lines_in_another_order_say_the_same(tmp_path):
+    """Steps are read off the beginning of each line, as the writer makes it, or else from the whole line."""
+    meta = {"schema": SCHEMA, "config": {}, "watch": {}, "groups": []}
+    (tmp_path / "run.json").write_text(json.dumps(meta))
+    path = tmp_path / "checks.jsonl"
+    steps = [(0, 1), (0, 2), (0, 3), (1, 3), (1, 4), (2, 2), (2, 5)]
+    kept = [(0, 1), (2, 2), (2, 5)]
+    told = [{"attempt": attempt, "step": step, "scalars": {"x": step}} for attempt, step in steps]
+    for turned in (0, 3, 7):
+        lines = [dict(reversed(line.items())) if place < turned else line for place, line in enumerate(told)]
+        for torn in ("", '{"attempt": 3, "step": 0, "scalars": {'):
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
+            log = RunLog(tmp_path, meta)
+            assert [(line["attempt"], line["step"]) for line in log.each_check()] == kept
+            assert log.checks() == list(log.each_check())

@@ -143,16 +143,33 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: for another line that is no JSON.
     """
-    lines = require_regular(path).read_bytes().split(b"\n") if path.exists() else []
-    if lines and not _is_json(lines[-1]):
-        lines.pop()
-    try:
-        found = [json.loads(line) for line in lines]
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} has a line, not its last, that is not JSON: {one_line(error)}") from error
-    if not all(isinstance(line, dict) for line in found):
-        raise ValueError(f"{path} has a line that is no JSON object")
-    return found
+    return list(each_line(path))
+
+
+def each_line(path: Path) -> Iterator[dict[str, Any]]:
+    """What `read_lines` gives, one at a time: a long run's lines need not fit in memory.
+
+    Raises:
+        ValueError: for a line, not the last, that is no JSON.
+    """
+    if not path.exists():
+        return
+    broken: Exception | None = None
+    with require_regular(path).open("rb") as file:
+        for line in file:
+            if broken is not None:
+                break
+            try:
+                found = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                broken = error
+                continue
+            if not isinstance(found, dict):
+                raise ValueError(f"{path} has a line that is no JSON object")
+            yield found
+        else:
+            return
+    raise ValueError(f"{path} has a line, not its last, that is not JSON: {one_line(broken)}") from broken
 
 
 def mend(path: Path) -> None:

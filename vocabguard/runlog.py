@@ -22,14 +22,24 @@ import json
 import math
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vocabguard.files import append_line, mend, one_line, plain, read_lines, read_text, require_regular, write_file
+from vocabguard.files import (
+    append_line,
+    each_line,
+    mend,
+    one_line,
+    plain,
+    read_lines,
+    read_text,
+    require_regular,
+    write_file,
+)
 from vocabguard.installation import VERSION
 from vocabguard.results import CheckResult, Exposure, Forecast, RowDrift, Transition, Watch, as_transition
 
@@ -42,6 +52,8 @@ SCHEMA = 1
 NOTES = ("confusion", "neighbors", "head_or_body")
 """Kinds of findings beside the checks."""
 
+# How `RunWriter` begins the line of a check.
+_BEGUN = re.compile(rb'\{"attempt": ([0-9]+), "step": ([0-9]+),')
 _META, _CHECKS, _ALERTS, _TEXTS = "run.json", "checks.jsonl", "alerts.jsonl", "texts.json"
 _ROWS = re.compile(r"rows-(\d+)\.safetensors")
 
@@ -215,13 +227,23 @@ class RunLog:
 
         Some have ``echo``, and ``forecast``: the run's ``total`` of steps, or why it is ``not_applicable``.
         """
-        lines = read_lines(self.folder / _CHECKS)
-        first = _first_steps(lines)
-        return [line for line in lines if _stands(line, first)]
+        return list(self.each_check())
+
+    def each_check(self) -> Iterator[dict[str, Any]]:
+        """What `checks` gives, one at a time: those of a long run are larger than they look."""
+        first = self._first_steps()
+        return (line for line in each_line(self.folder / _CHECKS) if _stands(line, first))
+
+    def _first_steps(self) -> dict[int, int]:
+        """The first step that each attempt checked."""
+        first: dict[int, int] = {}
+        for attempt, step in _begun(self.folder / _CHECKS):
+            first[attempt] = min(step, first.get(attempt, step))
+        return first
 
     def alerts(self) -> list[Transition]:
         """All transitions, in order."""
-        first = _first_steps(read_lines(self.folder / _CHECKS))
+        first = self._first_steps()
         return [as_transition(line) for line in read_lines(self.folder / _ALERTS) if _stands(line, first)]
 
     def notes(self, kind: str) -> list[dict[str, Any]]:
@@ -232,7 +254,7 @@ class RunLog:
         """
         if kind not in NOTES:
             raise ValueError(f"kind is {kind!r}; allowed: {', '.join(NOTES)}")
-        first = _first_steps(read_lines(self.folder / _CHECKS))
+        first = self._first_steps()
         return [line for line in read_lines(self.folder / f"{kind}.jsonl") if _stands(line, first)]
 
     def texts(self) -> list[str]:
@@ -255,7 +277,7 @@ class RunLog:
     @property
     def row_steps(self) -> tuple[int, ...]:
         """Steps of which there are rows, ascending."""
-        first = _first_steps(read_lines(self.folder / _CHECKS))
+        first = self._first_steps()
         lines = []
         for path in self.folder.iterdir():
             if match := _ROWS.fullmatch(path.name):
@@ -347,12 +369,20 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def _first_steps(checks: Sequence[Mapping[str, Any]]) -> dict[int, int]:
-    """The first step that each attempt checked."""
-    first: dict[int, int] = {}
-    for check in checks:
-        first[check["attempt"]] = min(check["step"], first.get(check["attempt"], check["step"]))
-    return first
+def _begun(path: Path) -> Iterator[tuple[int, int]]:
+    """Attempt and step of each whole line, without reading all that a check says."""
+    if not path.exists():
+        return
+    with require_regular(path).open("rb") as file:
+        for line in file:
+            match = _BEGUN.match(line)
+            if match is None or not line.endswith(b"}\n"):
+                break
+            yield int(match[1]), int(match[2])
+        else:
+            return
+    # A last line that is being written, or another program's order.
+    yield from ((line["attempt"], line["step"]) for line in each_line(path))
 
 
 def _stands(line: Mapping[str, Any], first: Mapping[int, int]) -> bool:

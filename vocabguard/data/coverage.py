@@ -345,10 +345,9 @@ def count_rows(encoder: TargetEncoder, examples: Sequence[Example], words: Seque
 def _count_batches(batches: Sequence[Batch], turns: TurnTally, words: Sequence[Sequences]) -> Counted:
     """Counts of the batches of a few examples."""
     # Counting into a vector is linear; sorting the ids, as `numpy.unique` does, took as long as the tokenizer.
-    read = sum_counts([np.bincount(batch.ids) for batch in batches])
-    asked = sum_counts([np.bincount(batch.ids[batch.target]) for batch in batches])
+    counts = [(seen := np.bincount(batch.ids), _asked(batch, seen)) for batch in batches]
+    read, asked = (sum_counts([pair[side] for pair in counts]) for side in (0, 1))
     ids = np.flatnonzero(read)
-    asked = np.append(asked, np.zeros(len(read) - len(asked), dtype=np.int64))
     cut = sum(int(batch.cut.sum()) for batch in batches)
     rows, without = sum(batch.count for batch in batches), sum(batch.without_targets for batch in batches)
     tally = RowTally(
@@ -368,6 +367,13 @@ def _count_batches(batches: Sequence[Batch], turns: TurnTally, words: Sequence[S
         for ways in words
     ]
     return Counted(ids, np.stack([asked[ids], read[ids]]), tally, np.array(of_words, dtype=np.int64).reshape(-1, 2))
+
+
+def _asked(batch: Batch, read: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often each id is a target, by the fewer of those that are and those that are not."""
+    few = 2 * np.count_nonzero(batch.target) < len(batch.target)
+    found = np.bincount(batch.ids[batch.target if few else ~batch.target], minlength=len(read))
+    return found if few else read - found
 
 
 def _occurrences(batch: Batch, ways: Sequences) -> tuple[int, int]:

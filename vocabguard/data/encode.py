@@ -60,10 +60,13 @@ class Batch:
     @property
     def without_targets(self) -> int:
         """Rows that ask for nothing."""
-        so_far = np.concatenate([[0], np.cumsum(self.target)])
-        ends = np.cumsum(self.lengths)
-        asked = so_far[ends] - so_far[ends - self.lengths]
-        return int(((asked == 0) & (self.order >= 0)).sum())
+        if np.count_nonzero(self.target) == len(self.target) - np.count_nonzero(self.lengths):  # all but the first
+            return int(((self.lengths < 2) & (self.order >= 0)).sum())
+        some = self.lengths > 0
+        asked = np.zeros(len(self.lengths), dtype=np.bool_)
+        if some.any():
+            asked[some] = np.logical_or.reduceat(self.target, (np.cumsum(self.lengths) - self.lengths)[some])
+        return int((~asked & (self.order >= 0)).sum())
 
     @property
     def count(self) -> int:
@@ -286,7 +289,7 @@ class TargetEncoder:
         """Rows that are ids already; those of one example share its place."""
         rows = [source for _, source in sources]
         ids = rows[0].ids if len(rows) == 1 else np.concatenate([source.ids for source in rows])
-        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self._size):
+        if len(ids) and int(ids.view(np.uint64).max()) >= self._size:  # read so, what is below 0 is above all
             wrong = next(
                 row for row in rows if len(row.ids) and (int(row.ids.min()) < 0 or int(row.ids.max()) >= self._size)
             )
@@ -312,25 +315,19 @@ class TargetEncoder:
         asked = [i for i, source in enumerate(sources) if source.prompt is not None]
         if not asked:
             return target
-        prompts = self._rows([sources[i] for i in asked], [sources[i].prompt or "" for i in asked], special)
-        pairs = [i for i in asked if sources[i].beside is not None]
-        beside = self._rows([sources[i] for i in pairs], [sources[i].beside or "" for i in pairs], special)
-        rejected = dict(zip(pairs, beside, strict=True))
-        ends = np.cumsum(lengths)
-        for i, prompt in zip(asked, prompts, strict=True):
-            start = ends[i] - lengths[i]
-            shared = common_prefix(prompt, ids[start : ends[i]])
-            if i in rejected:
-                shared = min(shared, common_prefix(prompt, rejected[i]))
-            target[start : start + shared] = False
+        starts, chosen = np.cumsum(lengths) - lengths, np.array(asked)
+        prompts = self._tokenize([sources[i] for i in asked], [sources[i].prompt or "" for i in asked], special)
+        shared = np.zeros(len(sources), dtype=np.int64)
+        shared[chosen] = common_prefixes(*prompts, ids, starts[chosen], lengths[chosen])
+        pairs = [place for place, i in enumerate(asked) if sources[i].beside is not None]
+        if pairs:
+            of_pairs = [sources[asked[place]] for place in pairs]
+            found, counts = self._tokenize(of_pairs, [source.beside or "" for source in of_pairs], special)
+            own = np.isin(np.repeat(np.arange(len(asked)), prompts[1]), pairs)
+            alike = common_prefixes(prompts[0][own], prompts[1][pairs], found, np.cumsum(counts) - counts, counts)
+            shared[chosen[pairs]] = np.minimum(shared[chosen[pairs]], alike)
+        target[np.arange(len(ids)) - np.repeat(starts, lengths) < np.repeat(shared, lengths)] = False
         return target
-
-    def _rows(self, sources: list[Source], texts: list[str], special: bool) -> list[Ids]:
-        """The ids of each text."""
-        if not sources:
-            return []
-        found, counts = self._tokenize(sources, texts, special)
-        return np.split(found, np.cumsum(counts)[:-1])
 
     def _tokenize(self, sources: list[Source], texts: list[str], special: bool) -> tuple[Ids, NDArray[np.int64]]:
         """The ids of all texts, and each one's length."""
@@ -364,6 +361,29 @@ def common_prefix(prompt: Ids, ids: Ids) -> int:
     shorter = min(len(prompt), len(ids))
     different = np.flatnonzero(prompt[:shorter] != ids[:shorter])
     return int(different[0]) if len(different) else shorter
+
+
+def common_prefixes(prompts: Ids, counts: Ids, ids: Ids, starts: Ids, lengths: Ids) -> Ids:
+    """(n,) int64, how many ids each of n prompts has in common with a row at their beginning; see `common_prefix`.
+
+    Args:
+        prompts: (P,) int64, of all prompts, one after the other.
+        counts: (n,) int64, ids of each prompt.
+        ids: (T,) int64, in which the rows lie.
+        starts, lengths: (n,) int64, where each prompt's row is.
+
+    >>> rows = np.array([5, 6, 8, 9, 5, 7])
+    >>> common_prefixes(np.array([5, 6, 7, 5]), np.array([3, 1]), rows, np.array([0, 4]), np.array([4, 2])).tolist()
+    [2, 1]
+    """
+    of_row = np.repeat(np.arange(len(counts)), counts)
+    place = np.arange(len(prompts)) - np.repeat(np.cumsum(counts) - counts, counts)
+    other = place >= lengths[of_row]
+    other[~other] = prompts[~other] != ids[(starts[of_row] + place)[~other]]
+    found = np.minimum(counts, lengths)
+    wrong = np.flatnonzero(other)[::-1]  # of several in a row the first is written last
+    found[of_row[wrong]] = place[wrong]
+    return found
 
 
 def _inside(places: NDArray[np.int64], lengths: NDArray[np.int64], sources: Sequence[Source], in_bytes: bool) -> Mask:

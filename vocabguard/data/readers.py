@@ -177,7 +177,7 @@ class Examples:
     def _of_table(self, file: DataFile, names: set[str], first: int) -> Iterator[Example]:
         """Of a table of token ids a whole batch is one example: no row becomes Python objects."""
         chosen: _Columns | None = None
-        for number, batch in batches_of(file, names, self.shard, first):
+        for number, batch in batches_of(file, names, self.shard, first, large=True):
             if not batch.num_rows:
                 continue
             place = f"{file}, row {number}"
@@ -396,7 +396,7 @@ def _token_block(place: str, batch: Any, name: str) -> TokenRows:
         numbers = values.to_numpy(zero_copy_only=False)
         if numbers.dtype.kind not in "iub":
             raise DataError(f"{place}: {key!r} holds {column.type}; allowed: lists of whole numbers")
-        flat[key] = numbers.astype(np.int64, copy=False)
+        flat[key] = numbers.astype(np.int64, copy=False) if key == name else numbers
     return _token_rows(place, flat, name, edges.astype(np.int64))
 
 
@@ -407,8 +407,9 @@ def _token_rows(place: str, columns: Mapping[str, _Ids], name: str, lengths: _Id
         if len(column) != len(ids):
             raise DataError(f"{place}: {key!r} has {len(column)} values, {name!r} {len(ids)}; allowed: as many")
     if (labels := columns.get("labels")) is not None:
-        target = labels != _IGNORED
-        if not bool(((labels == ids) | ~target).all()):
+        same = labels == ids
+        target = same if bool(same.all()) and not bool((ids < 0).any()) else labels != _IGNORED
+        if target is not same and not bool((same | ~target).all()):
             raise DataError(f"{place}: 'labels' asks for other tokens than 'input_ids' has there; allowed: the same "
                             f"id or {_IGNORED} (labels are not shifted: the trainer does that)")  # fmt: skip
     else:

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +36,7 @@ Row = tuple[str, Any]
 """(place, value): where a row was read, for messages, and its columns by name or, of plain text, the line."""
 
 _BATCH_ROWS = 1024
+_BATCH_NUMBERS, _FEWEST_BATCH_ROWS, _MOST_BATCH_ROWS = 2**19, 64, 2**16  # of rows that are lists of numbers
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
 _JSON_CHUNK = 2**18
 _LONGEST = 2**28  # bytes of a line, or characters of a JSON value: more is not training data
@@ -183,9 +185,12 @@ def is_plain_text(file: DataFile) -> bool:
 
 
 def batches_of(
-    file: DataFile, names: Collection[str] = (), shard: RowShard = WHOLE, first: int = 0
+    file: DataFile, names: Collection[str] = (), shard: RowShard = WHOLE, first: int = 0, *, large: bool = False
 ) -> Iterator[tuple[int, Any]]:
     """The Arrow record batches of a table, each with the number of its first row, from 1; see `rows_of`.
+
+    Args:
+        large: give more rows at a time where they are short lists of numbers and all are taken.
 
     Raises:
         DataError: for a file that cannot be read.
@@ -197,7 +202,9 @@ def batches_of(
     except ImportError as error:
         raise DataError(f"{file}: reading {kind} needs pyarrow; `pip install pyarrow` brings it ({error})") from error
     number = 0
-    read = _saved_batches if is_folder else _parquet_batches if kind == "Parquet" else _arrow_batches
+    # Shards take their batches by number, so that those must not be few.
+    quick = partial(_parquet_batches, large=large and shard == WHOLE)
+    read = _saved_batches if is_folder else quick if kind == "Parquet" else _arrow_batches
     try:
         for place, batch in enumerate(read(file, names), start=first):
             if shard.takes(place):
@@ -211,12 +218,30 @@ def batches_of(
         raise DataError(f"{file}: cannot be read as {kind}{after} ({one_line(error)})") from error
 
 
-def _parquet_batches(file: Any, names: Collection[str]) -> Iterator[Any]:
+def _parquet_batches(file: Any, names: Collection[str], large: bool = False) -> Iterator[Any]:
     from pyarrow import parquet  # type: ignore[import-untyped, unused-ignore]
 
     source = file if isinstance(file, Path) else file.open()
     with parquet.ParquetFile(source) as opened:
-        yield from opened.iter_batches(_BATCH_ROWS, columns=_wanted(opened.schema_arrow.names, names))
+        wanted = _wanted(opened.schema_arrow.names, names)
+        yield from opened.iter_batches(_rows_a_batch(opened, wanted) if large else _BATCH_ROWS, columns=wanted)
+
+
+def _rows_a_batch(opened: Any, wanted: list[str]) -> int:
+    """As many as hold `_BATCH_NUMBERS`, for columns of lists of numbers alone: to slice a batch takes its time."""
+    import pyarrow as pa
+
+    kinds = [opened.schema_arrow.field(name).type for name in wanted]
+    if not all(hasattr(kind, "value_type") and pa.types.is_integer(kind.value_type) for kind in kinds):
+        return _BATCH_ROWS
+    groups = [opened.metadata.row_group(place) for place in range(opened.metadata.num_row_groups)]
+    numbers = [
+        group.column(place).num_values / max(1, group.num_rows)
+        for group in groups
+        for place in range(group.num_columns)
+        if group.column(place).path_in_schema.split(".")[0] in wanted
+    ]
+    return int(min(_MOST_BATCH_ROWS, max(_FEWEST_BATCH_ROWS, _BATCH_NUMBERS / max(1.0, *numbers, 1.0))))
 
 
 def _arrow_batches(file: Any, names: Collection[str]) -> Iterator[Any]:

@@ -301,11 +301,11 @@ def run_data(log: RunLog, text: TextOf | None = None, top: int = TOP) -> PageDat
 
 
 def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
-    checks, names = log.checks(), tuple(str(name) for name in log.meta["groups"])
+    checks, names = Checks(log.each_check()), tuple(str(name) for name in log.meta["groups"])
     watch = _watch(log.meta["watch"], str(log.folder))
     notes = {kind: found for kind in NOTES if (found := log.notes(kind))}
-    curves = _curves(checks, notes.get("confusion", ()))
-    scalars = _latest(checks) | {key: values[-1] for key, (_, values) in curves.items() if key.startswith(_CONFUSION)}
+    curves = _with_languages(checks.curves, notes.get("confusion", ()))
+    scalars = checks.scalars | {key: values[-1] for key, (_, values) in curves.items() if key.startswith(_CONFUSION)}
     matrix = _measured(scalars)
     steps = log.row_steps
     vectors = log.rows(steps[-1]) if steps else {}
@@ -313,21 +313,21 @@ def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
     if rows is not None and scalars.get("recall/agreement", 0.0) < AGREEMENT:
         rows = replace(rows, recall=None)
     probed = _probed(vectors)
-    last: Mapping[str, Any] = checks[-1] if checks else {}
+    last = checks.last
     unforeseen = (last.get("forecast") or {}).get("not_applicable")
-    known, written = _texts(checks), log.texts()
+    known, written = checks.texts, log.texts()
     say = text or (lambda token: "".join(written[token : token + 1]) or known.get(token, f"<row {token}>"))
     result = _result(scalars)
     tied = isinstance(watch.head, WatchedMatrix) and watch.head.tied
     both = matrix == "head" and not tied and "embedding/cosine_mean" in scalars
     return PageData(
-        name=str(log.folder), kind="run", step=int(last["step"]) if checks else None,
+        name=str(log.folder), kind="run", step=int(last["step"]) if last else None,
         end=_end(checks, scalars, matrix),
         about=(*watch_sentences(watch), *([f"No forecast of the end: {unforeseen}."] if unforeseen else [])),
-        names=names, matrix=matrix, live=watch.live, table=report_rows(result, names, matrix) if checks else (),
+        names=names, matrix=matrix, live=watch.live, table=report_rows(result, names, matrix) if last else (),
         embedding=report_rows(result, names, "embedding") if both else (), sizes=sizes_of(rows, names),
         scalars=scalars, curves=curves,
-        probe_step=max((check["step"] for check in checks if check["probed"]), default=None),
+        probe_step=checks.probe_step,
         alerts=tuple(map(plain_alert, log.alerts())), rules=rules_of(log.meta["config"]),
         firing=tuple(map(str, last.get("firing", ()))), rows=rows, probed=probed,
         tokens=_tokens(rows, probed, names, say, top, last), echo=_echo(last.get("echo")),
@@ -358,25 +358,62 @@ def _value(number: float | None) -> float:
     return math.nan if number is None else float(number)
 
 
-def _curves(
-    checks: Iterable[Mapping[str, Any]], confusion: Iterable[Mapping[str, Any]]
+class Checks:
+    """What a page needs of a run's checks, which are read one at a time.
+
+    Attributes:
+        last: the last check; empty if there is none.
+        probe_step: the last step with a probe.
+        total: planned steps of the run, as the last forecast has them.
+        curves: each scalar's steps and values.
+        scalars: the last check's; those of the probe from the last check that had one.
+        texts: of all tokens that the checks name.
+    """
+
+    def __init__(self, checks: Iterable[Mapping[str, Any]]) -> None:
+        self.last: Mapping[str, Any] = {}
+        self.probe_step: int | None = None
+        self.total: int | None = None
+        self.curves: dict[str, tuple[list[int], list[float]]] = {}
+        self.texts: dict[int, str] = {}
+        probed: Mapping[str, float | None] = {}
+        for check in checks:
+            self.last = check
+            _add_points(self.curves, "", int(check["step"]), check["scalars"])
+            if check["probed"]:
+                self.probe_step = max(check["step"], -1 if self.probe_step is None else self.probe_step)
+                probed = check["scalars"]
+            if (said := check.get("forecast")) and "total" in said:
+                self.total = int(said["total"])
+            for token in (*check["worst"], *check["watched"]):
+                self.texts[int(token["id"])] = str(token["text"])
+        kept = {key: value for key, value in _named(probed).items() if key.startswith(_PROBED)}
+        latest = _named(self.last.get("scalars", {}))
+        latest = latest if self.last.get("probed") else kept | latest
+        self.scalars = {key: value for key, value in latest.items() if math.isfinite(value)}
+
+
+def _named(scalars: Mapping[str, float | None]) -> dict[str, float]:
+    return {key.removeprefix(_PREFIX): _value(value) for key, value in scalars.items()}
+
+
+def _add_points(
+    curves: dict[str, tuple[list[int], list[float]]], prefix: str, step: int, values: Mapping[str, float | None]
+) -> None:
+    for key, value in values.items():
+        steps, heights = curves.setdefault(prefix + key.removeprefix(_PREFIX), ([], []))
+        steps.append(step)
+        heights.append(_value(value))
+
+
+def _with_languages(
+    curves: dict[str, tuple[list[int], list[float]]], confusion: Iterable[Mapping[str, Any]]
 ) -> dict[str, tuple[list[int], list[float]]]:
-    """Scalars over the checks, and shares of answers with foreign letters, by language and their mean."""
-    points = [
-        (key.removeprefix(_PREFIX), check["step"], value) for check in checks for key, value in check["scalars"].items()
-    ]
-    points += [
-        (_CONFUSION + key, line["step"], share)
-        for line in confusion
-        for key, share in line["shares"].items()
-        if key == "foreign" or key in line["answers"]
-    ]
-    found: dict[str, tuple[list[int], list[float]]] = {}
-    for key, step, value in points:
-        steps, values = found.setdefault(key, ([], []))
-        steps.append(int(step))
-        values.append(_value(value))
-    return found
+    """Also shares of answers with foreign letters, by language and their mean."""
+    for line in confusion:
+        shares = {key: share for key, share in line["shares"].items() if key == "foreign" or key in line["answers"]}
+        _add_points(curves, _CONFUSION, int(line["step"]), shares)
+    return curves
 
 
 def _beside(kind: str, lines: Sequence[Mapping[str, Any]]) -> Beside:
@@ -385,23 +422,12 @@ def _beside(kind: str, lines: Sequence[Mapping[str, Any]]) -> Beside:
     return Beside(kind, step, story_of(kind, [line for line in lines if line["step"] == step]))
 
 
-def _latest(checks: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The last check's scalars; those of the probe from the last check that had one."""
-    found: dict[str, float] = {}
-    for check in checks:
-        named = {key.removeprefix(_PREFIX): _value(value) for key, value in check["scalars"].items()}
-        if check["probed"] or check is checks[-1]:
-            found = named if check["probed"] else {key: found[key] for key in found if key.startswith(_PROBED)} | named
-    return {key: value for key, value in found.items() if math.isfinite(value)}
-
-
-def _end(checks: Sequence[Mapping[str, Any]], scalars: Mapping[str, float], matrix: MatrixName | None) -> int | None:
+def _end(checks: Checks, scalars: Mapping[str, float], matrix: MatrixName | None) -> int | None:
     """Planned steps of the run. Earlier versions did not write them; what is just as forecast then is at its end."""
-    totals = [int(said["total"]) for check in checks if (said := check.get("forecast")) and "total" in said]
-    if totals or not checks:
-        return totals[-1] if totals else None
+    if checks.total is not None or not checks.last:
+        return checks.total
     now, then = (scalars.get(f"{owner}/below_0.95", math.nan) for owner in (matrix, "forecast"))
-    return int(checks[-1]["step"]) if math.isclose(now, then, abs_tol=1e-9) else None
+    return int(checks.last["step"]) if math.isclose(now, then, abs_tol=1e-9) else None
 
 
 def _measured(scalars: Mapping[str, float]) -> MatrixName | None:
@@ -456,11 +482,6 @@ def _probed(vectors: Mapping[str, Tensor]) -> Probed | None:
         probability=probability.mean(1).numpy(),
         instead=said_instead(now).numpy(),
     )
-
-
-def _texts(checks: Iterable[Mapping[str, Any]]) -> dict[int, str]:
-    """Texts of all tokens that the checks name."""
-    return {int(token["id"]): str(token["text"]) for check in checks for token in (*check["worst"], *check["watched"])}
 
 
 def _tokens(
