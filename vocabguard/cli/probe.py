@@ -98,7 +98,8 @@ def probe(
         str, typer.Option(help="--url: environment variable with the key; NAME_BASE has that of another base server.")
     ] = Served.key_env,
     ask_by: Annotated[
-        str | None, typer.Option(help="--url: echo, chat or text; the first that the server knows if not given.")
+        str | None,
+        typer.Option(help="--url: echo, chat or text; if not given echo, or what the base follows better."),
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="--url: requests at a time.")] = Served.concurrency,
     tries: Annotated[int, typer.Option(min=1, help="--url: tries of each request.")] = Served.tries,
