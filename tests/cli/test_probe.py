@@ -267,8 +267,8 @@ def test_an_adapter_alone_and_against_an_earlier_probe(tmp_path: Path, run: Run,
 
 def test_a_loss_that_noise_may_explain_is_not_called_fine() -> None:
     """Ten of nineteen lost, where asking again would lose as many: neither a finding nor fine."""
-    numbers = {"asked": 93, "known": 19, "lost": 0.53, "retained_low": 0.23, "retained_high": 0.73, "tokens_retained_high": 1.0,
-               "retained": 0.47, "noise": 0.29}  # fmt: skip
+    numbers = {"asked": 93, "known": 19, "lost": 0.53, "retained_low": 0.23, "retained_high": 0.73,
+               "tokens_retained_high": 1.0, "retained": 0.47, "noise": 0.29}  # fmt: skip
     told = {"asked": {"tokens": 93, "live": 93, "whole": True}, "numbers": numbers, "groups": {}, "words": [],
             "outright": {"known": 19, "count": 0, "low": 0.0, "by_chance": None}, "lost_count": 10, "gained_count": 0,
             "reference": {}}  # fmt: skip
