@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vocabguard.compare.probing import Bars
 from vocabguard.compare.summary import load_scan
+from vocabguard.compare.verdicts import probe_verdict
 
 Run = Callable[..., int]
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
@@ -235,6 +237,47 @@ def test_an_earlier_probe_is_a_base(zeroed: Path, tmp_path: Path, run: Run, caps
     capsys.readouterr()
     assert run("probe", zeroed, before, "--sample", "12") == 2
     assert "fixes what is asked" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_alone_and_against_an_earlier_probe(tmp_path: Path, run: Run, capsys: Any) -> None:
+    """Its own configuration says where its base is; asked alone, and with the answers of its base in a file."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["down_proj"])
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(ASSETS), config)
+    model.peft_config["default"].base_model_name_or_path = str(ASSETS)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.add_(2.0)
+    model.save_pretrained(tmp_path / "adapter")
+    few, base = ("--sample", 64, "--text-tokens", 256), tmp_path / "base.safetensors"
+    assert run("probe", ASSETS, *few, "--out", base) == 0
+    assert run("probe", tmp_path / "adapter", *few, "--json") == 0
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert run("probe", tmp_path / "adapter", base, "--json") == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["verdict"]["level"] == "lost"
+    assert told["numbers"]["lost"] > 0.5 > alone["numbers"]["repeated"]
+    config.base_model_name_or_path = str(tmp_path / "nowhere")
+    config.save_pretrained(tmp_path / "adapter")
+    assert run("probe", tmp_path / "adapter", *few) == 2
+    assert "is not on this machine" in capsys.readouterr().err
+
+
+def test_a_loss_that_noise_may_explain_is_not_called_fine() -> None:
+    """Ten of nineteen lost, where asking again would lose as many: neither a finding nor fine."""
+    numbers = {"asked": 93, "known": 19, "lost": 0.53, "retained_low": 0.23, "retained_high": 0.73,
+               "tokens_retained_high": 1.0, "retained": 0.47, "noise": 0.29}  # fmt: skip
+    told = {"asked": {"tokens": 93, "live": 93, "whole": True}, "numbers": numbers, "groups": {}, "words": [],
+            "outright": {"known": 19, "count": 0, "low": 0.0, "by_chance": None}, "lost_count": 10, "gained_count": 0,
+            "reference": {}}  # fmt: skip
+    found = probe_verdict(told, Bars(0.02))
+    assert (found["level"], found["findings"]) == ("unknown", [])
+    assert "not enough evidence of more than noise" in found["sentence"]
+    assert probe_verdict(told | {"numbers": numbers | {"retained_high": 0.99}}, Bars(0.02))["level"] != "lost"
+    sure = told | {"numbers": numbers | {"tokens_retained_high": 0.73}}
+    assert probe_verdict(sure, Bars(0.02))["level"] == "lost"
 
 
 def test_other_sources_are_refused(probed: tuple[Path, dict[str, Any]], tmp_path: Path, run: Run, capsys: Any) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from stub_server import Stub, serving
 
-from vocabguard.served.asking import _forced, ask_words_of, mode_of
+from vocabguard.served import asking
+from vocabguard.served.asking import _compared, _forced, ask_words_of, mode_of
 from vocabguard.served.client import Server, ServerError
 from vocabguard.served.words import words_of_texts
 
@@ -235,3 +236,40 @@ def test_bad_options(line: tuple[str, ...], said: str, run: Callable[..., int], 
     assert told.out == ""
     assert len(told.err.strip().splitlines()) == 1
     assert said in told.err
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["river\nstone\ncloud", "river stone cloud", "1. river\n2. stone\n3. cloud", 'Here: "river", stone, cloud.'],
+)
+def test_a_list_is_read_in_whatever_layout(answer: str) -> None:
+    assert [one.right for one in _compared(["river", "stone", "cloud"], answer)] == [True] * 3
+    [first, second, third] = _compared(["river", "stone", "cloud"], answer.replace("stone", "bread"))
+    assert (first.right, second.right, third.right) == (True, False, True)
+    assert second.instead == "bread"
+
+
+def test_words_that_are_left_out_shift_no_others() -> None:
+    assert [one.right for one in _compared(["a1", "river", "C++", "cloud"], "a1\nC++\ncloud")] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert [one.right for one in _compared(["river"], "")] == [False]
+
+
+@pytest.mark.parametrize(("chat", "text", "expected"), [(3, 8, "text"), (8, 0, "chat"), (4, 4, "chat"), (0, 0, "chat")])
+def test_the_way_that_the_model_follows_is_taken(
+    chat: int, text: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base model answers no request, and a chat model continues no list."""
+
+    def answer(_server: Any, mode: str, words: Any, *_: Any) -> Any:
+        right = {"chat": chat, "text": text}.get(mode)
+        return None if right is None else [asking._Answer(place < right, 0.0, None) for place in range(len(words))]
+
+    monkeypatch.setattr(asking, "_answer_of", answer)
+    server = Server("http://127.0.0.1:1/v1", "m")
+    assert asking.mode_of(server) == expected
+    assert asking.mode_of(server, "text") == "text"

@@ -100,7 +100,7 @@ def probe(
         str, typer.Option(help="--url: environment variable with the key; NAME_BASE has that of another base server.")
     ] = Served.key_env,
     ask_by: Annotated[
-        str | None, common.one_of(MODES, "--url: how to ask; the first that the server knows if not given.")
+        str | None, common.one_of(MODES, "--url: how to ask; echo, or what the base follows better, if not given.")
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="--url: requests at a time.")] = Served.concurrency,
     tries: Annotated[int, typer.Option(min=1, help="--url: tries of each request.")] = Served.tries,

@@ -41,7 +41,7 @@ class Served:
         base_model: the same.
         file: of an earlier run, which has the base's answers.
         key_env: name of the environment variable with the key.
-        ask_by: one of `MODES`; None takes the first that the server knows.
+        ask_by: one of `MODES`; None takes the one that `mode_of` finds.
     """
 
     url: str
@@ -111,7 +111,11 @@ def _probe_served(
     server = served.server(served.url, served.model)
     earlier = None if served.file is None else _earlier(served.file)
     wanted: Any = served.ask_by if earlier is None else earlier["mode"]
-    mode = mode_of(server, wanted)
+    two = served.base_url is not None or served.base_model is not None
+    base = served.server(served.base_url or served.url, served.base_model or served.model) if two else server
+    mode = mode_of(base, wanted)
+    if two:
+        mode_of(server, mode)  # both are asked alike, or not at all
     if earlier is None:
         words, weights, pool = _words(asking, tokenizer)
         asks, seed = asking.asks, asking.seed
@@ -119,12 +123,8 @@ def _probe_served(
         words, weights, pool = earlier["words"], torch.tensor(earlier["weights"]), earlier["pool"]
         asks, seed = earlier["asks"], earlier["seed"]
     before = None if earlier is None else _said(earlier)
-    other = served.base_url is not None or served.base_model is not None
-    if other:
-        base = served.server(served.base_url or served.url, served.base_model or served.model)
-        before = ask_words_of(
-            base, words, mode=mode_of(base, mode), asks=asks, seed=seed, tell=lambda a, b: tell("base", a, b)
-        )
+    if two:
+        before = ask_words_of(base, words, mode=mode, asks=asks, seed=seed, tell=lambda a, b: tell("base", a, b))
     now = ask_words_of(server, words, mode=mode, asks=asks, seed=seed, tell=lambda a, b: tell("model", a, b))
     watched = set(asking.words)
     told = _summary(words, weights, pool, before, now, asks, seed, watched, top)

@@ -25,9 +25,13 @@ def probe_verdict(told: Mapping[str, Any], bars: Bars) -> dict[str, Any]:
     findings = {**(_losses(told, bars) if two else _silence(told, bars)), **_harder(told, bars)}
     level = next(iter(findings), "fine")
     known = told["numbers"].get("known", told["numbers"]["asked"])
-    if level == "fine" and known < ENOUGH:
+    open_ = (
+        two and not findings and bars.lost is not None and known and 1 - told["numbers"]["retained_high"] > bars.lost
+    )
+    if level == "fine" and (known < ENOUGH or open_):
         level = "unknown"
     parts = _said_parts(told, sure=bool(findings)) if two else _one_sided_parts(told)
+    parts += ["that is not enough evidence of more than noise: more asks (--asks) would tell"] if open_ else []
     parts += [_reference_part(told["reference"])] if "nll" in told["reference"] else []
     words = told["asked"].get("unit") == "words"
     name = _as_words if words else str

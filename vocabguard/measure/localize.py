@@ -125,25 +125,24 @@ def head_or_body(
         if embedding is not None:
             with input_rows_back(embedding, ids[still]):
                 with_rows = said(probe(model, ids, contexts, **asked))[still]
-    lost_still = ids[still][~(with_head | with_rows)]
-    if not len(lost_still):
+    if bool((with_head | with_rows).all()):
         return HeadOrBody(ids[still], with_head, with_rows, with_rows)
-    others = _evenly(ids[~still], len(lost_still))
-    back = _back_with_all(model, torch.cat([lost_still, others]).sort().values, contexts, head, embedding, asked)
-    return HeadOrBody(ids[still], with_head, with_rows, with_rows | torch.isin(ids[still], back))
+    # In the same lists: where rows stand still this says exactly what was said before.
+    with_all = with_rows | _with_all(model, ids, contexts, head, embedding, asked)[still]
+    return HeadOrBody(ids[still], with_head, with_rows, with_all)
 
 
-def _back_with_all(
+def _with_all(
     model: nn.Module, ids: Tensor, contexts: Sequence[PromptContext], head: End, embedding: End | None,
     asked: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    """Those of the ids that are said with the base's output rows of all tokens, alone or with its input rows."""
+    """(n,) bool: said with the base's output rows of all tokens, alone or with its input rows."""
     with output_rows_back(head, None):
         back = said(probe(model, ids, contexts, **asked))
         if embedding is not None:
             with input_rows_back(embedding, None):
                 back |= said(probe(model, ids, contexts, **asked))
-    return ids[back]
+    return back
 
 
 @contextlib.contextmanager

@@ -1,11 +1,11 @@
 """What a served model says when it is asked to repeat words: forced where the server lets see that, else freely.
 
-Three ways, the first that the server knows:
+Three ways: the first where the server knows it, else the one that the base follows better:
 
 - ``echo``: a completion of no token that gives back the log-probabilities of its prompt, in which a list of words
   stands three times. A word is right where every token of its last copy was the most likely one, as in the offline
   probe.
-- ``chat``: an answer to a request to repeat, at temperature 0, of which the lines are compared.
+- ``chat``: an answer to a request to repeat, at temperature 0, of which the words are compared.
 - ``text``: a completion of a text in which the list stands twice, at temperature 0, compared in the same way.
 """
 
@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import regex
+
 from vocabguard.served.client import Server, ServerError
 from vocabguard.served.words import word_lists
 
@@ -25,11 +27,13 @@ Mode = Literal["echo", "chat", "text"]
 MODES: tuple[Mode, ...] = ("echo", "chat", "text")
 
 _LIST = {"echo": 12, "chat": 8, "text": 12}
-_TRIAL = ["river", "stone", "cloud"]
+_TRIAL = ["river", "stone", "cloud", "letter", "garden", "winter", "music", "bread"]
 _REQUESTS = (
     "Repeat exactly these words, one per line, in this order, and nothing else:\n{list}",
     "Copy this list word for word, one word per line:\n{list}",
 )
+# From the first letter or figure to the last; with a letter, since a list may be numbered.
+_WORD = regex.compile(r"(?=.*\p{L})[\p{L}\p{N}](?:.*[\p{L}\p{M}\p{N}])?")
 # Answers of these say that a server has no such address, or takes no such request.
 _UNKNOWN = (400, 404, 405, 415, 422, 501)
 
@@ -52,7 +56,9 @@ class Said:
 
 
 def mode_of(server: Server, asked: Mode | None = None) -> Mode:
-    """The first way of asking that a server knows.
+    """How to ask: forced where the server knows that, else the way in which its model repeats more of a short list.
+
+    A model that was not trained for chats continues a text and answers nothing, and the other way round.
 
     Args:
         asked: the only one to try.
@@ -61,15 +67,24 @@ def mode_of(server: Server, asked: Mode | None = None) -> Mode:
         ServerError: if it knows none.
     """
     last = ServerError(f"{server.url}: does not give the log-probabilities of a prompt; allowed: another --ask-by")
+    shares: dict[Mode, int] = {}
     for mode in MODES if asked is None else (asked,):
         try:
-            if _answer_of(server, mode, _TRIAL, 0) is not None:
-                return mode
+            found = _answer_of(server, mode, _TRIAL, 0)
         except ServerError as error:
             if error.status not in _UNKNOWN:
                 raise
             last = error
-    raise last
+            continue
+        if found is not None and mode in (asked, "echo"):
+            return mode
+        if found is not None:
+            shares[mode] = sum(one.right for one in found)
+            if shares[mode] == len(_TRIAL):
+                return mode
+    if not shares:
+        raise last
+    return max(shares, key=shares.__getitem__)
 
 
 def ask_words_of(
@@ -214,17 +229,31 @@ def _number(value: Any) -> bool:
 
 
 def _compared(words: Sequence[str], answer: str, first: int | None = None) -> list[_Answer]:
-    """The lines of an answer held against the words; one that is left out does not shift the others.
+    """The words of an answer held against those asked for; one that is left out does not shift the others.
+
+    Models lay lists out in ways of their own: on one line, numbered, with commas. None of that is a word.
 
     Args:
-        first: lines that count, since a completed text goes on.
+        first: words that count, since a completed text goes on.
     """
-    lines = [line.strip() for line in answer.splitlines() if line.strip()][:first]
+    wanted = [_bare(word) or word for word in words]
+    parts = answer.split()[: None if first is None else first]
+    said = [bare for part in parts if (bare := _bare(part) or (part if part in wanted else ""))]
     right, instead = [False] * len(words), dict[int, str]()
-    matcher = difflib.SequenceMatcher(None, list(words), lines, autojunk=False)
+    matcher = difflib.SequenceMatcher(None, wanted, said, autojunk=False)
     for kind, start, stop, other, until in matcher.get_opcodes():
         for place in range(start, stop):
             right[place] = kind == "equal"
             if kind == "replace" and stop - start == until - other:
-                instead[place] = lines[other + place - start][:40]
+                instead[place] = said[other + place - start][:40]
     return [_Answer(one, float(one), instead.get(place)) for place, one in enumerate(right)]
+
+
+def _bare(part: str) -> str:
+    """A word without what stands around it, empty where there are no letters: marks of a list, commas, quotes.
+
+    >>> [_bare(part) for part in ("river,", "2.", '"東京"', "don't")]
+    ['river', '', '東京', "don't"]
+    """
+    found = _WORD.search(part)
+    return "" if found is None else found[0]
