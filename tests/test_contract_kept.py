@@ -34,6 +34,8 @@ ADDED: dict[str, tuple[str, ...]] = {
         "default.alerts.rare_loss.*",
         "default.log.keys",
         "default.hold.anchor",
+        "default.sinks.trackio",
+        "default.sinks.webhook.format",
     ),
     "signatures": (
         "__all__: VocabGuardError",

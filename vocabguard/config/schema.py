@@ -177,6 +177,8 @@ class WebhookConfig:
         timeout: seconds that connecting, and each answer, may take.
         retries: times that one is sent again where nobody answers, or with 408, 425, 429 or 5xx.
         backoff: seconds before it is sent again, doubled each time.
+        format: ``json`` has every field, and all of it as ``text``; ``slack`` and ``discord`` are what these take;
+            ``auto`` goes by the address.
     """
 
     url: str | None = None
@@ -184,6 +186,7 @@ class WebhookConfig:
     timeout: float = limited(5.0, at_least=0.01)
     retries: int = limited(4, at_least=0, at_most=20)
     backoff: float = limited(1.0, at_least=0.0)
+    format: str = limited("auto", choices=("auto", "json", "slack", "discord"))
 
 
 @dataclass
@@ -195,6 +198,7 @@ class SinksConfig:
     Attributes:
         least_level: news of rules below this level is not sent.
         wandb: `wandb.alert`, where the script has a Weights & Biases run going.
+        trackio: `trackio.alert`, where the script has a Trackio run going.
         waiting: news that may wait to be sent; what comes beyond is dropped, and said to be.
         finish_seconds: how long the end of a run waits for what is not sent yet.
     """
@@ -202,6 +206,7 @@ class SinksConfig:
     least_level: str = limited("warning", choices=("info", "warning", "critical"))
     webhook: WebhookConfig = field(default_factory=WebhookConfig)
     wandb: bool = True
+    trackio: bool = True
     waiting: int = limited(100, at_least=1)
     finish_seconds: float = limited(10.0, at_least=0.0)
 

@@ -31,7 +31,7 @@ from vocabguard.guard.summary import outdated
 from vocabguard.guard.wanted import require_keys
 from vocabguard.guard.watched import Action, build_rules
 from vocabguard.protect.collator import EchoCollator
-from vocabguard.results import CheckResult, NotApplicable, Timings, Watch
+from vocabguard.results import CheckResult, NotApplicable, Timings, Watch, facts_html
 from vocabguard.runlog import RunLog
 from vocabguard.vocabulary.table import VocabTable
 
@@ -128,6 +128,20 @@ class VocabGuard:
     def table(self) -> VocabTable | None:
         """Groups, texts and live rows of the vocabulary; None before `attach`."""
         return None if self._checker is None else self._checker.watched.table
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: whether it works, where it logs, and the latest values."""
+        state = "disabled itself" if self.failure else "attached" if self._checker is not None else "not attached"
+        facts = {
+            "state": state,
+            "steps": f"{self.steps:,}",
+            "run folder": "none" if self.run_dir is None else str(self.run_dir),
+        }
+        if self.failure:
+            facts["failure"] = self.failure
+        if self.last is not None:
+            facts["firing"] = ", ".join(self.last.firing) or "none"
+        return facts_html("VocabGuard", facts, self.latest)
 
     @property
     def failure(self) -> str | None:
