@@ -63,6 +63,7 @@ ADDED: dict[str, tuple[str, ...]] = {
         "lightning.VocabGuardCallback.call",
         "huggingface.VocabGuardCallback.trainer",
         "huggingface.VocabGuardCallback.add_to.*",
+        "RunLog.to_pandas*",
     ),
     "commands": (
         "run.*",
@@ -80,6 +81,8 @@ ADDED: dict[str, tuple[str, ...]] = {
         "scan.--device*",
         "scan.--dtype.*",
         "replay.--needs.*",
+        "show.*",
+        "report.more*",
     ),
     "command_line": (
         "json.explain *: tokens[[]]/emission/*/gone",

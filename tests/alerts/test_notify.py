@@ -85,7 +85,7 @@ def test_what_is_refused_is_told_once_and_not_sent_again(receiver, answer, caplo
         assert [body["step"] for body in bodies(server)] == [1, 2, 3]
     first, last = (record.getMessage() for record in caplog.records)
     assert {record.name for record in caplog.records} == {"vocabguard"}, "not the alerts' own logger"
-    assert "head_degraded could not be sent to the webhook, training goes on" in first
+    assert "head_degraded could not be sent to the webhook, training continues" in first
     assert str(answer[0]) in first
     assert "secret" not in first
     assert last == "vocabguard: 3 alert notifications failed, 0 delivered"

@@ -1,4 +1,4 @@
-"""A fault of the guard is told once, the guard stands down, and training goes on as if it were not there."""
+"""A fault of the guard is told once, the guard disables itself, and training goes on as if it were not there."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_a_fault_is_told_once_and_training_goes_on(kit: Any, tmp_path: Path, cap
     about_log = "nothing more is written"
     told = [one for one in caplog.records if one.name == "vocabguard" and about_log not in one.getMessage()]
     assert len(told) == 1
-    assert "stands down, training goes on" in told[0].getMessage()
+    assert "disabled itself; training continues" in told[0].getMessage()
     assert told[0].exc_info is not None
     bare_losses, bare_weights = run_bare(kit)
     assert losses == bare_losses

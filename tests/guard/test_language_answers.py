@@ -275,8 +275,8 @@ def test_a_fault_stops_only_the_answers_and_is_said_once(
         for step in (1, 2, 3):
             guard.step(step)
             guard.check(at="evaluation")
-    said = [record.message for record in caplog.records if "stands down" in record.message]
-    assert said == ["vocabguard: confusion stands down, the guard goes on: RuntimeError: out of memory"]
+    said = [record.message for record in caplog.records if "disabled itself" in record.message]
+    assert said == ["vocabguard: confusion disabled itself; the guard continues: RuntimeError: out of memory"]
     assert len(failing) == 1
     assert guard.failure is None
     assert guard.last.step == 3

@@ -128,7 +128,7 @@ def train(trainer: str, case: str | None, folder: Path, tokenizer: Any) -> dict[
         "losses": run.losses,
         "weights": {name: value.clone() for name, value in run.model.state_dict().items()},
         "reason": None if guard is None else guard.failure,
-        "told": [said for said in told.said if "stands down" in said],
+        "told": [said for said in told.said if "disabled itself" in said],
         "last": None if guard is None or guard.last is None else guard.last.step,
     }
 

@@ -506,7 +506,7 @@ class GuardConfig:
 
     Attributes:
         alerts: rules by name.
-        on_error: ``warn`` reports a fault of the guard once and stands down; ``raise`` raises it.
+        on_error: ``warn`` reports a fault of the guard once and disables it; ``raise`` raises it.
         run_dir: folder of the run log; null puts it beside the trainer's logs.
         seed: of the probe's and the preflight's own generators.
 

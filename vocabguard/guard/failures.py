@@ -1,4 +1,4 @@
-"""What happens when the guard itself fails: reported once, then it stands down and training goes on."""
+"""What happens when the guard itself fails: reported once, then it disables itself and training continues."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Faults:
     """Contains the guard's exceptions and adds up the time that its work takes.
 
     Args:
-        on_error: ``"warn"`` logs the first fault and stands down; ``"raise"`` raises it.
+        on_error: ``"warn"`` logs the first fault and disables the guard; ``"raise"`` raises it.
     """
 
     def __init__(self, on_error: str) -> None:
@@ -29,7 +29,7 @@ class Faults:
 
     @property
     def down(self) -> bool:
-        """Whether the guard has stood down."""
+        """Whether the guard has disabled itself."""
         return self.reason is not None
 
     def stand_down(self, what: str, error: Exception) -> None:
@@ -39,7 +39,7 @@ class Faults:
         elsewhere = isinstance(error, collective.PeerFaultError)
         self.reason = str(error) if elsewhere else f"{what} failed with {type(error).__name__}: {error}"
         told = None if elsewhere else error
-        logger.warning("vocabguard stands down, training goes on: %s", self.reason, exc_info=told)
+        logger.warning("vocabguard disabled itself; training continues: %s", self.reason, exc_info=told)
 
     @contextmanager
     def contain(self, what: str, *, refuses: bool = False) -> Iterator[None]:

@@ -68,7 +68,7 @@ class VocabGuard:
         steps: optimizer steps seen.
 
     Example:
-        A loop of one's own, with a model of 8 rows and SGD:
+        Your own loop, with a model of 8 rows and SGD:
 
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -206,7 +206,7 @@ class VocabGuard:
             targets: the trainer's way of reading targets, where the guard was given none; or why there are none.
 
         Returns:
-            What is watched and what is not; None if the guard stood down.
+            What is watched and what is not; None if the guard disabled itself.
 
         Raises:
             ConfigError: for settings that do not fit the model, the tokenizer or the data. Nothing is changed then.
@@ -462,7 +462,7 @@ class VocabGuard:
         self._heed_failures()
 
     def _require_attached(self, what: str) -> None:
-        """Refuse a loop of one's own that forgot to attach: nothing would be guarded, and nobody told."""
+        """Refuse your own loop that forgot to attach: nothing would be guarded, and nobody told."""
         if not self._attached and not self._faults.down:
             raise ConfigError(f"{what}() before attach(); call guard.attach(model, optimizer, ...) first")
 

@@ -180,7 +180,11 @@ def describe(
     notes: tuple[str, ...] = (),
 ) -> Watch:  # fmt: skip
     """What a user is told before step 1. `prober`: what probes, or the `NotApplicable` that says why nothing does."""
-    blind = () if watched.tokenizer is not None else ("no tokenizer: tokens have no groups and no texts",)
+    blind = (
+        ()
+        if watched.tokenizer is not None
+        else ("No tokenizer: no token texts, no groups, no probe. Pass VocabGuardCallback(tokenizer=tokenizer).",)
+    )
     if watched.tokenizer is not None and watched.not_compared is not None:
         blind = (f"Under-trained tokens not measured: {watched.not_compared}; only rows of tiny norm are set apart.",)
     return Watch(
