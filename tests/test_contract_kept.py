@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import command_page
 import kept
 import pytest
 import torch
@@ -106,6 +107,10 @@ ADDED: dict[str, tuple[str, ...]] = {
         "json.coverage *: source/*",
         "json.repair *: recall/*_low",
         "json.repair *: recall/*_high",
+        "code.show *",
+        "json.show *",
+        "code.probe *",
+        "json.probe *",
     ),
     "run": (
         "keys: vocabguard/reference/*",
@@ -162,6 +167,12 @@ def test_nothing_is_removed_or_renamed(part: str, parts: dict[str, Any]) -> None
     assert {name: value for name, value in other.items() if not is_meant(name, value, meant)} == {}
     new = [name for name in now if name not in before]
     assert [name for name in new if not any(fnmatch.fnmatchcase(name, known) for known in ADDED[part])] == []
+
+
+def test_the_json_fields_on_the_commands_page_are_current(parts: dict[str, Any]) -> None:
+    text = command_page.README.read_text(encoding="utf-8")
+    part = command_page.json_part(parts["command_line"]()["json"])
+    assert command_page.with_part(text, "json", part) == text, "python tests/kits/command_page.py writes the page anew"
 
 
 @pytest.fixture
