@@ -68,7 +68,8 @@ def _option(one: Any) -> str:
     names = (
         f"`{one.name.upper()}`" if is_argument else ", ".join(f"`{name}`" for name in (*one.opts, *one.secondary_opts))
     )
-    default = "required" if one.required else "" if one.default in (None, False, ()) else f"`{one.default}`"
+    unset = one.default is None or one.default is False or one.default == ()
+    default = "required" if one.required else "" if unset else f"`{one.default}`"
     help_ = " ".join((one.help or "").split()).replace("|", "\\|")
     return f"| {names} | {default} | {help_} |"
 

@@ -105,10 +105,10 @@ def probe(
     timeout: Annotated[float, typer.Option(min=0.1, help="--url: seconds that an answer may take.")] = Served.timeout,
     as_json: common.AsJson = False,
 ) -> None:
-    """Ask MODEL to repeat its tokens and to read natural text, and hold its answers against those of BASE.
+    """Ask MODEL to repeat its tokens and to read natural text, and compare its answers with those of BASE.
 
-    A token is lost where BASE repeats it in more than half of the asks and MODEL in fewer than half. Without BASE it is
-    said what MODEL repeats, which is no loss by itself.
+    A token is lost where BASE repeats it in more than half of the asks and MODEL in fewer than half. Without BASE
+    you see what MODEL repeats, which is no loss by itself.
 
     Exit code 0: no loss over the thresholds for sure; 1: one over, or a watched word is lost; 2: bad input.
     """
