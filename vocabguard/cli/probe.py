@@ -18,6 +18,7 @@ from vocabguard.cli import asking, common
 from vocabguard.cli.answers import probe_parts
 from vocabguard.cli.app import InputError
 from vocabguard.cli.asking import Asking, Interview
+from vocabguard.cli.models import model_path
 from vocabguard.cli.served import Served, probe_served, save_served
 from vocabguard.compare.evidence import evidence_of, tokenizer_of, unequal
 from vocabguard.compare.probing import Answered, Bars, ProbePlan, answers_of, plan_of_json
@@ -130,6 +131,8 @@ def probe(
         raise InputError("allowed: a MODEL, or --url http://HOST/v1 with --model NAME")
     bars = Bars(_BARS.lost if threshold is None and base is not None else threshold, threshold_loss)
     if out is not None:
+        model = model_path(model)
+        base = base if base is None or is_probe_file(base) else model_path(base)
         inputs = [one for one in (watch, texts, coverage) if one is not None]
         common.check_new_file("--out", out, [*common.checkpoint_files(model, *([base] if base else [])), *inputs])
     given = {"model": model, "base": base, "tokenizer": tokenizer, "coverage": coverage, "run": run,
