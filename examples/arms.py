@@ -103,7 +103,7 @@ def run_arm(
     seconds = {"wall_seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
     guard: VocabGuard = callback.guard
     if guard.last is None or guard.table is None:
-        raise SystemExit(f"the guard stood down: {guard.failure}")
+        raise SystemExit(f"the guard disabled itself: {guard.failure}")
     seconds |= costs(guard)
     table, tuned = guard.table, ask(model, tokenizer, whole_table(model, tokenizer))
     return Arm(arm_entry(guard.last, base, tuned, table, sum(positions), seconds), tuned, guard, table)

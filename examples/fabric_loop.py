@@ -1,4 +1,4 @@
-"""A model and a loop of one's own, in Lightning Fabric, as litgpt has them. ``python examples/fabric_loop.py``
+"""A model and your own loop, in Lightning Fabric, as litgpt has them. ``python examples/fabric_loop.py``
 
 The guard is told four things that it finds by itself in Hugging Face models: which modules hold the vocabulary, how the
 model is asked for logits (`call`), which batch comes next, and when a step is done.

@@ -104,7 +104,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     trainer.train()
     guard = callback.guard
     if guard.last is None:
-        raise SystemExit(f"the guard stood down: {guard.failure}")
+        raise SystemExit(f"the guard disabled itself: {guard.failure}")
     return {**guard.last.scalars, "seconds a step": (time.perf_counter() - began) / steps}
 
 

@@ -1,4 +1,4 @@
-"""The fewest lines for a loop of one's own: attach, step, finish. ``python examples/pytorch_loop.py``"""
+"""The fewest lines for your own loop: attach, step, finish. ``python examples/pytorch_loop.py``"""
 
 import torch
 from finetune import BATCH, LEARNING_RATE, collator, load_base, training_rows

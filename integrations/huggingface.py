@@ -141,7 +141,7 @@ class VocabGuardCallback(TrainerCallback):
             self._evaluated = -1
 
     def _carry_labels(self, model: nn.Module, dataloader: Any) -> None:
-        """Bring the labels to the model until training ends, also when the guard stands down in between."""
+        """Bring the labels to the model until training ends, also when the guard disables itself in between."""
         loader = inner_loader(dataloader)
         if self.guard.watch is None or not self.guard.counting:
             return

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import command_page
 import kept
 import pytest
 import torch
@@ -35,6 +36,8 @@ ADDED: dict[str, tuple[str, ...]] = {
         "default.alerts.rare_loss.*",
         "default.log.keys",
         "default.hold.anchor",
+        "default.sinks.trackio",
+        "default.sinks.webhook.format",
     ),
     "signatures": (
         "__all__: VocabGuardError",
@@ -62,6 +65,7 @@ ADDED: dict[str, tuple[str, ...]] = {
         "lightning.VocabGuardCallback.call",
         "huggingface.VocabGuardCallback.trainer",
         "huggingface.VocabGuardCallback.add_to.*",
+        "RunLog.to_pandas*",
     ),
     "commands": (
         "run.*",
@@ -81,6 +85,8 @@ ADDED: dict[str, tuple[str, ...]] = {
         "replay.--needs.*",
         "repair.--text-tokens.*",
         "repair.--dtype.*",
+        "show.*",
+        "report.more*",
     ),
     "command_line": (
         "json.explain *: tokens[[]]/emission/*/gone",
@@ -109,6 +115,10 @@ ADDED: dict[str, tuple[str, ...]] = {
         "json.repair *: recall/gone",
         "json.repair *: loss_change*",
         "json.repair *: reference*",
+        "code.show *",
+        "json.show *",
+        "code.probe *",
+        "json.probe *",
     ),
     "run": (
         "keys: vocabguard/reference/*",
@@ -170,6 +180,12 @@ def test_nothing_is_removed_or_renamed(part: str, parts: dict[str, Any]) -> None
         assert undocumented == [], "vocabguard/views/keys.py says what each key means"
     new = [name for name in now if name not in before]
     assert [name for name in new if not any(fnmatch.fnmatchcase(name, known) for known in ADDED[part])] == []
+
+
+def test_the_json_fields_on_the_commands_page_are_current(parts: dict[str, Any]) -> None:
+    text = command_page.README.read_text(encoding="utf-8")
+    part = command_page.json_part(parts["command_line"]()["json"])
+    assert command_page.with_part(text, "json", part) == text, "python tests/kits/command_page.py writes the page anew"
 
 
 @pytest.fixture

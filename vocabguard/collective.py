@@ -26,7 +26,7 @@ from vocabguard.results import Exposure, VocabGuardError
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=10)
-"""How long a rank waits for the others; then its guard stands down."""
+"""How long a rank waits for the others; then its guard disables itself."""
 
 
 class PeerFaultError(VocabGuardError, RuntimeError):

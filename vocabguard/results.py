@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -26,6 +27,34 @@ class VocabGuardError(Exception):
     ...     print(error)
     drift.every_n_steps is 0; allowed: at least 1
     """
+
+
+TELLING = (
+    "probe/retained", "head/below_0.95", "head/cosine_mean", "exposure/never", "reference/rare_rise",
+    "forecast/below_0.95",
+)  # fmt: skip
+"""Logged keys that a notebook shows of a check, as far as it has them."""
+
+
+def printable(text: str) -> str:
+    """A token's text without what a page cannot hold: halves of surrogate pairs and control characters are escapes.
+
+    >>> printable("a\\n"), printable("\\udc80")
+    ('a\\\\n', '\\\\udc80')
+    """
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+
+
+def facts_html(title: str, facts: Mapping[str, str], scalars: Mapping[str, float | None]) -> str:
+    """A small table for a notebook: facts, then the telling ones of the logged keys. All of it is escaped.
+
+    >>> facts_html("RunLog", {"folder": "a<b"}, {})
+    '<table><caption>RunLog</caption><tr><th>folder</th><td>a&lt;b</td></tr></table>'
+    """
+    known = {key: scalars.get(f"vocabguard/{key}") for key in TELLING}
+    shown = {**facts, **{key: f"{value:.4g}" for key, value in known.items() if value is not None}}
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in shown.items())
+    return f"<table><caption>{escape(title)}</caption>{rows}</table>"
 
 
 @dataclass(frozen=True)
@@ -485,6 +514,13 @@ class CheckResult:
     forecast: Forecast | NotApplicable = NotApplicable("nothing was forecast")
     probe_seconds: float = 0.0
     recall: Recall | None = None
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: step, alerts, worst tokens and the telling keys."""
+        facts = {"step": f"{self.step:,}", "firing": ", ".join(self.firing) or "none"}
+        if self.worst:
+            facts["worst tokens"] = "  ".join(printable(token.text) for token in self.worst[:10])
+        return facts_html("CheckResult", facts, self.scalars)
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,11 @@ from vocabguard.files import (
     require_regular,
     write_file,
 )
-from vocabguard.installation import VERSION
-from vocabguard.results import CheckResult, Exposure, Forecast, RowDrift, Transition, Watch, as_transition
+from vocabguard.installation import VERSION, missing
+from vocabguard.results import CheckResult, Exposure, Forecast, RowDrift, Transition, Watch, as_transition, facts_html
 
 if TYPE_CHECKING:
+    import pandas
     from torch import Tensor
 
 SCHEMA = 1
@@ -302,6 +303,48 @@ class RunLog:
         import safetensors.torch
 
         return safetensors.torch.load_file(self.folder / f"rows-{steps[-1] if step is None else step}.safetensors")
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Checks as a table: a row a check, indexed by ``step``, and a column a logged key without ``vocabguard/``.
+
+        Beside the keys: ``attempt``, ``seconds``, ``probed`` and ``firing``. pandas is imported here.
+
+        Returns:
+            NaN where a check did not log a key.
+
+        Raises:
+            ModuleNotFoundError: without pandas.
+            ValueError: if a file of the folder is torn.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(missing("pandas", "RunLog.to_pandas"), name=error.name) from error
+
+        rows = []
+        for check in self.checks():
+            beside = {"step": check["step"], "attempt": check["attempt"], "seconds": check["seconds"],
+                      "probed": check["probed"], "firing": ", ".join(check["firing"])}  # fmt: skip
+            scalars = {name.removeprefix("vocabguard/"): math.nan if value is None else value
+                       for name, value in check["scalars"].items()}  # fmt: skip
+            rows.append(beside | scalars)
+        columns = ["step", "attempt", "seconds", "probed", "firing"]
+        frame = pandas.DataFrame(rows, columns=None if rows else columns)
+        return frame.set_index("step")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the last check, and where the page is."""
+        checks = self.checks()
+        page = self.folder / "report.html"
+        last = checks[-1] if checks else None
+        facts = {
+            "folder": str(self.folder),
+            "checks": f"{len(checks):,}",
+            "last step": "-" if last is None else f"{last['step']:,}",
+            "firing": "-" if last is None else ", ".join(last["firing"]) or "none",
+            "page": str(page) if page.is_file() else f"none yet: vocabguard report {self.folder}",
+        }
+        return facts_html("RunLog", facts, {} if last is None else last["scalars"])
 
     def scalar(self, key: str) -> tuple[list[int], list[float]]:
         """One scalar over the run.

@@ -1,5 +1,6 @@
 """News of alerts sent to real local receivers: good, faltering, hanging, gone."""
 
+import contextvars
 import json
 import logging
 import socket
@@ -7,12 +8,13 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from vocabguard.alerts.notify import Courier, WandbAlerts, Webhook, full_text
+from vocabguard.alerts.notify import Courier, TrackioAlerts, WandbAlerts, Webhook, body_of, full_text
 from vocabguard.results import AlertStory, Transition
 
 STORY = AlertStory(what="Rows turn away.", tokens=("語", "\udcff"), advice=("Echo.",))
@@ -83,10 +85,10 @@ def test_what_is_refused_is_told_once_and_not_sent_again(receiver, answer, caplo
         assert [body["step"] for body in bodies(server)] == [1, 2, 3]
     first, last = (record.getMessage() for record in caplog.records)
     assert {record.name for record in caplog.records} == {"vocabguard"}, "not the alerts' own logger"
-    assert "head_degraded could not be sent to the webhook, training goes on" in first
+    assert "head_degraded could not be sent to the webhook, training continues" in first
     assert str(answer[0]) in first
     assert "secret" not in first
-    assert last == "vocabguard: 3 news of alerts could not be delivered, 0 were"
+    assert last == "vocabguard: 3 alert notifications failed, 0 delivered"
 
 
 def test_nobody_listens(caplog):
@@ -112,7 +114,7 @@ def test_a_hanging_receiver_holds_up_nobody(receiver, caplog):
         assert time.perf_counter() - began < 2.0
         said = [record.getMessage() for record in caplog.records]
         assert sum("5 alerts wait to be sent; later ones are dropped" in one for one in said) == 1
-        assert "20 news of alerts could not be delivered, 0 were" in said[-1]
+        assert "20 alert notifications failed, 0 delivered" in said[-1]
         carrier.send(transition())
 
 
@@ -164,7 +166,7 @@ def test_one_broken_receiver_does_not_keep_another_from_it(receiver, caplog):
         carrier.send(transition())
         carrier.close()
         assert len(server.seen) == 1
-    assert "1 news of alerts could not be delivered, 1 were" in caplog.records[-1].getMessage()
+    assert "1 alert notifications failed, 1 delivered" in caplog.records[-1].getMessage()
 
 
 @pytest.mark.parametrize(
@@ -194,6 +196,50 @@ def test_wandb_is_alerted_only_while_a_run_is_active(monkeypatch, level, state, 
     assert (text, told) == (full_text(change), expected)
     assert title.startswith("vocabguard: rrr")
     assert len(title) < 64
+
+
+def test_slack_and_discord_get_what_they_take():
+    change = replace(transition(), message="lost <!channel> @everyone *now*")
+    slack, discord = (body_of(change, "runs/a", form) for form in ("slack", "discord"))
+    assert slack == {"text": f"{full_text(change)}\nruns/a".replace("<", "&lt;").replace(">", "&gt;")}
+    assert set(discord) == {"content", "allowed_mentions"}
+    assert discord["allowed_mentions"] == {"parse": []}
+    assert r"@everyone \*now\*" in discord["content"]
+    assert len(body_of(replace(change, message="x" * 5000), "", "discord")["content"]) == 2000
+    plain = body_of(change, "runs/a", "json")
+    assert {"id", "run", "rule", "step", "text"} <= set(plain)
+
+
+def test_a_webhook_posts_the_form_that_was_asked_for(receiver):
+    with receiver() as server:
+        carrier = Courier([Webhook(server.url, "run", timeout=2.0, form="discord")])
+        carrier.send(transition())
+        carrier.close()
+        assert [set(body) for body in bodies(server)] == [{"content", "allowed_mentions"}]
+
+
+def test_trackio_is_alerted_by_the_run_of_the_training_thread(monkeypatch):
+    """A stand-in with the signature of trackio 0.43: its current run is a context variable, unset in other threads."""
+    seen = []
+    current = contextvars.ContextVar("current_run", default=None)
+    levels = SimpleNamespace(INFO="info", WARN="warn", ERROR="error")
+    run = SimpleNamespace(alert=lambda title, text=None, level="warn", step=None: seen.append((title, text, level)))
+    carrier = Courier([TrackioAlerts()], least_level="info")
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    carrier.send(transition())
+    module = SimpleNamespace(context_vars=SimpleNamespace(current_run=current), AlertLevel=levels)
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    carrier.send(transition())
+    assert carrier._thread is None, "no run is going"
+    current.set(run)
+    change = transition(level="critical")
+    carrier.send(change)
+    carrier.close()
+    assert seen == [(f"vocabguard: {change.rule} firing", full_text(change), "error")]
+    old = Courier([TrackioAlerts()])
+    current.set(SimpleNamespace())  # a version without alerts
+    old.send(change)
+    assert old._thread is None
 
 
 def test_an_extra_brings_wandb():

@@ -174,6 +174,11 @@ def test_a_trainers_output_folder_stands_for_its_newest_checkpoint(
     assert "the newest checkpoint in it is" in capsys.readouterr().err
     assert models.model_path(str(pair)) == str(pair)
     assert models.model_path(str(tmp_path)) == str(tmp_path), "no checkpoint: what it is, the command tells"
+    weights = output / "checkpoint-100" / "model.safetensors"
+    before = weights.read_bytes()
+    refused = invoke("scan", ASSETS, output, "--no-body", "--out", weights)
+    assert "is read here, and would be lost" in str(refused.exception)
+    assert weights.read_bytes() == before
     done = invoke("scan", ASSETS, output, "--no-body", "--json")
     assert json.loads(done.stdout)["tuned"].endswith("checkpoint-100")
 

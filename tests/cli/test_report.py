@@ -196,9 +196,9 @@ def damaged(folder: Path, name: str, content: bytes) -> Path:
         (lambda at: damaged(at / "a", "run.json", b'{"schema":' + b"[" * 100_000), "not a"),
         (lambda at: damaged(at / "a", "checks.jsonl", b"[]\n[]\n"), "cannot be read as a run folder"),
         (lambda at: damaged(at / "a", "rows-30.safetensors", b"torn"), "cannot be read as a run folder"),
-        (lambda at: damaged(at, "file", b"text") / "file", "is not a scan's file"),
+        (lambda at: damaged(at, "file", b"text") / "file", "is no file of `vocabguard scan --out`"),
         (lambda at: make_scan(at / "s.safetensors", schema=9), "schema 9"),
-        (lambda at: make_scan(at / "s.safetensors", tokens=None), "is not a scan's file (TypeError"),
+        (lambda at: make_scan(at / "s.safetensors", tokens=None), "is no file of `vocabguard scan --out` (TypeError"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, make, said):

@@ -243,9 +243,9 @@ def test_file_of_a_scan(tmp_path: Path, kit: Any, tokenizer: Any) -> None:
     for name in ("head", "embedding"):
         for key in ("cosine", "residual", "l2", "norm_ratio"):
             assert torch.allclose(vectors[f"{name}/{key}"], getattr(drift_of(found, name), key), equal_nan=True)
-    with pytest.raises(ValueError, match="is not a scan's file"):
+    with pytest.raises(ValueError, match="is no file of `vocabguard scan --out`"):
         load_scan(kit.ASSETS / "model.safetensors")
-    with pytest.raises(ValueError, match="is not a scan's file"):
+    with pytest.raises(ValueError, match="is no file of `vocabguard scan --out`"):
         load_scan(tmp_path / "nothing")
 
 

@@ -167,10 +167,10 @@ def test_refused_with_key_value_and_what_is_allowed(source: Any, said: tuple[str
 
 # What came, by its key, and what is allowed there, in one line.
 WRONG_KINDS: list[tuple[str, Any, str]] = [
-    ("probe", [1, 2], "probe is [1, 2]; allowed: a section of ['enabled'"),
-    ("probe", None, "probe is None; allowed: a section of ['enabled'"),
-    ("echo.auto", [1], "echo.auto is [1]; allowed: a section of ['enabled', 'tolerated', 'least', 'most']"),
-    ("sinks.webhook", "http://x", "sinks.webhook is 'http://x'; allowed: a section of ['url'"),
+    ("probe", [1, 2], "probe is [1, 2]; allowed: a mapping of its settings, ['enabled'"),
+    ("probe", None, "probe is None; to switch it off: probe={'enabled': False}"),
+    ("echo.auto", [1], "echo.auto is [1]; allowed: a mapping of its settings, ['enabled', 'tolerated', 'least', "),
+    ("sinks.webhook", "http://x", "sinks.webhook is 'http://x'; allowed: a mapping of its settings, ['url'"),
     (
         "probe.contexts",
         [1],
@@ -182,7 +182,7 @@ WRONG_KINDS: list[tuple[str, Any, str]] = [
     (
         "probe.contexts.mine",
         ["{tokens}"],
-        "probe.contexts.mine is ['{tokens}']; allowed: a section of ['text', 'k', 'turns', 'chat']",
+        "probe.contexts.mine is ['{tokens}']; allowed: a mapping of its settings, ['text', 'k', 'turns', 'chat']",
     ),
     ("probe.contexts.mine.k", [1], "probe.contexts.mine.k is [1]; allowed: a whole number"),
     ("probe.contexts.mine.k", {"a": 1}, "probe.contexts.mine.k is {'a': 1}; allowed: a whole number"),
@@ -198,7 +198,7 @@ WRONG_KINDS: list[tuple[str, Any, str]] = [
     ("confusion.allow.ja", "latin", "confusion.allow.ja is 'latin'; allowed: a list"),
     ("alerts", 5, "alerts is 5; allowed: a mapping of names to sections of ['metric'"),
     ("alerts", [1], "alerts: a rule in a list needs a 'name'; got 1"),
-    ("alerts.mine", 5, "alerts.mine is 5; allowed: a section of ['metric'"),
+    ("alerts.mine", 5, "alerts.mine is 5; allowed: a mapping of its settings, ['metric'"),
     ("alerts.mine", {"metric": "head/below_0.95", "actions": "log"}, "alerts.mine.actions is 'log'; allowed: a list"),
 ]
 
@@ -229,13 +229,13 @@ def test_every_way_refuses_the_wrong_kind_in_one_line(
 
 def test_a_config_built_with_the_wrong_kinds_is_refused() -> None:
     wrong = GuardConfig(drift=5)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"^drift is 5; allowed: a section of \['every_n_steps'"):
+    with pytest.raises(ConfigError, match=r"^drift is 5; allowed: a mapping of its settings, \['every_n_steps'"):
         load_config(wrong)
     wrong = GuardConfig()
     wrong.probe.contexts = ["{tokens}"]  # type: ignore[assignment]
     with pytest.raises(ConfigError, match=r"^probe.contexts is \['{tokens}'\]; allowed: a mapping of names"):
         load_config(wrong)
-    with pytest.raises(ConfigError, match=r"^probe is DriftConfig.*; allowed: a section of \['enabled'"):
+    with pytest.raises(ConfigError, match=r"^probe is DriftConfig.*; allowed: a mapping of its settings, \['enabled'"):
         load_config(None, (), {"probe": DriftConfig()})
 
 
@@ -452,7 +452,7 @@ def test_presets_switch_on_what_they_are_named_for() -> None:
         ({"hold": False}, "; to switch it off: hold={'enabled': False}"),
         ({"echo": {"auto": True}}, "; to switch it on: echo={'auto': {'enabled': True}}"),
         ({"alerts": {"at_risk": None}}, "; to switch it off: alerts={'at_risk': {'enabled': False}}"),
-        ({"drift": True}, "allowed: a section of ['every_n_steps', 'chunk_rows']"),
+        ({"drift": True}, "allowed: a mapping of its settings, ['every_n_steps', 'chunk_rows']"),
     ],
 )
 def test_who_switches_a_section_is_told_how(options: dict[str, Any], said: str) -> None:

@@ -545,5 +545,5 @@ TRAINERS = (
     TrainerCase("Lightning automatic", lightning, **TWICE),
     TrainerCase("Lightning manual", partial(lightning, module=Manual, gradient_clip_val=None), **TWICE),
     TrainerCase("loop with accelerate", accelerated, **OF_ROWS, batches_a_step=2, per_batch=True),
-    TrainerCase("loop of one's own", loop, **OF_ROWS),
+    TrainerCase("your own loop", loop, **OF_ROWS),
 )  # fmt: skip

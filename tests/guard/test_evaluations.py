@@ -1,4 +1,4 @@
-"""Neighbours and head-or-body in a run: when they are looked at, what they say, and that they stand down alone."""
+"""Neighbours and head-or-body in a run: when they are looked at, what they say, how they disable themselves."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_a_fault_in_one_part_leaves_the_others(
             guard.step(step)
         log = guard.finish()
     said = [record.message for record in caplog.records if "disabled itself" in record.message]
-    assert said == ["vocabguard: neighbors disabled itself; vocabguard continues: MemoryError: too much"]
+    assert said == ["vocabguard: neighbors disabled itself; the guard continues: MemoryError: too much"]
     assert log.notes("neighbors") == []
     assert len(log.notes("head_or_body")) == 1
     assert [check["step"] for check in log.checks()] == [0, 1, 2, 3]

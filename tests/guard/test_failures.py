@@ -1,4 +1,4 @@
-"""A fault of the guard is told once, the guard stands down, and training goes on as if it were not there."""
+"""A fault of the guard is told once, the guard disables itself, and training goes on as if it were not there."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ def test_a_fault_stops_only_the_answers_and_is_said_once(
             guard.step(step)
             guard.check(at="evaluation")
     said = [record.message for record in caplog.records if "disabled itself" in record.message]
-    assert said == ["vocabguard: confusion disabled itself; vocabguard continues: RuntimeError: out of memory"]
+    assert said == ["vocabguard: confusion disabled itself; the guard continues: RuntimeError: out of memory"]
     assert len(failing) == 1
     assert guard.failure is None
     assert guard.last.step == 3

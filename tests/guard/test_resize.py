@@ -1,4 +1,4 @@
-"""A matrix resized in mid-run: rows in common are measured on, new ones raise no alarm, nothing stands down."""
+"""A matrix resized in mid-run: rows in common are measured on, new ones raise no alarm, nothing disables itself."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_a_plain_torch_model(kit: Any, tied: bool) -> None:
     watch = guard.attach(model, optimizer, total_steps=3)
     assert watch.head.tied is tied
     assert "tokenizer" in watch.probe.reason
-    assert "no tokenizer" in watch.notes[0]
+    assert watch.notes[0].startswith("No tokenizer: ")
     for step, batch in enumerate(data, start=1):
         logits = model(batch["input_ids"])[:, :-1].flatten(0, 1)
         torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten()).backward()

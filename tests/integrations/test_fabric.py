@@ -1,4 +1,4 @@
-"""Lightning Fabric around a model and a loop of one's own, as litgpt has them: no labels in the forward pass."""
+"""Lightning Fabric around a model and your own loop, as litgpt has them: no labels in the forward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A guard that fails on one of two processes stands down on both, and training goes on as if it were not there."""
+"""A guard that fails on one of two processes disables itself on both, and training goes on as if it were not there."""
 
 from __future__ import annotations
 

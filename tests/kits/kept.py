@@ -201,6 +201,8 @@ GOOD: tuple[str, ...] = (
     "report run --json --threshold 0",
     "report run run --json",
     "report run --out page.html",
+    "show run --json",
+    "probe A B --sample 32 --text-tokens 300 --json",
 )
 """Calls that work, in this order: some read what those before wrote. B is the base with three output rows moved."""
 
@@ -472,6 +474,7 @@ def facts(work: Path) -> dict[str, Callable[[], Any]]:
     """How to describe each part, working in the folder."""
     run = functools.cache(lambda: guarded_run(work / "run"))
 
+    @functools.cache
     def on_the_command_line() -> dict[str, Any]:
         run()
         (work / "cli").mkdir()

@@ -78,7 +78,7 @@ def judged(folder: Path, code: int) -> dict[str, Any]:
     result: dict[str, Any] = {
         "exit_code": code, "trainer": spied.get("kind"), "steps": spied.get("global_step"),
         "spied": total(spied.get("data")), "spied_echo": total(spied.get("echo")),
-        "disabled_itself": "stands down" in told or "disabled itself" in told, "echo_off": "echo is off" in told,
+        "disabled_itself": "disabled itself" in told, "echo_off": "echo is off" in told,
     }  # fmt: skip
     counted = {} if log is None else {kind: counts(log, f"exposure/{kind}_target") for kind in ("data", "echo")}
     for kind in ("data", "echo"):

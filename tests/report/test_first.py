@@ -46,6 +46,9 @@ def test_the_title_never_says_more_than_was_found(make_run):
     assert heading_of(data, verdict_of(data, some)) == "Losses are within the limits"
     assert heading_of(data, verdict_of(data, Limits())) == "This model lost tokens"
     assert badge_of(data, verdict_of(data, Limits())) == "✕ tokens lost"
+    rows = replace(data.table[0], retained=None)
+    unasked = replace(data, table=(rows, *data.table[1:]), probed=None)
+    assert badge_of(unasked, verdict_of(unasked, some)) == "✓ rows within limits"
 
 
 @pytest.mark.parametrize(

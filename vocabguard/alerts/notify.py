@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from email.message import Message
 from typing import IO, Any, Protocol
-from urllib import error, request
+from urllib import error, parse, request
 
 from vocabguard.alerts.rules import LEVELS, AlertRule
 from vocabguard.files import plain
@@ -92,7 +92,7 @@ class Courier:
         # An attempt that is under way counts as failed.
         waiting = self._queue.qsize() if thread.is_alive() else 0
         if lost := self._lost + self._dropped + waiting:
-            logger.warning("vocabguard: %d news of alerts could not be delivered, %d were", lost, self._sent)
+            logger.warning("vocabguard: %d alert notifications failed, %d delivered", lost, self._sent)
 
     def _work(self) -> None:
         while (change := self._queue.get()) is not None and not self._given_up.is_set():
@@ -107,7 +107,7 @@ class Courier:
         # Whatever a receiver or a library raises: nobody is there to catch it.
         except Exception as error:
             self._lost += 1
-            failed = "vocabguard: news of alert %s could not be sent to the %s, training goes on: %s: %s"
+            failed = "vocabguard: alert %s could not be sent to the %s, training continues: %s: %s"
             self._warn(receiver.name, failed, change.rule, receiver.name, type(error).__name__, error)
 
     def _wait(self, seconds: float) -> bool:
@@ -120,9 +120,10 @@ class Courier:
 
 
 _LONGEST_WAIT = 60.0
+_DISCORD_MOST = 2000  # characters of a message
 # Answers below 500 that another attempt may change.
 _TRANSIENT = (408, 425, 429)
-_WANDB_LEVELS = {"info": "INFO", "warning": "WARN", "critical": "ERROR"}
+_TRACKER_LEVELS = {"info": "INFO", "warning": "WARN", "critical": "ERROR"}
 # wandb takes titles of less than 64 characters.
 _TITLE = 63
 
@@ -130,9 +131,10 @@ _TITLE = 63
 class Webhook:
     """Posts each transition as JSON: its fields, ``run``, an ``id`` that all attempts share, and all of it as ``text``.
 
-    ``text`` is what Slack, Mattermost, Google Chat and others show.
+    ``text`` is what Mattermost, Google Chat and others show; Slack and Discord get bodies of their own.
 
     Args:
+        form: ``json``, ``slack``, ``discord``, or ``auto``, which goes by the address.
         timeout: seconds that connecting, and each answer, may take.
         retries: further attempts where nobody answers, or with 408, 425, 429 or 5xx.
         backoff: seconds before the first of them, doubled each time; a ``Retry-After`` may ask for more.
@@ -140,8 +142,11 @@ class Webhook:
 
     name = "webhook"
 
-    def __init__(self, url: str, run: str, *, timeout: float = 5.0, retries: int = 4, backoff: float = 1.0) -> None:
+    def __init__(
+        self, url: str, run: str, *, timeout: float = 5.0, retries: int = 4, backoff: float = 1.0, form: str = "auto"
+    ) -> None:  # fmt: skip
         self._url, self._run = url, run
+        self._form = form_of(url) if form == "auto" else form
         self._timeout, self._retries, self._backoff = timeout, retries, backoff
         self._opener = request.build_opener(_NoRedirect)
 
@@ -151,7 +156,7 @@ class Webhook:
 
     def send(self, change: Transition, wait: Wait) -> None:
         """Post, and try again; an OSError for the last failure, or an answer that another attempt would not change."""
-        body = {"id": uuid.uuid4().hex, "run": self._run, **plain(change), "text": full_text(change)}
+        body = body_of(change, self._run, self._form)
         # A lone surrogate in a token's text is no UTF-8; as an escape, JSON can hold it.
         content = json.dumps(body, allow_nan=False).encode("ascii")
         for attempt in range(self._retries + 1):
@@ -183,6 +188,46 @@ class Webhook:
         return min(seconds, _LONGEST_WAIT)
 
 
+def form_of(url: str) -> str:
+    """The form of body that an address takes.
+
+    >>> form_of("https://discord.com/api/webhooks/1/x"), form_of("https://hooks.slack.com/services/T/B/x")
+    ('discord', 'slack')
+    >>> form_of("https://chat.example.org/hooks/x")
+    'json'
+    """
+    host = (parse.urlsplit(url).hostname or "").lower()
+    if host in ("discord.com", "discordapp.com") or host.endswith((".discord.com", ".discordapp.com")):
+        return "discord"
+    return "slack" if host == "slack.com" or host.endswith(".slack.com") else "json"
+
+
+def body_of(change: Transition, run: str, form: str) -> dict[str, Any]:
+    """What is posted of a transition.
+
+    Args:
+        run: folder of the run.
+        form: ``json``, ``slack`` or ``discord``.
+    """
+    text = full_text(change)
+    if form == "json":
+        return {"id": uuid.uuid4().hex, "run": run, **plain(change), "text": text}
+    shown = f"{text}\n{run}" if run else text
+    if form == "slack":
+        # What would be a link, a mention or a channel in Slack's markup.
+        return {"text": shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")}
+    # Texts of tokens may read like mentions.
+    return {"content": _cut(_discord_escaped(shown), _DISCORD_MOST), "allowed_mentions": {"parse": []}}
+
+
+def _discord_escaped(text: str) -> str:
+    return re.sub(r"([\\`*_~|])", r"\\\1", text)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 class _NoRedirect(request.HTTPRedirectHandler):
     """A redirected POST would become a GET without the news: better to be told."""
 
@@ -190,6 +235,30 @@ class _NoRedirect(request.HTTPRedirectHandler):
         self, req: request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
     ) -> None:
         """Follow nothing."""
+
+
+class TrackioAlerts:
+    """`trackio.alert` of the run that the script has going, if it has imported trackio and has one."""
+
+    name = "trackio run"
+
+    def __init__(self) -> None:
+        self._run: Any = None
+
+    def open(self) -> bool:
+        """Whether a run is active in the thread that asks, or was when the training thread asked."""
+        context = getattr(sys.modules.get("trackio"), "context_vars", None)
+        run = None if context is None else context.current_run.get()
+        if hasattr(run, "alert"):  # not of older versions
+            self._run = run
+        return self._run is not None
+
+    def send(self, change: Transition, wait: Wait) -> None:  # noqa: ARG002  the signature is the receivers'
+        """Raise an alert; one that resolves is an ``INFO``."""
+        levels = sys.modules["trackio"].AlertLevel
+        level = "INFO" if change.state == "resolved" else _TRACKER_LEVELS[change.level]
+        # By the run: trackio's own function looks for one in this thread, which has none.
+        self._run.alert(f"vocabguard: {change.rule} {change.state}", full_text(change), getattr(levels, level))
 
 
 class WandbAlerts:
@@ -204,7 +273,7 @@ class WandbAlerts:
     def send(self, change: Transition, wait: Wait) -> None:  # noqa: ARG002  the signature is the receivers'
         """Raise an alert; one that resolves is an ``INFO``."""
         wandb: Any = sys.modules["wandb"]
-        level = "INFO" if change.state == "resolved" else _WANDB_LEVELS[change.level]
+        level = "INFO" if change.state == "resolved" else _TRACKER_LEVELS[change.level]
         # wandb drops alerts of one title that come within `wait_duration` seconds, for which 0 is its default.
         title = f"vocabguard: {change.rule} {change.state}"[:_TITLE]
         wandb.alert(title=title, text=full_text(change), level=level, wait_duration=1)

@@ -466,7 +466,7 @@ def _skill(about: About) -> str:
     kept = about.scene.scalar("probe/skill")
     share = percent(None if math.isnan(kept) else kept)
     return (
-        f"The model repeats only {share} of the most frequent targets, so what is lost is the skill of "
+        f"The model repeats only {share} of frequent targets, so what is lost is the skill of "
         "repeating, or the model itself, for all tokens alike."
     )
 

@@ -311,8 +311,9 @@ def show_next(commands: Iterable[Next]) -> None:
     if found:
         console.print("\nNext:", style="bold")
     for one in found:
-        console.print(f"  {one.command}")
-        console.print(f"    {one.why}", style="dim")
+        # As a shell reads it, so that all of it can be copied.
+        console.print(f"# {one.why}", style="dim")
+        console.print(one.command)
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def echo(
     Exit code 0: written; 2: bad input.
     """
     if ids is None and chats is None:
-        raise InputError("nothing to write; allowed: --ids FILE, --chats FILE or both")
+        raise InputError("choose an output: --ids rows.jsonl (exact token ids) or --chats chats.jsonl (text)")
     if needs is None and (below is not None or cosine is not None):
         raise InputError("--below and --cosine need --needs FILE, which vocabguard coverage or scan wrote with --out")
     check_most(

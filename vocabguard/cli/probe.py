@@ -18,6 +18,7 @@ from vocabguard.cli import asking, common
 from vocabguard.cli.answers import probe_parts
 from vocabguard.cli.app import InputError
 from vocabguard.cli.asking import Asking, Interview
+from vocabguard.cli.models import model_path
 from vocabguard.cli.served import Served, probe_served, save_served
 from vocabguard.compare.adapted import is_adapter
 from vocabguard.compare.evidence import evidence_of, tokenizer_of, unequal
@@ -107,10 +108,10 @@ def probe(
     timeout: Annotated[float, typer.Option(min=0.1, help="--url: seconds that an answer may take.")] = Served.timeout,
     as_json: common.AsJson = False,
 ) -> None:
-    """Ask MODEL to repeat its tokens and to read natural text, and hold its answers against those of BASE.
+    """Ask MODEL to repeat its tokens and to read natural text, and compare its answers with those of BASE.
 
-    A token is lost where BASE repeats it in more than half of the asks and MODEL in fewer than half. Without BASE it is
-    said what MODEL repeats, which is no loss by itself.
+    A token is lost where BASE repeats it in more than half of the asks and MODEL in fewer than half. Without BASE
+    you see what MODEL repeats, which is no loss by itself.
 
     Exit code 0: no loss over the thresholds for sure; 1: one over, or a watched word is lost; 2: bad input.
     """
@@ -132,6 +133,8 @@ def probe(
         raise InputError("allowed: a MODEL, or --url http://HOST/v1 with --model NAME")
     bars = Bars(_BARS.lost if threshold is None and base is not None else threshold, threshold_loss)
     if out is not None:
+        model = model_path(model)
+        base = base if base is None or is_probe_file(base) else model_path(base)
         inputs = [one for one in (watch, texts, coverage) if one is not None]
         common.check_new_file("--out", out, [*common.checkpoint_files(model, *([base] if base else [])), *inputs])
     given = {"model": model, "base": base, "tokenizer": tokenizer, "coverage": coverage, "run": run,

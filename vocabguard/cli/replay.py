@@ -59,7 +59,12 @@ def replay(
     column: Annotated[list[str] | None, typer.Option(help="Name of the column.")] = None,
     role: Roles = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a row; the rest does not count.")] = None,
-    pool: Annotated[int, typer.Option(help="Candidates to keep, in times the need: more gives fewer rows.")] = 8,
+    pool: Annotated[
+        int,
+        typer.Option(
+            help="Candidate pool, as a multiple of what is needed; larger finds fewer rows and uses more memory."
+        ),
+    ] = 8,
     threshold: Annotated[
         float | None, typer.Option(help="Exit with 1 if more than this share of the tokens in need stays so.")
     ] = None,

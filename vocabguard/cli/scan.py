@@ -17,6 +17,7 @@ from vocabguard.cli.answers import probe_parts
 from vocabguard.cli.app import InputError
 from vocabguard.cli.asking import Asking
 from vocabguard.cli.common import Column, Grid
+from vocabguard.cli.models import model_path
 from vocabguard.compare.blocks import body_as_json, body_drift
 from vocabguard.compare.evidence import evidence_of
 from vocabguard.compare.probing import Bars
@@ -230,6 +231,7 @@ def scan(
     )  # fmt: skip
     _check_asking(options, probe=probe)
     if out is not None:
+        base, tuned = model_path(base), model_path(tuned)  # whose files `--out` must not replace
         common.check_new_file("--out", out, common.checkpoint_files(base, tuned))
     pair = common.open_pair(base, tuned, tokenizer, head, embedding, coverage, run)
     found = common.measured(pair)

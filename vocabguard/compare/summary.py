@@ -211,12 +211,16 @@ def load_scan(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], list
     try:
         with safe_open(str(require_regular(path)), framework="pt", device="cpu") as file:
             header = file.metadata() or {}
+            if "coverage" in header:
+                raise ValueError("`vocabguard coverage` wrote it; use a run folder, or a file of `scan --out`")
             vectors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         found, texts = json.loads(header["summary"]), json.loads(header["texts"])
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not a scan's file ({one_line(error)})") from error
+        raise ValueError(f"{path}: is no file of `vocabguard scan --out` ({one_line(error)})") from error
     if not isinstance(found, dict) or not isinstance(texts, list):
-        raise ValueError(f"{path}: is not a scan's file (its summary is no object, or its texts are no list)")
+        raise ValueError(
+            f"{path}: is no file of `vocabguard scan --out` (its summary is no object, or its texts are no list)"
+        )
     if found.get("schema") != SCHEMA:
         raise ValueError(f"{path}: has schema {found.get('schema')}; this version of vocabguard reads {SCHEMA}")
     return vectors, found, texts

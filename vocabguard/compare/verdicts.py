@@ -114,7 +114,7 @@ def _said_parts(told: Mapping[str, Any], *, sure: bool) -> list[str]:
     if numbers.get("noise"):
         parts.append(f"among other neighbours the base itself would lose {percent(numbers['noise'])}")
     if "skill" in numbers:
-        parts.append(f"of the most frequent targets, {percent(1 - numbers['skill'])} are lost")
+        parts.append(f"of frequent targets, {percent(1 - numbers['skill'])} are lost")
     if numbers.get("gained"):
         parts.append(f"{told['gained_count']:,} tokens are repeated only now")
     return parts

@@ -350,7 +350,8 @@ def _check_kind(value: Any, wanted: Any, key: str) -> None:
     elif is_dataclass(wanted):
         if not isinstance(value, (Mapping, wanted)):  # type: ignore[arg-type]
             allowed = [f.name for f in fields(wanted)]
-            raise ConfigError(f"{key} is {value!r}; allowed: a section of {allowed}{_switch_hint(key, value, allowed)}")
+            hint = _switch_hint(key, value, allowed)
+            raise ConfigError(f"{key} is {value!r}; {hint or f'allowed: a mapping of its settings, {allowed}'}")
         _check_kinds(value, wanted, f"{key}.")
     elif owner is dict:
         if not isinstance(value, Mapping):
@@ -374,7 +375,7 @@ def _switch_hint(key: str, value: Any, allowed: Collection[str]) -> str:
     told = f"{{'enabled': {bool(value)}}}"
     for name in reversed(inner):
         told = f"{{{name!r}: {told}}}"
-    return f"; to switch it {'on' if value else 'off'}: {section}={told}"
+    return f"to switch it {'on' if value else 'off'}: {section}={told}"
 
 
 def _named(kind: Any) -> str:

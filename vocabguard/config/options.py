@@ -72,12 +72,14 @@ class WebhookOptions(TypedDict, total=False):
     timeout: float
     retries: int
     backoff: float
+    format: Literal["auto", "json", "slack", "discord"]
 
 
 class SinksOptions(TypedDict, total=False):
     least_level: Literal["info", "warning", "critical"]
     webhook: WebhookOptions | schema.WebhookConfig
     wandb: bool
+    trackio: bool
     waiting: int
     finish_seconds: float
 

@@ -177,6 +177,8 @@ class WebhookConfig:
         timeout: most seconds for connecting, and for each answer.
         retries: times that a notification is sent again after no answer, or after 408, 425, 429 or 5xx.
         backoff: seconds before the first retry, doubled each time.
+        format: ``json`` has every field, and all of it as ``text``; ``slack`` and ``discord`` are what these take;
+            ``auto`` goes by the address.
     """
 
     url: str | None = None
@@ -184,6 +186,7 @@ class WebhookConfig:
     timeout: float = limited(5.0, at_least=0.01)
     retries: int = limited(4, at_least=0, at_most=20)
     backoff: float = limited(1.0, at_least=0.0)
+    format: str = limited("auto", choices=("auto", "json", "slack", "discord"))
 
 
 @dataclass
@@ -195,6 +198,7 @@ class SinksConfig:
     Attributes:
         least_level: lowest level of a rule whose notifications are sent.
         wandb: whether `wandb.alert` is called, if the script has an active Weights & Biases run.
+        trackio: whether `trackio.alert` is called, if the script has an active Trackio run.
         waiting: most notifications waiting to be sent; further ones are dropped, and their number is logged.
         finish_seconds: most seconds that the end of a run waits for notifications not sent yet.
     """
@@ -202,6 +206,7 @@ class SinksConfig:
     least_level: str = limited("warning", choices=("info", "warning", "critical"))
     webhook: WebhookConfig = field(default_factory=WebhookConfig)
     wandb: bool = True
+    trackio: bool = True
     waiting: int = limited(100, at_least=1)
     finish_seconds: float = limited(10.0, at_least=0.0)
 

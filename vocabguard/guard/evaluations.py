@@ -1,6 +1,6 @@
 """What is looked at beside the checks: answers at evaluations, neighbours, and where forgotten tokens were lost.
 
-Each part stands down by itself where it fails, on all processes together; the guard and the training go on.
+Each part disables itself where it fails, on all processes together; the guard and the training go on.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ class Evaluations:
         return self._everyday.copies(self._model) if isinstance(self._everyday, Confuser) else None
 
     def _part(self, name: str, look: Callable[[], Finding | NotApplicable | None]) -> tuple[Finding, ...]:
-        """One part's finding; none where it is not applicable, or stands down."""
+        """One part's finding; none where it is not applicable, or has disabled itself."""
         found = self._contained(name, look)
         if isinstance(found, NotApplicable):
             # Neighbours were asked for; head or body is looked at by itself.
@@ -307,7 +307,7 @@ class Evaluations:
                     raise
                 failed = True
                 logger.warning(
-                    "vocabguard: %s disabled itself; vocabguard continues: %s: %s", name, type(error).__name__, error
+                    "vocabguard: %s disabled itself; the guard continues: %s: %s", name, type(error).__name__, error
                 )
         if bool(collective.any_of(torch.tensor(failed))):
             self._down.add(name)

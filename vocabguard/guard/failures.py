@@ -1,4 +1,4 @@
-"""What happens when the guard itself fails: reported once, then it stands down and training goes on."""
+"""What happens when the guard itself fails: reported once, then it disables itself and training continues."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Faults:
     """Contains the guard's exceptions and adds up the time that its work takes.
 
     Args:
-        on_error: ``"warn"`` logs the first fault and stands down; ``"raise"`` raises it.
+        on_error: ``"warn"`` logs the first fault and disables the guard; ``"raise"`` raises it.
     """
 
     def __init__(self, on_error: str) -> None:
@@ -30,7 +30,7 @@ class Faults:
 
     @property
     def down(self) -> bool:
-        """Whether the guard has stood down."""
+        """Whether the guard has disabled itself."""
         return self.reason is not None
 
     def stand_down(self, what: str, error: Exception) -> None:

@@ -87,7 +87,7 @@ class Protection:
     def hook_model(self, model: nn.Module, faults: Faults) -> None:
         """Take the echo mask out of batches on their way into the model, and read the losses on their way out.
 
-        The hooks stay when the guard stands down: batches that are made already still carry the mask.
+        The hooks stay when the guard disables itself: batches that are made already still carry the mask.
         """
         if self._losses is None:
             return

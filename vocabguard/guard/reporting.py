@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from vocabguard import collective
-from vocabguard.alerts.notify import Courier, Receiver, WandbAlerts, Webhook, dispatch
+from vocabguard.alerts.notify import Courier, Receiver, TrackioAlerts, WandbAlerts, Webhook, dispatch
 from vocabguard.alerts.rules import AlertRule
 from vocabguard.config import GuardConfig, SinksConfig, webhook_url
 from vocabguard.files import why_unwritable, write_file
@@ -69,9 +69,12 @@ def choose_courier(sinks: SinksConfig, folder: Path | None) -> Courier:
     """What carries news of alerts beyond this machine; without a receiver it does nothing."""
     hook, url = sinks.webhook, webhook_url(sinks.webhook)
     receivers: list[Receiver] = [WandbAlerts()] if sinks.wandb else []
+    receivers += [TrackioAlerts()] if sinks.trackio else []
     if url is not None:
         run = "" if folder is None else str(folder)
-        receivers.append(Webhook(url, run, timeout=hook.timeout, retries=hook.retries, backoff=hook.backoff))
+        receivers.append(
+            Webhook(url, run, timeout=hook.timeout, retries=hook.retries, backoff=hook.backoff, form=hook.format)
+        )
     return Courier(receivers, least_level=sinks.least_level, waiting=sinks.waiting, finish_seconds=sinks.finish_seconds)
 
 

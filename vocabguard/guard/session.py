@@ -31,7 +31,7 @@ from vocabguard.guard.summary import outdated
 from vocabguard.guard.wanted import require_keys
 from vocabguard.guard.watched import Action, build_rules
 from vocabguard.protect.collator import EchoCollator
-from vocabguard.results import CheckResult, NotApplicable, Timings, Watch
+from vocabguard.results import CheckResult, NotApplicable, Timings, Watch, facts_html
 from vocabguard.runlog import RunLog
 from vocabguard.vocabulary.table import VocabTable
 
@@ -68,7 +68,7 @@ class VocabGuard:
         steps: optimizer steps seen.
 
     Example:
-        A loop of one's own, with a model of 8 rows and SGD:
+        Your own loop, with a model of 8 rows and SGD:
 
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -128,6 +128,20 @@ class VocabGuard:
     def table(self) -> VocabTable | None:
         """Groups, texts and live rows of the vocabulary; None before `attach`."""
         return None if self._checker is None else self._checker.watched.table
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: whether it works, where it logs, and the latest values."""
+        state = "disabled itself" if self.failure else "attached" if self._checker is not None else "not attached"
+        facts = {
+            "state": state,
+            "steps": f"{self.steps:,}",
+            "run folder": "none" if self.run_dir is None else str(self.run_dir),
+        }
+        if self.failure:
+            facts["failure"] = self.failure
+        if self.last is not None:
+            facts["firing"] = ", ".join(self.last.firing) or "none"
+        return facts_html("VocabGuard", facts, self.latest)
 
     @property
     def failure(self) -> str | None:
@@ -192,7 +206,7 @@ class VocabGuard:
             targets: the trainer's way of reading targets, where the guard was given none; or why there are none.
 
         Returns:
-            What is watched and what is not; None if the guard stood down.
+            What is watched and what is not; None if the guard disabled itself.
 
         Raises:
             ConfigError: for settings that do not fit the model, the tokenizer or the data. Nothing is changed then.
@@ -462,7 +476,7 @@ class VocabGuard:
         self._heed_failures()
 
     def _require_attached(self, what: str) -> None:
-        """Refuse a loop of one's own that forgot to attach: nothing would be guarded, and nobody told."""
+        """Refuse your own loop that forgot to attach: nothing would be guarded, and nobody told."""
         if not self._attached and not self._faults.down:
             raise ConfigError(f"{what}() before attach(); call guard.attach(model, optimizer, ...) first")
 

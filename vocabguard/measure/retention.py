@@ -310,7 +310,7 @@ class Sample:
 
     Attributes:
         weights: (n,) float32, live tokens that each probed one stands for; 0 for those asked for other reasons.
-        frequent: (n,) bool, tokens that the data asks for often: what they lose is skill.
+        frequent: (n,) bool, frequent targets: what they lose is skill.
     """
 
     weights: Tensor

@@ -42,6 +42,8 @@ class TokenTable:
 def badge_of(data: PageData, verdict: Verdict) -> str:
     """The verdict in two words."""
     so_far = " so far" if at_end(data) is not None and verdict.level != "unknown" else ""
+    if verdict.level == "fine" and (data.whole is None or data.whole.retained is None):
+        return f"✓ rows within limits{so_far}"
     return _BADGES[verdict.level] + so_far
 
 

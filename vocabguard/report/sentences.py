@@ -289,7 +289,7 @@ def _forgotten_part(data: PageData, forgotten: float | None) -> str:
         of_all = "of all live ones " if sampled else ""
         lead = f"{np.count_nonzero(probed.lost):,} of {those} are lost ({of_all}{_interval(data, 'lost', forgotten)})"
     skill = data.scalars.get("probe/skill")
-    lead += f"; of the most frequent targets {percent(1 - skill)}" if skill is not None else ""
+    lead += f"; of frequent targets {percent(1 - skill)} are lost" if skill is not None else ""
     few = _barely_probed(data)
     rows = [
         (1.0 - row.retained, row.label)
