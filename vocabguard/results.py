@@ -183,7 +183,7 @@ class Forecast:
         cosine: (V,) float32 in [-1, 1], the median.
         low: (V,) float32, 5 % quantile.
         high: (V,) float32, 95 % quantile.
-        chance: (V,) float32 in [0, 1], that the cosine ends below `DEGRADED`; NaN where only the range was measured.
+        chance: (V,) float32 in [0, 1], that the cosine ends below `DEGRADED`.
     """
 
     step: int

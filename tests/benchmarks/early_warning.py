@@ -32,7 +32,7 @@ from vocabguard.guard.forecast import JUDGED_ROWS
 from vocabguard.measure.drift import evenly
 from vocabguard.measure.forecast import SMALLEST_ANGLE, Floats, Moment, summarise_forecast
 from vocabguard.measure.forecast_networks import forecast_running, forecast_starting, growths
-from vocabguard.measure.forecast_range import missed_by
+from vocabguard.measure.ranges import missed_by
 from vocabguard.results import AT_RISK, DEGRADED, Forecast
 
 MODEL = Path(__file__).parents[2] / "vocabguard" / "measure" / "forecast.safetensors"
@@ -111,7 +111,7 @@ def own_sides(run: Recorded, check: int) -> tuple[float, float]:
     if known is None:
         return 1.0, 1.0
     ids = evenly(np.flatnonzero(run.live), JUDGED_ROWS)
-    quantiles, before = growths(Moment(*known).of(ids))
+    quantiles, _, before = growths(Moment(*known).of(ids))
     return missed_by(quantiles, np.log(np.maximum(now.angle[ids], SMALLEST_ANGLE)) - before)
 
 

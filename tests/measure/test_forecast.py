@@ -31,7 +31,7 @@ from vocabguard.measure.forecast_networks import (
     packaged,
     packaged_range,
 )
-from vocabguard.measure.forecast_range import LEVELS, level_numbers, missed_by, widened, width_numbers
+from vocabguard.measure.ranges import LEVELS, level_numbers, missed_by, widened, width_numbers
 from vocabguard.results import AT_RISK, Forecast, RowDrift, Schedule
 
 V, D = 400, 16
@@ -276,7 +276,8 @@ def test_the_range_is_a_weighted_sum_and_closes_with_the_rates_to_come() -> None
         for weight, number in zip(fitted.median, level_numbers(inputs, networks[:, 3], of_class)[row], strict=True)
     )
     width = math.exp(float(width_numbers(inputs, networks)[row] @ fitted.width))
-    found, _ = growths(known)
+    found, of_networks, _ = growths(known)
+    np.testing.assert_array_equal(of_networks, networks)
     np.testing.assert_allclose(found[row], [middle + width * level for level in fitted.levels], rtol=1e-4)
     assert (np.diff(found, axis=1) > 0).all()
     wide, narrow = (np.ptp(growths(moment(schedule(left=left)))[0], axis=1).mean() for left in (3.0, 0.02))
@@ -315,12 +316,3 @@ def test_an_earlier_forecast_is_made_again_for_another_end() -> None:
     assert until.schedule.square_left == pytest.approx(0.004)
     planned = Schedule(20, 60, 0.2, 0.002, 0.4, 0.004, "adam", 1000.0)
     np.testing.assert_allclose(growths(until)[0], growths(moment(planned).of(ids))[0], rtol=1e-6)
-
-
-def test_without_chances_the_share_has_a_range() -> None:
-    low, cosine, high = torch.tensor([[0.8, 0.9, 0.97, 0.5], [0.9, 0.94, 0.98, 0.6], [0.94, 0.96, 0.99, 0.7]])
-    live, none = torch.tensor([True, True, True, False]), torch.full((4,), math.nan)
-    found = summarise_forecast(Forecast(20, 200, cosine, low, high, none), live, {"ja": live})
-    assert found == pytest.approx(
-        {"below_0.95_low": 1 / 3, "below_0.95_high": 2 / 3, "cosine_mean": float(cosine[:3].mean())}
-    )

@@ -45,7 +45,6 @@ _SINGLE = {
     **{f"exposure/{name}": _SHARE for name in (*EXPOSURE_CLASSES, "push_share")},
     "exposure/targets": _COUNT,
     "forecast/cosine_mean": _COSINE,
-    **dict.fromkeys(("forecast/below_0.95_low", "forecast/below_0.95_high"), _SHARE),
     **{f"probe/{name}": _SHARE for name in PROBED},
     **{f"probe/{name}": _BESIDE for name in ("tokens_retained", "tokens_retained_low", "tokens_retained_high")},
     **{f"probe/{name}": _NATS for name in ("nats", "nats_low", "nats_high")},
@@ -84,7 +83,6 @@ def metric_range(metric: str) -> tuple[float, float]:
     | the same after ``head/<part>/`` and ``embedding/<part>/`` | the same |
     | ``forecast/below_0.95``, ``forecast/<part>/below_0.95`` | [0, 1] |
     | ``forecast/rows``, ``forecast/<part>/rows`` | [0, inf) |
-    | ``forecast/below_0.95_low``, ``forecast/below_0.95_high`` | [0, 1] |
     | ``forecast/cosine_mean`` | [-1, 1] |
     | ``exposure/`` ``never``, ``1-4``, ``5-19``, ``20+``, ``push_share`` | [0, 1] |
     | ``exposure/targets`` | [0, inf) |

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vocabguard.measure.exposure import exposure_classes
-from vocabguard.results import DEGRADED, Forecast, RowDrift, Schedule
+from vocabguard.results import Forecast, RowDrift, Schedule
 
 Floats = npt.NDArray[np.float32]
 
@@ -180,9 +180,7 @@ def summarise_forecast(forecast: Forecast, live: Tensor, parts: Mapping[str, Ten
     """Flat scalars of a forecast, over live rows that have one.
 
     Keys: ``below_0.95`` (share in [0, 1] of rows that is expected to end below, the mean of their chances), ``rows``
-    (how many that is), ``cosine_mean``; the first two also as ``<part>/...`` for each part that has such rows. Where
-    only ranges are known and no chances, ``below_0.95_low`` and ``below_0.95_high`` instead of them: shares in [0, 1]
-    of the rows whose whole range is below, and of those whose range reaches below.
+    (how many that is), ``cosine_mean``; the first two also as ``<part>/...`` for each part that has such rows.
 
     Example:
         >>> cosine, chance = torch.tensor([0.98, 0.94]), torch.tensor([0.1, 0.7])
@@ -191,14 +189,10 @@ def summarise_forecast(forecast: Forecast, live: Tensor, parts: Mapping[str, Ten
         >>> {name: round(value, 3) for name, value in found.items()}
         {'below_0.95': 0.4, 'rows': 0.8, 'cosine_mean': 0.96}
     """
-    known = live & forecast.cosine.isfinite()
-    if not bool(known.any()):
-        return {}
-    mean, usable = {"cosine_mean": float(forecast.cosine[known].double().mean())}, known & forecast.chance.isfinite()
+    usable = live & forecast.chance.isfinite()
     if not bool(usable.any()):
-        least, most = (float((end[known] < DEGRADED).double().mean()) for end in (forecast.high, forecast.low))
-        return {"below_0.95_low": least, "below_0.95_high": most, **mean}
-    found = {**_risk(forecast, usable), **mean}
+        return {}
+    found = {**_risk(forecast, usable), "cosine_mean": float(forecast.cosine[usable].double().mean())}
     for name, mask in parts.items():
         if bool((usable & mask).any()):
             found |= {f"{name}/{key}": value for key, value in _risk(forecast, usable & mask).items()}

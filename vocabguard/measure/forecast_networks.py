@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 
 import numpy as np
@@ -26,7 +26,7 @@ from vocabguard.measure.forecast import (
     running_features,
     starting_features,
 )
-from vocabguard.measure.forecast_range import LEVELS, Range, widened
+from vocabguard.measure.ranges import LEVELS, Range, widened
 from vocabguard.results import DEGRADED, Forecast, Schedule
 
 KINDS = ("running-adam", "running-sgd", "starting")
@@ -134,19 +134,32 @@ def nets_of(tensors: Mapping[str, Floats], name: str) -> QuantileNets:
     )
 
 
-def growths(moment: Moment) -> tuple[Floats, Floats]:
-    """(V, Q) quantiles of how the logarithm of each row's angle grows up to the end, and the (V,) logarithm now.
+def growths(moment: Moment) -> tuple[Floats, Floats, Floats]:
+    """Quantiles of how the logarithm of each row's angle grows up to the end, (V, Q), of the range and of the networks.
+
+    The third is the (V,) logarithm now.
 
     Networks that were fitted on one small model rank the rows; where they end, and how wide the range is, is read by
-    `vocabguard.measure.forecast_range`, which was fitted on several models. Plain gradient descent has the networks
-    only.
+    `vocabguard.measure.ranges`, which was fitted on several models. Plain gradient descent has the networks only.
+
+    Example:
+        >>> import torch
+        >>> from vocabguard.measure.forecast import Past
+        >>> one, no = np.ones(2, dtype=np.float32), torch.zeros(2, dtype=torch.int64)
+        >>> facts = RowFacts(torch.ones(2), no.byte(), torch.ones(2).bool(), width=4, tied=False)
+        >>> half, now = (Past(step, step * 1e-3, step * one / 1000, one, one, step) for step in (50, 100))
+        >>> asked = Asked(no, no, no - 1, no.float(), no.float(), no.float(), 100, None, False, 8.0)
+        >>> half_way = Schedule(100, 200, 0.1, 1e-4, 0.1, 1e-4, "adam", memory=1000.0)
+        >>> grown, of_networks, angle = growths(Moment(facts, (now, half, half), asked, half_way, norm_ratio=one))
+        >>> grown.shape, of_networks.shape, np.exp(angle).round(3)
+        ((2, 7), (2, 7), array([0.1, 0.1], dtype=float32))
     """
     inputs, now = running_features(moment.rows, moment.track, moment.asked, moment.schedule, moment.norm_ratio)
-    found = packaged(f"running-{moment.schedule.optimizer}").quantiles(inputs)
-    if moment.schedule.optimizer == "adam":
-        of_class = class_medians(found[:, _MEDIAN], moment.rows, moment.asked)
-        found = packaged_range().quantiles(inputs, found, of_class)
-    return found, now
+    networks = packaged(f"running-{moment.schedule.optimizer}").quantiles(inputs)
+    if moment.schedule.optimizer == "sgd":
+        return networks, networks, now
+    of_class = class_medians(networks[:, _MEDIAN], moment.rows, moment.asked)
+    return packaged_range().quantiles(inputs, networks, of_class), networks, now
 
 
 @functools.cache
@@ -163,7 +176,7 @@ def packaged_range() -> Range:
 
 
 def forecast_running(moment: Moment, sides: tuple[float, float] = (1.0, 1.0)) -> Forecast:
-    """The forecast in mid-run.
+    """The forecast in mid-run. Chances are the networks', which rank rows best on the model that they were fitted on.
 
     Args:
         moment: all that is known.
@@ -186,8 +199,12 @@ def forecast_running(moment: Moment, sides: tuple[float, float] = (1.0, 1.0)) ->
         # Nothing moves any more.
         stays = np.log(np.maximum(angle, SMALLEST_ANGLE))
         return forecast_of(np.repeat(stays[:, None], len(LEVELS), axis=1), np.isnan(angle), moment.schedule)
-    grown, now = growths(moment)
-    return forecast_of(widened(grown, sides) + now[:, None], np.isnan(angle), moment.schedule)
+    grown, networks, now = growths(moment)
+    made, by_networks = (
+        forecast_of(quantiles + now[:, None], np.isnan(angle), moment.schedule)
+        for quantiles in (widened(grown, sides), networks)
+    )
+    return replace(made, chance=by_networks.chance)
 
 
 def forecast_starting(rows: RowFacts, asked: Asked, schedule: Schedule) -> Forecast:

@@ -67,6 +67,11 @@ def level_numbers(inputs: Floats, middle: Floats, of_class: Floats) -> Doubles:
         inputs: (V, F), as `running_features` gives them.
         middle: (V,) medians of the networks.
         of_class: (V,) their median over a row's exposure class.
+
+    Example:
+        >>> nothing_left, none = np.zeros((2, 39), dtype=np.float32), np.zeros(2, dtype=np.float32)
+        >>> bool(level_numbers(nothing_left, none, none).any())
+        False
     """
     column = inputs.T.astype(np.float64)
     span, memory, coming, never = column[_SPAN], column[_MEMORY], column[_COMING], column[_NEVER]
@@ -95,6 +100,11 @@ def width_numbers(inputs: Floats, networks: Floats) -> Doubles:
     Args:
         inputs: (V, F), as `running_features` gives them.
         networks: (V, Q), what the networks make of them.
+
+    Example:
+        >>> inputs, networks = np.ones((2, 39), dtype=np.float32), np.zeros((2, 7), dtype=np.float32)
+        >>> width_numbers(inputs, networks).shape
+        (2, 11)
     """
     column = inputs.T.astype(np.float64)
     span, one = np.maximum(column[_SPAN], 1e-3), np.ones(len(inputs))
