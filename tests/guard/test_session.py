@@ -353,14 +353,48 @@ def test_that_no_row_is_known_to_be_unused_is_said(kit: Any) -> None:
     assert told == {6: [f"{said} are set apart."], 40: []}
 
 
-def test_zero_3_is_refused_in_words(kit: Any) -> None:
-    model = kit.llama()
-    shape = model.lm_head.weight.shape
+def as_zero_3(model: Any) -> None:
+    """Leave of the matrices' parameters what DeepSpeed does between forward passes, in a process by itself."""
     for module in (model.lm_head, model.model.embed_tokens):
-        # What DeepSpeed leaves of a parameter between forward passes.
+        rows = module.weight.detach()
         module.weight = torch.nn.Parameter(torch.empty(0))
-        module.weight.ds_shape = shape
-    with pytest.raises(ConfigError, match=r"matrices: DeepSpeed ZeRO stage 3 .* allowed: ZeRO stages 0 to 2, or FSDP2"):
+        module.weight.ds_shape, module.weight.ds_tensor = rows.shape, rows.flatten().clone()
+        module.weight.ds_zero_partition_rank = 0
+
+
+def test_zero_3_is_followed_where_its_rows_lie(kit: Any) -> None:
+    model = kit.llama()
+    as_zero_3(model)
+    guard = VocabGuard(**kit.QUIET, drift={"every_n_steps": 1}, probe={"enabled": False})
+    watch = guard.attach(model, None)
+    assert watch is not None
+    assert (watch.head.rows, watch.head.width) == (64, 16)
+    rows = model.lm_head.weight.ds_tensor
+    before = rows.clone().view(64, 16)
+    rows[5 * 16 : 6 * 16] = -rows[5 * 16 : 6 * 16]
+    rows[16:32] += 0.1
+    found = guard.step(1).head.cosine  # type: ignore[union-attr]
+    naive = torch.nn.functional.cosine_similarity(before.double(), rows.view(64, 16).double(), dim=1)
+    torch.testing.assert_close(found.double(), naive, rtol=0, atol=1e-6)
+    assert found[5] == -1
+
+
+def test_hold_under_zero_3_is_off_in_words(kit: Any) -> None:
+    model, hold = kit.llama(), {"enabled": True}
+    as_zero_3(model)
+    with pytest.raises(ConfigError, match=r"hold: ZeRO stage 3 has the output rows .*; allowed: on_error: warn"):
+        VocabGuard(**kit.QUIET, probe={"enabled": False}, hold=hold).attach(model, kit.sgd(model))
+    guard = VocabGuard(**kit.QUIET | {"on_error": "warn"}, probe={"enabled": False}, hold=hold)
+    watch = guard.attach(model, kit.sgd(model))
+    assert watch is not None, "training goes on, and so does the guard"
+    assert any(note.startswith("Hold is off: ZeRO stage 3") for note in watch.notes)
+
+
+def test_rows_that_are_nowhere_are_refused_in_words(kit: Any) -> None:
+    model = kit.llama()
+    for module in (model.lm_head, model.model.embed_tokens):
+        module.weight = torch.nn.Parameter(torch.empty(0))
+    with pytest.raises(ConfigError, match=r"matrices: the rows of LlamaForCausalLM cannot be counted: .* no matrix"):
         VocabGuard(**kit.QUIET).attach(model, None)
 
 
