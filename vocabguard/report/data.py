@@ -171,6 +171,7 @@ class PageData:
         echo: what echo has done by the last check; None without echo.
         beside: what was found beside the checks, the latest of each kind.
         verdict: that of a probe that the file holds; None where there is none.
+        evidence: what a file was measured on, as `vocabguard.compare.evidence.evidence_of` has it; empty of a run.
     """
 
     name: str
@@ -197,6 +198,7 @@ class PageData:
     beside: tuple[Beside, ...] = ()
     verdict: Judged | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
+    evidence: Mapping[str, Any] = field(default_factory=dict, repr=False)
     text: TextOf = field(default=lambda token: f"<row {token}>", repr=False)
 
     @property
@@ -545,6 +547,7 @@ def _scan_data(
         scalars=scalars, rows=rows, probed=probed,
         tokens=token_lines(choose_tokens(rows, probed, top), rows, probed, names, text, 0), text=text,
         verdict=_page_verdict(found.get("probe")), settings=_flat(evidence.get("arguments") or {}) if evidence else {},
+        evidence=evidence,
     )  # fmt: skip
 
 
