@@ -185,11 +185,15 @@ def rehearse() -> None:
 
 
 def _right(found: dict[str, Any]) -> bool:
-    """An untouched copy is fine, the others are not, and of the zeroed words hardly one is said."""
+    """An untouched copy is fine, the others are not, and of the zeroed words hardly one is said.
+
+    Of a damaged layer a few words may be too little evidence; it is never fine.
+    """
     named = found[ZEROED].get("zeroed", {"known": 0, "lost": 0})
     return (
         found["untouched"]["level"] == "fine"
-        and all(one["level"] == "lost" for name, one in found.items() if name not in ("base", "untouched"))
+        and found[ZEROED]["level"] == "lost"
+        and all(one["level"] in ("lost", "unknown") for name, one in found.items() if name not in ("base", "untouched"))
         and named["lost"] >= 0.8 * named["known"] > 0
     )
 

@@ -323,6 +323,19 @@ def test_runs_of_other_vocabularies_are_not_matched(make_run):
     assert compare(first, run_data(make_run("c", rows=False))).unmatched.startswith("Run B kept no rows")
 
 
+@pytest.mark.parametrize(("what", "key"), [("base", "sha256"), ("tokenizer", "vocabulary")])
+def test_files_about_another_base_or_tokenizer_are_not_matched(make_run, what, key):
+    first, second = (run_data(make_run(name)) for name in "ab")
+    told = [{what: {key: digest * 32}, "tuned": {"sha256": digest * 32}} for digest in ("ab", "cd")]
+    both = compare(replace(first, evidence=told[0]), replace(second, evidence=told[1]))
+    assert f"another {what} (abababababab and cdcdcdcdcdcd)" in both.unmatched
+    assert both.splits == ()
+    assert both.drifted == ((), ())
+    # Other weights on the same base are what is compared, and what does not tell is not refused.
+    for other in (told[0] | {"tuned": told[1]["tuned"]}, {}):
+        assert compare(replace(first, evidence=told[0]), replace(second, evidence=other)).unmatched == ""
+
+
 def test_json_holds_the_verdict_and_the_rows(data):
     found = json.loads(json.dumps(as_json(data, Limits()), allow_nan=False))
     assert found["level"] == "lost"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vocabguard.compare.evidence import unequal
 from vocabguard.report.data import PageData, RowNumbers
 from vocabguard.report.sentences import label_of
 from vocabguard.results import DEGRADED
@@ -98,7 +99,9 @@ def _unmatched(first: PageData, second: PageData) -> str:
     if first.names != second.names or not np.array_equal(one.group, other.group):
         sizes = f"{one.group.size:,} and {other.group.size:,} rows"
         return f"The two have other vocabularies ({sizes}), so tokens cannot be compared one by one."
-    return ""
+    reasons = (unequal(first.evidence, second.evidence, what) for what in ("tokenizer", "base"))
+    why = next(filter(None, reasons), "")
+    return f"Of A and B {why}, so tokens cannot be compared one by one." if why else ""
 
 
 def _rows(data: PageData) -> RowNumbers:

@@ -175,6 +175,7 @@ class PageData:
         origin: where it comes from, name and value: model, data, date, versions, command.
         vocabulary: what each id says; empty where that is not known.
         commands: what to do next.
+        evidence: what a file was measured on, as `vocabguard.compare.evidence.evidence_of` has it; empty of a run.
     """
 
     name: str
@@ -202,6 +203,7 @@ class PageData:
     verdict: Judged | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     origin: Mapping[str, str] = field(default_factory=dict)
+    evidence: Mapping[str, Any] = field(default_factory=dict, repr=False)
     text: TextOf = field(default=lambda token: f"<row {token}>", repr=False)
     vocabulary: Sequence[str] = field(default=(), repr=False)
     commands: tuple[Next, ...] = ()
@@ -626,6 +628,7 @@ def _scan_data(
         tokens=token_lines(choose_tokens(rows, probed, top), rows, probed, names, text, 0), text=text,
         verdict=_page_verdict(found.get("probe")), settings=_flat(evidence.get("arguments") or {}) if evidence else {},
         origin=_file_origin(found, evidence), vocabulary=texts, commands=_file_commands(path, found, probed),
+        evidence=evidence,
     )  # fmt: skip
 
 
