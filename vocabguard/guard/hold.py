@@ -93,9 +93,14 @@ class Holder:
         Args:
             optimizer: whose step it was; moments of held rows are cleared or levelled.
         """
-        if not self.on or not self._kept:
-            return
-        self._kept, weight, mode = False, self._matrix.weight, cast(HoldMode, self._config.mode)
+        if self.on and self._kept:
+            self._kept = False
+            self._put_back(optimizer)
+        # A guard that hears of another's fault between two steps answers in the next one.
+        self._told = False
+
+    def _put_back(self, optimizer: torch.optim.Optimizer) -> None:
+        weight, mode = self._matrix.weight, cast(HoldMode, self._config.mode)
         state: Any = optimizer.state.get(weight, {})
         shard, before, rows = self._matrix.shard, self._keeper.rows, local_rows(weight.detach())
         own = {key: local_rows(value) if isinstance(value, Tensor) else value for key, value in state.items()}
