@@ -1,7 +1,8 @@
 """How long `build_table` takes on a synthetic multilingual tokenizer of 262,144 pieces.
 
 ``python tests/benchmarks/vocabulary_speed.py`` prints the best and the median of five builds, and the least processor
-time, for a byte-level BPE (GPT-2 style) and a BPE with byte fallback over ``▁`` (Gemma style). No network.
+time, for a byte-level BPE (GPT-2 style) and a BPE with byte fallback over ``▁`` (Gemma style), or, with ``--tokenizer
+FOLDER``, for a real one. No network.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from random import Random
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from vocabguard.vocabulary.table import build_table
@@ -99,17 +102,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=262_144)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokenizer", help="a folder that transformers can load a tokenizer from")
     arguments = parser.parse_args()
-    for style in (byte_level, byte_fallback):
-        tokenizer = style(arguments.size)
+    styles: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+        style.__name__: partial(style, arguments.size) for style in (byte_level, byte_fallback)
+    }
+    if arguments.tokenizer:
+        styles = {arguments.tokenizer: partial(AutoTokenizer.from_pretrained, arguments.tokenizer)}
+    for name, style in styles.items():
+        tokenizer = style()
         walls, processor = [], []
         for _ in range(arguments.repeats):
             began = time.perf_counter(), time.process_time()
-            table = build_table(tokenizer, arguments.size)
+            table = build_table(tokenizer, len(tokenizer))
             walls.append(time.perf_counter() - began[0])
             processor.append(time.process_time() - began[1])
         counts = torch.bincount(table.group.long(), minlength=len(table.names)).tolist()
-        print(f"{style.__name__}: {len(table)} ids, {min(walls):.2f} s best, {statistics.median(walls):.2f} s median, ")
+        print(f"{name}: {len(table)} ids, {min(walls):.2f} s best, {statistics.median(walls):.2f} s median, ")
         print(f"  {min(processor):.2f} s of processor time; {int(table.reachable.sum())} reachable; ", end="")
         print(", ".join(f"{name} {count}" for name, count in zip(table.names, counts, strict=True) if count))
 
