@@ -65,6 +65,7 @@ ADDED: dict[str, tuple[str, ...]] = {
         "lightning.VocabGuardCallback.call",
         "huggingface.VocabGuardCallback.trainer",
         "huggingface.VocabGuardCallback.add_to.*",
+        "RunLog.each_check*",
         "RunLog.to_pandas*",
     ),
     "commands": (

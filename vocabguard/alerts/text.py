@@ -357,7 +357,7 @@ def _echo(about: About) -> str:
 
 def _hold(about: About) -> str:
     scene, still = about.scene, sum(about.scene.unasked.get(name, 0) for name in EXPOSURE_CLASSES)
-    rows = f"{still:,} rows that have not been a target so far" if still else "rows that the data does not ask for"
+    rows = f"{still:,} rows that were never a target" if still else "rows that are never a target"
     if scene.hold == "armed":
         return f'switch hold on: guard.switch("hold", True) stops the drift of {rows}.'
     if scene.hold == "on" or scene.echo == "absent" or about.kind == "forgotten":
