@@ -183,7 +183,7 @@ def checkpoint_files(*paths: str) -> list[Path]:
 
 def _is_weights(file: Path) -> bool:
     """Whether a file is of a checkpoint, and not of an earlier scan or probe."""
-    if file.suffix != ".safetensors":
+    if file.suffix != ".safetensors" or not file.is_file():
         return file.suffix in (*TORCH_SUFFIXES, ".json")
     try:
         with safe_open(str(file), framework="pt") as opened:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vocabguard.compare.adapted import adapter_head, is_adapter, write_adapter
 from vocabguard.compare.explain import asks_of
 from vocabguard.compare.scan import Scan, fitted
-from vocabguard.files import copy_files, full_path, plain, replacing
+from vocabguard.files import copy_files, full_path, plain, read_text, replacing
 from vocabguard.measure.exposure import exposure_classes
 from vocabguard.measure.intervals import paired_change, z_of_look
 from vocabguard.measure.probe import PromptContext, probe
@@ -293,7 +293,7 @@ def text_windows(tokenizer: Any, file: Path, most: int = 2**16) -> Windows:
         ValueError: if the file cannot be read or has fewer than two tokens.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--text {file}: cannot be read as UTF-8 ({error})") from error
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:most]

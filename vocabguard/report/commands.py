@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vocabguard.files import require_regular
+
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _WEIGHTS = ("config.json", "adapter_config.json")
 
@@ -47,7 +49,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run folder; other tools write a ``run.json`` too."""
     try:
-        return b'"schema"' in (folder / "run.json").read_bytes()
+        return b'"schema"' in require_regular(folder / "run.json").read_bytes()
     except OSError:
         return False
 
