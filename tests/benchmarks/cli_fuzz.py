@@ -101,6 +101,7 @@ RUN = tuple(f"run/{name}" for name in ("run.json", "checks.jsonl", "alerts.jsonl
 ON_RUN = (
     "report {}/run --out {}/page.html", "report {}/run --json", "report {}/run {}/scan.safetensors --out {}/page.html",
     "scan {}/base {}/tuned --run {}/run --json", "repair {}/base {}/tuned --run {}/run --out {}/new --no-ask",
+    "show {}/run", "show {}/run --json",
 )  # fmt: skip
 ON_COUNTS = (
     "scan {}/base {}/tuned --coverage {F} --json", "explain {}/base {}/tuned a --coverage {F} --no-ask",
@@ -110,6 +111,7 @@ ON_COUNTS = (
 ON_PROBE = (
     "probe {}/tuned {F} --json", "report {F} --json", "echo {}/tok --ids {}/ids.jsonl --needs {F} --targets 1",
     "replay {}/data --tokenizer {}/tok --out {}/o.jsonl --needs {F} --targets 1", "report {F} --out {}/page.html",
+    "show {F}",
 )  # fmt: skip
 ASK = "--sample 8 --asks 1 --text-tokens 40"
 ON_MODELS = (f"probe {{}}/tuned {{}}/base {ASK} --json", f"probe {{}}/tuned {ASK}",
@@ -201,6 +203,7 @@ OPTIONS = {
     ),
     "probe {}/tuned": ("",),
     "scan {}/base {}/tuned --probe --sample 8": ("--watch", "--texts", "--batch", "--seed", "--dtype"),
+    "show {}/run": ("--top", ""),
     "report {}/run": ("--out", "--tokenizer", "--threshold", "--threshold-forgotten", ""),
     # Without a program that is there: it would take this process's place.
     "run": ("--config", "--set"),
