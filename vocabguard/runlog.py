@@ -196,6 +196,7 @@ class RunLog:
 
     Example:
         >>> import tempfile
+        >>> from torch import Tensor
         >>> from vocabguard.results import NotApplicable
         >>> off = NotApplicable("not in this example")
         >>> check = CheckResult(7, off, off, off, Tensor(), None, {"vocabguard/head/below_0.95": 0.25})

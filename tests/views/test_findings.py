@@ -54,8 +54,8 @@ def neighbors(table: VocabTable) -> Finding:
 
 
 def body() -> Finding:
-    with_head = torch.tensor([True, False, False, False])
-    return body_finding(30, HeadOrBody(torch.arange(4), with_head, torch.tensor([True, True, False, False])))
+    head, rows, every = torch.ones(3, 4).tril().bool()
+    return body_finding(30, HeadOrBody(torch.arange(4), head, rows, every))
 
 
 def cells(found: Finding) -> list[list[str]]:
@@ -105,13 +105,13 @@ def test_neighbors_in_every_form(neighbors: Finding) -> None:
 def test_forgotten_tokens_in_words() -> None:
     found = body()
     assert found.sentence == (
-        "4 forgotten tokens: 1 (25.0 %) back with the base's output rows, 1 (25.0 %) with its input rows too, "
-        "2 (50.0 %) with neither (lost in the body)"
+        "4 lost tokens: 1 (25.0 %) back with the base's output rows, 1 (25.0 %) with its input rows too, "
+        "1 (25.0 %) only with the rows of all tokens (other rows drown them), 1 (25.0 %) with no rows (lost in the body)"
     )
     assert found.lines[0]["head"] == 1
     assert found.lines[0]["ids"] == [0, 1, 2, 3]
-    alone = body_finding(1, HeadOrBody(torch.tensor([7]), torch.tensor([True]), torch.tensor([True])))
-    assert alone.sentence == "1 forgotten token: 1 (100 %) back with the base's output rows"
+    alone = body_finding(1, HeadOrBody(torch.tensor([7]), *torch.ones(3, 1).bool()))
+    assert alone.sentence == "1 lost token: 1 (100 %) back with the base's output rows"
 
 
 def test_lines_are_strict_json(confusion: Finding, neighbors: Finding) -> None:
