@@ -106,7 +106,8 @@ def test_forgotten_tokens_in_words() -> None:
     found = body()
     assert found.sentence == (
         "4 lost tokens: 1 (25.0 %) back with the base's output rows, 1 (25.0 %) with its input rows too, "
-        "1 (25.0 %) only with the rows of all tokens (other rows drown them), 1 (25.0 %) with no rows (lost in the body)"
+        "1 (25.0 %) only with the rows of all tokens (other rows drown them), "
+        "1 (25.0 %) with no rows (lost in the body)"
     )
     assert found.lines[0]["head"] == 1
     assert found.lines[0]["ids"] == [0, 1, 2, 3]
