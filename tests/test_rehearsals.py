@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from by_path import module_of
 from packaging.requirements import Requirement
 
 REHEARSALS = Path(__file__).parent / "rehearsals"
@@ -18,12 +18,7 @@ CLIENTS = [path for path in RESULTS if path.stem not in ("trackers", "engines")]
 
 @pytest.fixture(scope="module")
 def table() -> Any:
-    spec = importlib.util.spec_from_file_location("rehearsals_table", REHEARSALS / "table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(REHEARSALS / "table.py", "rehearsals_table")
 
 
 def test_the_page_is_current(table: Any) -> None:

@@ -57,13 +57,14 @@ def traced() -> dict[str, Any]:
         sys.path.insert(0, str(TESTS / room))
     import conftest as guard_kit
     import torch
+    from ranks import run_together
     from stalls import KIND, accelerator, moved
 
     from vocabguard import VocabGuard
 
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        _run_two(Path(folder))
+        run_together("messages.py", folder, timeout=900)
         sent = torch.load(Path(folder) / "rank-0.pt", weights_only=True)
     for name in ("watching", "hold"):
         messages = sent[name]["sent"]
@@ -84,17 +85,6 @@ def traced() -> dict[str, Any]:
             waits = sum(device.waits.values())
             found[name] |= {"waits": waits, "bytes": device.bytes("up") + device.bytes("down")}
     return found
-
-
-def _run_two(folder: Path) -> None:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("tests_conftest", TESTS / "conftest.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.run_together("messages.py", folder, timeout=900)
 
 
 def seconds_of(message: tuple[str, int, str], ranks: int, rows_traced: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import pickle
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_path import module_of
 
 from vocabguard.data.coverage import measure_coverage
 from vocabguard.data.mapped import CountBatch, total_counts
@@ -22,12 +22,7 @@ RECIPE = Path(__file__).parents[2] / "examples" / "coverage_on_many_machines.py"
 
 @pytest.fixture
 def recipe() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("coverage_on_many_machines", RECIPE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return module_of(RECIPE)
 
 
 @pytest.fixture

@@ -6,26 +6,17 @@ What is right and what is refused stands in `tests/rehearsals/results/engines.js
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from by_path import module_of
 
 REHEARSAL = Path(__file__).parents[1] / "rehearsals" / "engines.py"
 QUICK = ("fsdp1_flat", "fsdp2", "tp_columns", "pipeline")
 REST = ("ddp", "fsdp1_orig", "fsdp2_tied", "fsdp2_offload", "tp", "tp_auto", "context", "sequence")
 FOUR = ("hsdp", "fsdp2_tp")
-
-
-def rehearsal() -> Any:
-    spec = importlib.util.spec_from_file_location("rehearsed_engines", REHEARSAL)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +38,7 @@ def more(folder: Path, together: Any) -> Path:
 
 
 def check(folder: Path, kind: str) -> None:
-    engines, count = rehearsal(), 4 if kind in FOUR else 2
+    engines, count = module_of(REHEARSAL), 4 if kind in FOUR else 2
     found = engines.judged(folder, kind, count)
     known = json.loads(engines.RESULTS.read_text(encoding="utf-8"))["engines"][kind]["measures"]
     assert {name: one["verdict"] for name, one in found.items()} == {
@@ -73,7 +64,7 @@ def test_other_engines(kind: str, more: Path) -> None:
 @pytest.mark.parametrize("kind", ["fsdp1_flat", "fsdp2", "tp_columns"])
 def test_no_matrix_is_sent(kind: str, folder: Path) -> None:
     """A drift check has one message of 4 values a row; all of a check, counts and both matrices, is 16 values a row."""
-    engines = rehearsal()
+    engines = module_of(REHEARSAL)
     rows = len(engines.load(folder, kind, "watch", 2)[0]["counts"])
     for one in engines.load(folder, kind, "watch", 2):
         total, largest = one["sent_at_check"]
@@ -83,4 +74,4 @@ def test_no_matrix_is_sent(kind: str, folder: Path) -> None:
 
 
 def test_all_engines_are_tried() -> None:
-    assert set(QUICK + REST + FOUR) == {name for name in rehearsal().NAMES if not name.startswith("zero")}
+    assert set(QUICK + REST + FOUR) == {name for name in module_of(REHEARSAL).NAMES if not name.startswith("zero")}

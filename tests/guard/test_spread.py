@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from by_path import module_of
 
 SCRIPT = Path(__file__).parents[1] / "processes" / "spread.py"
 # A prime number of rows does not divide by two.
 KINDS = ["ddp:512", "fsdp:512", "fsdp:509", "tied:509"]
-
-
-def script() -> Any:
-    spec = importlib.util.spec_from_file_location("spread", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +30,7 @@ def found(folder: Path, kind: str, rank: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_find_what_one_finds(kind: str, folder: Path, tmp_path: Path) -> None:
-    spread, rows = script(), int(kind.partition(":")[2])
+    spread, rows = module_of(SCRIPT), int(kind.partition(":")[2])
     alone = spread.train(kind.partition(":")[0], rows, tmp_path)
     for rank in range(2):
         here = found(folder, kind, rank)
@@ -75,7 +66,7 @@ def test_both_processes_judge_alike_and_one_writes(kind: str, folder: Path) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_matrix_is_sent(kind: str, folder: Path) -> None:
-    rows, width = int(kind.partition(":")[2]), script().WIDTH
+    rows, width = int(kind.partition(":")[2]), module_of(SCRIPT).WIDTH
     for rank in range(2):
         here = found(folder, kind, rank)
         assert 0 < here["sent_in_steps"] <= 6 * rows < rows * width
@@ -88,7 +79,7 @@ def test_the_rows_that_are_saved_are_those_of_the_start(kind: str, folder: Path)
     from safetensors.torch import load_file
 
     name, rows = kind.split(":")
-    start = script().model_of(int(rows), tied=name == "tied").state_dict()
+    start = module_of(SCRIPT).model_of(int(rows), tied=name == "tied").state_dict()
     baselines = found(folder, kind, 0)["baselines"]
     assert baselines.keys() == ({"head"} if name == "tied" else {"head", "embedding"})
     for matrix, reference in baselines.items():

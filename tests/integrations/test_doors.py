@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from by_path import module_of
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from vocabguard.config import ConfigError
@@ -95,10 +96,7 @@ def test_ms_swifts_plugin(kit: Any, tokenizer: Any, tmp_path: Path, monkeypatch:
     registered: dict[str, Any] = {}
     stand_in(monkeypatch, "swift.callbacks", callbacks_map=registered)
     # By its path, as ms-swift loads it.
-    spec = importlib.util.spec_from_file_location("loaded_by_path", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    module_of(FILE, "loaded_by_path")
     registered = sys.modules["swift.callbacks"].callbacks_map
     monkeypatch.setenv("VOCABGUARD", "hold")
     monkeypatch.setenv("VOCABGUARD_SET", "log.console=false probe.enabled=false")

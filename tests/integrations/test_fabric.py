@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from by_path import module_of
 from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricModule
 from torch import nn
@@ -33,11 +33,7 @@ def gpt(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("BATCH", "LEARNING_RATE", "collator", "load_base", "training_rows"):
         setattr(helpers, name, None)
     monkeypatch.setitem(sys.modules, "finetune", helpers)
-    spec = importlib.util.spec_from_file_location("fabric_loop", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = module_of(EXAMPLE)
     torch.manual_seed(0)
     return module.GPT(tokens=8192)
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parent))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "kits")]
+from ranks import run_together
 from table import ENGINES as NAMES
 
 HERE = Path(__file__).parent
@@ -38,33 +37,12 @@ def run(folder: Path, kinds: list[str], count: int, python: str, timeout: float 
     """Train under some engines in processes of their own.
 
     Raises:
-        RuntimeError: with what was printed, if one fails.
+        AssertionError: with what was printed, if one fails.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    tests = HERE.parent
-    rooms = [tests.parent, tests / "integrations", tests / "guard", tests / "processes"]
-    common = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, rooms))}
-    common |= {"DS_ACCELERATOR": "cpu"}
-    if count > 1:
-        common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [python, str(tests / "processes" / "engines.py"), str(folder), *kinds],
-            env=common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(count)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=timeout)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    if any(process.returncode for process in ranks):
-        raise RuntimeError("\n".join(text[-3000:] for text in said))
+    run_together(
+        "engines.py", folder, *kinds, count=count, timeout=timeout, python=python, paths=[HERE.parents[1]],
+        environment={"DS_ACCELERATOR": "cpu"},
+    )  # fmt: skip
 
 
 def load(folder: Path, kind: str, mode: str, count: int) -> list[dict[str, Any]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from vocabguard.compare.body_text import CHANGED, body_sentence
+from vocabguard.compare.body_text import body_sentence
 from vocabguard.compare.probing import Bars, loss_low, words_of
 from vocabguard.measure.retention import ENOUGH
 from vocabguard.text import listed, number, percent, visible
@@ -203,12 +203,3 @@ def unseen_by_scan(body: Mapping[str, Any] | None, probe: Mapping[str, Any] | No
     if probe is None:
         said.append("what the model can say: --probe asks it")
     return said
-
-
-def body_moved(body: Mapping[str, Any] | None) -> bool:
-    """Whether a body is known to differ from the base's by more than rounding."""
-    if body is None or "not_applicable" in body or body["identical"] or body["rounded"]:
-        return False
-    blocks: Sequence[Mapping[str, Any]] = body["blocks"]
-    other = body["only_base"] or body["only_tuned"] or body["unlike"]
-    return bool(other) or any(one["broken"] or (one["relative"] or 0.0) >= CHANGED for one in blocks)

@@ -10,7 +10,6 @@ import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,6 @@ Matrices = Mapping[MatrixName, VocabMatrix | NotApplicable]
 
 _DIGEST_ROWS = 64
 _STAGES = "; a model that is cut into pipeline stages is not followed"
-T = TypeVar("T")
 
 
 class RefusedError(VocabGuardError, RuntimeError):

@@ -34,7 +34,7 @@ def origin_of(model: Any, dataloader: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def _told(read: Any) -> Any:
-    """What a function reads of objects that are others'; None where it fails."""
+    """What a function reads of objects that are others'; where it fails, why."""
     try:
         found = read()
     except Exception as error:
