@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vocabguard.cli import app
@@ -122,6 +123,19 @@ def test_a_run_that_was_killed_before_its_first_rows(
     else:
         assert code == 0
         assert "No check was logged: nothing is known about this run." in told.out
+
+
+@pytest.mark.parametrize("command", ["show", "report"])
+def test_a_probe_whose_parts_do_not_fit(work: Path, command: str, run: Callable[..., int], capsys: Any) -> None:
+    file = work / "probe.safetensors"
+    with safe_open(file, "pt") as opened:
+        header, tensors = opened.metadata(), {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    texts = json.dumps([True] * len(json.loads(header["texts"])))
+    save_file(tensors, file, metadata={**header, "texts": texts})
+    assert run(command, file) == 2
+    told = capsys.readouterr().err
+    assert "its parts do not fit each other" in told
+    assert app.LAST_RESORT not in told
 
 
 @pytest.mark.parametrize("name", ["run.json", "checks.jsonl", "texts.json", "rows-4.safetensors", "alerts.jsonl"])

@@ -60,7 +60,7 @@ def report(
     if page is not None:
         check_new_file("--out", page, paths)
     shown = [read(path, tokenizer) for path in paths]
-    with _told_of(paths):
+    with refusing_damage(paths):
         over = any(verdict_of(data, limits).findings for data in shown)
         content = None if page is None else render(*shown, limits=limits)
         told = json.dumps(_as_json(shown, limits, page), indent=2, allow_nan=False) if as_json else ""
@@ -85,7 +85,7 @@ def _source(path: Path) -> Path:
 
 
 @contextmanager
-def _told_of(paths: list[Path]) -> Iterator[None]:
+def refusing_damage(paths: list[Path]) -> Iterator[None]:
     """Turn what a damaged source brings about, of which there is no end, into one line.
 
     Raises:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from vocabguard.cli.app import InputError
 from vocabguard.cli.common import Column, Grid, check_most, show_next
-from vocabguard.cli.report import read
+from vocabguard.cli.report import read, refusing_damage
 from vocabguard.report.charts import key_of, thinned
 from vocabguard.report.commands import newest_run
 from vocabguard.report.data import PageData
@@ -43,13 +43,15 @@ def show(source: Source, top: Top = 12, as_json_: AsJson = False) -> None:
     check_most(("--top", top, 10**7))
     if not source.exists():
         raise InputError(f"{source} does not exist; allowed: a run folder, or a trainer's output folder")
-    found = newest_run(source) if source.is_dir() else source
-    data = read(found or source)
+    found = (newest_run(source) if source.is_dir() else source) or source
+    with refusing_damage([found]):
+        data = read(found)
+        told, parts = as_json(data, Limits()), [] if as_json_ else _parts(data, top)
     if as_json_:
-        print(json.dumps(as_json(data, Limits()), ensure_ascii=False, allow_nan=False))
+        print(json.dumps(told, ensure_ascii=False, allow_nan=False))
         return
     console = Console(highlight=False)
-    for part in _parts(data, top):
+    for part in parts:
         console.print(part, soft_wrap=isinstance(part, Text))
     show_next(one for one in data.commands if not one.command.startswith("vocabguard show"))
 
