@@ -138,8 +138,13 @@ def test_ctrl_c_is_not_a_finding(pair: Path, monkeypatch: pytest.MonkeyPatch) ->
     """Exit code 130 in the midst of work: 1 would mean findings."""
     monkeypatch.setattr("vocabguard.cli.common.scan", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr("sys.argv", ["vocabguard", "scan", str(ASSETS), str(pair)])
-    with pytest.raises(SystemExit) as left:
-        main()
+    # Shells let programs in the background ignore it, and their children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as left:
+            main()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert left.value.code == INTERRUPTED
 
 

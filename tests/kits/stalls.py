@@ -11,12 +11,15 @@ import linecache
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+import vocabguard
 
 KIND = "lazy"
 """A kind of device that torch knows on every machine; its own tensors are never made here."""
@@ -68,6 +71,11 @@ def _is_there(device: Any) -> bool:
     return device is not None and torch.device(device).type == KIND
 
 
+_PACKAGE = Path(vocabguard.__file__).parent
+# Not by name: an environment may lie in a clone that is called as the package is.
+_OURS = (f"{_PACKAGE}/", f"{(_PACKAGE / 'integrations').resolve()}/")
+
+
 class Accelerator(TorchDispatchMode):
     """While it is entered, tensors can be made on the accelerator; records what code of the package does to it.
 
@@ -80,9 +88,7 @@ class Accelerator(TorchDispatchMode):
     def __init__(self, ours: Callable[[str], bool] | None = None) -> None:
         super().__init__()
         self.clear()
-        self._ours = ours or (
-            lambda file: ("/vocabguard/" in file or "/integrations/" in file) and "/tests/" not in file
-        )
+        self._ours = ours or (lambda file: file.startswith(_OURS))
 
     def clear(self) -> None:
         """Forget what was recorded."""
