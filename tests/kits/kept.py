@@ -229,7 +229,9 @@ def command_line(folder: Path, run: Path) -> dict[str, Any]:
 
 def _inputs(folder: Path, run: Path) -> None:
     chat = [{"role": "user", "content": "Say the data"}, {"role": "assistant", "content": "the data and the rest"}]
-    (folder / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 3, encoding="utf-8")
+    # A column that is not read gives a note, whatever else is installed.
+    row = {"messages": chat, "system": "Say little"}
+    (folder / "chats.jsonl").write_text((json.dumps(row) + "\n") * 3, encoding="utf-8")
     (folder / "lines.txt").write_text("the data\nthe file\nand the data\n" * 2, encoding="utf-8")
     (folder / "c.json").write_text('{"data_target": {"3497": 2}}', encoding="utf-8")
     (folder / "full").mkdir()
