@@ -56,7 +56,7 @@ def test_what_was_tried_is_inside_the_ranges_of_the_package() -> None:
 
 def test_trackers_have_the_keys_at_every_check() -> None:
     found = json.loads((REHEARSALS / "results" / "trackers.json").read_text(encoding="utf-8"))
-    assert set(found) == {"wandb", "mlflow", "trackio", "tensorboard"}
+    assert set(found) == {"wandb", "mlflow", "trackio", "tensorboard", "comet_ml"}
     for one in found.values():
         for way in ("alone", "through_trainer"):
             assert len(one[way]["keys"]) >= 7

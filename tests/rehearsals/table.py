@@ -41,7 +41,13 @@ ENGINES = {
     "zero3": "DeepSpeed ZeRO-3",
 }
 MEASURES = ("drift", "exposure", "pull and push", "probe", "echo", "hold")
-TRACKERS = {"wandb": "wandb (offline)", "mlflow": "MLflow", "trackio": "trackio", "tensorboard": "TensorBoard"}
+TRACKERS = {
+    "wandb": "wandb (offline)",
+    "mlflow": "MLflow",
+    "trackio": "trackio",
+    "tensorboard": "TensorBoard",
+    "comet_ml": "Comet (offline)",
+}
 
 
 def clients() -> str:

@@ -1,7 +1,7 @@
 """What arrives in each tracker, read back from it: ``python tests/rehearsals/trackers.py``
 
-Real trackers without a network: wandb offline, MLflow's file store, trackio's local database, TensorBoard's files. Each
-gets two runs of the Hugging Face Trainer: the callback alone, which finds the tracker's active run, and
+Real trackers without a network: wandb offline, MLflow's file store, trackio's local database, TensorBoard's files, an
+offline experiment of Comet. Each gets two runs of the Hugging Face Trainer: the callback alone, which finds the tracker's active run, and
 `VocabGuardCallback.add_to`, which goes through the trainer's own reporter.
 """
 
@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,28 @@ def tensorboard(folder: Path, through: bool) -> tuple[Values, bool, bool]:
     return found, table, False
 
 
-READ = {"wandb": wandb, "mlflow": mlflow, "trackio": trackio, "tensorboard": tensorboard}
-PACKAGES = {"mlflow": ("mlflow", "mlflow-skinny")}
+def comet_ml(folder: Path, _through: bool) -> tuple[Values, bool, bool]:
+    """End the experiment, and read the archive that it leaves to be uploaded."""
+    import comet_ml as package
+
+    if (experiment := package.get_running_experiment()) is not None:
+        experiment.end()
+    [newest] = sorted(folder.glob("comet/*.zip"), key=lambda path: path.stat().st_mtime)[-1:]
+    with zipfile.ZipFile(newest) as archive:
+        messages = [json.loads(line) for line in archive.read("messages.json").splitlines()]
+    found: Values = {}
+    assets = set()
+    for message in messages:
+        told = message["payload"]
+        if message["type"] == "metric_msg":
+            key = told["metric"]["metricName"].removeprefix("train/")
+            found.setdefault(key, {})[told["metric"]["step"]] = float(told["metric"]["metricValue"])
+        assets.add((told.get("additional_params") or {}).get("fileName"))
+    return found, f"worst_tokens-{STEPS}.csv" in assets, "vocabguard-report.html" in assets
+
+
+READ = {"wandb": wandb, "mlflow": mlflow, "trackio": trackio, "tensorboard": tensorboard, "comet_ml": comet_ml}
+PACKAGES = {"mlflow": ("mlflow", "mlflow-skinny"), "comet_ml": ("comet-ml", "comet_ml")}
 
 
 def version(name: str) -> str | None:
@@ -169,7 +190,7 @@ def main() -> None:
         os.environ.update(
             WANDB_MODE="offline", WANDB_DIR=scratch, WANDB_SILENT="true", WANDB_WATCH="false",
             MLFLOW_ALLOW_FILE_STORE="true", MLFLOW_TRACKING_URI=(folder / "mlruns").as_uri(),
-            TRACKIO_DIR=str(folder / "trackio"),
+            TRACKIO_DIR=str(folder / "trackio"), COMET_START_ONLINE="False", COMET_OFFLINE_DIRECTORY=str(folder / "comet"),
         )  # fmt: skip
         inputs.write(folder)
         for name in READ:
