@@ -29,6 +29,7 @@ class Client:
             environment, the inputs' folder, the work folder and the settings of the guard.
         launched: started through ``vocabguard run``.
         needed: what the environment needed beyond a plain install, if anything.
+        own_loop: trained without a trainer that logs, so that the guard's own files are read.
     """
 
     packages: tuple[str, ...]
@@ -36,6 +37,7 @@ class Client:
     prepare: Callable[[Path, Path, Path, tuple[str, ...]], list[str]]
     launched: bool = False
     needed: str = ""
+    own_loop: bool = False
 
 
 def _hf(_python: Path, inputs: Path, work: Path, _settings: tuple[str, ...]) -> list[str]:
@@ -140,7 +142,7 @@ CLIENTS = {
         needed="an empty module in the place of torchaudio, which the index has for CUDA only",
     ),
     "lightning": Client(("lightning", "transformers"), RUN, _lightning, launched=True),
-    "litgpt": Client(("litgpt", "lightning"), "4 lines in the loop", _litgpt),
+    "litgpt": Client(("litgpt", "lightning"), "4 lines in the loop", _litgpt, own_loop=True),
 }  # fmt: skip
 """Client -> how it is run."""
 

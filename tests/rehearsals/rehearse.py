@@ -45,7 +45,7 @@ def rehearse(name: str, python: Path, work: Path) -> dict[str, Any]:
         folder = work / kind
         folder.mkdir()
         code = run(client, python, work / "inputs", folder, settings)
-        found[kind] = judged(folder, code)
+        found[kind] = judged(folder, code, client.own_loop)
     data = seen(work / "plain").get("data")
     found["echo"]["data_as_without"] = bool(data) and seen(work / "echo").get("data") == data
     return found
@@ -71,7 +71,7 @@ def run(client: clients.Client, python: Path, given: Path, folder: Path, setting
         ).returncode
 
 
-def judged(folder: Path, code: int) -> dict[str, Any]:
+def judged(folder: Path, code: int, own_loop: bool) -> dict[str, Any]:
     """What a run has left behind: the guard's counts beside the spy's, and the keys in the client's trackers."""
     spied, log = seen(folder), guarded(folder)
     told = (folder / "log").read_text(encoding="utf-8", errors="replace")
@@ -97,7 +97,7 @@ def judged(folder: Path, code: int) -> dict[str, Any]:
             if any(key in chosen for key in entry if "vocabguard/" in key)
         }
     )
-    result["tags_in_tensorboard"] = len(tags(folder / "out"))
+    result["tags_in_tensorboard"] = len(tags(folder / "out", own_loop))
     return result
 
 
@@ -122,13 +122,13 @@ def counts(log: RunLog, key: str) -> dict[int, int]:
     return {int(token): int(vector[token]) for token in vector.nonzero().flatten()}
 
 
-def tags(folder: Path) -> set[str]:
-    """The guard's chosen keys among the scalars of the client's own TensorBoard files."""
+def tags(folder: Path, own_loop: bool) -> set[str]:
+    """The guard's chosen keys among the scalars of the client's own TensorBoard files; in an own loop the guard's."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found: set[str] = set()
     for path in folder.rglob("events.out.tfevents*"):
-        if path.parent.name != "vocabguard" or "litgpt" in str(folder):
+        if path.parent.name != "vocabguard" or own_loop:
             board = EventAccumulator(str(path)).Reload()
             names = board.Tags()
             found |= {tag for tag in (*names["scalars"], *names["tensors"]) if "vocabguard/" in tag}

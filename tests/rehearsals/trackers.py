@@ -1,8 +1,8 @@
 """What arrives in each tracker, read back from it: ``python tests/rehearsals/trackers.py``
 
 Real trackers without a network: wandb offline, MLflow's file store, trackio's local database, TensorBoard's files, an
-offline experiment of Comet. Each gets two runs of the Hugging Face Trainer: the callback alone, which finds the tracker's active run, and
-`VocabGuardCallback.add_to`, which goes through the trainer's own reporter.
+offline experiment of Comet. Each gets two runs of the Hugging Face Trainer: the callback alone, which finds the
+tracker's active run, and `VocabGuardCallback.add_to`, which goes through the trainer's own reporter.
 """
 
 from __future__ import annotations
@@ -190,7 +190,8 @@ def main() -> None:
         os.environ.update(
             WANDB_MODE="offline", WANDB_DIR=scratch, WANDB_SILENT="true", WANDB_WATCH="false",
             MLFLOW_ALLOW_FILE_STORE="true", MLFLOW_TRACKING_URI=(folder / "mlruns").as_uri(),
-            TRACKIO_DIR=str(folder / "trackio"), COMET_START_ONLINE="False", COMET_OFFLINE_DIRECTORY=str(folder / "comet"),
+            TRACKIO_DIR=str(folder / "trackio"),
+            COMET_START_ONLINE="False", COMET_OFFLINE_DIRECTORY=str(folder / "comet"),
         )  # fmt: skip
         inputs.write(folder)
         for name in READ:
