@@ -139,7 +139,7 @@ CLIENTS = {
     ),
     "llama-factory": Client(
         ("llamafactory", "transformers", "trl", "accelerate"), RUN, _llamafactory, launched=True,
-        needed="an empty module in the place of torchaudio, which the index has for CUDA only",
+        needed="an empty module in the place of torchaudio, and no torchvision: both were to be had for CUDA only",
     ),
     "lightning": Client(("lightning", "transformers"), RUN, _lightning, launched=True),
     "litgpt": Client(("litgpt", "lightning"), "4 lines in the loop", _litgpt, own_loop=True),
