@@ -154,6 +154,25 @@ def test_short_lists_keep_every_way_of_asking_that_has_room_for_them() -> None:
     assert max(len(row.input_ids) for row in rows) == 9
 
 
+def test_no_row_for_a_remainder_where_another_way_of_asking_needs_none() -> None:
+    """Sixteen tokens fit a row of 40 by the shorter instructions; the longer ones would leave a row of a few tokens."""
+    prompts = [EchoPrompt((n,) * (5 + n), (), ()) for n in range(8)]
+    for seed in range(20):
+        [row] = echo_rows(range(100, 116), prompts, length=40, list_tokens=16, rng=Random(seed))
+        assert row.input_ids[0] <= 3
+    assert {
+        echo_rows(range(100, 116), prompts, length=40, list_tokens=16, rng=Random(seed))[0].input_ids[0]
+        for seed in range(40)
+    } == {0, 1, 2, 3}
+    # Of two rows each, the remainder does not matter.
+    used = {
+        row.input_ids[0]
+        for n in range(40)
+        for row in echo_rows(range(100, 132), prompts, length=30, list_tokens=16, rng=Random(n))
+    }
+    assert len(used) > 1
+
+
 def test_instructions_without_room_are_not_used() -> None:
     prompts = [EchoPrompt((1,) * 30, (), ()), EchoPrompt((2,), (), (3,))]
     rows = echo_rows(range(100, 200), prompts, length=40, list_tokens=16, rng=Random(0))

@@ -5,6 +5,7 @@ Lists are made of ids and spliced in as ids: encoded again as text, neighbours w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -81,8 +82,9 @@ def echo_rows(
 ) -> list[EchoRow]:
     """Rows for a causal model that ask for every id once, none longer than the batch's own rows.
 
-    Several exchanges share a row where they fit and it is not yet filled. Where not even the shortest instruction
-    fits, a list keeps a few tokens and the row is longer than `length`.
+    Several exchanges share a row where they fit and it is not yet filled. Ways of asking that would need more lists,
+    as they leave less room, are not used. Where not even the shortest instruction fits, a list keeps a few tokens and
+    the row is longer than `length`.
 
     Args:
         prompts: the ways of asking, which `rng` draws from; at least one.
@@ -125,7 +127,11 @@ def _lists(
         raise ValueError("prompts is empty; echo rows need at least one way of asking")
     room = {prompt: (length - prompt.overhead) // copies for prompt in prompts}
     fewest = min(_FEWEST, len(ids), list_tokens)
-    fitting = [prompt for prompt in prompts if room[prompt] >= fewest]
+    # Rows are filled up to the batch's length: a row for the few tokens that are left over costs as much as a full one.
+    lists = {
+        prompt: math.ceil(len(ids) / min(list_tokens, here)) for prompt, here in room.items() if here >= max(1, fewest)
+    }
+    fitting = [prompt for prompt in prompts if prompt in lists and lists[prompt] == min(lists.values())]
     fitting = fitting or [min(prompts, key=lambda prompt: prompt.overhead)]
     found, begin = [], 0
     while begin < len(ids):
