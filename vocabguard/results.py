@@ -397,11 +397,11 @@ class EchoPlan:
         mode: ``uniform``, ``balanced``, ``least_exposed``, ``recall`` or ``watch``.
         dose: echo targets per data target that it aims at; 0 is off.
         rate: echo targets a batch and process.
-        list_tokens: tokens in a list; a batch gets whole lists.
+        list_tokens: tokens that a batch gets together: a list, or as many as fill a row of the batch.
         ids: (m,) int64, taken in turn: shuffled anew at each pass, or in the order of their need.
         cycle: version of the plan that brought `ids`; a part of the shuffles' seed.
         offset: place in the stream of passes at `first_batch`.
-        owed: echo targets, less than a list, that the plan before still owed.
+        owed: echo targets, at most `list_tokens`, that the plan before still owed each process.
         seed: of the shuffles and of the ways of asking.
     """
 

@@ -19,6 +19,7 @@ from vocabguard.protect.plan import (
     by_recall,
     foreseen,
     least_exposed,
+    lists_at_a_time,
     most_targets,
     next_plan,
     taken,
@@ -78,16 +79,43 @@ def test_each_pass_takes_every_id_once(plan: EchoPlan, world: int) -> None:
 
 @FEW
 @given(plans(), st.integers(1, 4))
-def test_whole_lists_at_the_rate(plan: EchoPlan, world: int) -> None:
+def test_whole_turns_at_the_rate_in_the_same_batches_on_all_processes(plan: EchoPlan, world: int) -> None:
+    """Where a row came to one process at a time, every step would wait for some process with more to do."""
     total = 0
     for batch in range(30):
-        for rank in range(world):
-            count = len(batch_ids(plan, plan.first_batch + batch, rank, world))
-            assert count % plan.list_tokens == 0
-            assert abs(count - plan.rate) < plan.list_tokens + 1e-6
-            total += count
-        due = plan.owed + (batch + 1) * world * plan.rate
+        [count] = {len(batch_ids(plan, plan.first_batch + batch, rank, world)) for rank in range(world)}
+        assert count % plan.list_tokens == 0
+        assert abs(count - plan.rate) < plan.list_tokens + 1e-6
+        total += count
+        due = plan.owed + (batch + 1) * plan.rate
         assert due - plan.list_tokens < total <= due + 1e-6 * plan.list_tokens
+
+
+@pytest.mark.parametrize(
+    ("in_a_row", "rate", "data", "batches", "wanted"),
+    [
+        (38, 100.0, 1000.0, None, 38),  # a row of 2,048 every sixth batch instead of an almost empty one in each
+        (1, 100.0, 1000.0, None, 1),  # a row holds one list
+        (38, 30.0, 300.0, None, 18),  # never more echo than data in a batch
+        (38, 30.0, 300.0, 100, 11),  # a short run gets its rows spread over it
+        (38, 0.5, 5.0, 20, 1),
+        (38, 0.0, 300.0, 100, 1),  # off
+        (38, 100.0, 1000.0, 0, 1),  # the last batches
+    ],
+)
+def test_lists_at_a_time(in_a_row: int, rate: float, data: float, batches: int | None, wanted: int) -> None:
+    assert lists_at_a_time(in_a_row, 16, rate=rate, data=data, batches=batches) == wanted
+
+
+def test_a_turn_may_become_longer_or_shorter_and_nothing_is_lost() -> None:
+    plan, found = plan_of(rate=3.0, list_tokens=8), []
+    for tokens in (24, 8, 40, 16, 8, 8):
+        found += stream(plan, 15)
+        plan = next_plan(plan, first_batch=plan.first_batch + 15, rate=3.0, list_tokens=tokens)
+    found += stream(plan, 15)
+    assert 7 * 15 * 3 - 8 <= len(found) <= 7 * 15 * 3
+    for part in passes(found, plan_of().offset, len(plan.ids))[1:-1]:
+        assert sorted(part) == plan.ids.tolist()
 
 
 @FEW
@@ -164,12 +192,13 @@ def test_a_plan_that_follows_before_the_old_one_holds() -> None:
 
 def test_what_a_plan_owes_is_given_by_the_plans_after_it() -> None:
     """Plans that change often, at a small rate, give as much as one plan would."""
-    plan, given = plan_of(rate=0.75, list_tokens=8), 0
+    plan, given = plan_of(rate=1.5, list_tokens=8), 0
     for _ in range(100):
         given += len(stream(plan, 4, 2))
-        plan = next_plan(plan, first_batch=plan.first_batch + 4, rate=0.75, world=2, ids=plan.ids.clone())
+        plan = next_plan(plan, first_batch=plan.first_batch + 4, rate=1.5, world=2, ids=plan.ids.clone())
         assert 0 <= plan.owed <= plan.list_tokens
-    assert 600 - 8 < given <= 600
+    # Two processes, each owed less than a turn at the end.
+    assert 1200 - 16 < given <= 1200
 
 
 @pytest.mark.parametrize("mode", ["balanced", "least_exposed", "recall"])

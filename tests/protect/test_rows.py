@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vocabguard.protect.rows import IGNORE, EchoPrompt, EchoRow, echo_rows, exchange, seq2seq_rows, source_and_copy
+from vocabguard.protect.rows import (
+    IGNORE,
+    EchoPrompt,
+    EchoRow,
+    echo_rows,
+    exchange,
+    lists_in_row,
+    seq2seq_rows,
+    source_and_copy,
+)
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True)
 FEWEST = 8
@@ -171,6 +180,14 @@ def test_no_row_for_a_remainder_where_another_way_of_asking_needs_none() -> None
         for row in echo_rows(range(100, 132), prompts, length=30, list_tokens=16, rng=Random(n))
     }
     assert len(used) > 1
+
+
+@FEW
+@given(PROMPTS, st.integers(1, 20), st.integers(0, 300), st.sampled_from([0.0, 0.4, 1.0]))
+def test_lists_in_a_row_are_what_rows_hold(prompt: EchoPrompt, tokens: int, spare: int, fill: float) -> None:
+    length = 2 * tokens + prompt.overhead + spare
+    row = echo_rows(range(50 * 20), [prompt], length=length, list_tokens=tokens, rng=Random(0), fill=fill)[0]
+    assert lists_in_row([prompt], length=length, list_tokens=tokens, fill=fill) == len(row.targets) / tokens
 
 
 def test_instructions_without_room_are_not_used() -> None:

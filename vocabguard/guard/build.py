@@ -158,16 +158,18 @@ def _holder(config: GuardConfig, watched: Watched, counter: ExposureCounter) -> 
 
 def _pace(config: GuardConfig, run: Run) -> Pace:
     flight = run.flight
-    per_batch = None
+    per_batch = row_tokens = None
     if isinstance(flight, Preflight) and flight.batches > 0:
         per_batch = float(flight.data_target.sum()) / flight.batches
+        row_tokens = flight.tokens / flight.rows if flight.tokens else None
     batches = None if run.total_steps is None else run.total_steps * run.batches_per_step
     lag = config.echo.prefetch
     collates = run.route == "collate" or isinstance(getattr(run.loader, "collate_fn", None), EchoCollator)
     if lag is None:
         lag = _prefetched(run) if collates else 0
     # Each process has looked at its own part of the data.
-    return collective.agree(Pace(per_batch, batches, lag, running=collates and run.route != "collate"))
+    running = collates and run.route != "collate"
+    return collective.agree(Pace(per_batch, batches, lag, running=running, row_tokens=row_tokens))
 
 
 def _prefetched(run: Run) -> int:

@@ -29,6 +29,7 @@ from vocabguard.protect.plan import (
     foreseen,
     ids_in,
     least_exposed,
+    lists_at_a_time,
     next_plan,
 )
 from vocabguard.protect.prompts import render_echo
@@ -100,12 +101,14 @@ class Pace:
         batches: planned batches of a process, if known.
         lag: batches that may have been made beyond the one in training.
         running: whether some may have been made before the first plan.
+        row_tokens: tokens of a batch's row, padding too, if known.
     """
 
     data_per_batch: float | None
     batches: int | None
     lag: int
     running: bool = False
+    row_tokens: float | None = None
 
 
 class EchoControl:
@@ -203,7 +206,7 @@ class EchoControl:
         seen, world = self._counter.batches, self._replicas.count
         exposure = foreseen(exposure, self.plan, range(seen, seen + self.pace.lag), world, found.step)
         # Enough until the plan after this one holds, which prefetched batches delay.
-        wanted = round(self.plan.rate * (batches + self.pace.lag) * world) + self.config.list_tokens
+        wanted = round(self.plan.rate * (batches + self.pace.lag) * world) + self.plan.list_tokens * world
         if self.config.mode == "least_exposed":
             cosine = found.head.cosine if isinstance(found.head, RowDrift) else None
             return least_exposed(self.allowed, exposure, cosine, wanted, found.step)
@@ -285,6 +288,15 @@ class EchoControl:
         targets = collective.total(torch.tensor(self._counter.data_targets))
         return float(targets) / (seen * self._replicas.count)
 
+    def _at_a_time(self, rate: float, seen: int) -> int:
+        """Echo tokens that a batch gets together."""
+        tokens, length, data = self.config.list_tokens, self.pace.row_tokens, self._data_per_batch(seen)
+        if length is None or data is None:
+            return tokens
+        to_come = None if self.pace.batches is None else max(0, self.pace.batches - seen)
+        in_a_row = self.source.maker.lists_in_row(length)
+        return tokens * lists_at_a_time(in_a_row, tokens, rate=rate, data=data, batches=to_come)
+
     def _publish(self, ids: Tensor | None = None) -> None:
         """The next plan, from the first batch that no worker has made yet; rank 0's, everywhere."""
         plan, seen = self.plan, collective.agree(self._counter.batches)
@@ -297,14 +309,16 @@ class EchoControl:
         if self._waiting:
             return
         first = seen + self.pace.lag if seen or plan is not None or self.pace.running else 0
+        tokens = self._at_a_time(rate, seen)
         if plan is None:
-            mode, tokens = cast(Mode, self.config.mode), self.config.list_tokens
+            mode = cast(Mode, self.config.mode)
             chosen = self._ids[torch.randperm(len(self._ids), generator=torch.Generator().manual_seed(self._seed))]
             self.plan = EchoPlan(
                 0, first, mode, 0.0, rate, tokens, chosen, cycle=0, offset=0, owed=0.0, seed=self._seed
             )
         else:
-            self.plan = next_plan(plan, first_batch=first, rate=rate, world=self._replicas.count, ids=ids)
+            world = self._replicas.count
+            self.plan = next_plan(plan, first_batch=first, rate=rate, world=world, ids=ids, list_tokens=tokens)
         per_batch = self._data_per_batch(seen)
         dose = rate / per_batch if per_batch else 0.0
         self.plan = collective.agree(EchoPlan(**{**vars(self.plan), "dose": dose}))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vocabguard.protect.feed import EchoFeed
-from vocabguard.protect.rows import IGNORE, EchoPrompt, EchoRow, echo_rows, seq2seq_rows
+from vocabguard.protect.rows import IGNORE, EchoPrompt, EchoRow, echo_rows, lists_in_row, seq2seq_rows
 from vocabguard.results import VocabGuardError
 
 ECHO_KEY = "vocabguard_echo"
@@ -41,6 +41,12 @@ class RowMaker:
     ) -> None:
         self.list_tokens, self.seq2seq = list_tokens, seq2seq
         self._prompts, self._fill, self._seed = tuple(prompts), fill, seed
+
+    def lists_in_row(self, length: float) -> int:
+        """How many lists a row of `length` tokens holds."""
+        if self.seq2seq:
+            return 1
+        return lists_in_row(self._prompts, length=length, list_tokens=self.list_tokens, fill=self._fill)
 
     def __call__(self, ids: Sequence[int], *, batch: int, rank: int, length: int) -> list[EchoRow]:
         """Rows that ask for all `ids`, none longer than `length` if an instruction fits."""

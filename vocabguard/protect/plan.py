@@ -26,6 +26,8 @@ MODES: tuple[Mode, ...] = ("uniform", "balanced", "least_exposed", "recall", "wa
 BY_NEED: tuple[Mode, ...] = ("balanced", "least_exposed", "recall")
 """Modes whose ids are chosen anew at every check, and taken in the order of their need."""
 
+_LEAST_TURNS = 16
+
 _MIX = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: neighbouring numbers become unlike seeds
 
 PATTERN = "re:"
@@ -89,7 +91,8 @@ def batch_ids(plan: EchoPlan, batch: int, rank: int = 0, world: int = 1) -> list
     """The ids that one process echoes in one batch.
 
     Over the batches and processes of a plan each pass takes every id exactly once. Batches are counted over the run,
-    from 0; a plan has those from ``plan.first_batch`` on.
+    from 0; a plan has those from ``plan.first_batch`` on. All processes get their ids in the same batches: each waits
+    for the slowest, so rows here and there would delay every step.
 
     Example:
         >>> at = {"version": 0, "first_batch": 0, "cycle": 0, "offset": 0, "owed": 0.0, "seed": 0}
@@ -97,25 +100,26 @@ def batch_ids(plan: EchoPlan, batch: int, rank: int = 0, world: int = 1) -> list
         >>> [batch_ids(plan, batch) for batch in range(3)]  # 3 a batch, in whole lists of 2
         [[0, 1], [2, 3, 4, 0], [1, 2]]
     """
-    turn = (batch - plan.first_batch) * world + rank
-    begin, end = plan.offset + taken(plan, turn), plan.offset + taken(plan, turn + 1)
-    return _stream(plan, begin, end)
+    turn = batch - plan.first_batch
+    before, after = taken(plan, turn), taken(plan, turn + 1)
+    begin = plan.offset + world * before + rank * (after - before)
+    return _stream(plan, begin, begin + after - before)
 
 
-def taken(plan: EchoPlan, turns: int) -> int:
-    """Tokens that the first `turns` batches of a plan take: whole lists, so that small doses make few full rows."""
-    if turns <= 0 or plan.rate <= 0:
-        # Also where what is owed is a list to within rounding: it is the first batch's, or the next plan's.
+def taken(plan: EchoPlan, batches: int) -> int:
+    """Tokens that one process takes in a plan's first `batches` batches: whole turns of ``plan.list_tokens``."""
+    if batches <= 0 or plan.rate <= 0:
+        # Also where what is owed is a turn to within rounding: it is the first batch's, or the next plan's.
         return 0
-    # A hair more: rates that were added up fall short of a whole list by rounding.
-    return plan.list_tokens * math.floor((plan.owed + turns * plan.rate) / plan.list_tokens + 1e-9)
+    # A hair more: rates that were added up fall short of a whole turn by rounding.
+    return plan.list_tokens * math.floor((plan.owed + batches * plan.rate) / plan.list_tokens + 1e-9)
 
 
 def most_targets(plan: EchoPlan, data_targets: int, limit: float) -> int:
     """Echo targets that one batch may get of a plan, given the data targets that it really has.
 
     A plan's rate comes from the mean of many batches; in a short run, or in a batch of short answers, it would be more
-    than `limit` echo targets per data target. A plan of less than a list a batch gives a list now and then: that one
+    than `limit` echo targets per data target. A plan of less than a turn a batch gives a turn now and then: that one
     has the room of all the batches that it stands for.
     """
     if plan.rate <= 0:
@@ -123,20 +127,45 @@ def most_targets(plan: EchoPlan, data_targets: int, limit: float) -> int:
     return math.floor(limit * data_targets * max(1.0, plan.list_tokens / plan.rate) + 1e-9)
 
 
-def next_plan(plan: EchoPlan, *, first_batch: int, rate: float, world: int = 1, ids: Tensor | None = None) -> EchoPlan:
+def lists_at_a_time(in_a_row: int, list_tokens: int, *, rate: float, data: float, batches: int | None) -> int:
+    """How many lists a batch gets together: a row that is padded to a batch's length costs as much as a full one.
+
+    Args:
+        in_a_row: lists that a row of the batch's length holds.
+        list_tokens: tokens in a list.
+        rate: echo tokens a batch and process.
+        data: data targets a batch and process; a batch gets no more echo targets than that at a time.
+        batches: batches to come, if known: there are at least `_LEAST_TURNS` turns in them.
+
+    Example:
+        >>> lists_at_a_time(38, 16, rate=100.0, data=1000.0, batches=5000)
+        38
+        >>> lists_at_a_time(38, 16, rate=30.0, data=300.0, batches=100)
+        11
+    """
+    most = min(data, math.inf if batches is None else rate * batches / _LEAST_TURNS)
+    return max(1, min(in_a_row, int(most // list_tokens)))
+
+
+def next_plan(
+    plan: EchoPlan, *, first_batch: int, rate: float, world: int = 1, ids: Tensor | None = None,
+    list_tokens: int | None = None,
+) -> EchoPlan:  # fmt: skip
     """The plan after this one; with the same ids it goes on in the same pass.
 
     Args:
         first_batch: the first batch that the new plan holds for, not before the old one's.
         rate: echo tokens a batch and process; 0 stops.
         ids: (m,) int64, another list; None keeps the list.
+        list_tokens: tokens that a batch gets together; None keeps the number.
     """
-    turns = max(0, first_batch - plan.first_batch) * world
-    given = taken(plan, turns)
-    owed = min(max(0.0, plan.owed + turns * plan.rate - given), float(plan.list_tokens))
+    batches = max(0, first_batch - plan.first_batch)
+    given = taken(plan, batches)
+    owed = min(max(0.0, plan.owed + batches * plan.rate - given), float(plan.list_tokens))
     after = replace(
-        plan, version=plan.version + 1, first_batch=first_batch, rate=rate, offset=plan.offset + given, owed=owed
-    )
+        plan, version=plan.version + 1, first_batch=first_batch, rate=rate, offset=plan.offset + world * given,
+        owed=owed, list_tokens=list_tokens or plan.list_tokens,
+    )  # fmt: skip
     return after if ids is None else replace(after, ids=ids, cycle=after.version, offset=0)
 
 

@@ -111,6 +111,16 @@ def echo_rows(
     return rows
 
 
+def lists_in_row(prompts: Sequence[EchoPrompt], *, length: float, list_tokens: int, fill: float = 1.0) -> int:
+    """How many lists `echo_rows` puts into a row, by the mean of all ways of asking; at least 1.
+
+    >>> lists_in_row([EchoPrompt((1,), (2,), (3,))], length=80, list_tokens=16)
+    2
+    """
+    of_each = 2 * list_tokens + sum(prompt.overhead for prompt in prompts) / len(prompts)
+    return max(1, min(int(length // of_each), math.ceil(fill * length / of_each)))
+
+
 def seq2seq_rows(
     ids: Sequence[int], prompts: Sequence[EchoPrompt], *, length: int, list_tokens: int, rng: Random
 ) -> list[EchoRow]:
