@@ -25,6 +25,7 @@ from transformers import (
 from vocabguard import VocabGuard
 from vocabguard.config import ConfigError
 from vocabguard.protect.collator import ECHO_KEY
+from vocabguard.protect.prompts import render_echo
 from vocabguard.runlog import RunLog
 
 HEAD = "lm_head.weight"
@@ -161,6 +162,37 @@ def test_dose_is_met_and_every_live_token_gets_its_turn(kit: Any, tokenizer: Any
     assert line["on"]
     assert line["seconds"] > 0
     assert logged.rows()["exposure/echo_target"].tolist() == found.exposure.echo_target.tolist()
+
+
+@pytest.mark.parametrize(("trainer", "workers"), [("hf", 2), ("lightning", 0)])
+def test_in_long_batches_echo_comes_a_full_row_at_a_time(
+    kit: Any, tokenizer: Any, tmp_path: Path, trainer: str, workers: int
+) -> None:
+    """Every batch would have an almost empty row, padded to 200 tokens, where a list came at a time."""
+    rng, steps = Random(0), 24
+    data = [{"input_ids": (ids := [300 + rng.randrange(99) for _ in range(200)]), "labels": ids}]
+    data = data * (steps * kit.BATCH)
+    dose = 0.06
+    echo = {"enabled": True, "dose": dose, "instructions": ["Repeat: {tokens}"], "dose_limit": 100}
+    guarded = guard_for(kit, trainer, tokenizer, echo=echo, preflight={"enabled": True})
+    model = kit.tiny_model()
+    tape = Tape(model)
+    options = {"dataloader_num_workers": workers} if trainer == "hf" else {}
+    kit.RUNS[trainer](model, data, tokenizer, tmp_path, steps=steps, callbacks=(guarded,), **options)
+    extra = [batch["input_ids"][kit.BATCH :] for batch in tape.batches]
+    counts = guarded.guard.last.exposure
+    a_batch = int(counts.data_target.sum()) / steps
+    lists = guarded.guard._protection.echo.plan.list_tokens // 16
+    assert lists == min(200 // (2 * 16 + overhead(tokenizer)), int(dose * a_batch * steps / 16 // 16)) > 2
+    assert {len(rows) for rows in extra} <= {0, 1}
+    assert 0 < sum(map(len, extra)) < steps
+    assert int(counts.echo_target.sum()) == 16 * lists * sum(map(len, extra))
+    due = dose * a_batch * steps
+    assert due - 16 * lists < int(counts.echo_target.sum()) <= due
+
+
+def overhead(tokenizer: Any) -> int:
+    return render_echo(tokenizer, "test", "Repeat: {tokens}").overhead
 
 
 def test_a_short_run_is_not_drowned_in_echo(
