@@ -365,25 +365,31 @@ FOLDER = Path()
 
 
 class Sent:
-    """What the guard's own process group sends: elements and messages."""
+    """What the guard's own process group sends: values of 4 bytes, and messages."""
 
     def __init__(self) -> None:
-        self.elements, self.largest, self.messages = 0, 0, 0
-        self._all_reduce = dist.all_reduce
+        self.elements, self.largest, self.messages = 0.0, 0.0, 0
+        self._stack = ExitStack()
 
     def __enter__(self) -> Sent:
-        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("group") is not None:
-                self.elements += tensor.numel()
-                self.largest = max(self.largest, tensor.numel())
-                self.messages += 1
-            return self._all_reduce(tensor, *args, **kwargs)
-
-        collective.dist.all_reduce = counted
+        # Where each of them has the tensor that is sent.
+        for name, place in {"all_reduce": 0, "broadcast": 0, "all_gather": 1}.items():
+            self._stack.enter_context(patch.object(dist, name, self._counted(getattr(dist, name), place)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        collective.dist.all_reduce = self._all_reduce
+        self._stack.close()
+
+    def _counted(self, real: Any, place: int) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if any(kwargs.get("group") is line.group for line in collective._lines):
+                size = args[place].numel() * args[place].element_size() / 4
+                self.elements += size
+                self.largest = max(self.largest, size)
+                self.messages += 1
+            return real(*args, **kwargs)
+
+        return counted
 
 
 def _around(kind: str, mode: str, stack: ExitStack) -> None:
@@ -394,7 +400,7 @@ def _around(kind: str, mode: str, stack: ExitStack) -> None:
     if mode == "fault" and _place()[0] == 1:
         # In mid-step where rows are held, which is the third step; else in a check.
         stack.enter_context(patch.object(hold, "rows_to_hold", _broken(hold.rows_to_hold, 3)))
-        stack.enter_context(patch.object(checks, "measure_drift", _broken(checks.measure_drift, 5)))
+        stack.enter_context(patch.object(checks, "measuring", _broken(checks.measuring, 5)))
 
 
 def _broken(real: Any, fails_at: int) -> Any:
@@ -441,7 +447,8 @@ def train(kind: str, mode: str, folder: Path) -> dict[str, Any]:
             losses.append(float(loss.detach()))
             with Sent() as sent:
                 last = guard.step(number)
-            result["sent_at_check" if last is not None else "sent_in_step"] = (sent.elements, sent.largest)
+            when = "sent_at_check" if last is not None else "sent_in_step"
+            result[when] = (sent.elements, sent.largest, sent.messages)
         result |= {"losses": losses, "start": start, "now": engine.rows(), "seen": seen, "same_batches": same}
         result |= {"failure": guard.failure, "latest": dict(guard.latest)}
         found = guard.last

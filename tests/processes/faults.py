@@ -35,7 +35,7 @@ FAULTS: dict[str, tuple[str, int]] = {
     "counting a batch": ("vocabguard.measure.exposure.ExposureCounter.observe", 1),
     "reading a gradient": ("vocabguard.measure.exposure.ExposureCounter.observe_gradient", 1),
     "closing a step": ("vocabguard.measure.exposure.ExposureCounter.end_step", 0),
-    "measuring": ("vocabguard.guard.checks.measure_drift", 1),
+    "measuring": ("vocabguard.guard.checks.measuring", 1),
     "summing up": ("vocabguard.guard.summary.scalars_of", 0),
     "the alerts": ("vocabguard.alerts.machine.AlertMachine.update", 1),
     "writing a check": ("vocabguard.runlog.RunWriter.check", 0),
