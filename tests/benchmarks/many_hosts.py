@@ -149,8 +149,8 @@ def model(found: dict[str, Any], rows_traced: int = 131) -> list[dict[str, Any]]
 def table(report: dict[str, Any]) -> str:
     """As Markdown."""
     head = (
-        "| | ranks | a step of 0.1.0: messages, waits | ms | now | ms | of it memory | a check: messages | values a row "
-        "| ms |\n|---|---|---|---|---|---|---|---|---|---|"
+        "| | ranks | a step of 0.1.0: messages, waits | ms | now | ms | of it memory | a check: messages "
+        "| values a row | ms |\n|---|---|---|---|---|---|---|---|---|---|"
     )
     rows = [
         f"| {one['kind']} | {one['ranks']} | {one['before_messages']}, {one['before_waits']} | "
