@@ -351,16 +351,68 @@ def zero3() -> Engine:
     return Zero(3)
 
 
+class Ulysses(Engine):
+    """DeepSpeed's sequence parallelism for the models of transformers, and its own adapter of batches; without ZeRO."""
+
+    def __init__(self) -> None:
+        import deepspeed
+
+        self.inner, (self.place, self.world) = model_of(), _place()
+        self.replica, self.replicas = 0, 1
+        groups = _ulysses_groups(self.world)
+        self.group = groups.get_sequence_parallel_group()
+        optimizer = torch.optim.AdamW(self.inner.parameters(), lr=LR, weight_decay=0.01, foreach=False)
+        self.model, self.optimizer, _, _ = deepspeed.initialize(
+            model=self.inner, optimizer=optimizer, mpu=groups,
+            config={
+                "train_micro_batch_size_per_gpu": BATCH, "train_batch_size": BATCH,
+                "zero_allow_untested_optimizer": True, "sequence_parallel_size": self.world,
+            },
+        )  # fmt: skip
+
+    def loss(self, batch: Any) -> Tensor:
+        from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
+
+        whole = {name: batch[name] for name in ("input_ids", "labels")}
+        whole["position_ids"] = torch.arange(LENGTH).expand_as(batch["input_ids"])
+        part = next(UlyssesSPDataLoaderAdapter([whole], self.place, self.group, self.world, torch.device("cpu")))
+        shifted = part["shift_labels"]
+        logits = self.model(**part).logits
+        found = nn.functional.cross_entropy(logits.flatten(0, 1), shifted.flatten(), reduction="sum")
+        # Gradients of the parts of a sequence are added up.
+        mean: Tensor = found / (batch["labels"][:, 1:] != -100).sum()
+        return mean
+
+    def step(self, loss: Tensor) -> None:
+        self.model.backward(loss)
+        self.model.step()
+
+
+@cache
+def _ulysses_groups(world: int) -> Any:
+    """Made once: DeepSpeed forgets neither its groups nor the attention that it puts into transformers."""
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    return UlyssesSPAttentionHF.register_with_transformers(
+        model_name_or_path=model_of(), core_attn_implementation="sdpa", sequence_parallel_size=world,
+        micro_batch_size=BATCH, seq_length=LENGTH, seq_length_is_variable=False,
+    )  # fmt: skip
+
+
+def ulysses() -> Engine:
+    return Ulysses()
+
+
 ENGINES: dict[str, Callable[[], Engine]] = {
     one.__name__: one
     for one in (
         plain, plain_tied, ddp, fsdp1_orig, fsdp1_flat, fsdp2, fsdp2_tied, fsdp2_offload, hsdp, tp, tp_columns, tp_auto,
-        fsdp2_tp, context, sequence, pipeline, zero1, zero2, zero3,
+        fsdp2_tp, context, sequence, pipeline, ulysses, zero1, zero2, zero3,
     )
 }  # fmt: skip
 FOUR = ("hsdp", "fsdp2_tp")
 """Engines that are tried in four processes."""
-DEEPSPEED = ("zero1", "zero2", "zero3")
+DEEPSPEED = ("ulysses", "zero1", "zero2", "zero3")
 FOLDER = Path()
 
 
@@ -497,7 +549,7 @@ def main() -> None:
     # A hang is a failed test, not a long one.
     collective.PATIENCE = datetime.timedelta(seconds=60)
     watched.build_table = cache(watched.build_table)
-    deepspeed = any(kind.startswith("zero") for kind in asked)
+    deepspeed = any(kind.partition(":")[0] in DEEPSPEED for kind in asked)
     if deepspeed:
         _start_deepspeed()
     elif "RANK" in os.environ:

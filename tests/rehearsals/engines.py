@@ -31,6 +31,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "engines.json"
 STEPS = 6
 FOUR = ("hsdp", "fsdp2_tp")
+DEEPSPEED = ("ulysses", "zero1", "zero2", "zero3")
 MODES = ("watch", "echo", "freeze", "shared")
 NEVER = 300
 """Rows below this are no target of the data, ever."""
@@ -190,16 +191,17 @@ def main() -> None:
     parser.add_argument("--deepspeed", metavar="PYTHON", help="of an environment that has it")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
-    asked = options.engines or [name for name in NAMES if options.deepspeed or not name.startswith("zero")]
+    asked = options.engines or [name for name in NAMES if options.deepspeed or name not in DEEPSPEED]
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"engines": {}}
     folder = options.folder or Path(tempfile.mkdtemp())
     run(folder, ["plain", "plain_tied"], 1, sys.executable)
-    groups = {
-        (2, sys.executable): [kind for kind in asked if kind not in FOUR and not kind.startswith("zero")],
-        (4, sys.executable): [kind for kind in asked if kind in FOUR],
-        (2, options.deepspeed): [kind for kind in asked if kind.startswith("zero")],
-    }
-    for (count, python), kinds in groups.items():
+    groups = [
+        (2, sys.executable, [kind for kind in asked if kind not in FOUR + DEEPSPEED]),
+        (4, sys.executable, [kind for kind in asked if kind in FOUR]),
+        (2, options.deepspeed, [kind for kind in asked if kind == "ulysses"]),  # by itself: it stays in its process
+        (2, options.deepspeed, [kind for kind in asked if kind in DEEPSPEED and kind != "ulysses"]),
+    ]
+    for count, python, kinds in groups:
         if not kinds:
             continue
         if python is None:
@@ -210,7 +212,7 @@ def main() -> None:
             results["engines"][kind] = {"processes": count, "fault": fault or "training went on", "measures": found}
             print(kind, {name: one["verdict"] for name, one in found.items()}, fault)
     results["torch"] = torch.__version__
-    if groups[2, options.deepspeed]:
+    if options.deepspeed:
         results["deepspeed"] = version_in(options.deepspeed)
     results["engines"] = {kind: results["engines"][kind] for kind in NAMES if kind in results["engines"]}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

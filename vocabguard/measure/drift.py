@@ -170,9 +170,7 @@ def _beyond(
         passed = yield from passed.of_all_processes(shard)
     # Processes measure the same rows with more care, so they all choose them by the same arithmetic.
     finish = finish_loop() if shard is None and worth_compiling(matrix) else None
-    with np.errstate(all="ignore"):
-        every = passed.drift_of(np.arange(matrix.rows)) if finish is None else passed.drift_by(finish)
-        found = yield from every
+    found = yield from passed.drift_of(np.arange(matrix.rows)) if finish is None else passed.drift_by(finish)
     return RowDrift(*(torch.from_numpy(vector) for vector in found)), torch.from_numpy(base_sq)
 
 
@@ -220,7 +218,8 @@ class _Pass:
         vectors: list[npt.NDArray[Any]] = [np.empty(rows, dtype=np.float32) for _ in range(4)]
         careful = np.empty(rows, dtype=np.bool_)
         limits = (np.float32(self.shift_sq), np.float32(_FAR**2), np.float32(_LONG_SQ))
-        finish(self.base_sq, self.sums, *limits, *vectors, careful)
+        with _quiet():
+            finish(self.base_sq, self.sums, *limits, *vectors, careful)
         vectors += [np.zeros(rows, dtype=np.bool_) for _ in range(2)]
         if len(ids := np.flatnonzero(careful)):
             for vector, found in zip(vectors, (yield from self.drift_of(ids)), strict=True):
@@ -238,13 +237,13 @@ class _Pass:
             residual = self.residual[ids]
         elif self.shift_sq > 0:
             # The same of w - s, whose displacement is d - s.
-            now_shift, moved_shift = self.sums[2:4, ids]
-            now_sq_left = self.sums[0, ids] + (self.shift_sq - 2.0 * now_shift)
-            moved_sq_left = moved_sq + (self.shift_sq - 2.0 * moved_shift)
-            left = yield from self._products(ids, base_sq, now_sq_left, moved_sq_left, self.shift)
+            with _quiet():
+                now_left, moved_left = self.sums[:2, ids] + (self.shift_sq - 2.0 * self.sums[2:4, ids])
+            left = yield from self._products(ids, base_sq, now_left, moved_left, self.shift)
             residual = _cosine(left, zero)
-        length = np.where(bad, np.float32(np.nan), np.sqrt(moved_sq))
-        ratio = np.where(bad | zero, np.float32(np.nan), np.sqrt(now_sq / base_sq))
+        with _quiet():
+            length = np.where(bad, np.float32(np.nan), np.sqrt(moved_sq))
+            ratio = np.where(bad | zero, np.float32(np.nan), np.sqrt(now_sq / base_sq))
         return [cosine, residual, length, ratio, bad, zero]
 
     def _products(
@@ -254,15 +253,18 @@ class _Pass:
         found = _products(base_sq, now_sq, moved_sq)
         dot, now_sq = found.dot.numpy(), found.now_sq.numpy()
         shift_sq, ratio_sq = float(np.square(shift, dtype=np.float64).sum()), _FAR**2
-        # Rows whose norm changed so much, or whose shift is so long.
-        far = (now_sq > ratio_sq * base_sq) | (base_sq > ratio_sq * now_sq) | (shift_sq > _LONG_SQ * base_sq)
+        with _quiet():
+            # Rows whose norm changed so much, or whose shift is so long.
+            far = (now_sq > ratio_sq * base_sq) | (base_sq > ratio_sq * now_sq) | (shift_sq > _LONG_SQ * base_sq)
         anew = np.flatnonzero(far & ~found.bad.numpy())
         if len(anew) == 0:
             return found
         direct = np.zeros((2, len(anew)), dtype=np.float32)
         for chosen, rows, base in _gathered(self.matrix, self.baseline, ids[anew], self.chunk_rows):
-            rest, places = rows - _own_shift(shift, chosen, self.shard), np.searchsorted(ids[anew], chosen)
-            direct[0, places], direct[1, places] = (rest * base).sum(axis=1), np.square(rest).sum(axis=1)
+            places = np.searchsorted(ids[anew], chosen)
+            with _quiet():
+                rest = rows - _own_shift(shift, chosen, self.shard)
+                direct[0, places], direct[1, places] = (rest * base).sum(axis=1), np.square(rest).sum(axis=1)
         if self.shard is not None:
             direct = (yield self.shard.told(torch.from_numpy(direct))).numpy()
         dot[anew], now_sq[anew] = direct
@@ -343,14 +345,20 @@ def evenly(ids: Ids, count: int) -> Ids:
     return ids if len(ids) <= count else ids[np.arange(count) * len(ids) // count]
 
 
+def _quiet() -> Any:
+    """What is not finite is told as such. Not around a `yield`: other work goes on there."""
+    return np.errstate(all="ignore")
+
+
 def _products(base_sq: Floats, now_sq: Floats, moved_sq: Floats) -> RowProducts:
     """Inner products from squared lengths; in float64 the rounding that dot and squares share cancels in a cosine."""
     dot, bad = np.empty_like(now_sq), np.empty(now_sq.shape, dtype=np.bool_)
-    for part in _blocks(len(now_sq)):
-        wide = np.add(base_sq[part], now_sq[part], dtype=np.float64)
-        wide -= moved_sq[part]
-        wide /= 2
-        dot[part], bad[part] = wide, ~np.isfinite(wide)
+    with _quiet():
+        for part in _blocks(len(now_sq)):
+            wide = np.add(base_sq[part], now_sq[part], dtype=np.float64)
+            wide -= moved_sq[part]
+            wide /= 2
+            dot[part], bad[part] = wide, ~np.isfinite(wide)
     return RowProducts(*(torch.from_numpy(vector) for vector in (base_sq, dot, np.maximum(now_sq, 0), bad)))
 
 
@@ -369,12 +377,13 @@ def _cosine(products: RowProducts, zero: Flags) -> Floats:
     base_sq, now_sq, dot = products.base_sq.numpy(), products.now_sq.numpy(), products.dot.numpy()
     unknown = products.bad.numpy() | zero
     cosine = np.empty_like(dot)
-    for part in _blocks(len(dot)):
-        wide = np.multiply(base_sq[part], now_sq[part], dtype=np.float64)
-        np.sqrt(wide, out=wide)
-        unknown[part] |= wide == 0
-        np.divide(dot[part], wide, out=wide)
-        cosine[part] = np.clip(wide, -1, 1, out=wide)
+    with _quiet():
+        for part in _blocks(len(dot)):
+            wide = np.multiply(base_sq[part], now_sq[part], dtype=np.float64)
+            np.sqrt(wide, out=wide)
+            unknown[part] |= wide == 0
+            np.divide(dot[part], wide, out=wide)
+            cosine[part] = np.clip(wide, -1, 1, out=wide)
     cosine[unknown] = np.nan
     return cosine
 
