@@ -59,11 +59,11 @@ def whole(weight: Tensor) -> Tensor:
 
 
 class Sizes:
-    """The largest tensor that is sent, in elements, and which operations send."""
+    """The largest tensor of numbers a row that is sent, in elements."""
 
     def __init__(self) -> None:
         self.largest = 0
-        self._real = {name: getattr(dist, name) for name in ("all_reduce", "broadcast", "all_gather")}
+        self._real = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
 
     def __enter__(self) -> Sizes:
         def counted(real: Any, *args: Any, **kwargs: Any) -> Any:
