@@ -39,3 +39,16 @@ def test_an_ordinary_check_has_a_flag_masks_and_counts(ranks: list[dict[str, Any
         assert flag == ("own", 2 + 3, "torch.int64")
         assert masks == ("own", 2 * -(-ROWS // 8), "torch.uint8")
         assert counts == ("own", ROWS, "torch.int32")
+
+
+def test_a_row_whose_gradient_lies_in_two_processes(ranks: list[dict[str, Any]]) -> None:
+    """Parts of elements, one of them empty, with the cut between two rows and in the middle of one."""
+    assert [list(one["edges"]) for one in ranks[0]["in parts"]] == [[], [], [30], [60], []]
+    for here in ranks:
+        for one in here["in parts"]:
+            whole, found = one["whole"], one["found"]
+            assert torch.equal(found["data_target"], whole["data_target"])
+            for name in ("pull", "push"):
+                assert whole[name].max() > 1
+                torch.testing.assert_close(found[name], whole[name], rtol=1e-6, atol=1e-7)
+            assert found["push_share"] == pytest.approx(whole["push_share"], rel=1e-6)

@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from messages import Sent
 
+from vocabguard import collective
 from vocabguard.measure.exposure import ExposureCounter
+from vocabguard.rows.sharding import Shard
 
 ROWS, STEPS = 61, 40
 
@@ -100,8 +102,8 @@ def run(seed: int, rank: int) -> tuple[list[str], list[Any]]:
     return wrong + naive.wrong(counter.exposure()), sent
 
 
-def made() -> ExposureCounter:
-    return ExposureCounter(ROWS, "cpu", tied=False, deferred=True)
+def made(edges: dict[int, bool] | None = None) -> ExposureCounter:
+    return ExposureCounter(ROWS, "cpu", tied=False, deferred=True, edges=edges)
 
 
 def ordinary(rank: int) -> list[Any]:
@@ -118,11 +120,35 @@ def ordinary(rank: int) -> list[Any]:
     return seen.here
 
 
+def in_parts(rank: int, cut: int) -> dict[str, Any]:
+    """Gradients of which each process has a run of elements: what they find so, and where each has all of it."""
+    width = 5
+    spans = ((0, cut), (cut, ROWS * width))
+    shard = Shard(ROWS, width, *spans[rank], spans=spans)
+    alone, here = made(), made(shard.edges)
+    made_by = torch.Generator().manual_seed(cut)
+    for step in range(1, 9):
+        gradient = torch.randn(ROWS, width, generator=made_by)
+        ids = torch.randint(0, ROWS, (2, 20), generator=made_by)
+        for counter in (alone, here):
+            counter.observe(ids[rank : rank + 1], ids[rank : rank + 1], shift=False)
+        alone.observe_gradient(gradient, sample_push=step % 3 == 0)
+        here.observe_gradient(gradient.flatten()[slice(*spans[rank])], sample_push=step % 3 == 0, shard=shard)
+        for counter in (alone, here):
+            counter.end_step(step)
+            if step == 4:
+                counter.settle()
+    whole, part = alone.exposure(), here.exposure()
+    (found,) = collective.together([here.with_gradients(part, shard)])
+    return {"edges": shard.edges, "whole": vars(whole), "found": vars(found)}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     found: dict[str, Any] = {"wrong": [], "sent": [], "ordinary": ordinary(rank)}
+    found["in parts"] = [in_parts(rank, cut) for cut in (0, 100, 152, 304, ROWS * 5)]
     for seed in range(12):
         wrong, sent = run(seed, rank)
         found["wrong"] += [f"seed {seed}: {one}" for one in wrong]

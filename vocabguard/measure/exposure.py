@@ -27,6 +27,7 @@ The name of the report that described the failure was a target fewer than 5 time
 
 _NORM_ELEMENTS = 2**20
 _NORM_ELEMENTS_ACCELERATOR = 2**24
+_PIECE_ROWS = 2**16
 
 
 def targets_of(labels: Tensor, shift: bool) -> Tensor:
@@ -183,6 +184,7 @@ class ExposureCounter:
         deferred: whether an averaged gradient holds the pull of other processes' targets too, which `settle` asks them
             for; see `vocabguard.measure.pending`.
         speaks: whether this process's counts are told: of those that see the very same batches, one's are.
+        edges: rows of whose gradient several processes have a part, and whether this one speaks for them.
 
     Example:
         >>> counter = ExposureCounter(rows=3, device="cpu", tied=False)
@@ -195,9 +197,10 @@ class ExposureCounter:
     """
 
     def __init__(
-        self, rows: int, device: torch.device | str, tied: bool, deferred: bool = False, speaks: bool = True
-    ) -> None:
-        self.rows, self._speaks = rows, speaks
+        self, rows: int, device: torch.device | str, tied: bool, deferred: bool = False, speaks: bool = True,
+        edges: Mapping[int, bool] | None = None,
+    ) -> None:  # fmt: skip
+        self.rows, self._speaks, self._edges = rows, speaks, dict(edges or {})
         self.tied = tied
         self.deferred = deferred
         self.steps = 0
@@ -280,7 +283,7 @@ class ExposureCounter:
         return (self._counts[_INPUT:] != self._before[_INPUT:]).any(dim=0)
 
     @torch.no_grad()
-    def observe_gradient(self, head_grad: Tensor | None, sample_push: bool, *, first_row: int | None = None) -> None:
+    def observe_gradient(self, head_grad: Tensor | None, sample_push: bool, *, shard: Shard | None = None) -> None:
         """Add the row norms of this step's gradient: clipped and averaged, as the optimizer used it.
 
         Rows whose gradient is not finite add nothing.
@@ -289,7 +292,8 @@ class ExposureCounter:
             head_grad: (V, D) gradient of the output matrix, any float dtype; dense, or sparse in its first dimension.
                 None where the step had none.
             sample_push: take the push of the other rows too, not only the pull of this step's targets.
-            first_row: where the gradient is one process's rows of a sharded one: which is the first.
+            shard: where the gradient is one process's part of a sharded one: which. It has rows, or, in one dimension,
+                elements; then a row may be here in part.
 
         Raises:
             ValueError: if the gradient has another number of rows.
@@ -299,8 +303,8 @@ class ExposureCounter:
                 # Every process has as many steps to tell of.
                 self._add_later(torch.zeros_like(self.pull), sample_push, empty=True)
             return
-        expected = "(n, D)" if first_row is not None else f"({self.rows}, D)"
-        if head_grad.ndim != 2 or (head_grad.shape[0] != self.rows and first_row is None):
+        expected = "(n, D) or (n,)" if shard is not None else f"({self.rows}, D)"
+        if shard is None and (head_grad.ndim != 2 or head_grad.shape[0] != self.rows):
             raise ValueError(f"the gradient has shape {tuple(head_grad.shape)}; expected {expected}")
         gradient, on_host = head_grad.detach(), self.pull.device.type == head_grad.device.type == "cpu"
         if on_host and not (self.deferred or sample_push or gradient.is_sparse):
@@ -308,8 +312,15 @@ class ExposureCounter:
             rows = self.targets_now().nonzero().squeeze(1)
             self.pull.index_add_(0, rows, gradient_norms(gradient, rows))
             return
-        norms, first = torch.zeros_like(self.pull), first_row or 0
-        norms[first : first + len(gradient)] = self._all_norms(gradient).to(norms.device)
+        norms = torch.zeros_like(self.pull)
+        if shard is None:
+            norms += self._all_norms(gradient).to(norms.device)
+        elif gradient.ndim == 1:
+            for piece in shard.pieces(_PIECE_ROWS):
+                norms[piece] = gradient_norms(shard.take(gradient, piece)).to(norms.device)
+        else:
+            first = shard.part.start
+            norms[first : first + len(gradient)] = self._all_norms(gradient).to(norms.device)
         if self.deferred:
             self._add_later(norms, sample_push)
         else:
@@ -338,9 +349,13 @@ class ExposureCounter:
         if self._pending:
             piece = collective.Piece(0, 0, int(self._pending.sampled))
             self._sampled |= piece.words[2] > 0
-            self._add_steps(piece.any_bits(self._pending.masks()))
+            masks = piece.any_bits(self._pending.masks())
+            self._add_steps(masks, piece.total(self._pending.squares([*self._edges])) if self._edges else None)
 
-    def _add_steps(self, masks: Tensor) -> None:
+    def _add_steps(self, masks: Tensor, squares: Tensor | None) -> None:
+        """Add them, given everyone's masks and the squared norms of rows of which several processes have a part."""
+        if squares is not None:
+            self._pending.keep_norms(self._edges, squares.sqrt())
         for step in self._pending.take(masks):
             self._add(step)
             if step.number is not None:
@@ -361,15 +376,17 @@ class ExposureCounter:
         news = self._shared.news(counts)
         own = packed(too_large(news, collective.world_size())[None])
         waiting = self._pending.masks().cpu() if self._pending else own[:0]
+        parts = self._pending.squares([*self._edges]).cpu() if self._pending and self._edges else None
         piece = collective.Piece(int(news[2:].any()), int(self._missed), int(self._pending.sampled))
         masks = piece.any_bits(torch.cat([waiting, own]))
         large, kinds = unpacked(masks[-1:], self.rows)[0], 4 if piece.words[0] else 2
         everyones = piece.total(encoded(news[:kinds], large))
         last = piece.largest(self.last_target.to("cpu", torch.int32)) if piece.words[1] else None
+        squares = None if parts is None else piece.total(parts)
         self._shared.add(decoded(everyones, large, kinds), counts)
         self._sampled |= piece.words[2] > 0
         if self._pending:
-            self._add_steps(masks[:-1].to(self.device))
+            self._add_steps(masks[:-1].to(self.device), squares)
         if last is not None:
             self.last_target.copy_(self.last_target.maximum(last.to(self.last_target)))
             self._missed.zero_()

@@ -7,7 +7,7 @@ one packed message tells the masks of many steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -123,6 +123,16 @@ class PendingSteps:
         """(n, ceil(V / 8)) uint8, packed: targets of each step, then inputs of those that need them."""
         asked = [step.inputs for step in self._steps if step.inputs is not None]
         return packed(torch.stack([step.targets for step in self._steps] + asked))
+
+    def squares(self, rows: Sequence[int]) -> Tensor:
+        """(steps, n) float64: squared norms of some rows, each step's."""
+        return torch.stack([step.norms[list(rows)] for step in self._steps]).double().square()
+
+    def keep_norms(self, rows: Mapping[int, bool], norms: Tensor) -> None:
+        """Put the norms of some rows, (steps, n), in their place, and 0 for those that another process speaks for."""
+        mine = torch.tensor(list(rows.values()))
+        for step, found in zip(self._steps, norms, strict=True):
+            step.norms[list(rows)] = (found.cpu() * mine).to(step.norms)
 
     def take(self, everyones: Tensor) -> Iterator[PendingStep]:
         """The steps, with the targets and inputs of all processes; none waits any more.

@@ -157,6 +157,19 @@ class VocabMatrix:
         return rows if shard is None or shard.columns is not None else rows.reshape(-1)
 
     @property
+    def stepped(self) -> Tensor:
+        """The parameter that the optimizer steps, as it is now."""
+        held = self.held
+        return self.weight if held is None or held.stepped is None else held.stepped
+
+    def gradient(self) -> Tensor | None:
+        """This process's part of the gradient: rows, or of a matrix that an engine holds the elements that are here."""
+        if (held := self.held) is not None:
+            return held.gradient()
+        gradient = self.weight.grad
+        return None if gradient is None else local_rows(gradient)
+
+    @property
     def has_bias(self) -> bool:
         """Whether the module adds a bias, which is no part of a row."""
         return getattr(self.module, "bias", None) is not None

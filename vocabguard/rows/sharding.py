@@ -130,6 +130,18 @@ class Shard:
         return all(start % self.width == 0 and stop % self.width == 0 for start, stop in self.spans or ())
 
     @property
+    def edges(self) -> dict[int, bool]:
+        """The rows that lie in several processes, as far as that is agreed on, and whether this one speaks for them.
+
+        >>> Shard(rows=3, width=4, start=6, stop=12, spans=((0, 6), (6, 12))).edges
+        {1: False}
+        """
+        if self.spans is None or not self._followed:
+            return {}
+        rows, counted = sorted({start // self.width for start, _ in self.spans if start % self.width}), self.counted
+        return {row: counted.start <= row < counted.stop for row in rows}
+
+    @property
     def _followed(self) -> bool:
         """Whether the spans are those of the matrix as it is: it may have been resized since."""
         return self.spans is not None and max(stop for _, stop in self.spans) == self.rows * self.width
