@@ -538,7 +538,7 @@ def _drift(found: Any) -> Any:
 
 
 def _vectors(found: Any) -> dict[str, Any]:
-    names = ("data_target", "echo_target", "inputs", "last_target", "pull", "push")
+    names = ("data_target", "echo_target", "inputs", "last_target", "pull", "push", "push_samples")
     return {"reason": found.reason} if hasattr(found, "reason") else {name: getattr(found, name) for name in names}
 
 

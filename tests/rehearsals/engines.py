@@ -116,6 +116,8 @@ def gradients(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> tuple[str, 
         return ("refused", told[0].partition(": ")[2]) if told else ("wrong", "not read, and nobody is told")
     worst = 0.0
     for one in ranks:
+        if one["exposure"]["push_samples"] != alone["exposure"]["push_samples"]:
+            return "wrong", f"push was sampled {one['exposure']['push_samples']} times in some process"
         for name in ("pull", "push"):
             here, there = one["exposure"][name], alone["exposure"][name]
             worst = max(worst, float((here - there).abs().max() / there.abs().max().clamp(min=1e-9)))

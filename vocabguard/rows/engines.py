@@ -121,6 +121,8 @@ def _fsdp1(unit: Any, module: nn.Module) -> Held | NotApplicable | None:
         return local.detach()[here.offset_in_shard : here.offset_in_shard + count] if count else local.detach()[:0]
 
     def gradient() -> Tensor | None:
+        if count == 0:
+            return read()  # nothing, and that is all there is here
         if original is not None:
             return None if original.grad is None else original.grad.detach().flatten()
         return None if flat.grad is None else flat.grad.detach()[here.offset_in_shard :][:count]
