@@ -50,11 +50,27 @@ def check(folder: Path, kind: str) -> None:
     assert engines.faulty(folder, kind, count) == ""
     for one in found.values():
         assert one["verdict"] == "right" or (len(one["why"]) > 20 and one["seconds"] < 60), one
+        assert kind != "pipeline" or one["seconds"] < 10
 
 
 @pytest.mark.parametrize("kind", QUICK)
 def test_engine(kind: str, folder: Path) -> None:
     check(folder, kind)
+
+
+def test_a_stage_with_neither_head_nor_embedding(tmp_path: Path, together: Any) -> None:
+    """All processes are told, at once, and their training goes on."""
+    together("engines.py", tmp_path, "pipeline:watch,shared", count=3)
+    engines = module_of(REHEARSAL)
+    for mode in ("watch", "shared"):
+        told = {}
+        for one in engines.load(tmp_path, "pipeline", mode, 3):
+            assert one["attach_seconds"] < 10
+            assert len(one["losses"]) == engines.STEPS
+            told[one["failure"]] = one["watch"]
+        (failure,) = told
+        assert "process 1: none" in failure
+        assert "a model that is cut into pipeline stages is not followed" in failure
 
 
 @pytest.mark.slow

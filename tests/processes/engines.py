@@ -286,13 +286,14 @@ def sequence() -> Engine:
 
 
 class Stages(Engine):
-    """A model of which each process has a part: the first has no head, the last no input embedding."""
+    """A model of which each process has a part: the first has no head, the last no input embedding, others neither."""
 
     def __init__(self) -> None:
         model = model_of()
-        if dist.get_rank() == 0:
+        rank, world = _place()
+        if rank != world - 1:
             model.lm_head = nn.Identity()
-        else:
+        if rank != 0:
             model.model.embed_tokens = nn.Identity()
         super().__init__(model, model)
 
