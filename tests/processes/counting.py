@@ -138,6 +138,10 @@ def in_parts(rank: int, cut: int) -> dict[str, Any]:
             counter.end_step(step)
             if step == 4:
                 counter.settle()
+        if step == 6:  # cut off, and gone on
+            state = here.state_dict(spread=True)
+            here = made(shard.edges)
+            here.load_state_dict(state)
     whole, part = alone.exposure(), here.exposure()
     (found,) = collective.together([here.with_gradients(part, shard)])
     return {"edges": shard.edges, "whole": vars(whole), "found": vars(found)}

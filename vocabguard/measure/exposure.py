@@ -376,7 +376,7 @@ class ExposureCounter:
         news = self._shared.news(counts)
         own = packed(too_large(news, collective.world_size())[None])
         waiting = self._pending.masks().cpu() if self._pending else own[:0]
-        parts = self._pending.squares([*self._edges]).cpu() if self._pending and self._edges else None
+        parts = self._pending.squares([*self._edges]) if self._pending and self._edges else None
         piece = collective.Piece(int(news[2:].any()), int(self._missed), int(self._pending.sampled))
         masks = piece.any_bits(torch.cat([waiting, own]))
         large, kinds = unpacked(masks[-1:], self.rows)[0], 4 if piece.words[0] else 2
@@ -411,7 +411,7 @@ class ExposureCounter:
         Args:
             shard: the rows whose gradient this process sees.
         """
-        share = yield collective.Telling(self._share.nan_to_num().double())
+        share = yield collective.Telling(self._share.cpu().nan_to_num().double())
         own = torch.stack([exposure.pull, exposure.push, exposure.input_only])
         # From sample to sample push stays as it was.
         kinds = 1 if self._gathered is not None and not self._sampled else 3 if self.tied else 2
@@ -476,8 +476,11 @@ class ExposureCounter:
         # In place: a compiled graph may hold these very tensors.
         for row, name in zip(_TOLD, _COUNTED, strict=True):
             self._counts[row].copy_(tensors[name] if collective.is_main() else torch.zeros_like(tensors[name]))
+        elsewhere = [row for row, mine in self._edges.items() if not mine]
         for name in _ROW_STATE:
             getattr(self, name).copy_(tensors[name])
+            if name != "last_target":
+                getattr(self, name)[elsewhere] = 0.0  # of parts of a row the sum is taken
         # States of earlier versions have no echo, so any target was one of the data.
         self.last_data_target.copy_(tensors.get("last_data_target", tensors["last_target"]))
         # Of the two sums the state has the ratio.

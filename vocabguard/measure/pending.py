@@ -125,8 +125,8 @@ class PendingSteps:
         return packed(torch.stack([step.targets for step in self._steps] + asked))
 
     def squares(self, rows: Sequence[int]) -> Tensor:
-        """(steps, n) float64: squared norms of some rows, each step's."""
-        return torch.stack([step.norms[list(rows)] for step in self._steps]).double().square()
+        """(steps, n) float64 on the CPU: squared norms of some rows, each step's."""
+        return torch.stack([step.norms[list(rows)] for step in self._steps]).cpu().double().square()
 
     def keep_norms(self, rows: Mapping[int, bool], norms: Tensor) -> None:
         """Put the norms of some rows, (steps, n), in their place, and 0 for those that another process speaks for."""
