@@ -7,30 +7,9 @@ import torch.distributed as dist
 
 from vocabguard import collective
 
-EXPOSURE = """
-import torch
-from vocabguard.results import Exposure
-
-
-def exposure(number):
-    return Exposure(
-        inputs=torch.tensor([0, 1, 2]) + number,
-        data_target=torch.tensor([[1, 0, 1], [2, 1, 0]][number]),
-        echo_target=torch.tensor([2, 2, 2]),
-        last_target=torch.tensor([[-1, 7, 3], [-1, -1, 9]][number]),
-        pull=torch.tensor([[2.5, 0, 4], [1, 3, 0]][number]),
-        push=torch.full((3,), 9.0),
-        input_only=torch.rand(3),
-        push_samples=1,
-        push_share=0.5,
-        steps=9,
-    )
-"""
-
-TWO = f"""
+TWO = """
 import sys, torch, torch.distributed as dist
 from vocabguard import collective as c
-{EXPOSURE}
 number, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + store, rank=number, world_size=2)
 assert (c.rank(), c.world_size(), c.is_main()) == (number, 2, number == 0)
@@ -42,22 +21,42 @@ both = c.total(mine)
 assert torch.equal(both, torch.tensor([[100, 106], [102, 108], [104, 110]])), both
 assert both.dtype == torch.int64 and torch.equal(mine, before)
 assert c.total(torch.tensor(0.5, requires_grad=True)).item() == 1.0
-value = dict(every=7, why="rank 0 timed it")
-assert c.agree(value if number == 0 else None) == value
-local = exposure(number)
-summed = c.total_exposure(local)
-assert summed.inputs.tolist() == [1, 3, 5] and summed.data_target.tolist() == [3, 1, 1], summed
-assert summed.echo_target.tolist() == [4, 4, 4] and summed.last_target.tolist() == [-1, 7, 9], summed
-assert summed.pull.tolist() == [2.5, 3, 4] and summed.push.tolist() == [9, 9, 9] and summed.steps == 9
+value = dict(every=7, why="rank 0 timed it", at=torch.arange(3))
+told = c.agree(value if number == 0 else None)
+assert torch.equal(told.pop("at"), torch.arange(3)) and told == dict(every=7, why="rank 0 timed it")
+assert c.everyone(number) == [0, 1]
+assert c.any_of(torch.tensor([number == 0, False, True])).tolist() == [True, False, True]
+assert c.largest(torch.tensor([number, -number])).tolist() == [1, 0]
+
+piece = c.Piece(2**40 - 1, 5 + number)
+assert piece.words == [2**41 - 2, 11, 0], piece.words
+assert piece.any_bits(torch.tensor([1 + number, 0], dtype=torch.uint8)).tolist() == [3, 0]
+assert piece.gathered(torch.tensor([[number, 7]])).tolist() == [[[0, 7]], [[1, 7]]]
+
+def work(times):
+    found = []
+    for turn in range(times):
+        found.append((yield c.Telling(torch.tensor([turn + number, 10.0]))).tolist())
+        every = yield c.Telling(torch.tensor([[float(number)]]), gathered=True)
+        found.append(every.tolist())
+    return found
+
+def other():
+    return (yield c.Telling(torch.tensor(number, dtype=torch.float64))).item()
+
+sent, all_reduce, all_gather = [], dist.all_reduce, dist.all_gather
+dist.all_reduce = lambda tensor, *a, **k: sent.append(tensor.tolist()) or all_reduce(tensor, *a, **k)
+dist.all_gather = lambda many, one, **k: sent.append(one.tolist()) or all_gather(many, one, **k)
+once, twice, wide = [[1, 20], [[[0]], [[1]]]], [[1, 20], [[[0]], [[1]]], [3, 20], [[[0]], [[1]]]], 1
+assert c.together([work(1), work(2), other()]) == [once, twice, wide]
+# A flag, then a message of each kind, for all works that go on.
+flag = [0, 0, 0, 0, 0]
+assert sent == [
+    flag, [number, 10, number, 10], [number], flag, [number, number],
+    flag, [1 + number, 10], flag, [number],
+], sent
 dist.destroy_process_group()
 """
-
-
-def test_the_exposure_of_one_process_is_its_own():
-    namespace = {}
-    exec(EXPOSURE, namespace)
-    local = namespace["exposure"](0)
-    assert collective.total_exposure(local) is local
 
 
 @pytest.fixture
@@ -89,6 +88,11 @@ def test_alone_everything_is_the_identity(kind, request):
     assert not summed.requires_grad
     value = {"a": object()}
     assert collective.agree(value) is value
+    assert collective.everyone(value) == [value]
+    piece = collective.Piece(4, 2)
+    assert piece.words == [4, 2, 0]
+    assert piece.gathered(tensor.detach()).tolist() == [tensor.tolist()]
+    assert torch.equal(piece.largest(tensor), tensor)
 
 
 def test_a_bool_has_no_sum():

@@ -6,14 +6,16 @@ missing, not initialised, or has a world of one.
 The guard talks on a gloo group of its own. Before each piece of talk the ranks exchange a flag of health. A rank whose
 guard fails sends its flag at once, without waiting: training, on its own group, goes on there; the others find the flag
 where they next talk, whatever about, and raise `PeerFaultError`. So no rank waits for one that is silent for good.
+Every flag has one shape, which a rank in fault need not know the others' talk for; a few numbers ride along in it.
 """
 
 from __future__ import annotations
 
 import atexit
+import pickle
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
@@ -21,12 +23,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vocabguard.results import Exposure, VocabGuardError
+from vocabguard.results import VocabGuardError
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=10)
 """How long a rank waits for the others; then its guard disables itself."""
+
+WORDS = 3
+"""Numbers that ride along in a flag of health."""
 
 
 class PeerFaultError(VocabGuardError, RuntimeError):
@@ -120,16 +125,7 @@ def report_failure() -> None:
 
 def raise_if_peer_failed() -> None:
     """Raise `PeerFaultError` if the guard of any process has failed."""
-    if world_size() == 1:
-        return
-    line = _line()
-    if line.failed is None:
-        flag = _flag(None)
-        dist.all_reduce(flag, group=line.group)
-        failed = flag.nonzero().flatten().tolist()
-        line.failed = failed[0] if failed else None
-    if line.failed is not None:
-        raise PeerFaultError(f"the guard of process {line.failed} of {world_size()} has failed")
+    _ask()
 
 
 def meets() -> bool:
@@ -165,87 +161,137 @@ def sum_in_step(sums: Tensor) -> Tensor:
     return result.to(sums.device)
 
 
-def total(tensor: Tensor) -> Tensor:
-    """Sum over all ranks of a tensor of any shape, of an integer or floating dtype, the same on every rank.
+class Piece:
+    """A piece of talk: one flag of health, then messages between which nothing happens that may fail.
 
-    Returns:
-        A new tensor of the same shape, dtype and device, the same on every rank.
-
-    Raises:
-        TypeError: for a bool tensor, which has no sum.
-    """
-    if tensor.dtype == torch.bool:
-        raise TypeError("tensor is of dtype torch.bool; allowed: integer and floating dtypes")
-    return _reduced(tensor, "SUM")
-
-
-def total_exposure(exposure: Exposure) -> Exposure:
-    """The exposure of all ranks' data together.
-
-    Gradients are averaged before they are read, so every rank has the whole, or, of a sharded matrix, its own rows and
-    zeros: they are never summed.
-
-    ``inputs``, ``data_target`` and ``echo_target`` are summed; of ``last_target``, ``pull``, ``push`` and
-    ``input_only`` the largest are taken; the rest is as given.
-    """
-    if world_size() == 1:
-        return exposure
-    counts = torch.stack([exposure.inputs, exposure.data_target, exposure.echo_target])
-    norms = [values.float() for values in (exposure.pull, exposure.push, exposure.input_only)]
-    summed, (last_target, pull, push, input_only) = sum_and_largest(counts, [exposure.last_target, *norms])
-    inputs, data_target, echo_target = summed.unbind()
-    return replace(
-        exposure, inputs=inputs, data_target=data_target, echo_target=echo_target, last_target=last_target,
-        pull=pull, push=push, input_only=input_only,
-    )  # fmt: skip
-
-
-def sum_and_largest(summed: Tensor, largest: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The sum of some numbers over all ranks, and the largest of others, in two messages after one flag.
+    All ranks must make the same calls. Every one returns a new tensor, the same on all ranks.
 
     Args:
-        summed: as for `total`.
-        largest: of one shape; int64 within 32 bits, or float32 that are not negative.
+        *words: at most `WORDS` integers of this rank, each below 2^40.
 
-    Returns:
-        New tensors of the same shapes, dtypes and devices. A NaN is larger than any number.
+    Attributes:
+        words: their sums over all ranks.
+
+    Raises:
+        PeerFaultError: if the guard of any process has failed.
+
+    Example:
+        >>> piece = Piece(7)
+        >>> piece.words[0], piece.total(torch.tensor([1, 2])).tolist(), piece.gathered(torch.tensor([1, 2])).tolist()
+        (7, [1, 2], [[1, 2]])
     """
-    if world_size() == 1:
-        return summed.detach().clone(), [one.detach().clone() for one in largest]
-    raise_if_peer_failed()
-    # The order of floats that are not negative is that of their bits.
-    words = [one.view(torch.int32) if one.is_floating_point() else one.to(torch.int32) for one in largest]
-    sums, most = _reduce(summed, "SUM"), _reduce(torch.stack(words), "MAX")
-    found = [word.view(one.dtype) if one.is_floating_point() else word.to(one.dtype)
-             for word, one in zip(most, largest, strict=True)]  # fmt: skip
-    return sums, found
+
+    def __init__(self, *words: int) -> None:
+        self.words = _ask(*words)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks of a tensor of any shape, of an integer or floating dtype, the same on every rank.
+
+        Raises:
+            TypeError: for a bool tensor, which has no sum.
+        """
+        if tensor.dtype == torch.bool:
+            raise TypeError("tensor is of dtype torch.bool; allowed: integer and floating dtypes")
+        return _reduce(tensor, "SUM")
+
+    def largest(self, tensor: Tensor) -> Tensor:
+        """Element by element the largest value of all ranks."""
+        return _reduce(tensor, "MAX")
+
+    def any_bits(self, masks: Tensor) -> Tensor:
+        """Bitwise or over all ranks of a uint8 tensor of any shape."""
+        return _reduce(masks, "BOR")
+
+    def gathered(self, own: Tensor) -> Tensor:
+        """(ranks, ...) every rank's tensor, of one shape on all; half of what a sum of tensors so long would send."""
+        if world_size() == 1:
+            return own.detach().clone()[None]
+        here = own.detach().to("cpu").contiguous()
+        everyones = here.new_empty(world_size(), *here.shape)
+        dist.all_gather(list(everyones.unbind()), here, group=_line().group)
+        return everyones.to(own.device)
 
 
-def any_bits(masks: Tensor) -> Tensor:
-    """Bitwise or over all ranks of a uint8 tensor of any shape, in a new tensor."""
-    return _reduced(masks, "BOR")
+@dataclass(frozen=True)
+class Telling:
+    """What a work of several ranks has to tell: of one shape on all of them.
+
+    Attributes:
+        gathered: whether it wants every rank's tensor, as `Piece.gathered` gives them; else their sum.
+    """
+
+    tensor: Tensor
+    gathered: bool = False
+
+
+Talk = Generator[Telling, Tensor, T]
+"""A work that yields what it has to tell, gets what came of it, and returns its result."""
+
+
+def together(works: Sequence[Talk[T]]) -> list[T]:
+    """Do several works: what all of them have to tell next goes in one piece of talk, one message of each kind.
+
+    Example:
+        >>> def share(of: float) -> Talk[float]:
+        ...     whole = yield Telling(torch.tensor(of))
+        ...     return of / whole.item()
+        >>> together([share(2.0), share(3.0)])
+        [1.0, 1.0]
+    """
+    results: dict[int, T] = {}
+    answers: dict[int, Any] = dict.fromkeys(range(len(works)))
+    while answers:
+        asked: dict[int, Telling] = {}
+        for place, answer in answers.items():
+            try:
+                asked[place] = works[place].send(answer)
+            except StopIteration as end:
+                results[place] = end.value
+        answers = _answered(asked) if asked else {}
+    return [results[place] for place in range(len(works))]
+
+
+def _answered(asked: dict[int, Telling]) -> dict[int, Any]:
+    piece, answers = Piece(), {}
+    for kind in dict.fromkeys((told.gathered, told.tensor.dtype) for told in asked.values()):
+        some = {place: told.tensor for place, told in asked.items() if (told.gathered, told.tensor.dtype) == kind}
+        message = torch.cat([tensor.detach().cpu().flatten() for tensor in some.values()])
+        found = piece.gathered(message) if kind[0] else piece.total(message)
+        parts = found.split_with_sizes([tensor.numel() for tensor in some.values()], dim=-1)
+        for (place, tensor), part in zip(some.items(), parts, strict=True):
+            answers[place] = part.reshape([*found.shape[:-1], *tensor.shape]).to(tensor.device)
+    return answers
+
+
+def total(tensor: Tensor) -> Tensor:
+    """`Piece.total`, as a piece by itself."""
+    return Piece().total(tensor)
+
+
+def largest(tensor: Tensor) -> Tensor:
+    """`Piece.largest`, as a piece by itself."""
+    return Piece().largest(tensor)
 
 
 def any_of(mask: Tensor) -> Tensor:
     """Where a bool mask, of the same shape on every rank, is set on any; the mask itself in a world of one."""
     if world_size() == 1:
         return mask
-    return _reduced(mask.to(torch.uint8), "MAX") > 0
-
-
-def largest(tensor: Tensor) -> Tensor:
-    """Element by element the largest value of all ranks; takes and returns what `total` does."""
-    return _reduced(tensor, "MAX")
+    return largest(mask.to(torch.uint8)) > 0
 
 
 def agree(value: T) -> T:
     """Rank 0's value, small and picklable, on every rank; what the others pass is not looked at."""
     if world_size() == 1:
         return value
-    raise_if_peer_failed()
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=_line().group)
-    return box[0]
+    sent = bytearray(pickle.dumps(value)) if is_main() else bytearray()
+    size = _ask(len(sent))[0]
+    box = torch.frombuffer(sent, dtype=torch.uint8) if is_main() else torch.empty(size, dtype=torch.uint8)
+    dist.broadcast(box, src=0, group=_line().group)
+    if is_main():
+        return value
+    received: T = pickle.loads(box.numpy().tobytes())
+    return received
 
 
 def everyone(value: T) -> list[T]:
@@ -286,9 +332,26 @@ def _open() -> _Line | None:
     return _lines[0] if known and _lines[0].opened else None
 
 
-def _flag(failed: int | None) -> Tensor:
-    """(world,) int32, nonzero at a failed rank."""
-    flag = torch.zeros(world_size(), dtype=torch.int32)
+def _ask(*words: int) -> list[int]:
+    """Exchange the flag of health; gives the sums of `WORDS` numbers, those that are not given being 0."""
+    given = [*words, *[0] * (WORDS - len(words))]
+    if world_size() == 1:
+        return given
+    line = _line()
+    if line.failed is None:
+        flag = _flag(None, given)
+        dist.all_reduce(flag, group=line.group)
+        failed = flag[: world_size()].nonzero().flatten().tolist()
+        line.failed = failed[0] if failed else None
+        given = flag[world_size() :].tolist()
+    if line.failed is not None:
+        raise PeerFaultError(f"the guard of process {line.failed} of {world_size()} has failed")
+    return given
+
+
+def _flag(failed: int | None, words: Sequence[int] = (0,) * WORDS) -> Tensor:
+    """(world + WORDS,) int64: nonzero at a failed rank; and what rides along."""
+    flag = torch.tensor([0] * world_size() + [*words])
     if failed is not None:
         flag[failed] = 1
     return flag
@@ -305,19 +368,10 @@ def _in_step(tensor: Tensor, dtype: torch.dtype, how: Any) -> Tensor:
     return result
 
 
-_How = Literal["SUM", "MAX", "BOR"]
-
-
-def _reduced(tensor: Tensor, how: _How) -> Tensor:
-    """A new tensor, element by element over all ranks."""
+def _reduce(tensor: Tensor, how: Literal["SUM", "MAX", "BOR"]) -> Tensor:
+    """A new tensor, element by element over all ranks, where all of them are known to take part."""
     if world_size() == 1:
         return tensor.detach().clone(memory_format=torch.contiguous_format)
-    raise_if_peer_failed()
-    return _reduce(tensor, how)
-
-
-def _reduce(tensor: Tensor, how: _How) -> Tensor:
-    """The same, where all ranks are known to take part."""
     result = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     # By name, since torch.distributed has no ReduceOp where it is not built.
     dist.all_reduce(result, op=getattr(dist.ReduceOp, how), group=_line().group)

@@ -332,8 +332,10 @@ def _waits(machine: Machine, training: Training, guarded: Guarded) -> dict[str, 
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-            act()
-            torch.cuda.set_sync_debug_mode("default")
+            try:
+                act()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         waits = [str(one.message) for one in told if "synchroniz" in str(one.message)]
         kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=kinds) as profile:

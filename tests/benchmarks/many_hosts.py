@@ -24,7 +24,7 @@ from typing import Any
 TESTS = Path(__file__).parents[1]
 
 CONSTANTS = {
-    "gloo_hop_s": 50e-6,  # of a ring over TCP, which has 2 (N - 1) hops
+    "gloo_hop_s": 50e-6,  # over TCP: of a ring, which has 2 (N - 1) hops, or of a tree, which has log2 N
     "gloo_bytes_s": 1.25e9,  # 10 Gbit/s
     "nccl_start_s": 20e-6,
     "nccl_hop_s": 5e-6,  # of a tree, which has 2 log2 N
@@ -39,6 +39,9 @@ SIZE = {"rows": 131_072, "width": 4096, "element": 2, "every": 100}
 """Rows, elements a row and their bytes of the model; steps between checks."""
 
 RANKS = (64, 512)
+
+FLAG = 5
+"""Elements of a flag of health, as two processes send it: one for each, and a few numbers."""
 
 BEFORE: dict[str, dict[str, Any]] = {
     "watching": {"own": [("flag", 1), ("mask", 1)], "waits": 2, "bus": 2, "read": 0},
@@ -60,8 +63,9 @@ def traced() -> dict[str, Any]:
     from ranks import run_together
     from stalls import KIND, accelerator, moved
 
-    from vocabguard import VocabGuard
+    from vocabguard import VocabGuard, collective
 
+    assert FLAG == 2 + collective.WORDS
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         run_together("messages.py", folder, timeout=900)
@@ -91,13 +95,20 @@ def seconds_of(message: tuple[str, int, str], ranks: int, rows_traced: int) -> f
     """Of one traced message, in a world of so many ranks: its size follows V, but a flag's, which follows the ranks."""
     group, elements, dtype = message
     width = {"torch.uint8": 1, "torch.int32": 4, "torch.float32": 4, "torch.int64": 8, "torch.float64": 8}.get(dtype, 1)
-    if dtype == "object":
-        size = 8192.0  # the logged keys, pickled
-    elif elements == 2 and dtype == "torch.int32":
-        size = 4.0 * ranks
+    if dtype == "object":  # the logged keys, pickled, from the first rank to the others
+        return math.ceil(math.log2(ranks)) * (CONSTANTS["gloo_hop_s"] + 8192.0 / CONSTANTS["gloo_bytes_s"])
+    if elements == FLAG and dtype == "torch.int64":
+        size = 8.0 * (ranks + FLAG - 2)
+    elif group == "own" and dtype == "torch.uint8":  # a mask a step, and one of the tokens that are sent in full
+        size = (SIZE["every"] + 1) * SIZE["rows"] / 8
     else:
         size = width * elements / rows_traced * SIZE["rows"]
     return _all_reduce(size, ranks, own=group == "own")
+
+
+def values_of(messages: list[Any], rows: int) -> float:
+    """Values of 4 bytes a row that a check sends, but for the masks of its steps: one bit a row and step."""
+    return sum(elements for _, elements, dtype in messages if dtype in ("torch.int32", "torch.float32")) / rows
 
 
 def _all_reduce(size: float, ranks: int, *, own: bool) -> float:
@@ -128,7 +139,8 @@ def model(found: dict[str, Any], rows_traced: int = 131) -> list[dict[str, Any]]
                     "before_waits": old["waits"], "before_ms": before * 1e3, "messages": len(now["step"]),
                     "waits": now["waits"], "sent_ms": sum(messages) * 1e3, "memory_ms": reads * 1e3,
                     "now_ms": (sum(messages) + waits + reads) * 1e3, "check_messages": len(now["check"]),
-                    "check_ms": check * 1e3, "check_a_step_ms": check * 1e3 / SIZE["every"],
+                    "check_values": values_of(now["check"], rows_traced), "check_ms": check * 1e3,
+                    "check_a_step_ms": check * 1e3 / SIZE["every"],
                 }
             )  # fmt: skip
     return lines
@@ -137,13 +149,14 @@ def model(found: dict[str, Any], rows_traced: int = 131) -> list[dict[str, Any]]
 def table(report: dict[str, Any]) -> str:
     """As Markdown."""
     head = (
-        "| | ranks | a step of 0.1.0: messages, waits | ms | now | ms | of it memory | a check: messages | ms |"
-        "\n|---|---|---|---|---|---|---|---|---|"
+        "| | ranks | a step of 0.1.0: messages, waits | ms | now | ms | of it memory | a check: messages "
+        "| values a row | ms |\n|---|---|---|---|---|---|---|---|---|---|"
     )
     rows = [
         f"| {one['kind']} | {one['ranks']} | {one['before_messages']}, {one['before_waits']} | "
         f"{one['before_ms']:.1f} | {one['messages']}, {one['waits']} | {one['now_ms']:.2f} | "
-        f"{one['memory_ms']:.2f} | {one['check_messages']} | {one['check_ms']:.0f} |"
+        f"{one['memory_ms']:.2f} | {one['check_messages']} | {one['check_values']:.1f} | "
+        f"{one['check_ms']:.0f} |"
         for one in report["lines"]
     ]
     return "\n".join([head, *rows])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -35,5 +37,26 @@ def test_it_runs_small_and_says_so(bench: ModuleType, tmp_path: Path, capsys: py
     for kind in kinds.values():
         low, high = kind["interval"]
         assert low <= kind["ratio"] <= high
+    assert torch.cuda.is_available() or report["steps"]["waits"] == "not applicable: no accelerator"
     bench.main(["--table", str(path)])
     assert capsys.readouterr().out == said.out
+
+
+def test_waits_are_counted_apart(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would run on a device, here with its warnings and its clock played: bare and guarded, and put back after."""
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    machine = bench.Machine(small=True)
+    machine.there = True
+    training = SimpleNamespace(batches=lambda count: [None] * count, step=lambda ids: None)
+
+    def block(ids: list[None]) -> None:
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    found = bench._waits(machine, training, SimpleNamespace(on=nullcontext, block=block))
+    assert modes == ["warn", "default"] * 2
+    assert [found[name]["waits"] for name in ("bare", "guarded")] == [0, 1]
+    assert found["guarded"]["steps"] == machine.size.block
+    assert {found[name]["copies_to_host"] for name in found} == {0}

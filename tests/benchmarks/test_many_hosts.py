@@ -44,5 +44,14 @@ def test_what_was_traced_has_no_wait(report: dict[str, Any]) -> None:
     assert [traced[kind][what] for kind in ("watching", "hold") for what in ("waits", "bytes")] == [0, 0, 0, 0]
 
 
+def test_a_check_sends_one_value_a_row_in_few_messages(report: dict[str, Any]) -> None:
+    assert [line["check_values"] for line in report["lines"]] == [1.0] * 4
+    assert [line["check_messages"] for line in report["lines"]] == [5, 5, 7, 7]
+    # Four rings of 512 with what they carry, and the logged keys over a tree.
+    masks, counts, flags = 101 * 131_072 / 8, 4 * 131_072, 2 * 8 * (512 + 3)
+    ring = 4 * 2 * 511 * 50e-6 + 2 * (masks + counts + flags) / 1.25e9
+    assert report["lines"][1]["check_ms"] == pytest.approx((ring + 9 * (50e-6 + 8192 / 1.25e9)) * 1e3)
+
+
 def test_the_readme_has_the_table(many_hosts: ModuleType, report: dict[str, Any]) -> None:
     assert many_hosts.table(report) in (HERE.parent / "README.md").read_text(encoding="utf-8")

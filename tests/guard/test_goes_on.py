@@ -450,7 +450,7 @@ def test_a_signal_in_mid_check(
     if place != "saving":
         state = guard.state_dict()
     owner, name = {
-        "check": (checks, "measure_drift"),
+        "check": (checks, "measuring"),
         "counting": (guard._observer.counter, "observe"),
         "saving": (baselines, "save_file"),
     }[place]

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from vocabguard.collective import WORDS
+
 ROWS, EVERY, STEPS = 131, 12, 24
 CHECKS = (EVERY - 1, STEPS - 1)
 
@@ -26,18 +28,33 @@ def test_a_step_under_watch_sends_nothing(case: str, ranks: list[dict[str, Any]]
         sent = here[case]["sent"]
         assert len(sent) == STEPS
         assert [step for step, messages in enumerate(sent) if messages] == list(CHECKS)
-        # At a check the masks of all its steps are packed: targets, and with tied weights inputs of sampled steps.
+        # At a check the masks of all its steps are packed: targets, and with tied weights inputs of sampled steps; one
+        # more says of which tokens the counts are sent in full.
         masks = [message for message in sent[CHECKS[0]] if message[2] == "torch.uint8"]
-        steps = EVERY + (2 if case == "tied" else 0)
+        steps = EVERY + (2 if case == "tied" else 0) + 1
         assert masks == [("own", steps * -(-ROWS // 8), "torch.uint8")]
 
 
 def test_the_first_check_of_a_plain_run_has_few_messages(ranks: list[dict[str, Any]]) -> None:
-    flags = [message for message in ranks[0]["watching"]["sent"][CHECKS[0]] if message[1] == 2]
-    others = [message for message in ranks[0]["watching"]["sent"][CHECKS[0]] if message[1] != 2]
-    # Masks; counts and the vectors of rows; the logged keys.
-    assert len(others) == 4
-    assert len(flags) == 4
+    masks = EVERY + 1  # of the steps, and of the tokens whose counts are sent in full
+    flag = ("own", 2 + WORDS, "torch.int64")
+    *sent, logged = ranks[0]["watching"]["sent"][CHECKS[0]]
+    assert sent == [flag, ("own", masks * -(-ROWS // 8), "torch.uint8"), ("own", ROWS, "torch.int32"), flag]
+    assert logged[2] == "object"
+
+
+def test_a_check_of_spread_rows_sends_few_values_a_row(ranks: list[dict[str, Any]]) -> None:
+    """FSDP2, head and embedding: counts, what rows have moved, pull and push; besides masks, flags and logged keys."""
+    width, shift = 16, "torch.float64"
+    for here in ranks:
+        sent = here["sharded"]["sent"][CHECKS[0]]
+        flags = [message for message in sent if message[1:] == (2 + WORDS, "torch.int64")]
+        assert len(flags) <= 5
+        assert len(sent) <= 12
+        # One piece of talk for both matrices: mean displacements with push's share, then what is told of each row.
+        assert [size for _, size, kind in sent if kind == shift] == [2 * (width + 1) + 2]
+        values = [size for _, size, kind in sent if kind in ("torch.int32", "gathered torch.float32")]
+        assert sum(values) <= 5 * (ROWS + 1)
 
 
 @pytest.mark.parametrize("case", ["hold", "tied hold"])

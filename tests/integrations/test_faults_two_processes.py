@@ -24,7 +24,7 @@ def test_both_stand_down_and_train_on(trainer: str, tmp_path: Path, together: An
     together("faults.py", tmp_path, trainer)
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
     bare = [found.pop("None") for found in ranks]
-    assert len(ranks[0]) == 17
+    assert len(ranks[0]) == 20
     for case, first in ranks[0].items():
         here = (first, ranks[1][case])
         assert agree(*here), f"{case}: the processes train the same model"

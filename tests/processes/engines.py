@@ -286,13 +286,14 @@ def sequence() -> Engine:
 
 
 class Stages(Engine):
-    """A model of which each process has a part: the first has no head, the last no input embedding."""
+    """A model of which each process has a part: the first has no head, the last no input embedding, others neither."""
 
     def __init__(self) -> None:
         model = model_of()
-        if dist.get_rank() == 0:
+        rank, world = _place()
+        if rank != world - 1:
             model.lm_head = nn.Identity()
-        else:
+        if rank != 0:
             model.model.embed_tokens = nn.Identity()
         super().__init__(model, model)
 
@@ -351,39 +352,97 @@ def zero3() -> Engine:
     return Zero(3)
 
 
+class Ulysses(Engine):
+    """DeepSpeed's sequence parallelism for the models of transformers, and its own adapter of batches; without ZeRO."""
+
+    def __init__(self) -> None:
+        import deepspeed
+
+        self.inner, (self.place, self.world) = model_of(), _place()
+        self.replica, self.replicas = 0, 1
+        groups = _ulysses_groups(self.world)
+        self.group = groups.get_sequence_parallel_group()
+        optimizer = torch.optim.AdamW(self.inner.parameters(), lr=LR, weight_decay=0.01, foreach=False)
+        self.model, self.optimizer, _, _ = deepspeed.initialize(
+            model=self.inner, optimizer=optimizer, mpu=groups,
+            config={
+                "train_micro_batch_size_per_gpu": BATCH, "train_batch_size": BATCH,
+                "zero_allow_untested_optimizer": True, "sequence_parallel_size": self.world,
+            },
+        )  # fmt: skip
+
+    def loss(self, batch: Any) -> Tensor:
+        from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPDataLoaderAdapter
+
+        whole = {name: batch[name] for name in ("input_ids", "labels")}
+        whole["position_ids"] = torch.arange(LENGTH).expand_as(batch["input_ids"])
+        part = next(UlyssesSPDataLoaderAdapter([whole], self.place, self.group, self.world, torch.device("cpu")))
+        shifted = part["shift_labels"]
+        logits = self.model(**part).logits
+        found = nn.functional.cross_entropy(logits.flatten(0, 1), shifted.flatten(), reduction="sum")
+        # Gradients of the parts of a sequence are added up.
+        mean: Tensor = found / (batch["labels"][:, 1:] != -100).sum()
+        return mean
+
+    def step(self, loss: Tensor) -> None:
+        self.model.backward(loss)
+        self.model.step()
+
+
+@cache
+def _ulysses_groups(world: int) -> Any:
+    """Made once: DeepSpeed forgets neither its groups nor the attention that it puts into transformers."""
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
+    return UlyssesSPAttentionHF.register_with_transformers(
+        model_name_or_path=model_of(), core_attn_implementation="sdpa", sequence_parallel_size=world,
+        micro_batch_size=BATCH, seq_length=LENGTH, seq_length_is_variable=False,
+    )  # fmt: skip
+
+
+def ulysses() -> Engine:
+    return Ulysses()
+
+
 ENGINES: dict[str, Callable[[], Engine]] = {
     one.__name__: one
     for one in (
         plain, plain_tied, ddp, fsdp1_orig, fsdp1_flat, fsdp2, fsdp2_tied, fsdp2_offload, hsdp, tp, tp_columns, tp_auto,
-        fsdp2_tp, context, sequence, pipeline, zero1, zero2, zero3,
+        fsdp2_tp, context, sequence, pipeline, ulysses, zero1, zero2, zero3,
     )
 }  # fmt: skip
 FOUR = ("hsdp", "fsdp2_tp")
 """Engines that are tried in four processes."""
-DEEPSPEED = ("zero1", "zero2", "zero3")
+DEEPSPEED = ("ulysses", "zero1", "zero2", "zero3")
 FOLDER = Path()
 
 
 class Sent:
-    """What the guard's own process group sends: elements and messages."""
+    """What the guard's own process group sends: values of 4 bytes, and messages."""
 
     def __init__(self) -> None:
-        self.elements, self.largest, self.messages = 0, 0, 0
-        self._all_reduce = dist.all_reduce
+        self.elements, self.largest, self.messages = 0.0, 0.0, 0
+        self._stack = ExitStack()
 
     def __enter__(self) -> Sent:
-        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("group") is not None:
-                self.elements += tensor.numel()
-                self.largest = max(self.largest, tensor.numel())
-                self.messages += 1
-            return self._all_reduce(tensor, *args, **kwargs)
-
-        collective.dist.all_reduce = counted
+        # Where each of them has the tensor that is sent.
+        for name, place in {"all_reduce": 0, "broadcast": 0, "all_gather": 1}.items():
+            self._stack.enter_context(patch.object(dist, name, self._counted(getattr(dist, name), place)))
         return self
 
     def __exit__(self, *_: object) -> None:
-        collective.dist.all_reduce = self._all_reduce
+        self._stack.close()
+
+    def _counted(self, real: Any, place: int) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if any(kwargs.get("group") is line.group for line in collective._lines):
+                size = args[place].numel() * args[place].element_size() / 4
+                self.elements += size
+                self.largest = max(self.largest, size)
+                self.messages += 1
+            return real(*args, **kwargs)
+
+        return counted
 
 
 def _around(kind: str, mode: str, stack: ExitStack) -> None:
@@ -394,7 +453,7 @@ def _around(kind: str, mode: str, stack: ExitStack) -> None:
     if mode == "fault" and _place()[0] == 1:
         # In mid-step where rows are held, which is the third step; else in a check.
         stack.enter_context(patch.object(hold, "rows_to_hold", _broken(hold.rows_to_hold, 3)))
-        stack.enter_context(patch.object(checks, "measure_drift", _broken(checks.measure_drift, 5)))
+        stack.enter_context(patch.object(checks, "measuring", _broken(checks.measuring, 5)))
 
 
 def _broken(real: Any, fails_at: int) -> Any:
@@ -441,7 +500,8 @@ def train(kind: str, mode: str, folder: Path) -> dict[str, Any]:
             losses.append(float(loss.detach()))
             with Sent() as sent:
                 last = guard.step(number)
-            result["sent_at_check" if last is not None else "sent_in_step"] = (sent.elements, sent.largest)
+            when = "sent_at_check" if last is not None else "sent_in_step"
+            result[when] = (sent.elements, sent.largest, sent.messages)
         result |= {"losses": losses, "start": start, "now": engine.rows(), "seen": seen, "same_batches": same}
         result |= {"failure": guard.failure, "latest": dict(guard.latest)}
         found = guard.last
@@ -479,7 +539,7 @@ def _drift(found: Any) -> Any:
 
 
 def _vectors(found: Any) -> dict[str, Any]:
-    names = ("data_target", "echo_target", "inputs", "last_target", "pull", "push")
+    names = ("data_target", "echo_target", "inputs", "last_target", "pull", "push", "push_samples")
     return {"reason": found.reason} if hasattr(found, "reason") else {name: getattr(found, name) for name in names}
 
 
@@ -490,7 +550,7 @@ def main() -> None:
     # A hang is a failed test, not a long one.
     collective.PATIENCE = datetime.timedelta(seconds=60)
     watched.build_table = cache(watched.build_table)
-    deepspeed = any(kind.startswith("zero") for kind in asked)
+    deepspeed = any(kind.partition(":")[0] in DEEPSPEED for kind in asked)
     if deepspeed:
         _start_deepspeed()
     elif "RANK" in os.environ:

@@ -35,7 +35,10 @@ FAULTS: dict[str, tuple[str, int]] = {
     "counting a batch": ("vocabguard.measure.exposure.ExposureCounter.observe", 1),
     "reading a gradient": ("vocabguard.measure.exposure.ExposureCounter.observe_gradient", 1),
     "closing a step": ("vocabguard.measure.exposure.ExposureCounter.end_step", 0),
-    "measuring": ("vocabguard.guard.checks.measure_drift", 1),
+    "measuring": ("vocabguard.guard.checks.measuring", 1),
+    "packing counts": ("vocabguard.measure.exposure.too_large", 1),
+    "adding steps": ("vocabguard.measure.exposure.ExposureCounter._add_steps", 0),
+    "working out residuals": ("vocabguard.measure.drift._Pass.of_all_processes", 1),
     "summing up": ("vocabguard.guard.summary.scalars_of", 0),
     "the alerts": ("vocabguard.alerts.machine.AlertMachine.update", 1),
     "writing a check": ("vocabguard.runlog.RunWriter.check", 0),
@@ -45,7 +48,8 @@ FAULTS: dict[str, tuple[str, int]] = {
     "making a plan": ("vocabguard.guard.echo.next_plan", 1),
     "the last rows": ("vocabguard.runlog.RunWriter.rows", 0),
 }
-LATER = {"counting a batch": 3, "reading a gradient": 3, "closing a step": 3, "measuring": 3, "summing up": 2,
+LATER = {"counting a batch": 3, "reading a gradient": 3, "closing a step": 3, "measuring": 3, "packing counts": 2,
+         "adding steps": 2, "working out residuals": 3, "summing up": 2,
          "the alerts": 2, "writing a check": 2, "holding rows": 3, "keeping rows": 4,
          "telling of a check": 2, "making a plan": 1}  # fmt: skip
 PROTECTS = {"holding rows", "keeping rows", "telling of a check", "making a plan"}

@@ -45,20 +45,25 @@ class Sent:
         self.here.append((group, tensor.numel(), str(tensor.dtype)))
         return ALL_REDUCE(tensor, *args, **kwargs)
 
-    def broadcast(self, box: list[Any], *args: Any, **kwargs: Any) -> Any:
-        self.here.append(("own", 1, "object"))
-        return BROADCAST(box, *args, **kwargs)
+    def broadcast(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.here.append(("own", tensor.numel(), "object"))
+        return BROADCAST(tensor, *args, **kwargs)
+
+    def all_gather(self, everyones: list[Tensor], tensor: Tensor, **kwargs: Any) -> Any:
+        self.here.append(("own", tensor.numel(), f"gathered {tensor.dtype}"))
+        return ALL_GATHER(everyones, tensor, **kwargs)
 
     @contextmanager
     def noting(self) -> Iterator[None]:
         """Note what is sent meanwhile."""
         with ExitStack() as stack:
             stack.enter_context(patch.object(dist, "all_reduce", self.all_reduce))
-            stack.enter_context(patch.object(dist, "broadcast_object_list", self.broadcast))
+            stack.enter_context(patch.object(dist, "broadcast", self.broadcast))
+            stack.enter_context(patch.object(dist, "all_gather", self.all_gather))
             yield
 
 
-ALL_REDUCE, BROADCAST = dist.all_reduce, dist.broadcast_object_list
+ALL_REDUCE, BROADCAST, ALL_GATHER = dist.all_reduce, dist.broadcast, dist.all_gather
 
 
 def batches(rank: int) -> Tensor:
@@ -88,10 +93,7 @@ def train(kind: str, options: dict[str, Any], rank: int, stop: int = STEPS, save
         if step <= done:
             continue
         seen = Sent()
-        with (
-            patch.object(dist, "all_reduce", seen.all_reduce),
-            patch.object(dist, "broadcast_object_list", seen.broadcast),
-        ):
+        with seen.noting():
             trained(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
             optimizer.zero_grad()

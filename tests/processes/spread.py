@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vocabguard import VocabGuard, collective
+from vocabguard import VocabGuard
 
 STEPS, BATCH, LENGTH, WIDTH, LR = 60, 4, 8, 16, 2e-4
 
@@ -58,22 +59,24 @@ def whole(weight: Tensor) -> Tensor:
 
 
 class Sizes:
-    """The largest tensor that is sent, in elements, and which operations send."""
+    """The largest tensor of numbers a row that is sent, in elements."""
 
     def __init__(self) -> None:
         self.largest = 0
-        self._all_reduce = dist.all_reduce
+        self._real = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
 
     def __enter__(self) -> Sizes:
-        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.largest = max(self.largest, tensor.numel())
-            return self._all_reduce(tensor, *args, **kwargs)
+        def counted(real: Any, *args: Any, **kwargs: Any) -> Any:
+            self.largest = max(self.largest, *(one.numel() for one in args if isinstance(one, Tensor)))
+            return real(*args, **kwargs)
 
-        collective.dist.all_reduce = counted
+        for name, real in self._real.items():
+            setattr(dist, name, partial(counted, real))
         return self
 
     def __exit__(self, *_: object) -> None:
-        collective.dist.all_reduce = self._all_reduce
+        for name, real in self._real.items():
+            setattr(dist, name, real)
 
 
 def train(kind: str, rows: int, folder: Path) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """Try every engine against one process, and keep what came out: ``python tests/rehearsals/engines.py``
 
-    python tests/rehearsals/engines.py     the engines of torch
-    python tests/rehearsals/engines.py zero1 zero2 zero3 --python ENV/bin/python     DeepSpeed, where ENV has it
+    python tests/rehearsals/engines.py --deepspeed ENV/bin/python     all of them; ENV has DeepSpeed and this torch
+    python tests/rehearsals/engines.py fsdp2 tp     some, into the results that are there
+
+ENV needs no packages but DeepSpeed: a file `base.pth` in its site-packages that names those of the environment here
+lends it the rest, and ``DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed`` builds it for a CPU.
 
 `tests/processes/engines.py` trains; here what the guards found is held against a process by itself, on the same data.
 Each measure is right, refused in words, or wrong. `table.py` puts the table into `integrations/README.md`.
@@ -28,6 +31,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "engines.json"
 STEPS = 6
 FOUR = ("hsdp", "fsdp2_tp")
+DEEPSPEED = ("ulysses", "zero1", "zero2", "zero3")
 MODES = ("watch", "echo", "freeze", "shared")
 NEVER = 300
 """Rows below this are no target of the data, ever."""
@@ -112,6 +116,8 @@ def gradients(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> tuple[str, 
         return ("refused", told[0].partition(": ")[2]) if told else ("wrong", "not read, and nobody is told")
     worst = 0.0
     for one in ranks:
+        if one["exposure"]["push_samples"] != alone["exposure"]["push_samples"]:
+            return "wrong", f"push was sampled {one['exposure']['push_samples']} times in some process"
         for name in ("pull", "push"):
             here, there = one["exposure"][name], alone["exposure"][name]
             worst = max(worst, float((here - there).abs().max() / there.abs().max().clamp(min=1e-9)))
@@ -174,28 +180,42 @@ def faulty(folder: Path, kind: str, count: int) -> str:
     return ""
 
 
+def version_in(python: str) -> str:
+    """Of DeepSpeed, without importing it."""
+    asked = [python, "-c", "import importlib.metadata; print(importlib.metadata.version('deepspeed'))"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def main() -> None:
     """Run, judge, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("engines", nargs="*", default=[name for name in NAMES if not name.startswith("zero")])
-    parser.add_argument("--python", default=sys.executable)
+    parser.add_argument("engines", nargs="*", help="all of torch's; with --deepspeed, its own too")
+    parser.add_argument("--deepspeed", metavar="PYTHON", help="of an environment that has it")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
+    asked = options.engines or [name for name in NAMES if options.deepspeed or name not in DEEPSPEED]
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"engines": {}}
     folder = options.folder or Path(tempfile.mkdtemp())
     run(folder, ["plain", "plain_tied"], 1, sys.executable)
-    for count in (2, 4):
-        kinds = [kind for kind in options.engines if (4 if kind in FOUR else 2) == count]
-        if kinds:
-            run(folder, kinds, count, options.python)
+    groups = [
+        (2, sys.executable, [kind for kind in asked if kind not in FOUR + DEEPSPEED]),
+        (4, sys.executable, [kind for kind in asked if kind in FOUR]),
+        (2, options.deepspeed, [kind for kind in asked if kind == "ulysses"]),  # by itself: it stays in its process
+        (2, options.deepspeed, [kind for kind in asked if kind in DEEPSPEED and kind != "ulysses"]),
+    ]
+    for count, python, kinds in groups:
+        if not kinds:
+            continue
+        if python is None:
+            parser.error(f"{', '.join(kinds)}: name the environment, --deepspeed ENV/bin/python")
+        run(folder, kinds, count, python)
         for kind in kinds:
             fault, found = faulty(folder, kind, count), judged(folder, kind, count)
             results["engines"][kind] = {"processes": count, "fault": fault or "training went on", "measures": found}
             print(kind, {name: one["verdict"] for name, one in found.items()}, fault)
-    version = subprocess.run(
-        [options.python, "-c", "import torch; print(torch.__version__)"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-    results["torch"] = version
+    results["torch"] = torch.__version__
+    if options.deepspeed:
+        results["deepspeed"] = version_in(options.deepspeed)
     results["engines"] = {kind: results["engines"][kind] for kind in NAMES if kind in results["engines"]}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

@@ -36,6 +36,7 @@ ENGINES = {
     "context": "context parallel batches",
     "sequence": "sequence parallel batches (Ulysses)",
     "pipeline": "pipeline stages",
+    "ulysses": "DeepSpeed Ulysses (`UlyssesSPAttentionHF`), no ZeRO",
     "zero1": "DeepSpeed ZeRO-1",
     "zero2": "DeepSpeed ZeRO-2",
     "zero3": "DeepSpeed ZeRO-3",

@@ -110,7 +110,10 @@ def agree_on(model: nn.Module, matrices: Matrices, rows: Callable[[], int]) -> A
         if isinstance(matrix, NotApplicable) or reason:
             mine[name] = NotApplicable(reason or getattr(matrix, "reason", ""))
         else:
-            mine[name] = matrix if len(everyone) == 1 else replace(matrix, speaks=me in speakers)
+            told = [one.matrices[name] for one in everyone]
+            mine[name] = matrix
+            if len(everyone) > 1:
+                mine[name] = replace(matrix, speaks=me in speakers, spans=_spans(told, speakers))
     replicas = replicas_of([one.layout for one in everyone], me)
     # What every process says alike, such as of a frozen head, is no difference.
     alike = {name: {one.matrices[name].reason for one in everyone} for name in matrices}
@@ -208,6 +211,13 @@ def _one_matrix(name: MatrixName, everyone: Sequence[MatrixFound]) -> tuple[str,
         wanted = first.shape[0] * first.shape[1]
         return f"the {name} is followed in {covered:,} of its {wanted:,} elements only: {first.kind}", frozenset()
     return "", frozenset(speakers.values())
+
+
+def _spans(everyone: Sequence[MatrixFound], speakers: frozenset[int]) -> tuple[tuple[int, int], ...] | None:
+    """Where the elements of every process begin and end, if none has another's; see `Shard`."""
+    spans = [one.span for one in everyone if one.span is not None and len(one.span) == 2]
+    silent = [one for place, one in enumerate(everyone) if place not in speakers and one.elements]
+    return None if silent or len(spans) < len(everyone) else tuple((span[0], span[1]) for span in spans)
 
 
 def _differs(what: str, values: Sequence[str]) -> str:

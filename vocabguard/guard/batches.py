@@ -21,7 +21,6 @@ from vocabguard.protect.collator import ECHO_KEY
 from vocabguard.protect.rows import IGNORE
 from vocabguard.rows.matrices import VocabMatrix
 from vocabguard.rows.models import core_of, parameters_of, text_config_of
-from vocabguard.rows.sharding import local_rows
 
 Targets = Callable[[Any], tuple[Tensor | None, Tensor] | None]
 """Takes a batch, gives (inputs or None, targets), or None where there are none: targets are not shifted again."""
@@ -442,7 +441,7 @@ class Observer:
         self._optimizers = inner_optimizers(optimizers)
         if self._matrix is None:
             return
-        weight = self._matrix.weight
+        weight = self._matrix.stepped
         having = [
             inner
             for inner in self._optimizers
@@ -591,16 +590,11 @@ class Observer:
         assert self._matrix is not None
         with self._faults.contain("reading the gradient"):
             self._follow_matrix()
-            gradient, counter = self._matrix.weight.grad, self.counter
+            counter = self.counter
             if self._meter is not None:
                 self._meter.add(optimizer)
             # By the steps that a resumed run remembers, so that it samples where an uninterrupted one does.
             sample = self._push_every > 0 and (counter.steps + 1) % self._push_every == 0
-            shard = self._matrix.shard
-            counter.observe_gradient(
-                None if gradient is None else local_rows(gradient),
-                sample,
-                first_row=None if shard is None else shard.part.start,
-            )
+            counter.observe_gradient(self._matrix.gradient(), sample, shard=self._matrix.shard)
             if self._holder is not None:
                 self._holder.after_step(optimizer)

@@ -328,7 +328,9 @@ def put_together(
     counter = None
     if counts:
         device, several = next(run.model.parameters()).device, collective.world_size() > 1
-        counter = ExposureCounter(watched.rows, device, watched.tied, deferred=several, speaks=watched.replicas.speaks)
+        counter = ExposureCounter(
+            watched.rows, device, watched.tied, deferred=several, speaks=watched.replicas.speaks, edges=watched.edges
+        )
     context = BatchContext(None if isinstance(targets, NotApplicable) else targets)
     protection = arm(config, rules, run, watched, counter, source, context, uncounted, refused)
     observer = None

@@ -22,7 +22,7 @@ from vocabguard.guard.protection import Protection
 from vocabguard.guard.recall import RecallEstimator
 from vocabguard.guard.reference import Reader
 from vocabguard.guard.watched import Watched, vocabulary_rows
-from vocabguard.measure.drift import measure_drift
+from vocabguard.measure.drift import measuring
 from vocabguard.measure.exposure import ExposureCounter, exposure_classes
 from vocabguard.measure.reference import RARE
 from vocabguard.results import (
@@ -39,7 +39,7 @@ from vocabguard.results import (
 )
 from vocabguard.rows.matrices import SomeRows, VocabMatrix
 from vocabguard.rows.models import no_tokens
-from vocabguard.rows.sharding import reshard
+from vocabguard.rows.sharding import Shard, reshard
 from vocabguard.text import visible
 from vocabguard.vocabulary.table import VocabTable
 
@@ -47,7 +47,7 @@ WORST = 5
 """Tokens that a story names."""
 
 MOST_SHARING = 16
-"""Processes that share the reading of a matrix: six messages more take less time then than to read all of it.
+"""Processes that share the reading of a matrix: four messages more take less time then than to read all of it.
 
 A message takes about 0.1 ms a process, a matrix of 1 GiB 20 ms from pinned memory: `tests/README.md`, many hosts.
 """
@@ -204,8 +204,9 @@ class Checker:
     def run(self, step: int, *, with_probe: bool, overhead: float) -> CheckResult:
         """Measure now. `overhead`: the guard's share of the time so far, in [0, 1]."""
         began = time.perf_counter()
-        # The model of a sharded run talks in its forward pass: no rank may be missing there.
-        collective.raise_if_peer_failed()
+        if with_probe and (self.prober is not None or self.reader is not None):
+            # The model of a sharded run talks in its forward pass: no rank may be missing there.
+            collective.raise_if_peer_failed()
         self._follow_resize()
         probes = self._probe() if with_probe else None
         read = self.reader.read(self._asked) if with_probe and self.reader is not None else None
@@ -213,7 +214,7 @@ class Checker:
         probe_seconds = time.perf_counter() - began if probes or read is not None else 0.0
         exposure = self.exposure()
         classes = self.classes(exposure)
-        drifts = self._drifts(self.watched.table.live & (classes == 0))
+        drifts, exposure = self._measured(self.watched.table.live & (classes == 0), exposure)
         scalars = summary.scalars_of(
             drifts, exposure, classes, probes, live=self.watched.table.live, groups=self.groups,
             sample=self.prober.sample(classes) if self.prober and probes else None,
@@ -328,7 +329,12 @@ class Checker:
         """Counts so far, over all processes."""
         if self.counter is None:
             return self.uncounted or no_tokens(self.model) or NotApplicable("exposure is off")
-        return collective.total_exposure(self.counter.exposure())
+        return self.counter.exposure()
+
+    @property
+    def _gradient_shard(self) -> Shard | None:
+        matrix = self.watched.gradient_matrix
+        return None if matrix is None else matrix.shard
 
     def classes(self, exposure: Exposure | NotApplicable) -> Tensor:
         """(V,) uint8 exposure classes; all never where nothing is counted."""
@@ -339,13 +345,16 @@ class Checker:
     def state_dict(self) -> dict[str, Any]:
         """Of counts, probe, rules and forecast, by their names; what is off has an empty one."""
         return {
-            "exposure": self.counter.state_dict() if self.counter is not None else {},
+            "exposure": self._counts(),
             "probe": self.prober.state_dict() if self.prober is not None else {},
             "alerts": self.alerts.state_dict(),
             "forecast": self.forecaster.state_dict() if self.forecaster is not None else {},
             "reference": self.reader.state_dict() if self.reader is not None else {},
             "recall": self.recall.state_dict(),
         }
+
+    def _counts(self) -> dict[str, Any]:
+        return {} if self.counter is None else self.counter.state_dict(spread=self._gradient_shard is not None)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`; call it before the optimizers are hooked."""
@@ -373,25 +382,31 @@ class Checker:
         if self.forecaster is not None:
             self.forecaster.resize()
 
-    def _drifts(self, unexposed: Tensor) -> dict[MatrixName, RowDrift | NotApplicable]:
-        found: dict[MatrixName, RowDrift | NotApplicable] = {}
+    def _measured(
+        self, unexposed: Tensor, exposure: Exposure | NotApplicable
+    ) -> tuple[dict[MatrixName, RowDrift | NotApplicable], Exposure | NotApplicable]:
+        """The drift of both matrices, and the exposure with the gradients of all rows, in the same pieces of talk."""
         reshard(self.model)
+        works: dict[str, collective.Talk[Any]] = {}
         for name, matrix in self.watched.matrices.items():
-            if isinstance(matrix, VocabMatrix):
-                # A tied pair is one matrix, measured once.
-                known = found.get("head") if matrix.tied else None
-                found[name] = known or self._drift(matrix, unexposed)
-            else:
-                found[name] = matrix
-        return found
+            # A tied pair is one matrix, measured once.
+            if isinstance(matrix, VocabMatrix) and not (matrix.tied and "head" in works):
+                works[name] = self._drift(matrix, unexposed)
+        shard = self._gradient_shard
+        if self.counter is not None and shard is not None and isinstance(exposure, Exposure):
+            works["exposure"] = self.counter.with_gradients(exposure, shard)
+        found: dict[str, Any] = dict(zip(works, collective.together(list(works.values())), strict=True))
+        drifts = {name: found.get(name) or (matrix if isinstance(matrix, NotApplicable) else found["head"])
+                  for name, matrix in self.watched.matrices.items()}  # fmt: skip
+        return drifts, found.get("exposure", exposure)
 
-    def _drift(self, matrix: VocabMatrix, unexposed: Tensor) -> RowDrift:
+    def _drift(self, matrix: VocabMatrix, unexposed: Tensor) -> collective.Talk[RowDrift]:
         """One matrix; where all processes have the same rows, and are not too many, each reads a share of them."""
         baseline, many = self.watched.baseline_of(matrix.name), collective.world_size() > MOST_SHARING
         if many or matrix.name not in self.watched.alike or matrix.shard is not None:
-            return measure_drift(matrix, baseline, unexposed, self.chunk_rows, shard=matrix.shard)
+            return measuring(matrix, baseline, unexposed, self.chunk_rows, shard=matrix.shard)
         mine = SomeRows.share(matrix, collective.rank(), collective.world_size())
-        return measure_drift(mine, baseline, unexposed, self.chunk_rows, shard=mine.shard)
+        return measuring(mine, baseline, unexposed, self.chunk_rows, shard=mine.shard)
 
     def _probe(self) -> tuple[ProbeResult, ProbeResult] | None:
         if self.prober is None:

@@ -103,13 +103,20 @@ class Watched:
         head = self.matrices["head"]
         if not isinstance(head, VocabMatrix) or head.adapter is not None:
             return None
-        if (held := head.held) is not None:
+        shard = head.shard
+        agreed = shard is not None and shard.spans is not None
+        if (held := head.held) is not None and not (agreed and held.stepped is not None):
             return f"{held.engine} has the output rows and their gradient in parts of its own"
         if hasattr(head.weight, "_hp_mapping"):
             return "DeepSpeed steps copies of the output rows, and clears their gradient before it can be read (ZeRO)"
-        shard = head.shard
-        split = shard is not None and shard.partial
+        split = shard is not None and shard.columns is not None
         return "the output matrix is split by columns, so no process has the gradient of a whole row" if split else None
+
+    @property
+    def edges(self) -> dict[int, bool]:
+        """See `Shard.edges`, of the matrix whose gradient is read."""
+        shard = None if self.gradient_matrix is None else self.gradient_matrix.shard
+        return {} if shard is None else shard.edges
 
     @property
     def sharded(self) -> bool:

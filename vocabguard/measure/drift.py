@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vocabguard.collective import Talk, together
 from vocabguard.measure.compiled import Loop, finish_loop
 from vocabguard.measure.kernels import Floats, MovedSum, RowReader, row_sums, rows_at_once, take_rows, worth_compiling
 from vocabguard.results import DEGRADED, RowDrift, RowProducts
@@ -71,14 +72,29 @@ def measure_drift(
         >>> drift.cosine, drift.residual, drift.l2
         (tensor([0.7071, 0.7071]), tensor([1., 1.]), tensor([1., 1.]))
     """
-    shift = mean_shift(matrix, baseline, unexposed, chunk_rows, shift_rows, shard)
-    return drift_beyond(shift, matrix, baseline, chunk_rows, shard=shard)[0]
+    return together([measuring(matrix, baseline, unexposed, chunk_rows, shift_rows, shard)])[0]
+
+
+def measuring(
+    matrix: RowReader, baseline: Baseline, unexposed: Tensor, chunk_rows: int = 1024, shift_rows: int = 8192,
+    shard: Shard | None = None,
+) -> Talk[RowDrift]:  # fmt: skip
+    """`measure_drift` as a work of all processes; see `vocabguard.collective.together`.
+
+    Example:
+        >>> from vocabguard.rows.baselines import CopiedBaseline
+        >>> before, now = (CopiedBaseline(torch.tensor([row])) for row in ([1.0, 0.0], [0.0, 2.0]))
+        >>> nobody = torch.tensor([False])
+        >>> [found.cosine.tolist() for found in together([measuring(now, before, nobody), measuring(now, now, nobody)])]
+        [[0.0], [1.0]]
+    """
+    shift = yield from _shifting(matrix, baseline, unexposed, chunk_rows, shift_rows, shard)
+    return (yield from _beyond(shift, matrix, baseline, chunk_rows, shard=shard))[0]
 
 
 def mean_shift(
-    matrix: RowReader, baseline: Baseline, unexposed: Tensor, chunk_rows: int = 1024, shift_rows: int = 8192,
-    shard: Shard | None = None,
-) -> Tensor:  # fmt: skip
+    matrix: RowReader, baseline: Baseline, unexposed: Tensor, chunk_rows: int = 1024, shift_rows: int = 8192
+) -> Tensor:
     """Mean displacement of the unexposed rows, without those that are not finite, overflow or have no baseline.
 
     Of more than ``shift_rows`` rows, so many evenly spaced ones are read. That spares a second pass over the matrix,
@@ -92,6 +108,12 @@ def mean_shift(
         >>> mean_shift(CopiedBaseline(now), CopiedBaseline(before), torch.tensor([True, True, False])).tolist()
         [2.0, 0.0]
     """
+    return together([_shifting(matrix, baseline, unexposed, chunk_rows, shift_rows, None)])[0]
+
+
+def _shifting(
+    matrix: RowReader, baseline: Baseline, unexposed: Tensor, chunk_rows: int, shift_rows: int, shard: Shard | None
+) -> Talk[Tensor]:
     _check(matrix, baseline)
     _check_mask("unexposed", unexposed, matrix.rows)
     chosen = evenly(np.flatnonzero(unexposed[: baseline.rows].numpy()), shift_rows)
@@ -105,22 +127,20 @@ def mean_shift(
         others.add(rows, base, places[~own])
     total, count = moved.total + others.total, moved.count
     if shard is not None:
-        *sums, everyone = shard.total(torch.from_numpy(np.append(total, count))).tolist()
+        *sums, everyone = (yield shard.told(torch.from_numpy(np.append(total, count)))).tolist()
         total, count = np.array(sums), int(everyone)
     return torch.from_numpy((total / max(count, 1)).astype(np.float32))
 
 
 def drift_beyond(
-    shift: Tensor, matrix: RowReader, baseline: Baseline, chunk_rows: int = 1024, *, base_too: bool = False,
-    shard: Shard | None = None,
-) -> tuple[RowDrift, Tensor]:  # fmt: skip
+    shift: Tensor, matrix: RowReader, baseline: Baseline, chunk_rows: int = 1024, *, base_too: bool = False
+) -> tuple[RowDrift, Tensor]:
     """The pass over all rows: their drift, and (V,) float32 squared lengths of the baseline's rows.
 
     Args:
         shift: (width,) float32 on the CPU, taken off for the residual cosine; see `mean_shift`.
         base_too: measure the baseline's norms in the same pass, instead of asking for ``baseline.norms``, which are
             another one if they are not known yet.
-        shard: see `measure_drift`.
 
     Raises:
         ValueError: if the widths differ.
@@ -132,25 +152,34 @@ def drift_beyond(
         >>> drift.cosine, drift.l2, drift.norm_ratio, base_sq
         (tensor([0.6000]), tensor([4.]), tensor([1.6667]), tensor([9.]))
     """
+    return together([_beyond(shift, matrix, baseline, chunk_rows, base_too=base_too)])[0]
+
+
+def _beyond(
+    shift: Tensor, matrix: RowReader, baseline: Baseline, chunk_rows: int, *, base_too: bool = False,
+    shard: Shard | None = None,
+) -> Talk[tuple[RowDrift, Tensor]]:  # fmt: skip
     _check(matrix, baseline)
     own = row_sums(matrix, baseline, shift, chunk_rows, base_too=base_too)
-    # Inner products add up over processes: that of a row that lies in several is the sum of those of its parts.
-    sums = (own if shard is None else shard.add_up(own)).numpy()
-    base_sq = sums[4] if base_too else np.full_like(sums[0], np.nan)
+    base_sq = own.numpy()[4] if base_too else np.full(matrix.rows, np.nan, dtype=np.float32)
     if not base_too:
         kept = min(matrix.rows, baseline.rows)
         np.square(baseline.norms[:kept].numpy(), out=base_sq[:kept])
-    passed = _Pass(matrix, baseline, shift.numpy(), chunk_rows, base_sq, sums, shard)
+    passed = _Pass(matrix, baseline, shift.numpy(), chunk_rows, base_sq, own.numpy(), shard)
+    if shard is not None:
+        passed = yield from passed.of_all_processes(shard)
     # Processes measure the same rows with more care, so they all choose them by the same arithmetic.
     finish = finish_loop() if shard is None and worth_compiling(matrix) else None
-    with np.errstate(all="ignore"):
-        found = passed.drift_of(np.arange(matrix.rows)) if finish is None else passed.drift_by(finish)
+    found = yield from passed.drift_of(np.arange(matrix.rows)) if finish is None else passed.drift_by(finish)
     return RowDrift(*(torch.from_numpy(vector) for vector in found)), torch.from_numpy(base_sq)
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """What the pass over the rows found: w0.w0 of (V,) rows, and the (4, V) or (5, V) sums of `row_sums`."""
+    """What the pass over the rows found: w0.w0 of (V,) rows, and the (4, V) or (5, V) sums of `row_sums`.
+
+    Where each process has worked out the residual cosine of its rows, the (2, V) first sums, and that.
+    """
 
     matrix: RowReader
     baseline: Baseline
@@ -159,56 +188,85 @@ class _Pass:
     base_sq: Floats
     sums: Floats
     shard: Shard | None
+    residual: Floats | None = None
+
+    def of_all_processes(self, shard: Shard) -> Talk[_Pass]:
+        """The same with the sums of all processes.
+
+        Inner products add up: that of a row that lies in several processes is the sum of those of its parts. Of whole
+        rows each process works out the residual cosine by itself, and tells that one number instead of two.
+        """
+        sums = torch.from_numpy(self.sums)
+        if not shard.apart:
+            return replace(self, sums=(yield from shard.adding_up(sums)).numpy())
+        told = sums[:2]
+        if self.shift_sq > 0:
+            ids, alone = np.arange(shard.part.start, shard.part.stop), replace(self, shard=None)
+            residual = torch.zeros_like(sums[:1])
+            residual[0, shard.part] = torch.from_numpy(together([alone.drift_of(ids)])[0][1])
+            told = torch.cat([told, residual])
+        found = (yield from shard.adding_up(told)).numpy()
+        return replace(self, sums=found[:2], residual=found[2] if self.shift_sq > 0 else None)
 
     @cached_property
     def shift_sq(self) -> float:
         return float(np.square(self.shift, dtype=np.float64).sum())
 
-    def drift_by(self, finish: Loop) -> list[npt.NDArray[Any]]:
+    def drift_by(self, finish: Loop) -> Talk[list[npt.NDArray[Any]]]:
         """The vectors of `RowDrift`: the compiled loop leaves out rows that want more care, as a rule none or a few."""
         rows = len(self.base_sq)
         vectors: list[npt.NDArray[Any]] = [np.empty(rows, dtype=np.float32) for _ in range(4)]
         careful = np.empty(rows, dtype=np.bool_)
         limits = (np.float32(self.shift_sq), np.float32(_FAR**2), np.float32(_LONG_SQ))
-        finish(self.base_sq, self.sums, *limits, *vectors, careful)
+        with _quiet():
+            finish(self.base_sq, self.sums, *limits, *vectors, careful)
         vectors += [np.zeros(rows, dtype=np.bool_) for _ in range(2)]
         if len(ids := np.flatnonzero(careful)):
-            for vector, found in zip(vectors, self.drift_of(ids), strict=True):
+            for vector, found in zip(vectors, (yield from self.drift_of(ids)), strict=True):
                 vector[ids] = found
         return vectors
 
-    def drift_of(self, ids: Ids) -> list[npt.NDArray[Any]]:
+    def drift_of(self, ids: Ids) -> Talk[list[npt.NDArray[Any]]]:
         """The vectors of `RowDrift`, of some rows."""
-        base_sq, (now_sq, moved_sq, now_shift, moved_shift) = self.base_sq[ids], self.sums[:4, ids]
-        products = self._products(ids, base_sq, now_sq, moved_sq, np.zeros_like(self.shift))
+        base_sq, (now_sq, moved_sq) = self.base_sq[ids], self.sums[:2, ids]
+        products = yield from self._products(ids, base_sq, now_sq, moved_sq, np.zeros_like(self.shift))
         bad, now_sq = products.bad.numpy(), products.now_sq.numpy()
         zero = ((base_sq == 0) | (now_sq == 0)) & ~bad
         cosine = residual = _cosine(products, zero)
-        if self.shift_sq > 0:
+        if self.residual is not None:
+            residual = self.residual[ids]
+        elif self.shift_sq > 0:
             # The same of w - s, whose displacement is d - s.
-            now_sq_left = self.sums[0, ids] + (self.shift_sq - 2.0 * now_shift)
-            moved_sq_left = moved_sq + (self.shift_sq - 2.0 * moved_shift)
-            residual = _cosine(self._products(ids, base_sq, now_sq_left, moved_sq_left, self.shift), zero)
-        length = np.where(bad, np.float32(np.nan), np.sqrt(moved_sq))
-        ratio = np.where(bad | zero, np.float32(np.nan), np.sqrt(now_sq / base_sq))
+            with _quiet():
+                now_left, moved_left = self.sums[:2, ids] + (self.shift_sq - 2.0 * self.sums[2:4, ids])
+            left = yield from self._products(ids, base_sq, now_left, moved_left, self.shift)
+            residual = _cosine(left, zero)
+        with _quiet():
+            length = np.where(bad, np.float32(np.nan), np.sqrt(moved_sq))
+            ratio = np.where(bad | zero, np.float32(np.nan), np.sqrt(now_sq / base_sq))
         return [cosine, residual, length, ratio, bad, zero]
 
-    def _products(self, ids: Ids, base_sq: Floats, now_sq: Floats, moved_sq: Floats, shift: Floats) -> RowProducts:
+    def _products(
+        self, ids: Ids, base_sq: Floats, now_sq: Floats, moved_sq: Floats, shift: Floats
+    ) -> Talk[RowProducts]:
         """Inner products of rows less a shift, with those measured anew for which the identities lose digits."""
         found = _products(base_sq, now_sq, moved_sq)
         dot, now_sq = found.dot.numpy(), found.now_sq.numpy()
         shift_sq, ratio_sq = float(np.square(shift, dtype=np.float64).sum()), _FAR**2
-        # Rows whose norm changed so much, or whose shift is so long.
-        far = (now_sq > ratio_sq * base_sq) | (base_sq > ratio_sq * now_sq) | (shift_sq > _LONG_SQ * base_sq)
+        with _quiet():
+            # Rows whose norm changed so much, or whose shift is so long.
+            far = (now_sq > ratio_sq * base_sq) | (base_sq > ratio_sq * now_sq) | (shift_sq > _LONG_SQ * base_sq)
         anew = np.flatnonzero(far & ~found.bad.numpy())
         if len(anew) == 0:
             return found
         direct = np.zeros((2, len(anew)), dtype=np.float32)
         for chosen, rows, base in _gathered(self.matrix, self.baseline, ids[anew], self.chunk_rows):
-            rest, places = rows - _own_shift(shift, chosen, self.shard), np.searchsorted(ids[anew], chosen)
-            direct[0, places], direct[1, places] = (rest * base).sum(axis=1), np.square(rest).sum(axis=1)
+            places = np.searchsorted(ids[anew], chosen)
+            with _quiet():
+                rest = rows - _own_shift(shift, chosen, self.shard)
+                direct[0, places], direct[1, places] = (rest * base).sum(axis=1), np.square(rest).sum(axis=1)
         if self.shard is not None:
-            direct = self.shard.total(torch.from_numpy(direct)).numpy()
+            direct = (yield self.shard.told(torch.from_numpy(direct))).numpy()
         dot[anew], now_sq[anew] = direct
         return found
 
@@ -287,14 +345,20 @@ def evenly(ids: Ids, count: int) -> Ids:
     return ids if len(ids) <= count else ids[np.arange(count) * len(ids) // count]
 
 
+def _quiet() -> Any:
+    """What is not finite is told as such. Not around a `yield`: other work goes on there."""
+    return np.errstate(all="ignore")
+
+
 def _products(base_sq: Floats, now_sq: Floats, moved_sq: Floats) -> RowProducts:
     """Inner products from squared lengths; in float64 the rounding that dot and squares share cancels in a cosine."""
     dot, bad = np.empty_like(now_sq), np.empty(now_sq.shape, dtype=np.bool_)
-    for part in _blocks(len(now_sq)):
-        wide = np.add(base_sq[part], now_sq[part], dtype=np.float64)
-        wide -= moved_sq[part]
-        wide /= 2
-        dot[part], bad[part] = wide, ~np.isfinite(wide)
+    with _quiet():
+        for part in _blocks(len(now_sq)):
+            wide = np.add(base_sq[part], now_sq[part], dtype=np.float64)
+            wide -= moved_sq[part]
+            wide /= 2
+            dot[part], bad[part] = wide, ~np.isfinite(wide)
     return RowProducts(*(torch.from_numpy(vector) for vector in (base_sq, dot, np.maximum(now_sq, 0), bad)))
 
 
@@ -313,12 +377,13 @@ def _cosine(products: RowProducts, zero: Flags) -> Floats:
     base_sq, now_sq, dot = products.base_sq.numpy(), products.now_sq.numpy(), products.dot.numpy()
     unknown = products.bad.numpy() | zero
     cosine = np.empty_like(dot)
-    for part in _blocks(len(dot)):
-        wide = np.multiply(base_sq[part], now_sq[part], dtype=np.float64)
-        np.sqrt(wide, out=wide)
-        unknown[part] |= wide == 0
-        np.divide(dot[part], wide, out=wide)
-        cosine[part] = np.clip(wide, -1, 1, out=wide)
+    with _quiet():
+        for part in _blocks(len(dot)):
+            wide = np.multiply(base_sq[part], now_sq[part], dtype=np.float64)
+            np.sqrt(wide, out=wide)
+            unknown[part] |= wide == 0
+            np.divide(dot[part], wide, out=wide)
+            cosine[part] = np.clip(wide, -1, 1, out=wide)
     cosine[unknown] = np.nan
     return cosine
 

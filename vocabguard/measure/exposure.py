@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from vocabguard import collective
-from vocabguard.measure.pending import PendingStep, PendingSteps
+from vocabguard.measure.pending import PendingStep, PendingSteps, packed, unpacked
+from vocabguard.measure.shared import SharedCounts, decoded, encoded, too_large
 from vocabguard.results import EXPOSURE_CLASSES, Exposure
+from vocabguard.rows.sharding import Shard
 from vocabguard.vocabulary.table import fit_rows
 
 CLASS_STARTS = (1, 5, 20)
@@ -24,6 +27,7 @@ The name of the report that described the failure was a target fewer than 5 time
 
 _NORM_ELEMENTS = 2**20
 _NORM_ELEMENTS_ACCELERATOR = 2**24
+_PIECE_ROWS = 2**16
 
 
 def targets_of(labels: Tensor, shift: bool) -> Tensor:
@@ -158,8 +162,15 @@ def summarise_exposure(exposure: Exposure, classes: Tensor, live: Tensor) -> dic
 
 
 _TARGET, _ECHO_TARGET, _INPUT, _ECHO_INPUT = range(4)
-_COUNTED = ("data_target", "echo_target", "inputs", "echo_inputs")
+_COUNTED = ("data_target", "inputs", "echo_target", "echo_inputs")
+"""In the order in which they are told: counts of echo are left out where there is nothing new."""
+_TOLD = (_TARGET, _INPUT, _ECHO_TARGET, _ECHO_INPUT)
 _ROW_STATE = ("last_target", "pull", "push", "input_only")
+
+
+def _ratio(share: Tensor) -> Tensor:
+    """() float32 of the two sums that push's share is of; 0 / 0 is NaN: no gradient, no share."""
+    return share[0] / share[1]
 
 
 class ExposureCounter:
@@ -173,6 +184,7 @@ class ExposureCounter:
         deferred: whether an averaged gradient holds the pull of other processes' targets too, which `settle` asks them
             for; see `vocabguard.measure.pending`.
         speaks: whether this process's counts are told: of those that see the very same batches, one's are.
+        edges: rows of whose gradient several processes have a part, and whether this one speaks for them.
 
     Example:
         >>> counter = ExposureCounter(rows=3, device="cpu", tied=False)
@@ -185,14 +197,20 @@ class ExposureCounter:
     """
 
     def __init__(
-        self, rows: int, device: torch.device | str, tied: bool, deferred: bool = False, speaks: bool = True
-    ) -> None:
-        self.rows, self._speaks = rows, speaks
+        self, rows: int, device: torch.device | str, tied: bool, deferred: bool = False, speaks: bool = True,
+        edges: Mapping[int, bool] | None = None,
+    ) -> None:  # fmt: skip
+        self.rows, self._speaks, self._edges = rows, speaks, dict(edges or {})
         self.tied = tied
         self.deferred = deferred
         self.steps = 0
         self._pending = PendingSteps(rows)
-        self._sharded = False
+        self._shared = SharedCounts(len(_COUNTED), rows)
+        # Whether some last targets are in no mask that the other processes get.
+        self._missed = torch.zeros((), dtype=torch.bool, device=device)
+        # Of a matrix that is spread over processes: gradients of all its rows, and whether some process has news.
+        self._gathered: Tensor | None = None
+        self._sampled = False
         self.push_samples = 0
         self._counts = torch.zeros(4, rows, dtype=torch.int64, device=device)
         self._before = torch.zeros_like(self._counts)
@@ -265,7 +283,7 @@ class ExposureCounter:
         return (self._counts[_INPUT:] != self._before[_INPUT:]).any(dim=0)
 
     @torch.no_grad()
-    def observe_gradient(self, head_grad: Tensor | None, sample_push: bool, *, first_row: int | None = None) -> None:
+    def observe_gradient(self, head_grad: Tensor | None, sample_push: bool, *, shard: Shard | None = None) -> None:
         """Add the row norms of this step's gradient: clipped and averaged, as the optimizer used it.
 
         Rows whose gradient is not finite add nothing.
@@ -274,7 +292,8 @@ class ExposureCounter:
             head_grad: (V, D) gradient of the output matrix, any float dtype; dense, or sparse in its first dimension.
                 None where the step had none.
             sample_push: take the push of the other rows too, not only the pull of this step's targets.
-            first_row: where the gradient is one process's rows of a sharded one: which is the first.
+            shard: where the gradient is one process's part of a sharded one: which. It has rows, or, in one dimension,
+                elements; then a row may be here in part.
 
         Raises:
             ValueError: if the gradient has another number of rows.
@@ -284,18 +303,24 @@ class ExposureCounter:
                 # Every process has as many steps to tell of.
                 self._add_later(torch.zeros_like(self.pull), sample_push, empty=True)
             return
-        expected = "(n, D)" if first_row is not None else f"({self.rows}, D)"
-        if head_grad.ndim != 2 or (head_grad.shape[0] != self.rows and first_row is None):
+        expected = "(n, D) or (n,)" if shard is not None else f"({self.rows}, D)"
+        if shard is None and (head_grad.ndim != 2 or head_grad.shape[0] != self.rows):
             raise ValueError(f"the gradient has shape {tuple(head_grad.shape)}; expected {expected}")
         gradient, on_host = head_grad.detach(), self.pull.device.type == head_grad.device.type == "cpu"
-        self._sharded = first_row is not None
         if on_host and not (self.deferred or sample_push or gradient.is_sparse):
             # Few rows are targets. Elsewhere to count them would make the host wait, which costs more than to read all.
             rows = self.targets_now().nonzero().squeeze(1)
             self.pull.index_add_(0, rows, gradient_norms(gradient, rows))
             return
-        norms, first = torch.zeros_like(self.pull), first_row or 0
-        norms[first : first + len(gradient)] = self._all_norms(gradient).to(norms.device)
+        norms = torch.zeros_like(self.pull)
+        if shard is None:
+            norms += self._all_norms(gradient).to(norms.device)
+        elif gradient.ndim == 1:
+            for piece in shard.pieces(_PIECE_ROWS):
+                norms[piece] = gradient_norms(shard.take(gradient, piece)).to(norms.device)
+        else:
+            first = shard.part.start
+            norms[first : first + len(gradient)] = self._all_norms(gradient).to(norms.device)
         if self.deferred:
             self._add_later(norms, sample_push)
         else:
@@ -304,9 +329,13 @@ class ExposureCounter:
 
     def end_step(self, step: int) -> None:
         """Close an optimizer step; the first one has number 1. Settles, where no more steps may wait."""
-        self.last_target.masked_fill_(self.targets_now(), step)
+        targets = self.targets_now()
+        self.last_target.masked_fill_(targets, step)
         self.last_data_target.masked_fill_(self.data_targets_now(), step)
         self.steps += 1
+        if self.deferred:
+            masked = self._pending.number(step)
+            self._missed |= (targets if masked is None else targets & ~masked).any()
         self._clear_step()
         if self._pending.full:
             self.settle()
@@ -317,55 +346,126 @@ class ExposureCounter:
 
         Each step is added by itself and in order, so that it makes no difference when.
         """
-        before = self.push_samples
-        for step in self._pending.take(collective.any_bits):
+        if self._pending:
+            piece = collective.Piece(0, 0, int(self._pending.sampled))
+            self._sampled |= piece.words[2] > 0
+            masks = piece.any_bits(self._pending.masks())
+            self._add_steps(masks, piece.total(self._pending.squares([*self._edges])) if self._edges else None)
+
+    def _add_steps(self, masks: Tensor, squares: Tensor | None) -> None:
+        """Add them, given everyone's masks and the squared norms of rows of which several processes have a part."""
+        if squares is not None:
+            self._pending.keep_norms(self._edges, squares.sqrt())
+        for step in self._pending.take(masks):
             self._add(step)
-        if self._sharded and self.push_samples > before:
-            self._share = collective.total(self._share)
+            if step.number is not None:
+                told = torch.where(step.targets, step.number, -1)
+                self.last_target.copy_(self.last_target.maximum(told))
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Tell the others what is new, and hear of theirs, in one piece of talk.
+
+        By then the masks of the steps have told when tokens last were targets, and averaged gradients are the same on
+        all processes: neither is sent.
+        """
+        if collective.world_size() == 1:
+            self.settle()
+            return
+        counts = self._told
+        news = self._shared.news(counts)
+        own = packed(too_large(news, collective.world_size())[None])
+        waiting = self._pending.masks().cpu() if self._pending else own[:0]
+        parts = self._pending.squares([*self._edges]) if self._pending and self._edges else None
+        piece = collective.Piece(int(news[2:].any()), int(self._missed), int(self._pending.sampled))
+        masks = piece.any_bits(torch.cat([waiting, own]))
+        large, kinds = unpacked(masks[-1:], self.rows)[0], 4 if piece.words[0] else 2
+        everyones = piece.total(encoded(news[:kinds], large))
+        last = piece.largest(self.last_target.to("cpu", torch.int32)) if piece.words[1] else None
+        squares = None if parts is None else piece.total(parts)
+        self._shared.add(decoded(everyones, large, kinds), counts)
+        self._sampled |= piece.words[2] > 0
+        if self._pending:
+            self._add_steps(masks[:-1].to(self.device), squares)
+        if last is not None:
+            self.last_target.copy_(self.last_target.maximum(last.to(self.last_target)))
+            self._missed.zero_()
 
     def exposure(self) -> Exposure:
-        """The counts so far, as CPU copies. For all processes to call, where steps may wait for their targets."""
-        self.settle()
+        """The counts so far of all processes, as CPU copies. For all processes to call.
+
+        Of a gradient that is spread over processes, `with_gradients` has all rows.
+        """
+        self._exchange()
         return Exposure(
-            **{name: row.to("cpu", copy=True) for name, row in zip(_COUNTED[:3], self._told, strict=False)},
+            **dict(zip(_COUNTED[:3], self._everyones(), strict=False)),
             **{name: getattr(self, name).to("cpu", copy=True) for name in _ROW_STATE},
             push_samples=self.push_samples,
-            push_share=float(self._push_share),
+            push_share=float(_ratio(self._share)),
             steps=self.steps,
         )
+
+    def with_gradients(self, exposure: Exposure, shard: Shard) -> collective.Talk[Exposure]:
+        """The `exposure` that was just made, with the gradients of all processes' rows: a work of all of them.
+
+        Args:
+            shard: the rows whose gradient this process sees.
+        """
+        share = yield collective.Telling(self._share.cpu().nan_to_num().double())
+        own = torch.stack([exposure.pull, exposure.push, exposure.input_only])
+        # From sample to sample push stays as it was.
+        kinds = 1 if self._gathered is not None and not self._sampled else 3 if self.tied else 2
+        known = own.new_zeros(own.shape) if self._gathered is None else self._gathered
+        found = yield from shard.adding_up(own[:kinds])
+        self._gathered, self._sampled = torch.cat([found, known[kinds:]]), False
+        pull, push, input_only = self._gathered.clone().unbind()
+        return replace(exposure, pull=pull, push=push, input_only=input_only, push_share=float(_ratio(share)))
 
     def resize(self, rows: int) -> None:
         """Follow a resized matrix: new rows start at nothing, cut rows are forgotten. Flags of the step are cleared."""
         for name in ("_counts", "_before", "last_data_target", *_ROW_STATE):
             setattr(self, name, fit_rows(getattr(self, name), rows, -1 if name.startswith("last") else 0))
         self._pending.resize(rows)
+        self._shared.resize(rows)
+        self._gathered = None
         self.rows = rows
         self._clear_step()
 
     def to(self, device: torch.device) -> None:
         """Follow a matrix that was moved: from then on steps move nothing between devices."""
-        for name in ("_counts", "_before", "last_data_target", *_ROW_STATE, "_compiled_batches", "_share"):
+        for name in ("_counts", "_before", "last_data_target", *_ROW_STATE, "_compiled_batches", "_share", "_missed"):
             setattr(self, name, getattr(self, name).to(device))
         self._pending.to(device)
+        self._shared.to(device)
 
     @property
     def device(self) -> torch.device:
         """Where the counts are."""
         return self.pull.device
 
-    def state_dict(self) -> dict[str, Tensor | int]:
+    def state_dict(self, *, spread: bool = False) -> dict[str, Tensor | int]:
         """CPU copies of V-sized tensors, one scalar tensor and ints; loads with ``weights_only=True``.
 
         The numbers are those of all processes, which must call it together. Take it between optimizer steps: what was
         observed since the last `end_step` is in the counts, the step's flags are not kept.
+
+        Args:
+            spread: whether the matrix whose gradient is read is spread over processes.
         """
-        self.settle()
-        names = (*_ROW_STATE, "last_data_target")
-        counts, largest = collective.sum_and_largest(self._told, [getattr(self, name) for name in names])
-        state: dict[str, Tensor | int] = {name: value.cpu() for name, value in zip(names, largest, strict=True)}
+        self._exchange()
+        names, piece = (*_ROW_STATE, "last_data_target"), collective.Piece()
+        # The order of floats that are not negative is that of their bits, and a NaN is above them.
+        vectors = [getattr(self, name) for name in names]
+        words = [one.view(torch.int32) if one.is_floating_point() else one.to(torch.int32) for one in vectors]
+        found = zip(names, vectors, piece.largest(torch.stack(words)), strict=True)
+        state: dict[str, Tensor | int] = {
+            name: (word.view(one.dtype) if one.is_floating_point() else word.to(one.dtype)).to("cpu", copy=True)
+            for name, one, word in found
+        }
         # A copy of each row, because safetensors refuses tensors that share memory.
-        state |= {name: row.to("cpu", copy=True) for name, row in zip(_COUNTED, counts, strict=True)}
-        state["push_share"] = self._push_share.to("cpu", copy=True)
+        state |= {name: row.clone() for name, row in zip(_COUNTED, self._everyones(), strict=True)}
+        share = piece.total(self._share.nan_to_num()) if spread else self._share
+        state["push_share"] = _ratio(share).to("cpu", copy=True)
         return state | {"push_samples": self.push_samples, "steps": self.steps, "batches": self.batches}
 
     def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
@@ -374,15 +474,21 @@ class ExposureCounter:
         if len(tensors["data_target"]) != self.rows:
             raise ValueError(f"the saved exposure has {len(tensors['data_target'])} rows; expected {self.rows}")
         # In place: a compiled graph may hold these very tensors.
-        for row, name in enumerate(_COUNTED):
+        for row, name in zip(_TOLD, _COUNTED, strict=True):
             self._counts[row].copy_(tensors[name] if collective.is_main() else torch.zeros_like(tensors[name]))
+        elsewhere = [row for row, mine in self._edges.items() if not mine]
         for name in _ROW_STATE:
             getattr(self, name).copy_(tensors[name])
+            if name != "last_target":
+                getattr(self, name)[elsewhere] = 0.0  # of parts of a row the sum is taken
         # States of earlier versions have no echo, so any target was one of the data.
         self.last_data_target.copy_(tensors.get("last_data_target", tensors["last_target"]))
         # Of the two sums the state has the ratio.
         self._share.copy_(torch.stack([tensors["push_share"], torch.ones(())]))
-        self._pending = PendingSteps(self.rows)
+        # Telling anew, once, in full.
+        self._pending, self._shared = PendingSteps(self.rows), SharedCounts(len(_COUNTED), self.rows)
+        self._gathered = None
+        self._missed.zero_()
         self.push_samples, self.steps = int(state["push_samples"]), int(state["steps"])
         self._batches = int(state.get("batches", self.steps))
         self._compiled_batches.zero_()
@@ -390,8 +496,13 @@ class ExposureCounter:
 
     @property
     def _told(self) -> Tensor:
-        """(4, V) int64: what this process adds to the counts of all."""
-        return self._counts if self._speaks else torch.zeros_like(self._counts)
+        """(4, V) int64: what this process adds to the counts of all, in the order of `_COUNTED`."""
+        return self._counts[_TOLD, :] if self._speaks else torch.zeros_like(self._counts)
+
+    def _everyones(self) -> Iterator[Tensor]:
+        """The counts of all processes, as far as they are told: new (V,) int64 on the CPU, ordered as `_COUNTED`."""
+        counts = self._told.cpu() if collective.world_size() == 1 else self._shared.totals.clone()
+        return iter(counts.unbind())
 
     def _clear_step(self) -> None:
         self._before.copy_(self._counts)
@@ -402,11 +513,6 @@ class ExposureCounter:
         gradient = gradient.coalesce()
         norms = torch.zeros(self.rows, dtype=torch.float32, device=gradient.device)
         return norms.index_copy_(0, gradient.indices()[0], gradient_norms(gradient.values()))
-
-    @property
-    def _push_share(self) -> Tensor:
-        """() float32; 0 / 0 is NaN: no gradient, no share."""
-        return self._share[0] / self._share[1]
 
     def _add_later(self, norms: Tensor, sample_push: bool, *, empty: bool = False) -> None:
         inputs = self.inputs_now() if self.tied and sample_push else None

@@ -7,8 +7,8 @@ one packed message tells the masks of many steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,12 +60,14 @@ class PendingStep:
         targets: (V,) bool, this process's targets.
         inputs: (V,) bool, this process's inputs; None where they are not needed.
         sampled: whether push is taken in this step.
+        number: the step's; None until it is closed.
     """
 
     norms: Tensor
     targets: Tensor
     inputs: Tensor | None
     sampled: bool
+    number: int | None = None
 
 
 class PendingSteps:
@@ -82,7 +84,7 @@ class PendingSteps:
         >>> mine = torch.tensor([True, False, False])
         >>> steps.put(PendingStep(torch.tensor([1.0, 2.0, 3.0]), mine, None, sampled=False))
         >>> theirs = torch.tensor([[0b100]], dtype=torch.uint8)  # of another process, whose target was the last row
-        >>> [step.targets.tolist() for step in steps.take(lambda masks: masks | theirs)], len(steps)
+        >>> [step.targets.tolist() for step in steps.take(steps.masks() | theirs)], len(steps)
         ([[True, False, True]], 0)
     """
 
@@ -99,33 +101,58 @@ class PendingSteps:
         """Whether the masks must be exchanged before more steps come."""
         return len(self._steps) >= self.most
 
+    @property
+    def sampled(self) -> bool:
+        """Whether push is taken in any of them."""
+        return any(step.sampled for step in self._steps)
+
     def put(self, step: PendingStep) -> None:
         """Keep one step."""
         self._steps.append(step)
 
-    def take(self, any_of: Callable[[Tensor], Tensor]) -> Iterator[PendingStep]:
+    def number(self, step: int) -> Tensor | None:
+        """Number those that have none yet. Gives (V,) bool, their targets; None if there are none."""
+        new = [one for one in self._steps if one.number is None]
+        if not new:
+            return None
+        kept = self._steps[: len(self._steps) - len(new)]
+        self._steps = [*kept, *(replace(one, number=step) for one in new)]
+        return new[0].targets if len(new) == 1 else torch.stack([one.targets for one in new]).any(0)
+
+    def masks(self) -> Tensor:
+        """(n, ceil(V / 8)) uint8, packed: targets of each step, then inputs of those that need them."""
+        asked = [step.inputs for step in self._steps if step.inputs is not None]
+        return packed(torch.stack([step.targets for step in self._steps] + asked))
+
+    def squares(self, rows: Sequence[int]) -> Tensor:
+        """(steps, n) float64 on the CPU: squared norms of some rows, each step's."""
+        return torch.stack([step.norms[list(rows)] for step in self._steps]).cpu().double().square()
+
+    def keep_norms(self, rows: Mapping[int, bool], norms: Tensor) -> None:
+        """Put the norms of some rows, (steps, n), in their place, and 0 for those that another process speaks for."""
+        mine = torch.tensor(list(rows.values()))
+        for step, found in zip(self._steps, norms, strict=True):
+            step.norms[list(rows)] = (found.cpu() * mine).to(step.norms)
+
+    def take(self, everyones: Tensor) -> Iterator[PendingStep]:
         """The steps, with the targets and inputs of all processes; none waits any more.
 
         Args:
-            any_of: bitwise or over all processes of an (n, B) uint8 tensor, on its device; called at most once.
+            everyones: bitwise or over all processes of `masks`, on its device.
         """
         steps, self._steps = self._steps, []
-        if not steps:
-            return
-        asked = [step for step in steps if step.inputs is not None]
-        masks = [step.targets for step in steps] + [step.inputs for step in asked if step.inputs is not None]
-        everyones = unpacked(any_of(packed(torch.stack(masks))), self._rows)
-        inputs = iter(everyones[len(steps) :])
-        for step, targets in zip(steps, everyones, strict=False):
-            yield PendingStep(step.norms, targets, None if step.inputs is None else next(inputs), step.sampled)
+        masks = unpacked(everyones, self._rows)
+        inputs = iter(masks[len(steps) :])
+        for step, targets in zip(steps, masks, strict=False):
+            yield replace(step, targets=targets, inputs=None if step.inputs is None else next(inputs))
 
     def resize(self, rows: int) -> None:
         """Follow a resized matrix; new rows have had no gradient."""
         self._rows = rows
         self._steps = [
-            PendingStep(
-                fit_rows(step.norms, rows, 0), fit_rows(step.targets, rows, False),
-                None if step.inputs is None else fit_rows(step.inputs, rows, False), step.sampled,
+            replace(
+                step, norms=fit_rows(step.norms, rows, 0), targets=fit_rows(step.targets, rows, False),
+                inputs=None if step.inputs is None else fit_rows(step.inputs, rows, False),
             )
             for step in self._steps
         ]  # fmt: skip
@@ -133,9 +160,9 @@ class PendingSteps:
     def to(self, device: torch.device) -> None:
         """Bring them to another device."""
         self._steps = [
-            PendingStep(
-                step.norms.to(device), step.targets.to(device),
-                None if step.inputs is None else step.inputs.to(device), step.sampled,
+            replace(
+                step, norms=step.norms.to(device), targets=step.targets.to(device),
+                inputs=None if step.inputs is None else step.inputs.to(device),
             )
             for step in self._steps
         ]  # fmt: skip

@@ -34,6 +34,8 @@ class Held:
         shard: the elements of this process.
         key: which memory they are in: two modules with one key are tied.
         read: gives the (n,) elements as they are now, a view of the engine's memory.
+        stepped: the parameter that the optimizer steps; None where nobody can tell.
+        gradient: gives the (n,) elements of its gradient, or None.
     """
 
     engine: str
@@ -43,6 +45,8 @@ class Held:
     shard: Shard
     key: tuple[int, int]
     read: Callable[[], Tensor]
+    stepped: Tensor | None = None
+    gradient: Callable[[], Tensor | None] = lambda: None
 
 
 def held_by_engine(root: nn.Module, module: nn.Module) -> Held | NotApplicable | None:
@@ -116,8 +120,15 @@ def _fsdp1(unit: Any, module: nn.Module) -> Held | NotApplicable | None:
         local: Tensor = getattr(flat, "_local_shard", flat)
         return local.detach()[here.offset_in_shard : here.offset_in_shard + count] if count else local.detach()[:0]
 
-    shard = Shard(rows, width, start, start + count)
-    return Held("FSDP1", rows, width, trainable, shard, (id(flat), place), read)
+    def gradient() -> Tensor | None:
+        if count == 0:
+            return read()  # nothing, and that is all there is here
+        if original is not None:
+            return None if original.grad is None else original.grad.detach().flatten()
+        return None if flat.grad is None else flat.grad.detach()[here.offset_in_shard :][:count]
+
+    shard, stepped = Shard(rows, width, start, start + count), flat if original is None else original
+    return Held("FSDP1", rows, width, trainable, shard, (id(flat), place), read, stepped, gradient)
 
 
 def _zero3(weight: Any) -> Held | NotApplicable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -33,6 +34,7 @@ class VocabMatrix:
         root: the model with its wrappers, some of which hold its parameters; None takes `model`.
         speaks: whether this process speaks for its elements of a matrix that is spread over processes, where all of
             them have agreed on that; None asks the engine.
+        spans: see `Shard`.
     """
 
     name: MatrixName
@@ -41,6 +43,7 @@ class VocabMatrix:
     other_path: str | None = None
     root: nn.Module | None = None
     speaks: bool | None = None
+    spans: tuple[tuple[int, int], ...] | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -144,7 +147,7 @@ class VocabMatrix:
         shard = shard_of(self.weight) if (held := self.held) is None else held.shard
         if isinstance(shard, NotApplicable):
             raise RuntimeError(f"the {self.name} can no longer be followed: {shard.reason}")
-        return shard if shard is None or self.speaks is None else replace(shard, owner=self.speaks)
+        return shard if shard is None or self.speaks is None else replace(shard, owner=self.speaks, spans=self.spans)
 
     def own(self) -> Tensor:
         """This process's elements as they are now, detached, as `Shard.take` wants them; of a whole matrix the rows."""
@@ -152,6 +155,19 @@ class VocabMatrix:
             return held.read()
         rows, shard = local_rows(self.weight.detach()), self.shard
         return rows if shard is None or shard.columns is not None else rows.reshape(-1)
+
+    @property
+    def stepped(self) -> Tensor:
+        """The parameter that the optimizer steps, as it is now."""
+        held = self.held
+        return self.weight if held is None or held.stepped is None else held.stepped
+
+    def gradient(self) -> Tensor | None:
+        """This process's part of the gradient: rows, or of a matrix that an engine holds the elements that are here."""
+        if (held := self.held) is not None:
+            return held.gradient()
+        gradient = self.weight.grad
+        return None if gradient is None else local_rows(gradient)
 
     @property
     def has_bias(self) -> bool:
@@ -216,10 +232,10 @@ class SomeRows:
     @classmethod
     def share(cls, matrix: VocabMatrix, place: int, count: int) -> SomeRows:
         """One of `count` shares."""
-        each = -(-matrix.rows // count)
-        first = min(place * each, matrix.rows)
-        last, width = min(first + each, matrix.rows), matrix.width
-        return cls(matrix, Shard(matrix.rows, width, first * width, last * width))
+        rows, width = matrix.rows, matrix.width
+        firsts = [min(share * -(-rows // count), rows) * width for share in range(count + 1)]
+        spans = tuple(itertools.pairwise(firsts))
+        return cls(matrix, Shard(rows, width, *spans[place], spans=spans))
 
     @property
     def rows(self) -> int:

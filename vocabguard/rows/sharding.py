@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +31,8 @@ class Shard:
         stop: the element after the last one; all of them where it has columns.
         columns: which, of every row, where the matrix is split by columns; else None.
         owner: whether this process speaks for them: where other processes have the same ones, only one does.
+        spans: first element and the one after the last of every process, where all of them have agreed on that and
+            none has another's; else None.
 
     Example:
         >>> half = Shard(rows=3, width=4, start=6, stop=12)
@@ -46,6 +48,7 @@ class Shard:
     stop: int
     columns: slice | None = None
     owner: bool = True
+    spans: tuple[tuple[int, int], ...] | None = None
 
     @property
     def part(self) -> slice:
@@ -119,20 +122,59 @@ class Shard:
         flat[max(0, self.stop - begin) :] = 0
         return flat.view(-1, self.width)
 
-    def add_up(self, sums: Tensor) -> Tensor:
-        """(..., V): each process's sums over its elements, added up. All processes must call it together.
+    @property
+    def apart(self) -> bool:
+        """Whether each process has rows of its own and whole: all of them find the same."""
+        if not self._followed:
+            return False
+        return all(start % self.width == 0 and stop % self.width == 0 for start, stop in self.spans or ())
+
+    @property
+    def edges(self) -> dict[int, bool]:
+        """The rows that lie in several processes, as far as that is agreed on, and whether this one speaks for them.
+
+        >>> Shard(rows=3, width=4, start=6, stop=12, spans=((0, 6), (6, 12))).edges
+        {1: False}
+        """
+        if self.spans is None or not self._followed:
+            return {}
+        rows, counted = sorted({start // self.width for start, _ in self.spans if start % self.width}), self.counted
+        return {row: counted.start <= row < counted.stop for row in rows}
+
+    @property
+    def _followed(self) -> bool:
+        """Whether the spans are those of the matrix as it is: it may have been resized since."""
+        return self.spans is not None and max(stop for _, stop in self.spans) == self.rows * self.width
+
+    def adding_up(self, sums: Tensor) -> collective.Talk[Tensor]:
+        """(..., V): each process's sums over its elements, added up; see `collective.together`.
 
         Args:
             sums: (..., V) floating; looked at in this process's rows only.
         """
-        own = torch.zeros_like(sums)
-        if self.owner:
-            own[..., self.part] = sums[..., self.part]
-        return collective.total(own)
+        parts = [replace(self, start=start, stop=stop).part for start, stop in self.spans or ()]
+        most = max((part.stop - part.start for part in parts), default=0)
+        # A sum sends each value twice; what is gathered is sent once, to the length of the longest part.
+        if not self._followed or most * len(parts) >= 2 * self.rows:
+            own = torch.zeros_like(sums)
+            if self.owner:
+                own[..., self.part] = sums[..., self.part]
+            return (yield collective.Telling(own))
+        own = sums.new_zeros(*sums.shape[:-1], most)
+        own[..., : self.part.stop - self.part.start] = sums[..., self.part]
+        everyones = yield collective.Telling(own, gathered=True)
+        found = torch.zeros_like(sums)
+        for part, theirs in zip(parts, everyones, strict=True):
+            found[..., part] += theirs[..., : part.stop - part.start]
+        return found
 
-    def total(self, sums: Tensor) -> Tensor:
-        """Sums over each process's elements, added up. All processes must call it together."""
-        return collective.total(sums if self.owner else torch.zeros_like(sums))
+    def add_up(self, sums: Tensor) -> Tensor:
+        """The same by itself. All processes must call it together."""
+        return collective.together([self.adding_up(sums)])[0]
+
+    def told(self, sums: Tensor) -> collective.Telling:
+        """Sums over each process's elements, to be added up."""
+        return collective.Telling(sums if self.owner else torch.zeros_like(sums))
 
 
 def shard_of(weight: Tensor) -> Shard | NotApplicable | None:
