@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vocabguard.data.readers import Chat, Completion, DataError, Example, Preference, Text, TokenRows
-from vocabguard.data.render import ChatRenderer, Span, Trainer
+from vocabguard.data.render import ChatRenderer, Trainer
+from vocabguard.data.templates import Span
 from vocabguard.data.tokenizing import Ids, TextTokenizer, single
 from vocabguard.files import one_line
 

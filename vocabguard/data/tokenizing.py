@@ -91,8 +91,7 @@ class TextTokenizer:
         self._prepare(texts)
         if self._bytes is not None:
             ids, lengths = self.flat(texts, False)
-            sizes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts], dtype=np.int64)
-            places, wrong = self._bytes.places(ids, lengths, sizes)
+            places, wrong = self._bytes.places(ids, lengths, texts)
             if not wrong.any() or self._mend(places, ids, lengths, texts, np.flatnonzero(wrong)):
                 return ids, lengths, places, True
         found = self._slow.encode_batch(texts, add_special_tokens=False)
@@ -164,50 +163,79 @@ def _by_fastokens(quick: Any, texts: Sequence[str], special: bool, split: bool) 
 
 
 class _TokenBytes:
-    """How many bytes of a text each token covers.
+    """Which bytes of a text each token covers.
 
     Args:
-        covered: (V,) int64.
+        surfaces: the bytes that each of V tokens stands for.
         leading, trailing: (V,) int64, bytes at either end that the tokenizer does not count as covered.
     """
 
-    def __init__(self, covered: Ids, leading: Ids, trailing: Ids) -> None:
-        self._covered, self._leading, self._trailing = covered, leading, trailing
+    def __init__(self, surfaces: Sequence[bytes], leading: Ids, trailing: Ids) -> None:
+        self._covered = np.fromiter(map(len, surfaces), np.int64, len(surfaces))
+        self._table = np.frombuffer(b"".join(surfaces) or b"\0", dtype=np.uint8)
+        self._at = np.cumsum(self._covered) - self._covered
+        self._leading, self._trailing = leading, trailing
         self._trims = bool(leading.any() or trailing.any())
 
     def places(
-        self, ids: Ids, lengths: NDArray[np.int64], sizes: NDArray[np.int64]
+        self, ids: Ids, lengths: NDArray[np.int64], texts: Sequence[str]
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """(T, 2) int64 bytes that each token covers, and (n,) bool texts whose size they do not add up to."""
-        covered = self._covered[np.minimum(ids, len(self._covered) - 1)]
+        """(T, 2) int64 bytes that each token covers, and (n,) bool texts that the tokens' bytes are not."""
+        ids = np.minimum(ids, len(self._covered) - 1)
+        plain = np.fromiter(map(str.isascii, texts), np.bool_, len(texts))
+        sizes = np.fromiter(map(len, texts), np.int64, len(texts))
+        other = np.flatnonzero(~plain).tolist()
+        codes = [texts[row].encode() for row in other]
+        sizes[other] = [len(code) for code in codes]
+        covered = self._covered[ids]
         ends = np.cumsum(covered)
         whole = np.concatenate([[0], ends])[np.concatenate([[0], np.cumsum(lengths)])]
         ends -= np.repeat(whole[:-1], lengths)
         begins = ends - covered
+        wrong = np.diff(whole) != sizes
+        if other:
+            # As many bytes need not be the same ones: a letter may be written otherwise before it is encoded.
+            at = np.repeat(~plain & ~wrong, lengths)
+            wrong[other] |= self._differ(ids[at], covered[at], sizes, other, codes, wrong)
         if self._trims:
             begins = np.minimum(begins + self._leading[ids], ends)
             ends = np.maximum(ends - self._trailing[ids], begins)
-        return np.stack([begins, ends], axis=1), np.diff(whole) != sizes
+        return np.stack([begins, ends], axis=1), wrong
+
+    def _differ(
+        self, ids: Ids, covered: Ids, sizes: NDArray[np.int64], rows: Sequence[int], codes: Sequence[bytes],
+        wrong: NDArray[np.bool_],
+    ) -> NDArray[np.bool_]:  # fmt: skip
+        """(k,) bool, of k rows with bytes as many as their tokens', whether they are others."""
+        chosen = ~wrong[rows]
+        counts = sizes[rows][chosen]
+        text = np.frombuffer(b"".join(code for code, one in zip(codes, chosen, strict=True) if one), dtype=np.uint8)
+        starts = np.cumsum(covered) - covered
+        told = self._table[np.repeat(self._at[ids] - starts, covered) + np.arange(len(text))]
+        found = np.zeros(len(rows), dtype=np.bool_)
+        if len(counts):
+            found[chosen] = np.logical_or.reduceat(told != text, np.cumsum(counts) - counts)
+        return found
 
 
 def _token_bytes(tokenizer: Any, backend: Any, sample: Sequence[str]) -> _TokenBytes | None:
-    """The way of counting bytes that gives the tokenizer's own places on a sample; None if none does."""
+    """The way of counting bytes that gives the tokenizer's own places on most of a sample; None if none does."""
     found = backend.encode_batch(list(sample), add_special_tokens=False)
     ids, lengths = flattened([one.ids for one in found])
     want = _offsets(found, len(ids))
-    sizes = np.array([len(text.encode()) for text in sample], dtype=np.int64)
+    best, most = None, _ENOUGH - 1
     for byte_level in (True, False):
-        covered, spaces = _sizes(tokenizer, byte_level)
-        nothing = np.zeros_like(covered)
+        surfaces, spaces = _surfaces(tokenizer, byte_level)
+        nothing = np.zeros(len(surfaces), dtype=np.int64)
         for trimmed in ((nothing, nothing), spaces):
-            counted = _TokenBytes(covered, *trimmed)
-            places, wrong = counted.places(ids, lengths, sizes)
-            # Of texts that are changed before they are encoded the bytes do not add up; the others tell.
+            counted = _TokenBytes(surfaces, *trimmed)
+            places, wrong = counted.places(ids, lengths, sample)
+            # Of texts that are changed before they are encoded the bytes are others; the others tell.
             told = ~np.repeat(wrong, lengths)
             right = len(wrong) - int(wrong.sum())
-            if right >= _ENOUGH and np.array_equal(_whole(places, lengths, sample)[told], want[told]):
-                return counted
-    return None
+            if right > most and np.array_equal(_whole(places, lengths, sample)[told], want[told]):
+                best, most = counted, right
+    return best
 
 
 def _whole(places: NDArray[np.int64], lengths: Ids, texts: Sequence[str]) -> NDArray[np.int64]:
@@ -224,25 +252,52 @@ def _whole(places: NDArray[np.int64], lengths: Ids, texts: Sequence[str]) -> NDA
     return found
 
 
-def _sizes(tokenizer: Any, byte_level: bool) -> tuple[Ids, tuple[Ids, Ids]]:
-    """(V,) bytes of each token, and the spaces at its beginning and end."""
+def _surfaces(tokenizer: Any, byte_level: bool) -> tuple[list[bytes], tuple[Ids, Ids]]:
+    """V tokens as bytes, and (V,) the spaces at the beginning and end of each."""
     vocabulary = tokenizer.get_vocab()
     added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
     size = 1 + max(vocabulary.values(), default=-1)
-    covered, leading, trailing = (np.zeros(size, dtype=np.int64) for _ in range(3))
+    surfaces = [b""] * size
+    leading, trailing = (np.zeros(size, dtype=np.int64) for _ in range(2))
     for piece, index in vocabulary.items():
         if index in added:
-            covered[index] = len(added[index].encode())
-        elif byte_level:
-            covered[index] = len(piece)
-            leading[index], trailing[index] = len(piece) - len(piece.lstrip("Ġ ")), len(piece) - len(piece.rstrip("Ġ "))
+            surfaces[index] = added[index].encode()
+            continue
+        if byte_level:
+            text, space = piece, "Ġ "
+            surfaces[index] = _bytes_of(piece)
         elif len(piece) == 6 and piece.startswith("<0x"):
-            covered[index] = 1
+            surfaces[index] = _byte(piece)
+            continue
         else:
-            text = piece.replace("▁", " ")
-            covered[index] = len(text.encode())
-            leading[index], trailing[index] = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
-    return covered, (leading, trailing)
+            text, space = piece.replace("▁", " "), " "
+            surfaces[index] = text.encode("utf-8", "replace")
+        leading[index], trailing[index] = len(text) - len(text.lstrip(space)), len(text) - len(text.rstrip(space))
+    return surfaces, (leading, trailing)
+
+
+def _byte(piece: str) -> bytes:
+    try:
+        return bytes([int(piece[3:5], 16)])
+    except ValueError:  # looks like a byte's name and is none
+        return piece.encode()
+
+
+def _bytes_of(piece: str) -> bytes:
+    try:
+        return piece.translate(_BYTE_OF).encode("latin-1")
+    except UnicodeEncodeError:  # of another alphabet: bytes that no text has
+        return b"\xff" * len(piece)
+
+
+def _letters_of_bytes() -> dict[int, int]:
+    """The byte of each letter in the alphabet of byte-level tokenizers, by their code points."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in shown]
+    return {**{byte: byte for byte in shown}, **{256 + place: byte for place, byte in enumerate(others)}}
+
+
+_BYTE_OF = _letters_of_bytes()
 
 
 def _in_bytes(places: NDArray[np.int64], lengths: Ids, texts: Sequence[str]) -> NDArray[np.int64]:
