@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vocabguard.data.encode import Batch, Loss, Rendered, TargetEncoder
-from vocabguard.data.readers import Example, Examples, Text, TokenRows
+from vocabguard.data.readers import Completion, Example, Examples, Text, TokenRows
 from vocabguard.data.render import Trainer, TurnTally
 from vocabguard.data.roles import ROLES, UnknownRoleError
 from vocabguard.data.tables import DataError
@@ -42,7 +43,7 @@ SCHEMA = 1
 CHUNK = 512
 """Examples that are encoded at once, fewer where they are long."""
 
-_LONG = 2**21  # characters, or token ids, that are encoded at once
+_LONG, _MOST_ROWS = 2**19, 8192  # characters, or token ids, and rows that are encoded at once
 _READ_ON = 1_000_000  # rows that are read on for a full list of unknown roles
 _SHOWN = 20  # rows among which one with targets is looked for, to be shown
 
@@ -407,27 +408,38 @@ def _counted(
     examples: Iterable[Example], tokenizer: Any, options: dict[str, Any], encoder: TargetEncoder, workers: int,
     words: Sequence[Sequences],
 ) -> Iterator[Counted]:  # fmt: skip
-    chunks = _chunks(examples)
+    chunks = chunks_of(examples)
     if workers == 1:
         return _counted_here(chunks, encoder, words)
     return _counted_elsewhere(chunks, tokenizer, options, workers, words)
 
 
-def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    """The examples, so many at a time, and no more than memory has room for."""
-    chunk: list[Example] = []
-    weight = 0
-    for example in examples:
-        chunk.append(example)
-        if isinstance(example, Text):
-            weight += len(example.text)
-        elif isinstance(example, TokenRows):
-            weight += len(example.ids)
-        if len(chunk) >= CHUNK or weight >= _LONG:
+def chunks_of(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """The examples, as many at a time as are encoded at once: no more than memory has room for."""
+    remaining, size, chunk, weight = iter(examples), 1, list[Example](), 0
+    while part := list(islice(remaining, size)):
+        chunk += part
+        of_part = _weight(part)
+        weight += of_part
+        # A few at first: how long they are is not known before they are read.
+        size = max(1, min(2 * size, CHUNK, _LONG * len(part) // (4 * of_part + 1)))
+        if weight >= _LONG or len(chunk) >= (_MOST_ROWS if of_part else CHUNK):
             yield chunk
             chunk, weight = [], 0
     if chunk:
         yield chunk
+
+
+def _weight(examples: Sequence[Example]) -> int:
+    """Characters or token ids; 0 of examples that are not measured."""
+    kinds = set(map(type, examples))
+    if kinds == {Text}:
+        return sum([len(example.text) for example in examples])  # type: ignore[union-attr, misc]
+    if kinds == {TokenRows}:
+        return sum([len(example.ids) for example in examples])  # type: ignore[union-attr, misc]
+    if kinds == {Completion}:
+        return sum([len(example.prompt) + len(example.completion) for example in examples])  # type: ignore[union-attr, misc]
+    return sum(len(getattr(example, "text", "")) for example in examples)
 
 
 def _counted_here(
@@ -495,10 +507,11 @@ class ShownRow:
 
     def seen(self, examples: Iterable[Example]) -> Iterator[Example]:
         """The same examples, of which the first are looked at."""
-        for example in examples:
-            if self._looked < _SHOWN:
-                self._look(example)
-            yield example
+        remaining = iter(examples)
+        while self._looked < _SHOWN and (first := list(islice(remaining, 1))):
+            self._look(first[0])
+            yield first[0]
+        yield from remaining
 
     def _look(self, example: Example) -> None:
         self._looked += 1
@@ -549,7 +562,7 @@ def _all_unknown(error: UnknownRoleError, examples: Iterable[Example], remaining
     """All roles of the data that nobody knows, with their counts."""
     if not isinstance(examples, Examples):
         return error
-    rows = sum(1 for _ in itertools.islice(remaining, _READ_ON))
+    rows = sum(1 for _ in islice(remaining, _READ_ON))
     counts = ", ".join(f"{r!r} ({n:,} turns)" for r, n in examples.roles.seen.most_common() if r not in ROLES)
     upto = f" in the first {rows:,} rows" if rows == _READ_ON else ""
     return DataError(f"{error}. All that are unknown{upto}: {counts}; say what they are, e.g. --role NAME=assistant")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -104,13 +105,15 @@ class Source:
 
 @dataclass(slots=True)
 class Documents:
-    """Texts alone, as they are tokenized."""
+    """Texts alone, without the end that they get.
+
+    Attributes:
+        prompts: texts that they begin with, which are no targets; None where all is.
+    """
 
     examples: Sequence[Example]
     texts: list[str]
-
-    def __iter__(self) -> Iterator[tuple[Example, str]]:
-        return zip(self.examples, self.texts, strict=True)
+    prompts: list[str] | None = None
 
 
 Rendered = Source | TokenRows | Documents
@@ -170,11 +173,15 @@ class TargetEncoder:
         Raises:
             DataError: for an example that the chat template refuses.
         """
-        if all(type(example) is Text for example in examples):
-            # Rows of few tokens, where what is done for each row is what takes time.
-            eos = self._eos
-            texts = [text if text.endswith(eos) else text + eos for text in (one.text for one in examples)]  # type: ignore[union-attr]
-            return [Documents(examples, texts)]
+        # Rows of few tokens, where what is done for each row is what takes time.
+        kinds = set(map(type, examples))
+        if kinds == {Text}:
+            return [Documents(examples, [example.text for example in examples])]  # type: ignore[union-attr]
+        if kinds == {Completion}:
+            pairs = [(example.prompt, example.completion) for example in examples]  # type: ignore[union-attr]
+            if set(map(type, chain.from_iterable(pairs))) == {str}:
+                prompts = None if self._loss == "all" else [prompt for prompt, _ in pairs]
+                return [Documents(examples, list(map("".join, pairs)), prompts)]  # type: ignore[arg-type]
         return [self._source(example) for example in examples]
 
     def batches(self, sources: Sequence[Rendered]) -> list[Batch]:
@@ -201,13 +208,18 @@ class TargetEncoder:
         return [*found, *([self._token_batch(tokens)] if tokens else [])]
 
     def _documents(self, documents: Documents) -> Batch:
-        """Texts of which every token is a target."""
+        """Texts of which every token is a target, but for a prompt."""
+        texts, prompts, examples = documents.texts, documents.prompts, documents.examples
         try:
-            ids, lengths = self.texts.flat(documents.texts, True)
+            ids, lengths = self.texts.ended(texts, self._eos)
         except Exception as error:  # one text spoils the batch: say which
-            sources = [Source(example.place, text, True) for example, text in documents]
-            raise self._refused(sources, documents.texts, True, error) from error
-        return self._cut(ids, np.ones(len(ids), dtype=np.bool_), lengths, np.arange(len(lengths)))
+            raise self._refused([example.place for example in examples], texts, True, error) from error
+        target = np.ones(len(ids), dtype=np.bool_)
+        if prompts is not None:
+            starts = np.cumsum(lengths) - lengths
+            shared = common_prefixes(*self._tokenize(examples, prompts, True), ids, starts, lengths)
+            _clear_beginnings(target, starts, shared)
+        return self._cut(ids, target, lengths, np.arange(len(lengths)))
 
     def _source(self, example: Example) -> Source | TokenRows:
         if isinstance(example, Text):  # the cheapest rows, so that a call more would be seen
@@ -272,7 +284,7 @@ class TargetEncoder:
         try:
             ids, lengths, places, in_bytes = self.texts.placed(texts)
         except Exception as error:  # one text spoils the batch: say which
-            raise self._refused(sources, texts, special, error) from error
+            raise self._refused([source.place for source in sources], texts, special, error) from error
         return self._cut(ids, _inside(places, lengths, sources, in_bytes), lengths, order)
 
     def _beside(self, sources: list[Source]) -> Batch:
@@ -327,20 +339,22 @@ class TargetEncoder:
             own = np.isin(np.repeat(np.arange(len(asked)), prompts[1]), pairs)
             alike = common_prefixes(prompts[0][own], prompts[1][pairs], found, np.cumsum(counts) - counts, counts)
             shared[chosen[pairs]] = np.minimum(shared[chosen[pairs]], alike)
-        target[np.arange(len(ids)) - np.repeat(starts, lengths) < np.repeat(shared, lengths)] = False
+        _clear_beginnings(target, starts, shared)
         return target
 
-    def _tokenize(self, sources: list[Source], texts: list[str], special: bool) -> tuple[Ids, NDArray[np.int64]]:
+    def _tokenize(
+        self, sources: Sequence[Source | Example], texts: list[str], special: bool
+    ) -> tuple[Ids, NDArray[np.int64]]:
         """The ids of all texts, and each one's length."""
         try:
             return self.texts.flat(texts, special)
         except Exception as error:  # one text spoils the batch: say which
-            raise self._refused(sources, texts, special, error) from error
+            raise self._refused([source.place for source in sources], texts, special, error) from error
 
-    def _refused(self, sources: list[Source], texts: list[str], special: bool, error: Exception) -> DataError:
+    def _refused(self, places: list[str], texts: list[str], special: bool, error: Exception) -> DataError:
         found = single(lambda text: self.texts.flat([text], special), texts)
         place, error = found or (0, error)
-        return DataError(f"{sources[place].place}: the tokenizer refuses the text ({one_line(error)})")
+        return DataError(f"{places[place]}: the tokenizer refuses the text ({one_line(error)})")
 
     def _by_prefixes(self, source: Source, ids: Ids) -> Mask:
         """Targets where the tokenizer knows no offsets: between the ids of the text before and up to a span's end."""
@@ -385,6 +399,12 @@ def common_prefixes(prompts: Ids, counts: Ids, ids: Ids, starts: Ids, lengths: I
     wrong = np.flatnonzero(other)[::-1]  # of several in a row the first is written last
     found[of_row[wrong]] = place[wrong]
     return found
+
+
+def _clear_beginnings(target: Mask, starts: Ids, counts: Ids) -> None:
+    """Take so many of each row's first tokens out."""
+    first = np.cumsum(counts) - counts
+    target[np.repeat(starts - first, counts) + np.arange(int(counts.sum()))] = False
 
 
 def _inside(places: NDArray[np.int64], lengths: NDArray[np.int64], sources: Sequence[Source], in_bytes: bool) -> Mask:

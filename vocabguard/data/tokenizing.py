@@ -49,6 +49,7 @@ class TextTokenizer:
         self._quick: Any = None
         self._bytes: _TokenBytes | None = None
         self._tried = False
+        self._ends: dict[str, tuple[int, int] | None] = {}
         if self._backend is not None:
             # A saved tokenizer may come with either, which trainers do not use here.
             self._backend.no_truncation()
@@ -78,6 +79,47 @@ class TextTokenizer:
             except Exception:  # of a text that it refuses: the tokenizer says why, or takes it
                 return self._slowly(texts, special)
         return self._slowly(texts, special)
+
+    def ended(self, texts: Sequence[str], end: str) -> tuple[Ids, NDArray[np.int64]]:
+        """What `flat` gives, with special tokens, of the texts with `end` after those that do not end with it.
+
+        Args:
+            end: the text of a special token; may be empty.
+
+        Raises:
+            Exception: whatever the tokenizer raises for a text that it refuses.
+        """
+        if end and self.has_places:
+            self._prepare(texts)
+            if end not in self._ends:
+                self._ends[end] = self._end_of(end, texts)
+            if (known := self._ends[end]) is not None:
+                return _with_ends(*self.flat(texts, True), *known)
+        return self.flat([text if text.endswith(end) else text + end for text in texts], True)
+
+    def _end_of(self, end: str, texts: Sequence[str]) -> tuple[int, int] | None:
+        """The id that `end` always becomes after a text, and how many special tokens follow it; None if it may not."""
+        added = {str(token): (index, token) for index, token in self._tokenizer.added_tokens_decoder.items()}
+        index, own = added.get(end, (-1, None))
+        if own is None or self._split or own.normalized or own.lstrip or own.rstrip:
+            return None
+        for text, (_, token) in added.items():
+            parts = [text[place:] for place in range(1, len(text))]
+            across = any(end.startswith(part) or part.startswith(end) for part in parts)
+            if token.single_word or across:  # a token that could take letters from both sides
+                return None
+        sample = [text for text in (*SAMPLE, "", end, f"a{end}", *texts[:_LOOKED_AT]) if _is_whole(text)]
+        bare, counts = self.flat(sample, False)
+        full, more = self.flat(sample, True)
+        around = int((more - counts)[0])
+        for after in range(around + 1):
+            own_ids = _without_ends(full, more, around - after, after)
+            if ((more - counts) == around).all() and np.array_equal(own_ids, bare):
+                want = self.flat([text if text.endswith(end) else text + end for text in sample], True)
+                got = _with_ends(full, more, index, after, around - after)
+                if all(np.array_equal(one, other) for one, other in zip(want, got, strict=True)):
+                    return index, after
+        return None
 
     def placed(self, texts: Sequence[str]) -> tuple[Ids, NDArray[np.int64], NDArray[np.int64], bool]:
         """Ids and lengths as `flat` gives them, without special tokens around, and what each token covers.
@@ -160,6 +202,27 @@ def _by_fastokens(quick: Any, texts: Sequence[str], special: bool, split: bool) 
     ids, offsets = quick.encode_batch_flat(list(texts), add_special_tokens=special, split_special_tokens=split)
     edges = np.frombuffer(offsets, dtype=np.uint64).astype(np.int64)
     return np.frombuffer(ids, dtype=np.uint32).astype(np.int64), np.diff(edges)
+
+
+def _with_ends(ids: Ids, lengths: Ids, end: int, after: int, before: int = 0) -> tuple[Ids, Ids]:
+    """Rows with an id at their end, before the last `after`, where it is not there already."""
+    ends = np.cumsum(lengths) - after
+    there = lengths - after > before
+    there[there] = ids[ends[there] - 1] == end
+    if there.all():
+        return ids, lengths
+    lengths = lengths + ~there
+    places = (np.cumsum(lengths) - after - 1)[~there]
+    found = np.empty(len(ids) + len(places), dtype=np.int64)
+    others = np.ones(len(found), dtype=np.bool_)
+    others[places] = False
+    found[places], found[others] = end, ids
+    return found, lengths
+
+
+def _without_ends(ids: Ids, lengths: Ids, before: int, after: int) -> Ids:
+    place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return ids[(place >= before) & (place < np.repeat(lengths, lengths) - after)]
 
 
 class _TokenBytes:
