@@ -372,6 +372,8 @@ def _count_batches(batches: Sequence[Batch], turns: TurnTally, words: Sequence[S
 
 def _asked(batch: Batch, read: NDArray[np.int64]) -> NDArray[np.int64]:
     """How often each id is a target, by the fewer of those that are and those that are not."""
+    if batch.asked is None:
+        return read - np.bincount(batch.ids[batch.firsts], minlength=len(read))
     few = 2 * np.count_nonzero(batch.target) < len(batch.target)
     found = np.bincount(batch.ids[batch.target if few else ~batch.target], minlength=len(read))
     return found if few else read - found

@@ -6,6 +6,7 @@ changes neither inputs nor targets. `render` says which text of a conversation i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -46,23 +47,37 @@ class Batch:
     """Rows that were tokenized together, one after the other.
 
     Attributes:
-        ids: (T,) int64, of all rows.
-        target: (T,) bool, see `Encoded`.
+        ids: (T,) whole numbers, of all rows.
         lengths: (n,) int64, tokens of each row.
         cut: (n,) bool, see `Encoded`.
         order: (n,) int64, which example each row is; -1 for what is read beside it, a rejected answer.
+        asked: (T,) bool, see `Encoded`; None where the targets are all tokens but the first of each row.
     """
 
-    ids: Ids
-    target: Mask
+    ids: NDArray[np.integer[Any]]
     lengths: NDArray[np.int64]
     cut: Mask
     order: NDArray[np.int64]
+    asked: Mask | None
+
+    @functools.cached_property
+    def target(self) -> Mask:
+        """(T,) bool, see `Encoded`."""
+        if self.asked is not None:
+            return self.asked
+        target = np.ones(len(self.ids), dtype=np.bool_)
+        target[self.firsts] = False
+        return target
+
+    @property
+    def firsts(self) -> Ids:
+        """Where rows begin that have a token."""
+        return (np.cumsum(self.lengths) - self.lengths)[self.lengths > 0]
 
     @property
     def without_targets(self) -> int:
         """Rows that ask for nothing."""
-        if np.count_nonzero(self.target) == len(self.target) - np.count_nonzero(self.lengths):  # all but the first
+        if self.asked is None:
             return int(((self.lengths < 2) & (self.order >= 0)).sum())
         some = self.lengths > 0
         asked = np.zeros(len(self.lengths), dtype=np.bool_)
@@ -78,7 +93,8 @@ class Batch:
     def rows(self) -> Iterator[tuple[int, Encoded]]:
         """The rows, each with its place among the examples."""
         edges = np.cumsum(self.lengths)[:-1]
-        parts = zip(np.split(self.ids, edges), np.split(self.target, edges), self.cut.tolist(), strict=True)
+        ids = self.ids.astype(np.int64, copy=False)
+        parts = zip(np.split(ids, edges), np.split(self.target, edges), self.cut.tolist(), strict=True)
         for place, part in zip(self.order.tolist(), parts, strict=True):
             if place >= 0:
                 yield place, Encoded(*part)
@@ -214,9 +230,9 @@ class TargetEncoder:
             ids, lengths = self.texts.ended(texts, self._eos)
         except Exception as error:  # one text spoils the batch: say which
             raise self._refused([example.place for example in examples], texts, True, error) from error
-        target = np.ones(len(ids), dtype=np.bool_)
+        target = None
         if prompts is not None:
-            starts = np.cumsum(lengths) - lengths
+            target, starts = np.ones(len(ids), dtype=np.bool_), np.cumsum(lengths) - lengths
             shared = common_prefixes(*self._tokenize(examples, prompts, True), ids, starts, lengths)
             _clear_beginnings(target, starts, shared)
         return self._cut(ids, target, lengths, np.arange(len(lengths)))
@@ -302,25 +318,35 @@ class TargetEncoder:
         """Rows that are ids already; those of one example share its place."""
         rows = [source for _, source in sources]
         ids = rows[0].ids if len(rows) == 1 else np.concatenate([source.ids for source in rows])
-        if len(ids) and int(ids.view(np.uint64).max()) >= self._size:  # read so, what is below 0 is above all
+        # Read as one without a sign, what is below 0 is above all.
+        if len(ids) and int(ids.view(f"u{ids.dtype.itemsize}").max()) >= self._size:
             wrong = next(
                 row for row in rows if len(row.ids) and (int(row.ids.min()) < 0 or int(row.ids.max()) >= self._size)
             )
             raise DataError(f"{wrong.place}: 'input_ids' goes from {wrong.ids.min()} to {wrong.ids.max()}; allowed: 0 "
                             f"to {self._size - 1}, the ids of this tokenizer")  # fmt: skip
         order = np.repeat([place for place, _ in sources], [len(source.lengths) for source in rows])
-        target = np.concatenate([source.target for source in rows])
+        everything = all(source.target.all() for source in rows)
+        target = None if everything else np.concatenate([source.target for source in rows])
         return self._cut(ids, target, np.concatenate([source.lengths for source in rows]), order)
 
-    def _cut(self, ids: Ids, target: Mask, lengths: NDArray[np.int64], order: NDArray[np.int64]) -> Batch:
-        """Rows without what is too long of them, and without targets that nothing comes before."""
+    def _cut(
+        self, ids: NDArray[np.integer[Any]], target: Mask | None, lengths: NDArray[np.int64], order: NDArray[np.int64]
+    ) -> Batch:
+        """Rows without what is too long of them, and without targets that nothing comes before.
+
+        Args:
+            target: (T,) bool; None is all.
+        """
         starts = np.cumsum(lengths) - lengths
-        target[starts[lengths > 0]] = False
+        if target is not None:
+            target[starts[lengths > 0]] = False
         if self._max_length is None:
-            return Batch(ids, target, lengths, np.zeros(len(lengths), dtype=np.bool_), order)
+            return Batch(ids, lengths, np.zeros(len(lengths), dtype=np.bool_), order, target)
         kept = np.arange(len(ids)) - np.repeat(starts, lengths) < self._max_length
         cut = (lengths > self._max_length) & (order >= 0)
-        return Batch(ids[kept], target[kept], np.minimum(lengths, self._max_length), cut, order)
+        shorter = np.minimum(lengths, self._max_length)
+        return Batch(ids[kept], shorter, cut, order, None if target is None else target[kept])
 
     def _after_prompts(self, sources: list[Source], ids: Ids, lengths: NDArray[np.int64], special: bool) -> Mask:
         """Targets of rows that begin with a prompt, or are all target."""

@@ -107,13 +107,13 @@ class TokenRows:
 
     Attributes:
         place: of the first.
-        ids: (T,) int64, of all rows.
+        ids: (T,) whole numbers of the data's own kind, which int64 can hold, of all rows.
         target: (T,) bool, the labels ask for this token.
         lengths: (n,) int64, tokens of each row.
     """
 
     place: str
-    ids: _Ids
+    ids: NDArray[np.integer[Any]]
     target: NDArray[np.bool_]
     lengths: _Ids
 
@@ -396,7 +396,7 @@ def _token_block(place: str, batch: Any, name: str) -> TokenRows:
         numbers = values.to_numpy(zero_copy_only=False)
         if numbers.dtype.kind not in "iub":
             raise DataError(f"{place}: {key!r} holds {column.type}; allowed: lists of whole numbers")
-        flat[key] = numbers.astype(np.int64, copy=False) if key == name else numbers
+        flat[key] = numbers
     return _token_rows(place, flat, name, edges.astype(np.int64))
 
 
@@ -407,8 +407,8 @@ def _token_rows(place: str, columns: Mapping[str, _Ids], name: str, lengths: _Id
         if len(column) != len(ids):
             raise DataError(f"{place}: {key!r} has {len(column)} values, {name!r} {len(ids)}; allowed: as many")
     if (labels := columns.get("labels")) is not None:
-        same = labels == ids
-        target = same if bool(same.all()) and not bool((ids < 0).any()) else labels != _IGNORED
+        same = labels == ids  # ids below 0, which a label may be, are refused where they are counted
+        target = same if bool(same.all()) else labels != _IGNORED
         if target is not same and not bool((same | ~target).all()):
             raise DataError(f"{place}: 'labels' asks for other tokens than 'input_ids' has there; allowed: the same "
                             f"id or {_IGNORED} (labels are not shifted: the trainer does that)")  # fmt: skip
@@ -417,6 +417,8 @@ def _token_rows(place: str, columns: Mapping[str, _Ids], name: str, lengths: _Id
         for key in _MASKS[1:]:
             if key in columns:
                 target &= columns[key] != 0
+    if not np.can_cast(ids.dtype, np.int64):
+        ids = ids.astype(np.int64)
     read = columns.get("attention_mask")
     if read is None or bool((read != 0).all()):
         return TokenRows(place, ids, target, lengths)

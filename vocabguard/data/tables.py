@@ -36,7 +36,7 @@ Row = tuple[str, Any]
 """(place, value): where a row was read, for messages, and its columns by name or, of plain text, the line."""
 
 _BATCH_ROWS = 1024
-_BATCH_NUMBERS, _FEWEST_BATCH_ROWS, _MOST_BATCH_ROWS = 2**19, 64, 2**16  # of rows that are lists of numbers
+_BATCH_NUMBERS, _FEWEST_BATCH_ROWS, _MOST_BATCH_ROWS = 2**20, 64, 2**16  # of rows that are lists of numbers
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
 _JSON_CHUNK = 2**18
 _LONGEST = 2**28  # bytes of a line, or characters of a JSON value: more is not training data
