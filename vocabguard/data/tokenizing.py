@@ -287,7 +287,10 @@ def _token_bytes(tokenizer: Any, backend: Any, sample: Sequence[str]) -> _TokenB
     ids, lengths = flattened([one.ids for one in found])
     want = _offsets(found, len(ids))
     best, most = None, _ENOUGH - 1
-    for byte_level in (True, False):
+    likely = "▁" not in tokenizer.get_vocab()
+    for byte_level in (likely, not likely):
+        if most == len(sample):
+            break
         surfaces, spaces = _surfaces(tokenizer, byte_level)
         nothing = np.zeros(len(surfaces), dtype=np.int64)
         for trimmed in ((nothing, nothing), spaces):
