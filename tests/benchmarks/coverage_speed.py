@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from vocabguard.data.coverage import CHUNK, chunks_of, count_rows
+from vocabguard.data.counting import CHUNK, chunks_of, count_rows
 from vocabguard.data.encode import TargetEncoder
 from vocabguard.data.readers import Chat, Completion, Example, Text, read_examples
 
