@@ -24,6 +24,8 @@ import re
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +129,59 @@ def trained(rows: list[dict[str, Any]], tokenizer: Any, **options: Any) -> list[
     return found
 
 
-def counted(examples: list[Example], tokenizer: Any, **options: Any) -> list[Row]:
-    return [(row.ids.tolist(), row.target.tolist()) for row in TargetEncoder(tokenizer, **options).encode(examples)]
+def trained_each(rows: list[dict[str, Any]], tokenizer: Any, **options: Any) -> list[Row | str]:
+    """What each row becomes, or why it is refused; rows whose turns have the same keys share a trainer."""
+    found: dict[int, Row | str] = {}
+    groups: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault(str(_keys(row)), []).append(place)
+    for places in groups.values():
+        found |= _trained_parts(rows, places, tokenizer, **options)
+    return [found[place] for place in range(len(rows))]
+
+
+def _keys(value: Any) -> Any:
+    """The keys and kinds of a row, of which `datasets` fills those that only some rows have."""
+    if isinstance(value, dict):
+        return {key: _keys(part) for key, part in sorted(value.items())}
+    return sorted({str(_keys(part)) for part in value}) if isinstance(value, list) else type(value).__name__
+
+
+def _trained_parts(rows: list[dict[str, Any]], places: list[int], tokenizer: Any, **options: Any) -> dict[int, Any]:
+    together = attempt(lambda: trained([rows[place] for place in places], tokenizer, **options))
+    if not isinstance(together, str):
+        return dict(zip(places, together, strict=True))
+    if len(places) == 1 or attempt(lambda: trained([rows[places[0]]], tokenizer, **options)) == together:
+        return dict.fromkeys(places, together)  # of the template, since the plainest row is refused alike
+    half = len(places) // 2
+    parts = (_trained_parts(rows, part, tokenizer, **options) for part in (places[:half], places[half:]))
+    return {place: row for part in parts for place, row in part.items()}
+
+
+def warmed(tokenizer: Any, **options: Any) -> TargetEncoder:
+    """An encoder that has seen so many rows that it uses what it learnt of them."""
+    encoder = TargetEncoder(tokenizer, **options)
+    with suppress(Exception):  # what is refused is refused again
+        for made, _ in FORMS.values():
+            encoder.encode([made(CHATS["two turns"])[1]] * 66)
+    return encoder
+
+
+def counted(example: Example, encoder: TargetEncoder) -> Row:
+    """A row counted at once, and after some of its shape: the same."""
+    first, *_, last = encoder.encode([example, *[said_otherwise(example)] * 3, example])
+    rows = [(row.ids.tolist(), row.target.tolist()) for row in (first, last)]
+    if rows[0] != rows[1]:
+        raise AssertionError("a row counted later is another")
+    return rows[0]
+
+
+def said_otherwise(example: Any) -> Any:
+    def changed(turn: Turn) -> Turn:
+        return {**turn, "content": f"{turn['content']}, too"} if isinstance(turn.get("content"), str) else turn
+
+    names = ("turns",) if isinstance(example, Chat) else ("prompt", "completion")
+    return replace(example, **{name: [changed(turn) for turn in getattr(example, name)] for name in names})
 
 
 def attempt(make: Any) -> Any:
@@ -164,17 +217,16 @@ FORMS: dict[str, tuple[Any, dict[str, Any]]] = {
 def compare(name: str, template: str) -> dict[str, Any]:
     """One template: the shapes by how they compare, in each form, and what is found where TRL is not installed."""
     tokenizer = tokenizer_with(template)
+    encoder, alone_encoder = warmed(tokenizer), warmed(tokenizer, trainer="transformers")
     told: dict[str, dict[str, list[str]]] = {form: {} for form in (*FORMS, "without_trl")}
     for form, (made, options) in FORMS.items():
-        for shape, turns in CHATS.items():
-            if (both := made(turns)) is None:
-                continue
-            row, example = both
-            theirs = attempt(lambda: trained([row], tokenizer, **options)[0])  # noqa: B023
-            ours = attempt(lambda: counted([example], tokenizer)[0])  # noqa: B023
+        both = {shape: pair for shape, turns in CHATS.items() if (pair := made(turns)) is not None}
+        theirs_of = trained_each([row for row, _ in both.values()], tokenizer, **options)
+        for (shape, (_, example)), theirs in zip(both.items(), theirs_of, strict=True):
+            ours = attempt(lambda: counted(example, encoder))  # noqa: B023
             told[form].setdefault(verdict(ours, theirs), []).append(shape)
             if form == "conversations" and not isinstance(theirs, str):
-                own = attempt(lambda: counted([example], tokenizer, trainer="transformers")[0])  # noqa: B023
+                own = attempt(lambda: counted(example, alone_encoder))  # noqa: B023
                 alone = "other_text" if isinstance(own, str) or own[0] != theirs[0] else verdict(own, theirs)
                 told["without_trl"].setdefault(alone, []).append(shape)
     shown = {form: {key: len(of) if key == "same" else of for key, of in kinds.items()} for form, kinds in told.items()}

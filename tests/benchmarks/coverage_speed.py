@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from vocabguard.data.coverage import CHUNK, count_rows
+from vocabguard.data.counting import CHUNK, chunks_of, count_rows
 from vocabguard.data.encode import TargetEncoder
 from vocabguard.data.readers import Chat, Completion, Example, Text, read_examples
 
@@ -78,8 +78,8 @@ def counted(examples: list[Example], tokenizer: Any) -> Callable[[], int]:
 
     def count() -> int:
         total = np.zeros((2, len(tokenizer)), dtype=np.int64)
-        for begin in range(0, len(examples), CHUNK):
-            count_rows(encoder, examples[begin : begin + CHUNK]).add_to(total)
+        for chunk in chunks_of(examples):
+            count_rows(encoder, chunk).add_to(total)
         return int(total[1].sum())
 
     return count

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tokenizers import processors
 
+from vocabguard.data.counting import CHUNK
 from vocabguard.data.coverage import (
-    CHUNK,
     Coverage,
     at_risk,
     coverage_totals,

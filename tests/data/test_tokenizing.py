@@ -149,3 +149,33 @@ def test_the_installed_one_gives_the_same_targets(tokenizer: Any) -> None:
     for one, other in zip(quick.encode(said), slow.encode(said), strict=True):
         assert (one.ids.tolist(), one.target.tolist()) == (other.ids.tolist(), other.target.tolist())
     assert "Tokenized by fastokens" in quick.texts.told
+
+
+def test_letters_that_are_written_otherwise_are_asked_about(tokenizer: Any) -> None:
+    """NFC makes the Kelvin sign a K and the ångström sign an Å: bytes that add up in all, and are others in between."""
+    own = copy.deepcopy(tokenizer)
+    said = ["plain text"] * 3 + ["Å\u0301 K. যয়।", "e\u0301\u212b\u2126\u1f71"]
+    quick = TextTokenizer(own)
+    _, lengths, places, in_bytes = quick.placed(said)
+    plain = own.backend_tokenizer.encode_batch(said, add_special_tokens=False)
+    assert in_characters(places, in_bytes, lengths, said) == [
+        (a, b) if b > a else (-1, -1) for one in plain for a, b in one.offsets
+    ]
+
+
+def test_the_slow_way_is_for_the_few_texts_that_are_changed(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = copy.deepcopy(tokenizer)
+    quick = TextTokenizer(own)
+    quick.placed(["warm up"])
+    asked: list[int] = []
+    mend = TextTokenizer._mend
+
+    def seen(self: TextTokenizer, *given: Any) -> bool:
+        asked.append(len(given[-1]))
+        return mend(self, *given)
+
+    monkeypatch.setattr(TextTokenizer, "_mend", seen)
+    quick.placed(["two words", "дом и сад", "こんにちは", "a\tb\n", "👍🏽 ok"])
+    assert asked == []
+    quick.placed(["two words", "e\u0301", "дом"])
+    assert asked == [1]

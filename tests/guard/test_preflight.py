@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from vocabguard import ConfigError, VocabGuard
-from vocabguard.data.coverage import Coverage, CoverageSource, RowTally
+from vocabguard.data.counting import RowTally
+from vocabguard.data.coverage import Coverage, CoverageSource
 from vocabguard.guard.preflight import preflight
 from vocabguard.results import NotApplicable, Preflight
 

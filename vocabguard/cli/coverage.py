@@ -25,7 +25,8 @@ from vocabguard.cli.common import (
     working,
 )
 from vocabguard.cli.coverage_view import Shown, tell
-from vocabguard.data.coverage import Coverage, Sequences, at_risk, load_coverage, measure_coverage, vocabulary_hash
+from vocabguard.data.counting import Sequences
+from vocabguard.data.coverage import Coverage, at_risk, load_coverage, measure_coverage, vocabulary_hash
 from vocabguard.data.encode import LOSSES
 from vocabguard.data.merge import merge_coverages
 from vocabguard.data.named import added_tokens, end_tokens, named_sentences, shared_padding

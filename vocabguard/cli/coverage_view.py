@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from vocabguard.cli.common import Column, Grid
-from vocabguard.data.coverage import Coverage, RowTally, coverage_totals, group_rows
+from vocabguard.data.counting import RowTally
+from vocabguard.data.coverage import Coverage, coverage_totals, group_rows
 from vocabguard.data.ranking import USUAL_NEVER, kind_rows
 from vocabguard.results import EXPOSURE_CLASSES
 from vocabguard.text import percent, visible

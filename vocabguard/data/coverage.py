@@ -9,25 +9,23 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import multiprocessing
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vocabguard.data.encode import Batch, Loss, Rendered, TargetEncoder
-from vocabguard.data.readers import Example, Examples, Text, TokenRows
-from vocabguard.data.render import Trainer, TurnTally
+from vocabguard.data.counting import RowTally, Sequences
+from vocabguard.data.encode import Loss, TargetEncoder
+from vocabguard.data.parallel import Seen, counted
+from vocabguard.data.readers import Example, Examples, TokenRows
+from vocabguard.data.render import Trainer
 from vocabguard.data.roles import ROLES, UnknownRoleError
 from vocabguard.data.tables import DataError
 from vocabguard.files import one_line, require_regular, tensor_file, write_file
@@ -39,15 +37,10 @@ from vocabguard.vocabulary.table import VocabTable, fit_rows
 SCHEMA = 1
 """Version of the file's layout; a newer one is refused."""
 
-CHUNK = 512
-"""Examples that are encoded at once, fewer where they are long."""
-
-_LONG = 2**21  # characters, or token ids, that are encoded at once
 _READ_ON = 1_000_000  # rows that are read on for a full list of unknown roles
 _SHOWN = 20  # rows among which one with targets is looked for, to be shown
 
 _VECTORS = {"data_target": torch.int64, "inputs": torch.int64, "group": torch.uint8, "live": torch.bool}
-_WORKER: list[TargetEncoder] = []
 
 
 @dataclass(frozen=True)
@@ -87,52 +80,12 @@ class CoverageSource:
 
 
 @dataclass(frozen=True)
-class RowTally:
-    """Rows that were read, in one pass.
-
-    Attributes:
-        without_targets: those that ask for nothing, e.g. since their answer was cut off; a trainer may drop them.
-        cut: those that were longer than the longest allowed.
-        turns_exact: assistant turns found exactly, where the template does not mark them; see `TurnTally`.
-        turns_by_text: found by their text.
-        turns_missing: not found, so that they count as no target.
-        turns_silent: out of the loss by ``weight: 0`` or ``train: false``.
-        chats_marked: conversations whose template marks the assistant's text.
-        chats_trl: conversations encoded with TRL's training template.
-        calls_lost: turns whose tool calls the template does not write.
-    """
-
-    rows: int = 0
-    without_targets: int = 0
-    cut: int = 0
-    turns_exact: int = 0
-    turns_by_text: int = 0
-    turns_missing: int = 0
-    turns_silent: int = 0
-    chats_marked: int = 0
-    chats_trl: int = 0
-    calls_lost: int = 0
-
-    @property
-    def conversations(self) -> bool:
-        """Whether the assistant's turns of any conversation were looked for."""
-        return any((self.chats_marked, self.chats_trl, self.turns_exact, self.turns_by_text, self.turns_missing))
-
-    def __add__(self, other: RowTally) -> RowTally:
-        return RowTally(*(getattr(self, spec.name) + getattr(other, spec.name) for spec in fields(self)))
-
-
-@dataclass(frozen=True)
 class WordCount:
     """How often a word of several tokens is a target, whole, and how often the model reads it."""
 
     word: str
     targets: int
     inputs: int
-
-
-Sequences = tuple[tuple[int, ...], ...]
-"""The ways in which a word is encoded."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,27 +230,27 @@ def measure_coverage(
             raise ValueError(f"{label} is {value}; allowed: at least 1")
     options: dict[str, Any] = {"loss": loss, "eos": eos, "max_length": max_length, "trainer": trainer, "fast": fast}
     encoder = TargetEncoder(tokenizer, **options)  # wrong options are refused here, not in a worker that then breaks
-    counts, tally, example = (
-        np.zeros((2, len(table)), dtype=np.int64),
-        RowTally(),
-        ShownRow(tokenizer, TargetEncoder(tokenizer, **{**options, "fast": False})),
-    )
+    example = ShownRow(tokenizer, TargetEncoder(tokenizer, **{**options, "fast": False}))
+    counts, tally, seen = np.zeros((2, len(table)), dtype=np.int64), RowTally(), Seen()
     remaining, sequences = iter(examples), tuple((words or {}).values())
     of_words = np.zeros((len(sequences), 2), dtype=np.int64)
+    source_of: Iterable[Example] = example.seen(remaining)
+    told_of = progress if progress is not None else int
     try:
-        for found in _counted(example.seen(remaining), tokenizer, options, encoder, workers, sequences):
+        if workers > 1 and isinstance(examples, Examples):
+            example.look_at(examples.readers(1)[0])
+            source_of = examples
+        for found in counted(source_of, tokenizer, options, encoder, workers, sequences, told_of, seen):
             found.add_to(counts)
             of_words += found.words
             tally += found.rows
-            if progress is not None:
-                progress(found.rows.rows)
     except UnknownRoleError as error:
         raise _all_unknown(error, examples, remaining) from error
     if not tally.rows:
         raise ValueError(f"no rows in {', '.join(files) or 'the data'}; there is nothing to count")
     both = torch.from_numpy(counts) * epochs
     kinds, notes = _reading(examples)
-    notes = (*notes, encoder.texts.told) if encoder.texts.told else notes
+    notes = (*notes, seen.told) if seen.told else notes
     source = CoverageSource(
         name, vocabulary_hash(tokenizer), tuple(files), loss, eos, max_length, epochs, table.names, trainer,
         encoder.renderer.identity(tally.chats_trl > 0), kinds, notes, _shard_of(examples), example.pieces,
@@ -305,181 +258,6 @@ def measure_coverage(
     rows = zip(words or (), (of_words * epochs).tolist(), strict=True)
     told = tuple(WordCount(word, *row) for word, row in rows)
     return Coverage(both[0].clone(), both[1].clone(), table.group, table.live, tally, source, told)
-
-
-@dataclass(frozen=True, eq=False)
-class Counted:
-    """Counts of a few examples.
-
-    Attributes:
-        ids: (n,) int64, those that occur.
-        counts: (2, n) int64, how often each is a target and an input.
-        rows: what was counted.
-        words: (k, 2) int64, how often each word is a target, whole, and an input.
-    """
-
-    ids: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    rows: RowTally
-    words: NDArray[np.int64]
-
-    def add_to(self, counts: NDArray[np.int64]) -> None:
-        """Add to (2, V) int64 counts."""
-        counts[:, self.ids] += self.counts
-
-
-def count_rows(encoder: TargetEncoder, examples: Sequence[Example], words: Sequence[Sequences] = ()) -> Counted:
-    """Counts of a few examples: a pure function of them, for `datasets.map(batched=True)` and the like.
-
-    Args:
-        examples: at least one.
-        words: the ways in which words of several tokens are encoded, to be counted too.
-
-    Raises:
-        DataError: for an example that cannot be used.
-    """
-    sources = encoder.render(examples)
-    return _count_batches(encoder.batches(sources), encoder.renderer.take_tally(), words)
-
-
-def _count_batches(batches: Sequence[Batch], turns: TurnTally, words: Sequence[Sequences]) -> Counted:
-    """Counts of the batches of a few examples."""
-    # Counting into a vector is linear; sorting the ids, as `numpy.unique` does, took as long as the tokenizer.
-    counts = [(seen := np.bincount(batch.ids), _asked(batch, seen)) for batch in batches]
-    read, asked = (sum_counts([pair[side] for pair in counts]) for side in (0, 1))
-    ids = np.flatnonzero(read)
-    cut = sum(int(batch.cut.sum()) for batch in batches)
-    rows, without = sum(batch.count for batch in batches), sum(batch.without_targets for batch in batches)
-    tally = RowTally(
-        rows,
-        without,
-        cut,
-        turns.exact,
-        turns.by_text,
-        turns.missing,
-        turns.silent,
-        turns.marked,
-        turns.trl,
-        turns.calls_lost,
-    )
-    of_words = [
-        [sum(counts) for counts in zip(*(_occurrences(batch, ways) for batch in batches), strict=True)]
-        for ways in words
-    ]
-    return Counted(ids, np.stack([asked[ids], read[ids]]), tally, np.array(of_words, dtype=np.int64).reshape(-1, 2))
-
-
-def _asked(batch: Batch, read: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How often each id is a target, by the fewer of those that are and those that are not."""
-    few = 2 * np.count_nonzero(batch.target) < len(batch.target)
-    found = np.bincount(batch.ids[batch.target if few else ~batch.target], minlength=len(read))
-    return found if few else read - found
-
-
-def _occurrences(batch: Batch, ways: Sequences) -> tuple[int, int]:
-    """How often a word is a target, all of it, and how often it is read."""
-    starts = np.zeros(len(batch.ids) + 1, dtype=np.bool_)
-    starts[np.cumsum(batch.lengths)] = True
-    targets = inputs = 0
-    for way in ways:
-        at = np.flatnonzero(batch.ids[: max(0, len(batch.ids) - len(way) + 1)] == way[0])
-        asked = batch.target[at]
-        for place, token in enumerate(way[1:], start=1):
-            same = (batch.ids[at + place] == token) & ~starts[at + place]
-            at, asked = at[same], asked[same] & batch.target[at[same] + place]
-        targets, inputs = targets + int(asked.sum()), inputs + len(at)
-    return targets, inputs
-
-
-def sum_counts(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """The sum of vectors of which some are shorter.
-
-    >>> sum_counts([np.array([1, 2]), np.array([5])]).tolist()
-    [6, 2]
-    """
-    total = np.zeros(max(map(len, parts), default=0), dtype=np.int64)
-    for part in parts:
-        total[: len(part)] += part
-    return total
-
-
-def _counted(
-    examples: Iterable[Example], tokenizer: Any, options: dict[str, Any], encoder: TargetEncoder, workers: int,
-    words: Sequence[Sequences],
-) -> Iterator[Counted]:  # fmt: skip
-    chunks = _chunks(examples)
-    if workers == 1:
-        return _counted_here(chunks, encoder, words)
-    return _counted_elsewhere(chunks, tokenizer, options, workers, words)
-
-
-def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
-    """The examples, so many at a time, and no more than memory has room for."""
-    chunk: list[Example] = []
-    weight = 0
-    for example in examples:
-        chunk.append(example)
-        if isinstance(example, Text):
-            weight += len(example.text)
-        elif isinstance(example, TokenRows):
-            weight += len(example.ids)
-        if len(chunk) >= CHUNK or weight >= _LONG:
-            yield chunk
-            chunk, weight = [], 0
-    if chunk:
-        yield chunk
-
-
-def _counted_here(
-    chunks: Iterable[Sequence[Example]], encoder: TargetEncoder, words: Sequence[Sequences]
-) -> Iterator[Counted]:
-    """Chat templates are rendered here while a thread has the tokenizer, which lets go of Python's lock."""
-
-    def count(sources: Sequence[Rendered], turns: TurnTally) -> Counted:
-        return _count_batches(encoder.batches(sources), turns, words)
-
-    def submitted(pool: ThreadPoolExecutor) -> Iterator[Future[Counted]]:
-        for chunk in chunks:
-            sources = encoder.render(chunk)
-            yield pool.submit(count, sources, encoder.renderer.take_tally())
-
-    with ThreadPoolExecutor(1, thread_name_prefix="vocabguard") as pool:
-        yield from _in_order(submitted(pool), 2)
-
-
-def _counted_elsewhere(
-    chunks: Iterable[Sequence[Example]], tokenizer: Any, options: dict[str, Any], workers: int,
-    words: Sequence[Sequences],
-) -> Iterator[Counted]:  # fmt: skip
-    # Forked children of a process with running threads may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, options)) as pool:
-        try:
-            yield from _in_order((pool.submit(_count_in_worker, chunk, words) for chunk in chunks), 3 * workers)
-        except BrokenProcessPool as error:
-            raise ValueError(f"a worker process ended without an answer ({error}); --workers 1 uses none") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _in_order(futures: Iterable[Future[Counted]], most: int) -> Iterator[Counted]:
-    """Results in order, of which so many may be on their way: the data need not fit in memory."""
-    waiting: deque[Future[Counted]] = deque()
-    for future in futures:
-        waiting.append(future)
-        if len(waiting) > most:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
-
-
-def _start_worker(tokenizer: Any, options: dict[str, Any]) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process each is enough
-    _WORKER.append(TargetEncoder(tokenizer, **options))
-
-
-def _count_in_worker(examples: Sequence[Example], words: Sequence[Sequences]) -> Counted:
-    return count_rows(_WORKER[0], examples, words)
 
 
 class ShownRow:
@@ -495,10 +273,15 @@ class ShownRow:
 
     def seen(self, examples: Iterable[Example]) -> Iterator[Example]:
         """The same examples, of which the first are looked at."""
-        for example in examples:
-            if self._looked < _SHOWN:
-                self._look(example)
-            yield example
+        remaining = iter(examples)
+        while self._looked < _SHOWN and (first := list(islice(remaining, 1))):
+            self._look(first[0])
+            yield first[0]
+        yield from remaining
+
+    def look_at(self, examples: Iterable[Example]) -> None:
+        """Look at the first of them."""
+        deque(islice(self.seen(examples), _SHOWN), 0)
 
     def _look(self, example: Example) -> None:
         self._looked += 1
@@ -549,7 +332,7 @@ def _all_unknown(error: UnknownRoleError, examples: Iterable[Example], remaining
     """All roles of the data that nobody knows, with their counts."""
     if not isinstance(examples, Examples):
         return error
-    rows = sum(1 for _ in itertools.islice(remaining, _READ_ON))
+    rows = sum(1 for _ in islice(remaining, _READ_ON))
     counts = ", ".join(f"{r!r} ({n:,} turns)" for r, n in examples.roles.seen.most_common() if r not in ROLES)
     upto = f" in the first {rows:,} rows" if rows == _READ_ON else ""
     return DataError(f"{error}. All that are unknown{upto}: {counts}; say what they are, e.g. --role NAME=assistant")

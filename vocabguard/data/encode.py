@@ -6,15 +6,18 @@ changes neither inputs nor targets. `render` says which text of a conversation i
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vocabguard.data.readers import Chat, Completion, DataError, Example, Preference, Text, TokenRows
-from vocabguard.data.render import ChatRenderer, Span, Trainer
+from vocabguard.data.render import ChatRenderer, Trainer
+from vocabguard.data.templates import Span
 from vocabguard.data.tokenizing import Ids, TextTokenizer, single
 from vocabguard.files import one_line
 
@@ -44,23 +47,37 @@ class Batch:
     """Rows that were tokenized together, one after the other.
 
     Attributes:
-        ids: (T,) int64, of all rows.
-        target: (T,) bool, see `Encoded`.
+        ids: (T,) whole numbers, of all rows.
         lengths: (n,) int64, tokens of each row.
         cut: (n,) bool, see `Encoded`.
         order: (n,) int64, which example each row is; -1 for what is read beside it, a rejected answer.
+        asked: (T,) bool, see `Encoded`; None where the targets are all tokens but the first of each row.
     """
 
-    ids: Ids
-    target: Mask
+    ids: NDArray[np.integer[Any]]
     lengths: NDArray[np.int64]
     cut: Mask
     order: NDArray[np.int64]
+    asked: Mask | None
+
+    @functools.cached_property
+    def target(self) -> Mask:
+        """(T,) bool, see `Encoded`."""
+        if self.asked is not None:
+            return self.asked
+        target = np.ones(len(self.ids), dtype=np.bool_)
+        target[self.firsts] = False
+        return target
+
+    @property
+    def firsts(self) -> Ids:
+        """Where rows begin that have a token."""
+        return (np.cumsum(self.lengths) - self.lengths)[self.lengths > 0]
 
     @property
     def without_targets(self) -> int:
         """Rows that ask for nothing."""
-        if np.count_nonzero(self.target) == len(self.target) - np.count_nonzero(self.lengths):  # all but the first
+        if self.asked is None:
             return int(((self.lengths < 2) & (self.order >= 0)).sum())
         some = self.lengths > 0
         asked = np.zeros(len(self.lengths), dtype=np.bool_)
@@ -76,7 +93,8 @@ class Batch:
     def rows(self) -> Iterator[tuple[int, Encoded]]:
         """The rows, each with its place among the examples."""
         edges = np.cumsum(self.lengths)[:-1]
-        parts = zip(np.split(self.ids, edges), np.split(self.target, edges), self.cut.tolist(), strict=True)
+        ids = self.ids.astype(np.int64, copy=False)
+        parts = zip(np.split(ids, edges), np.split(self.target, edges), self.cut.tolist(), strict=True)
         for place, part in zip(self.order.tolist(), parts, strict=True):
             if place >= 0:
                 yield place, Encoded(*part)
@@ -103,13 +121,15 @@ class Source:
 
 @dataclass(slots=True)
 class Documents:
-    """Texts alone, as they are tokenized."""
+    """Texts alone, without the end that they get.
+
+    Attributes:
+        prompts: texts that they begin with, which are no targets; None where all is.
+    """
 
     examples: Sequence[Example]
     texts: list[str]
-
-    def __iter__(self) -> Iterator[tuple[Example, str]]:
-        return zip(self.examples, self.texts, strict=True)
+    prompts: list[str] | None = None
 
 
 Rendered = Source | TokenRows | Documents
@@ -169,11 +189,15 @@ class TargetEncoder:
         Raises:
             DataError: for an example that the chat template refuses.
         """
-        if all(type(example) is Text for example in examples):
-            # Rows of few tokens, where what is done for each row is what takes time.
-            eos = self._eos
-            texts = [text if text.endswith(eos) else text + eos for text in (one.text for one in examples)]  # type: ignore[union-attr]
-            return [Documents(examples, texts)]
+        # Rows of few tokens, where what is done for each row is what takes time.
+        kinds = set(map(type, examples))
+        if kinds == {Text}:
+            return [Documents(examples, [example.text for example in examples])]  # type: ignore[union-attr]
+        if kinds == {Completion}:
+            pairs = [(example.prompt, example.completion) for example in examples]  # type: ignore[union-attr]
+            if set(map(type, chain.from_iterable(pairs))) == {str}:
+                prompts = None if self._loss == "all" else [prompt for prompt, _ in pairs]
+                return [Documents(examples, list(map("".join, pairs)), prompts)]  # type: ignore[arg-type]
         return [self._source(example) for example in examples]
 
     def batches(self, sources: Sequence[Rendered]) -> list[Batch]:
@@ -200,13 +224,18 @@ class TargetEncoder:
         return [*found, *([self._token_batch(tokens)] if tokens else [])]
 
     def _documents(self, documents: Documents) -> Batch:
-        """Texts of which every token is a target."""
+        """Texts of which every token is a target, but for a prompt."""
+        texts, prompts, examples = documents.texts, documents.prompts, documents.examples
         try:
-            ids, lengths = self.texts.flat(documents.texts, True)
+            ids, lengths = self.texts.ended(texts, self._eos)
         except Exception as error:  # one text spoils the batch: say which
-            sources = [Source(example.place, text, True) for example, text in documents]
-            raise self._refused(sources, documents.texts, True, error) from error
-        return self._cut(ids, np.ones(len(ids), dtype=np.bool_), lengths, np.arange(len(lengths)))
+            raise self._refused([example.place for example in examples], texts, True, error) from error
+        target = None
+        if prompts is not None:
+            target, starts = np.ones(len(ids), dtype=np.bool_), np.cumsum(lengths) - lengths
+            shared = common_prefixes(*self._tokenize(examples, prompts, True), ids, starts, lengths)
+            _clear_beginnings(target, starts, shared)
+        return self._cut(ids, target, lengths, np.arange(len(lengths)))
 
     def _source(self, example: Example) -> Source | TokenRows:
         if isinstance(example, Text):  # the cheapest rows, so that a call more would be seen
@@ -271,7 +300,7 @@ class TargetEncoder:
         try:
             ids, lengths, places, in_bytes = self.texts.placed(texts)
         except Exception as error:  # one text spoils the batch: say which
-            raise self._refused(sources, texts, special, error) from error
+            raise self._refused([source.place for source in sources], texts, special, error) from error
         return self._cut(ids, _inside(places, lengths, sources, in_bytes), lengths, order)
 
     def _beside(self, sources: list[Source]) -> Batch:
@@ -289,25 +318,35 @@ class TargetEncoder:
         """Rows that are ids already; those of one example share its place."""
         rows = [source for _, source in sources]
         ids = rows[0].ids if len(rows) == 1 else np.concatenate([source.ids for source in rows])
-        if len(ids) and int(ids.view(np.uint64).max()) >= self._size:  # read so, what is below 0 is above all
+        # Read as one without a sign, what is below 0 is above all.
+        if len(ids) and int(ids.view(f"u{ids.dtype.itemsize}").max()) >= self._size:
             wrong = next(
                 row for row in rows if len(row.ids) and (int(row.ids.min()) < 0 or int(row.ids.max()) >= self._size)
             )
             raise DataError(f"{wrong.place}: 'input_ids' goes from {wrong.ids.min()} to {wrong.ids.max()}; allowed: 0 "
                             f"to {self._size - 1}, the ids of this tokenizer")  # fmt: skip
         order = np.repeat([place for place, _ in sources], [len(source.lengths) for source in rows])
-        target = np.concatenate([source.target for source in rows])
+        everything = all(source.target.all() for source in rows)
+        target = None if everything else np.concatenate([source.target for source in rows])
         return self._cut(ids, target, np.concatenate([source.lengths for source in rows]), order)
 
-    def _cut(self, ids: Ids, target: Mask, lengths: NDArray[np.int64], order: NDArray[np.int64]) -> Batch:
-        """Rows without what is too long of them, and without targets that nothing comes before."""
+    def _cut(
+        self, ids: NDArray[np.integer[Any]], target: Mask | None, lengths: NDArray[np.int64], order: NDArray[np.int64]
+    ) -> Batch:
+        """Rows without what is too long of them, and without targets that nothing comes before.
+
+        Args:
+            target: (T,) bool; None is all.
+        """
         starts = np.cumsum(lengths) - lengths
-        target[starts[lengths > 0]] = False
+        if target is not None:
+            target[starts[lengths > 0]] = False
         if self._max_length is None:
-            return Batch(ids, target, lengths, np.zeros(len(lengths), dtype=np.bool_), order)
+            return Batch(ids, lengths, np.zeros(len(lengths), dtype=np.bool_), order, target)
         kept = np.arange(len(ids)) - np.repeat(starts, lengths) < self._max_length
         cut = (lengths > self._max_length) & (order >= 0)
-        return Batch(ids[kept], target[kept], np.minimum(lengths, self._max_length), cut, order)
+        shorter = np.minimum(lengths, self._max_length)
+        return Batch(ids[kept], shorter, cut, order, None if target is None else target[kept])
 
     def _after_prompts(self, sources: list[Source], ids: Ids, lengths: NDArray[np.int64], special: bool) -> Mask:
         """Targets of rows that begin with a prompt, or are all target."""
@@ -326,20 +365,22 @@ class TargetEncoder:
             own = np.isin(np.repeat(np.arange(len(asked)), prompts[1]), pairs)
             alike = common_prefixes(prompts[0][own], prompts[1][pairs], found, np.cumsum(counts) - counts, counts)
             shared[chosen[pairs]] = np.minimum(shared[chosen[pairs]], alike)
-        target[np.arange(len(ids)) - np.repeat(starts, lengths) < np.repeat(shared, lengths)] = False
+        _clear_beginnings(target, starts, shared)
         return target
 
-    def _tokenize(self, sources: list[Source], texts: list[str], special: bool) -> tuple[Ids, NDArray[np.int64]]:
+    def _tokenize(
+        self, sources: Sequence[Source | Example], texts: list[str], special: bool
+    ) -> tuple[Ids, NDArray[np.int64]]:
         """The ids of all texts, and each one's length."""
         try:
             return self.texts.flat(texts, special)
         except Exception as error:  # one text spoils the batch: say which
-            raise self._refused(sources, texts, special, error) from error
+            raise self._refused([source.place for source in sources], texts, special, error) from error
 
-    def _refused(self, sources: list[Source], texts: list[str], special: bool, error: Exception) -> DataError:
+    def _refused(self, places: list[str], texts: list[str], special: bool, error: Exception) -> DataError:
         found = single(lambda text: self.texts.flat([text], special), texts)
         place, error = found or (0, error)
-        return DataError(f"{sources[place].place}: the tokenizer refuses the text ({one_line(error)})")
+        return DataError(f"{places[place]}: the tokenizer refuses the text ({one_line(error)})")
 
     def _by_prefixes(self, source: Source, ids: Ids) -> Mask:
         """Targets where the tokenizer knows no offsets: between the ids of the text before and up to a span's end."""
@@ -384,6 +425,12 @@ def common_prefixes(prompts: Ids, counts: Ids, ids: Ids, starts: Ids, lengths: I
     wrong = np.flatnonzero(other)[::-1]  # of several in a row the first is written last
     found[of_row[wrong]] = place[wrong]
     return found
+
+
+def _clear_beginnings(target: Mask, starts: Ids, counts: Ids) -> None:
+    """Take so many of each row's first tokens out."""
+    first = np.cumsum(counts) - counts
+    target[np.repeat(starts - first, counts) + np.arange(int(counts.sum()))] = False
 
 
 def _inside(places: NDArray[np.int64], lengths: NDArray[np.int64], sources: Sequence[Source], in_bytes: bool) -> Mask:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vocabguard.data.coverage import count_rows
+from vocabguard.data.counting import count_rows
 from vocabguard.data.encode import Loss, TargetEncoder
 from vocabguard.data.readers import Examples, Kind
 from vocabguard.data.render import Trainer

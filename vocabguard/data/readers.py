@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, takewhile
 from typing import Any, Literal, TypeVar, get_args
 
@@ -107,18 +107,24 @@ class TokenRows:
 
     Attributes:
         place: of the first.
-        ids: (T,) int64, of all rows.
+        ids: (T,) whole numbers of the data's own kind, which int64 can hold, of all rows.
         target: (T,) bool, the labels ask for this token.
         lengths: (n,) int64, tokens of each row.
     """
 
     place: str
-    ids: _Ids
+    ids: NDArray[np.integer[Any]]
     target: NDArray[np.bool_]
     lengths: _Ids
 
 
 Example = Chat | Completion | Preference | Text | TokenRows
+
+
+@dataclass(frozen=True)
+class _Columns:
+    kind: Kind
+    names: tuple[str, ...]
 
 
 class Examples:
@@ -133,50 +139,82 @@ class Examples:
 
     def __init__(
         self, files: Iterable[DataFile], kind: Kind | None, columns: tuple[str, ...], roles: Mapping[str, str],
-        chats: bool, shard: RowShard, blocks: bool,
+        chats: bool, shard: RowShard, blocks: bool, chosen: Sequence[_Columns | None] = (),
     ) -> None:  # fmt: skip
         self.kinds: Counter[str] = Counter()
         self.roles = RoleReader(roles)
         self.notes: Counter[str] = Counter()
-        self._files, self._kind, self._columns = files, kind, columns
+        self._files, self._kind, self._columns, self._named, self._chosen = tuple(files), kind, columns, roles, chosen
         self._chats, self.shard, self._blocks = chats, shard, blocks
 
     def __iter__(self) -> Iterator[Example]:
         for place, file in enumerate(self._files):
             yield from self._of(file, place)
 
+    def readers(self, count: int) -> list[Examples]:
+        """As many that have the same examples together, for processes of their own; all read a file in one way."""
+        if not self._chosen:
+            self._chosen = [self._first(file, place) for place, file in enumerate(self._files)]
+        shards = [replace(self.shard, reader=reader, readers=count) for reader in range(count)]
+        return [
+            Examples(
+                self._files, self._kind, self._columns, self._named, self._chats, shard, self._blocks, self._chosen
+            )
+            for shard in shards
+        ]
+
+    def add_seen(self, other: Examples) -> None:
+        """Take in what one of the `readers` saw."""
+        self.notes.update(other.notes)
+        self.roles.renamed.update(other.roles.renamed)
+        self.roles.seen.update(other.roles.seen)
+
+    def _first(self, file: DataFile, place: int) -> _Columns | None:
+        """How a file's first row says that it is read; None of plain text and of files without rows."""
+        if is_plain_text(file):
+            self._read_plainly(file)
+            return None
+        first = next(iter(rows_of(file, self._names(), self.shard, place)), None)
+        return None if first is None else self._choose(first[0], _as_row(*first))
+
+    def _names(self) -> set[str]:
+        known = (name for alternatives in FORMATS.values() for names in alternatives for name in names)
+        return {*(self._columns or known), *_OPTIONS, *_MASKS, *_BESIDE}
+
+    def _read_plainly(self, file: DataFile) -> None:
+        if self._kind not in (None, "text") or self._columns:
+            raise DataError(
+                f"{file}: plain text has no columns; allowed without --kind and --column, a document a line"
+            )
+        self.kinds["text, a document a line"] += 1
+
     def _of(self, file: DataFile, first: int) -> Iterator[Example]:
         if is_plain_text(file):
-            if self._kind not in (None, "text") or self._columns:
-                raise DataError(
-                    f"{file}: plain text has no columns; allowed without --kind and --column, a document a line"
-                )
-            self.kinds["text, a document a line"] += 1
+            self._read_plainly(file)
             yield from (Text(place, text) for place, text in rows_of(file, shard=self.shard, first=first))
             return
-        known = (name for alternatives in FORMATS.values() for names in alternatives for name in names)
-        names = {*(self._columns or known), *_OPTIONS, *_MASKS, *_BESIDE}
+        chosen = self._chosen[first] if self._chosen else None
         if self._blocks and is_table(file):
-            yield from self._of_table(file, names, first)
+            yield from self._of_table(file, self._names(), first, chosen)
         else:
-            yield from self.of_rows(rows_of(file, names, self.shard, first))
+            yield from self.of_rows(rows_of(file, self._names(), self.shard, first), chosen)
 
-    def of_rows(self, rows: Iterable[Row]) -> Iterator[Example]:
+    def of_rows(self, rows: Iterable[Row], chosen: _Columns | None = None) -> Iterator[Example]:
         """The examples of the rows of one file, or of another source.
+
+        Args:
+            chosen: how they are read; None for the first row to tell.
 
         Raises:
             DataError: for a row that cannot be used.
         """
-        chosen: _Columns | None = None
-        for place, row in rows:
-            if not isinstance(row, dict):
-                raise DataError(f"{place}: holds {shown(row)}; allowed: an object with {_allowed_columns()}")
+        for place, value in rows:
+            row = _as_row(place, value)
             chosen = chosen or self._choose(place, row)
             yield self._example(place, row, chosen)
 
-    def _of_table(self, file: DataFile, names: set[str], first: int) -> Iterator[Example]:
+    def _of_table(self, file: DataFile, names: set[str], first: int, chosen: _Columns | None) -> Iterator[Example]:
         """Of a table of token ids a whole batch is one example: no row becomes Python objects."""
-        chosen: _Columns | None = None
         for number, batch in batches_of(file, names, self.shard, first, large=True):
             if not batch.num_rows:
                 continue
@@ -275,12 +313,6 @@ class Examples:
         return Preference(place, first[:common], first[common:], second[common:], _options(place, row))
 
 
-@dataclass(frozen=True)
-class _Columns:
-    kind: Kind
-    names: tuple[str, ...]
-
-
 def read_examples(
     files: Iterable[DataFile], *, kind: Kind | None = None, columns: Sequence[str] = (),
     roles: Mapping[str, str] | None = None, chats: bool = True, shard: RowShard = WHOLE, blocks: bool = False,
@@ -345,6 +377,12 @@ def _allowed_columns(kinds: Sequence[Kind] = KINDS) -> str:
     return " or ".join("+".join(repr(name) for name in FORMATS[kind][0]) for kind in kinds)
 
 
+def _as_row(place: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: holds {shown(value)}; allowed: an object with {_allowed_columns()}")
+    return value
+
+
 def _string(place: str, name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise DataError(f"{place}: {name!r} holds {shown(value)}; allowed: a text")
@@ -396,7 +434,7 @@ def _token_block(place: str, batch: Any, name: str) -> TokenRows:
         numbers = values.to_numpy(zero_copy_only=False)
         if numbers.dtype.kind not in "iub":
             raise DataError(f"{place}: {key!r} holds {column.type}; allowed: lists of whole numbers")
-        flat[key] = numbers.astype(np.int64, copy=False) if key == name else numbers
+        flat[key] = numbers
     return _token_rows(place, flat, name, edges.astype(np.int64))
 
 
@@ -407,8 +445,8 @@ def _token_rows(place: str, columns: Mapping[str, _Ids], name: str, lengths: _Id
         if len(column) != len(ids):
             raise DataError(f"{place}: {key!r} has {len(column)} values, {name!r} {len(ids)}; allowed: as many")
     if (labels := columns.get("labels")) is not None:
-        same = labels == ids
-        target = same if bool(same.all()) and not bool((ids < 0).any()) else labels != _IGNORED
+        same = labels == ids  # ids below 0, which a label may be, are refused where they are counted
+        target = same if bool(same.all()) else labels != _IGNORED
         if target is not same and not bool((same | ~target).all()):
             raise DataError(f"{place}: 'labels' asks for other tokens than 'input_ids' has there; allowed: the same "
                             f"id or {_IGNORED} (labels are not shifted: the trainer does that)")  # fmt: skip
@@ -417,6 +455,8 @@ def _token_rows(place: str, columns: Mapping[str, _Ids], name: str, lengths: _Id
         for key in _MASKS[1:]:
             if key in columns:
                 target &= columns[key] != 0
+    if not np.can_cast(ids.dtype, np.int64):
+        ids = ids.astype(np.int64)
     read = columns.get("attention_mask")
     if read is None or bool((read != 0).all()):
         return TokenRows(place, ids, target, lengths)

@@ -14,42 +14,29 @@ import functools
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import regex
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from vocabguard.data.roles import ROLES, Turn, UnknownRoleError
+from vocabguard.data.shapes import Shape, find_shape, shape_key
 from vocabguard.data.tables import DataError
+from vocabguard.data.templates import Span, Written, compiled, marks_answers, render_recorded, watch, watched
 from vocabguard.files import one_line
-
-Span = tuple[int, int]
-"""Characters from the first to before the second."""
 
 Trainer = Literal["trl", "transformers"]
 TRAINERS: tuple[Trainer, ...] = get_args(Trainer)
 
-Rule = Literal["marked", "trl", "found"]
+_Key = tuple[str, str, tuple[str, ...]]  # a template, what is asked of it, and the roles of a conversation
+_ALWAYS: dict[str, Any] = {"tools": None, "documents": None}  # that transformers tells every template
 
-_GENERATION = regex.compile(r"\{%-?\s*generation\s*-?%\}")
-_OPEN, _CLOSE, _END = "\U0010f8f0", "\U0010f8f1", "\U0010f8f2"  # of a private plane: in no text that people write
-_MARK = regex.compile(f"{_OPEN}([0-9]+){_CLOSE}|{_END}([0-9]+){_CLOSE}")
 _ALIKE, _LOOK_AGAIN = 64, 97  # renderings that are compared with transformers' own, and every so many after them
+_MOST_SHAPES = 4096
 _CONTENT = "0vocabguard0"  # that a template neither trims nor splits
-
-
-@functools.lru_cache(maxsize=32)
-def _marks(template: str) -> bool:
-    return _GENERATION.search(template) is not None
 
 
 @dataclass
@@ -97,9 +84,16 @@ class ChatRenderer:
         self._named: dict[tuple[str, str], bool] = {}
         self._headers: dict[str, str] = {}
         self._quick: dict[str, tuple[bool, int]] = {}
+        # None is a shape that was seen once, False one whose contents change what is written.
+        self._shapes: dict[_Key, Shape | bool | None] = {}
+        self._filled: list[Shape] = []
 
     def take_tally(self) -> TurnTally:
         """How turns were found since the last call."""
+        for shape, times in Counter(self._filled).items():
+            counts = {shape.rule: times} if shape.rule else {"exact": shape.found * times}
+            self.tally.add(missing=shape.missing * times, **counts)
+        self._filled.clear()
         taken, self.tally = self.tally, TurnTally()
         return taken
 
@@ -120,7 +114,14 @@ class ChatRenderer:
         Raises:
             DataError: if there is no template, or it fails, or a role is not known.
         """
-        return self._render(place, self._own(place, options), turns, options, generate, False)[0]
+        template = self._own(place, options)
+        key = _key(template, "prompt" if generate else "text", turns, options)
+        if key is not None and (filled := self._fill(key, turns)) is not None:
+            return filled[1]
+        text = self._render(place, template, turns, options, generate, False)[0]
+        if key is not None:
+            self._learn(key, turns, (text, []), "")
+        return text
 
     def identity(self, swapped: bool) -> str:
         """SHA-256 of the tokenizer's templates, and of TRL's if it was `swapped` in."""
@@ -136,16 +137,61 @@ class ChatRenderer:
             DataError: if there is no template, or it fails, or a role is not known.
         """
         template = own = self._own(place, options)
-        if not _marks(own) and (swapped := self.swapped[0]) is not None:
+        if not marks_answers(own) and (swapped := self.swapped[0]) is not None:
             template = swapped
+        key = _key(template, "answers", turns, options)
+        if key is not None and (filled := self._fill(key, turns)) is not None:
+            self._filled.append(filled[0])
+            return filled[1:]
+        rule = ("marked" if template is own else "trl") if marks_answers(template) else ""
+        result = self._one_by_one(place, template, turns, options, rule)
+        if key is not None:
+            self._learn(key, turns, result, rule)
+        return result
+
+    def _one_by_one(
+        self, place: str, template: str, turns: Sequence[Turn], options: Mapping[str, Any], rule: str
+    ) -> tuple[str, list[Span]]:
         silent = {i for i, turn in enumerate(turns) if turn["role"] == "assistant" and not is_trained(turn)}
         self.tally.add(silent=len(silent))
-        if _marks(template):
-            self.tally.add(**{"marked" if template is own else "trl": 1})
-            text, spans = self._render(place, template, turns, options, False, True)
-            self.tally.add(calls_lost=_calls_lost(turns, text))
-            return text, self._without(place, template, text, spans, turns, options, silent) if silent else spans
-        return self._found(place, template, turns, options, silent)
+        if not rule:
+            return self._found(place, template, turns, options, silent)
+        self.tally.add(**{rule: 1})
+        text, spans = self._render(place, template, turns, options, False, True)
+        self.tally.add(calls_lost=_calls_lost(turns, text))
+        return text, self._without(place, template, text, spans, turns, options, silent) if silent else spans
+
+    def _fill(self, key: _Key, turns: Sequence[Turn]) -> tuple[Shape, str, list[Span]] | None:
+        """A conversation by its shape, where that is known."""
+        shape, template = self._shapes.get(key), key[0]
+        if not isinstance(shape, Shape) or (looked := self._trusted(template)) is None:
+            return None
+        if (filled := shape.fill(turns)) is None:
+            del self._shapes[key]
+            return None
+        self._quick[template] = True, looked + 1
+        return shape, *filled
+
+    def _learn(self, key: _Key, turns: Sequence[Turn], result: tuple[str, list[Span]], rule: str) -> None:
+        """What a conversation tells of its shape, once it was rendered alone."""
+        known = self._shapes.get(key, True)
+        if known is True:  # never seen: most shapes of long conversations come once
+            if len(self._shapes) < _MOST_SHAPES:
+                self._shapes[key] = None
+            return
+        if known is None and self._quick[key[0]][0]:
+            template, kind, roles = key
+            data = {**_ALWAYS, "add_generation_prompt": kind == "prompt", **self._special}
+            header = "" if rule or kind != "answers" else self._header(template, {})
+            known = find_shape(template, roles, data, rule=rule if kind == "answers" else "text", header=header)
+        if not isinstance(known, Shape) or known.fill(turns) != result:
+            known = False
+        self._shapes[key] = known
+
+    def _trusted(self, template: str) -> int | None:
+        """Renderings so far of a template that need not be compared with transformers' now; None if this one is to."""
+        quick, looked = self._quick.get(template, (True, 0))
+        return looked if quick and looked >= _ALIKE and looked % _LOOK_AGAIN else None
 
     def _without(
         self, place: str, template: str, text: str, spans: list[Span], turns: Sequence[Turn],
@@ -163,9 +209,8 @@ class ChatRenderer:
         self, place: str, template: str, turns: Sequence[Turn], options: Mapping[str, Any], silent: set[int]
     ) -> tuple[str, list[Span]]:
         """Where the template marks nothing: from the header, which a generation prompt shows, to the message's end."""
-        whole = self._render(place, template, turns, options, False, False)[0]
+        whole, regions = self._shown(place, template, turns, options)
         self.tally.add(calls_lost=_calls_lost(turns, whole))
-        regions = self._regions(template, whole, turns, options)
         if regions is None or not any(regions.values()):
             return whole, self._by_prefixes(place, template, whole, turns, options, silent)
         header = self._header(template, options)
@@ -201,36 +246,35 @@ class ChatRenderer:
         prompt = prompted[len(before) :]
         return answer[: _shared(answer, prompt)]
 
+    def _shown(
+        self, place: str, template: str, turns: Sequence[Turn], options: Mapping[str, Any]
+    ) -> tuple[str, dict[int, list[Span]] | None]:
+        """The conversation as text, and its regions; rendered once where that is enough."""
+        looked = self._trusted(template)
+        written = None if looked is None else self._watched(template, turns, options, alone=True)
+        if written is not None and looked is not None and all(self._knows(template, turn["role"]) for turn in turns):
+            self._quick[template] = True, looked + 1
+            return written.text, written.regions
+        whole = self._render(place, template, turns, options, False, False)[0]
+        return whole, self._regions(template, whole, turns, options)
+
     def _regions(
         self, template: str, text: str, turns: Sequence[Turn], options: Mapping[str, Any]
     ) -> dict[int, list[Span]] | None:
         """The characters that the template writes while it is at each message; None where that cannot be seen."""
-        plain = [_with_thoughts(turn) for turn in turns]
-        places = {id(turn): place for place, turn in enumerate(plain)}
-        always = {"messages": plain, "tools": None, "documents": None, "add_generation_prompt": False}
-        data = {**always, **self._special, **options, "vocabguard_place": lambda turn: places.get(id(turn), -1)}
+        written = self._watched(template, turns, options)
+        return written.regions if written is not None and written.text == text else None
+
+    def _watched(
+        self, template: str, turns: Sequence[Turn], options: Mapping[str, Any], alone: bool = False
+    ) -> Written | None:
+        """The rendering that shows the messages; with `alone` only where it is the text for sure."""
+        data = {**_ALWAYS, "add_generation_prompt": False, **self._special, **options}
         try:
-            shown = _watched(template).render(data)
+            program, is_text = watched(template)
+            return watch(program, data, [_with_thoughts(turn) for turn in turns]) if is_text or not alone else None
         except Exception:  # a template that the other engine renders and this one does not
             return None
-        regions: dict[int, list[Span]] = {place: [] for place in range(len(plain))}
-        pieces, length, at, opened = [], 0, 0, dict[int, int]()
-        for mark in _MARK.finditer(shown):
-            pieces.append(shown[at : mark.start()])
-            length, at = length + len(pieces[-1]), mark.end()
-            if mark[1] is not None:
-                opened[int(mark[1])] = length
-            elif (begin := opened.pop(int(mark[2]), length)) < length:
-                regions[int(mark[2])].append((begin, length))
-        pieces.append(shown[at:])
-        if "".join(pieces) != text:
-            return None
-        # A loop that goes on before a message's end shows where it began only.
-        begins = sorted([*opened.values(), *(span[0] for spans in regions.values() for span in spans), len(text)])
-        for place, begin in opened.items():
-            end = next((other for other in begins if other > begin), len(text))
-            regions[place] += [(begin, end)] if end > begin else []
-        return regions
 
     def _by_prefixes(
         self, place: str, template: str, whole: str, turns: Sequence[Turn], options: Mapping[str, Any],
@@ -264,6 +308,9 @@ class ChatRenderer:
         return start, end + len(close) * whole.startswith(close, end)
 
     def _own(self, place: str, options: Mapping[str, Any]) -> str:
+        template = getattr(self._tokenizer, "chat_template", None)
+        if isinstance(template, str) and template:
+            return template
         try:
             template = self._tokenizer.get_chat_template(None, options.get("tools"))
         except Exception as error:  # several, by what is missing
@@ -280,7 +327,7 @@ class ChatRenderer:
                 raise UnknownRoleError(f"{place}: the role {turn['role']!r} is not known; allowed: {', '.join(ROLES)}, "
                                        "and roles that the chat template names")  # fmt: skip
         quick, looked = self._quick.get(template, (True, 0))
-        if quick and looked >= _ALIKE and looked % _LOOK_AGAIN:
+        if self._trusted(template) is not None:
             with suppress(Exception):  # the other engine says what is wrong
                 found = self._rendered_quickly(template, turns, options, generate, track)
                 self._quick[template] = True, looked + 1
@@ -309,16 +356,8 @@ class ChatRenderer:
         self, template: str, turns: Sequence[Turn], options: Mapping[str, Any], generate: bool, track: bool
     ) -> tuple[str, list[Span]]:
         """As transformers renders, without its copies of the data: three times as fast."""
-        always = {"messages": [_with_thoughts(turn) for turn in turns], "tools": None, "documents": None}
-        data = {**always, "add_generation_prompt": generate, **self._special, **options}
-        record = _Record()
-        token = _RECORD.set(record)
-        try:
-            for piece in _compiled(template).generate(data):
-                record.pieces.append(piece)
-                record.length += len(piece)
-        finally:
-            _RECORD.reset(token)
+        told = {"messages": [_with_thoughts(turn) for turn in turns], "add_generation_prompt": generate}
+        record = render_recorded(compiled(template), {**_ALWAYS, **told, **self._special, **options})
         return "".join(record.pieces), record.spans if track else []
 
     def _knows(self, template: str, role: str) -> bool:
@@ -327,6 +366,11 @@ class ChatRenderer:
         if (template, role) not in self._named:
             self._named[template, role] = f"'{role}'" in template or f'"{role}"' in template
         return self._named[template, role]
+
+
+def _key(template: str, kind: str, turns: Sequence[Turn], options: Mapping[str, Any]) -> _Key | None:
+    roles = None if options else shape_key(turns)
+    return None if roles is None else (template, kind, roles)
 
 
 def is_trained(turn: Turn) -> bool:
@@ -362,92 +406,6 @@ def training_template(tokenizer: Any) -> tuple[str | None, str]:
     except Exception:  # for a template of which it has no copy, and for those that fail on its own questions
         return None, "TRL has no training template for it and refuses assistant_only_loss=True"
     return found, "" if found else "TRL takes the template as it is"
-
-
-@dataclass
-class _Record:
-    """What a template has written so far, and which of it is marked."""
-
-    pieces: list[str] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
-    length: int = 0
-
-
-_RECORD: ContextVar[_Record | None] = ContextVar("vocabguard_record", default=None)
-
-
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` as transformers reads it."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
-
-    def _marked(self, caller: Callable[[], str]) -> str:
-        text = caller()
-        if (record := _RECORD.get()) is not None:
-            record.spans.append((record.length, record.length + len(text)))
-        return text
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as transformers has it for chat templates."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    named = {"raise_exception": _raise, "strftime_now": _now, "dict": _as_dict}
-    environment.globals.update(named)
-    return environment
-
-
-@functools.lru_cache(maxsize=32)
-def _compiled(template: str) -> jinja2.Template:
-    return _environment().from_string(template)
-
-
-@functools.lru_cache(maxsize=32)
-def _watched(template: str) -> jinja2.Template:
-    """The template, which also writes where each message of a loop begins and ends."""
-    environment = _environment()
-    tree = environment.parse(template)
-    for number, loop in enumerate(list(tree.find_all(jinja2.nodes.For))):
-        if isinstance(loop.target, jinja2.nodes.Name):
-            loop.body = list(_with_marks(loop.body, loop.target.name, f"vocabguard_{number}"))
-    return jinja2.Template.from_code(environment, environment.compile(tree), environment.make_globals(None))
-
-
-def _as_dict(*pairs: Any, **named: Any) -> dict[Any, Any]:
-    return dict(*pairs, **named)  # a function has none of the attributes by which a template could break out
-
-
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _with_marks(body: list[jinja2.nodes.Node], item: str, name: str) -> Iterator[jinja2.nodes.Node]:
-    from jinja2 import nodes
-
-    asked = nodes.Call(nodes.Name("vocabguard_place", "load"), [nodes.Name(item, "load")], [], None, None)
-    yield nodes.Assign(nodes.Name(name, "store"), asked)
-    for sign, rest in ((_OPEN, body), (_END, [])):
-        text = nodes.Concat([nodes.Const(sign), nodes.Name(name, "load"), nodes.Const(_CLOSE)])
-        is_message = nodes.Compare(nodes.Name(name, "load"), [nodes.Operand("gteq", nodes.Const(0))])
-        yield nodes.Output([nodes.CondExpr(is_message, text, nodes.Const(""))])
-        yield from rest
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> None:
-    raise jinja2.exceptions.TemplateError(message)
 
 
 def _shared(text: str, other: str) -> int:

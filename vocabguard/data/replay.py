@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vocabguard.data.coverage import CHUNK
+from vocabguard.data.counting import CHUNK
 from vocabguard.data.encode import TargetEncoder
 from vocabguard.data.readers import Example, in_chunks
 

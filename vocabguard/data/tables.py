@@ -36,7 +36,7 @@ Row = tuple[str, Any]
 """(place, value): where a row was read, for messages, and its columns by name or, of plain text, the line."""
 
 _BATCH_ROWS = 1024
-_BATCH_NUMBERS, _FEWEST_BATCH_ROWS, _MOST_BATCH_ROWS = 2**19, 64, 2**16  # of rows that are lists of numbers
+_BATCH_NUMBERS, _FEWEST_BATCH_ROWS, _MOST_BATCH_ROWS = 2**20, 64, 2**16  # of rows that are lists of numbers
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
 _JSON_CHUNK = 2**18
 _LONGEST = 2**28  # bytes of a line, or characters of a JSON value: more is not training data
@@ -89,10 +89,13 @@ class RowShard:
 
     Attributes:
         index: from 1 to `count`.
+        reader, readers: which of several processes reads, from 0, each an equal part of the shard.
     """
 
     index: int = 1
     count: int = 1
+    reader: int = 0
+    readers: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.index <= self.count:
@@ -100,7 +103,8 @@ class RowShard:
 
     def takes(self, place: int) -> bool:
         """Whether the row or batch at a place, from 0, is in this shard."""
-        return place % self.count == self.index - 1
+        turn, own = divmod(place, self.count)
+        return own == self.index - 1 and turn % self.readers == self.reader
 
 
 WHOLE = RowShard()
@@ -203,9 +207,12 @@ def batches_of(
         raise DataError(f"{file}: reading {kind} needs pyarrow; `pip install pyarrow` brings it ({error})") from error
     number = 0
     # Shards take their batches by number, so that those must not be few.
-    quick = partial(_parquet_batches, large=large and shard == WHOLE)
+    quick = partial(_parquet_batches, large=large and shard.count == 1)
     read = _saved_batches if is_folder else quick if kind == "Parquet" else _arrow_batches
     try:
+        if kind == "Parquet" and shard.count == 1 and shard.readers > 1 and _groups_of(file) >= 2 * shard.readers:
+            yield from _own_groups(file, names, large, shard)
+            return
         for place, batch in enumerate(read(file, names), start=first):
             if shard.takes(place):
                 yield number + 1, batch
@@ -225,6 +232,29 @@ def _parquet_batches(file: Any, names: Collection[str], large: bool = False) -> 
     with parquet.ParquetFile(source) as opened:
         wanted = _wanted(opened.schema_arrow.names, names)
         yield from opened.iter_batches(_rows_a_batch(opened, wanted) if large else _BATCH_ROWS, columns=wanted)
+
+
+def _groups_of(file: Any) -> int:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(file if isinstance(file, Path) else file.open()) as opened:
+        return int(opened.num_row_groups)
+
+
+def _own_groups(file: Any, names: Collection[str], large: bool, shard: RowShard) -> Iterator[tuple[int, Any]]:
+    """The row groups of one of several readers, so that none is decoded twice: batches with their first row."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(file if isinstance(file, Path) else file.open()) as opened:
+        wanted, number = _wanted(opened.schema_arrow.names, names), 1
+        size = _rows_a_batch(opened, wanted) if large else _BATCH_ROWS
+        for group in range(opened.num_row_groups):
+            at = number
+            if group % shard.readers == shard.reader:
+                for batch in opened.iter_batches(size, row_groups=[group], columns=wanted):
+                    yield at, batch
+                    at += batch.num_rows
+            number += opened.metadata.row_group(group).num_rows
 
 
 def _rows_a_batch(opened: Any, wanted: list[str]) -> int:
@@ -356,8 +386,8 @@ def _read_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
     return (*known, zstandard.ZstdError)
 
 
-def _lines(file: DataFile) -> Iterator[tuple[str, bytes]]:
-    """(place, line) of the lines that are not blank, without their ends."""
+def _lines(file: DataFile) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of the lines that are not blank, without their ends."""
     number = 0
     try:
         with _open(file) as opened:
@@ -367,14 +397,15 @@ def _lines(file: DataFile) -> Iterator[tuple[str, bytes]]:
                     raise DataError(f"{file}, line {number}: is longer than {_LONGEST:,} bytes")
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if line := line.rstrip(b"\r\n"):
-                    yield f"{file}, line {number}", line
+                    yield number, line
     except _read_errors() as error:
         raise DataError(f"{file}: cannot be read after line {number} ({error})") from error
 
 
 def _text_lines(file: DataFile, shard: RowShard, first: int) -> Iterator[Row]:
-    for number, (place, line) in enumerate(_lines(file), start=first):
+    for number, (at, line) in enumerate(_lines(file), start=first):
         if shard.takes(number):
+            place = f"{file}, line {at}"
             try:
                 text = line.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -402,8 +433,9 @@ def decode_json(place: str, content: bytes | str) -> Any:
 
 def _json_lines(file: DataFile, shard: RowShard, first: int) -> Iterator[Row]:
     lines = (found for found in _lines(file) if not found[1].isspace())
-    for number, (place, line) in enumerate(lines, start=first):
+    for number, (at, line) in enumerate(lines, start=first):
         if shard.takes(number):
+            place = f"{file}, line {at}"
             yield place, decode_json(place, line)
 
 

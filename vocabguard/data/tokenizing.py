@@ -49,6 +49,7 @@ class TextTokenizer:
         self._quick: Any = None
         self._bytes: _TokenBytes | None = None
         self._tried = False
+        self._ends: dict[str, tuple[int, int] | None] = {}
         if self._backend is not None:
             # A saved tokenizer may come with either, which trainers do not use here.
             self._backend.no_truncation()
@@ -79,6 +80,47 @@ class TextTokenizer:
                 return self._slowly(texts, special)
         return self._slowly(texts, special)
 
+    def ended(self, texts: Sequence[str], end: str) -> tuple[Ids, NDArray[np.int64]]:
+        """What `flat` gives, with special tokens, of the texts with `end` after those that do not end with it.
+
+        Args:
+            end: the text of a special token; may be empty.
+
+        Raises:
+            Exception: whatever the tokenizer raises for a text that it refuses.
+        """
+        if end and self.has_places:
+            self._prepare(texts)
+            if end not in self._ends:
+                self._ends[end] = self._end_of(end, texts)
+            if (known := self._ends[end]) is not None:
+                return _with_ends(*self.flat(texts, True), *known)
+        return self.flat([text if text.endswith(end) else text + end for text in texts], True)
+
+    def _end_of(self, end: str, texts: Sequence[str]) -> tuple[int, int] | None:
+        """The id that `end` always becomes after a text, and how many special tokens follow it; None if it may not."""
+        added = {str(token): (index, token) for index, token in self._tokenizer.added_tokens_decoder.items()}
+        index, own = added.get(end, (-1, None))
+        if own is None or self._split or own.normalized or own.lstrip or own.rstrip:
+            return None
+        for text, (_, token) in added.items():
+            parts = [text[place:] for place in range(1, len(text))]
+            across = any(end.startswith(part) or part.startswith(end) for part in parts)
+            if token.single_word or across:  # a token that could take letters from both sides
+                return None
+        sample = [text for text in (*SAMPLE, "", end, f"a{end}", *texts[:_LOOKED_AT]) if _is_whole(text)]
+        bare, counts = self.flat(sample, False)
+        full, more = self.flat(sample, True)
+        around = int((more - counts)[0])
+        for after in range(around + 1):
+            own_ids = _without_ends(full, more, around - after, after)
+            if ((more - counts) == around).all() and np.array_equal(own_ids, bare):
+                want = self.flat([text if text.endswith(end) else text + end for text in sample], True)
+                got = _with_ends(full, more, index, after, around - after)
+                if all(np.array_equal(one, other) for one, other in zip(want, got, strict=True)):
+                    return index, after
+        return None
+
     def placed(self, texts: Sequence[str]) -> tuple[Ids, NDArray[np.int64], NDArray[np.int64], bool]:
         """Ids and lengths as `flat` gives them, without special tokens around, and what each token covers.
 
@@ -91,8 +133,7 @@ class TextTokenizer:
         self._prepare(texts)
         if self._bytes is not None:
             ids, lengths = self.flat(texts, False)
-            sizes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts], dtype=np.int64)
-            places, wrong = self._bytes.places(ids, lengths, sizes)
+            places, wrong = self._bytes.places(ids, lengths, texts)
             if not wrong.any() or self._mend(places, ids, lengths, texts, np.flatnonzero(wrong)):
                 return ids, lengths, places, True
         found = self._slow.encode_batch(texts, add_special_tokens=False)
@@ -163,51 +204,104 @@ def _by_fastokens(quick: Any, texts: Sequence[str], special: bool, split: bool) 
     return np.frombuffer(ids, dtype=np.uint32).astype(np.int64), np.diff(edges)
 
 
+def _with_ends(ids: Ids, lengths: Ids, end: int, after: int, before: int = 0) -> tuple[Ids, Ids]:
+    """Rows with an id at their end, before the last `after`, where it is not there already."""
+    ends = np.cumsum(lengths) - after
+    there = lengths - after > before
+    there[there] = ids[ends[there] - 1] == end
+    if there.all():
+        return ids, lengths
+    lengths = lengths + ~there
+    places = (np.cumsum(lengths) - after - 1)[~there]
+    found = np.empty(len(ids) + len(places), dtype=np.int64)
+    others = np.ones(len(found), dtype=np.bool_)
+    others[places] = False
+    found[places], found[others] = end, ids
+    return found, lengths
+
+
+def _without_ends(ids: Ids, lengths: Ids, before: int, after: int) -> Ids:
+    place = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return ids[(place >= before) & (place < np.repeat(lengths, lengths) - after)]
+
+
 class _TokenBytes:
-    """How many bytes of a text each token covers.
+    """Which bytes of a text each token covers.
 
     Args:
-        covered: (V,) int64.
+        surfaces: the bytes that each of V tokens stands for.
         leading, trailing: (V,) int64, bytes at either end that the tokenizer does not count as covered.
     """
 
-    def __init__(self, covered: Ids, leading: Ids, trailing: Ids) -> None:
-        self._covered, self._leading, self._trailing = covered, leading, trailing
+    def __init__(self, surfaces: Sequence[bytes], leading: Ids, trailing: Ids) -> None:
+        self._covered = np.fromiter(map(len, surfaces), np.int64, len(surfaces))
+        self._table = np.frombuffer(b"".join(surfaces) or b"\0", dtype=np.uint8)
+        self._at = np.cumsum(self._covered) - self._covered
+        self._leading, self._trailing = leading, trailing
         self._trims = bool(leading.any() or trailing.any())
 
     def places(
-        self, ids: Ids, lengths: NDArray[np.int64], sizes: NDArray[np.int64]
+        self, ids: Ids, lengths: NDArray[np.int64], texts: Sequence[str]
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """(T, 2) int64 bytes that each token covers, and (n,) bool texts whose size they do not add up to."""
-        covered = self._covered[np.minimum(ids, len(self._covered) - 1)]
+        """(T, 2) int64 bytes that each token covers, and (n,) bool texts that the tokens' bytes are not."""
+        ids = np.minimum(ids, len(self._covered) - 1)
+        plain = np.fromiter(map(str.isascii, texts), np.bool_, len(texts))
+        sizes = np.fromiter(map(len, texts), np.int64, len(texts))
+        other = np.flatnonzero(~plain).tolist()
+        codes = [texts[row].encode() for row in other]
+        sizes[other] = [len(code) for code in codes]
+        covered = self._covered[ids]
         ends = np.cumsum(covered)
         whole = np.concatenate([[0], ends])[np.concatenate([[0], np.cumsum(lengths)])]
         ends -= np.repeat(whole[:-1], lengths)
         begins = ends - covered
+        wrong = np.diff(whole) != sizes
+        if other:
+            # As many bytes need not be the same ones: a letter may be written otherwise before it is encoded.
+            at = np.repeat(~plain & ~wrong, lengths)
+            wrong[other] |= self._differ(ids[at], covered[at], sizes, other, codes, wrong)
         if self._trims:
             begins = np.minimum(begins + self._leading[ids], ends)
             ends = np.maximum(ends - self._trailing[ids], begins)
-        return np.stack([begins, ends], axis=1), np.diff(whole) != sizes
+        return np.stack([begins, ends], axis=1), wrong
+
+    def _differ(
+        self, ids: Ids, covered: Ids, sizes: NDArray[np.int64], rows: Sequence[int], codes: Sequence[bytes],
+        wrong: NDArray[np.bool_],
+    ) -> NDArray[np.bool_]:  # fmt: skip
+        """(k,) bool, of k rows with bytes as many as their tokens', whether they are others."""
+        chosen = ~wrong[rows]
+        counts = sizes[rows][chosen]
+        text = np.frombuffer(b"".join(code for code, one in zip(codes, chosen, strict=True) if one), dtype=np.uint8)
+        starts = np.cumsum(covered) - covered
+        told = self._table[np.repeat(self._at[ids] - starts, covered) + np.arange(len(text))]
+        found = np.zeros(len(rows), dtype=np.bool_)
+        if len(counts):
+            found[chosen] = np.logical_or.reduceat(told != text, np.cumsum(counts) - counts)
+        return found
 
 
 def _token_bytes(tokenizer: Any, backend: Any, sample: Sequence[str]) -> _TokenBytes | None:
-    """The way of counting bytes that gives the tokenizer's own places on a sample; None if none does."""
+    """The way of counting bytes that gives the tokenizer's own places on most of a sample; None if none does."""
     found = backend.encode_batch(list(sample), add_special_tokens=False)
     ids, lengths = flattened([one.ids for one in found])
     want = _offsets(found, len(ids))
-    sizes = np.array([len(text.encode()) for text in sample], dtype=np.int64)
-    for byte_level in (True, False):
-        covered, spaces = _sizes(tokenizer, byte_level)
-        nothing = np.zeros_like(covered)
+    best, most = None, _ENOUGH - 1
+    likely = "▁" not in tokenizer.get_vocab()
+    for byte_level in (likely, not likely):
+        if most == len(sample):
+            break
+        surfaces, spaces = _surfaces(tokenizer, byte_level)
+        nothing = np.zeros(len(surfaces), dtype=np.int64)
         for trimmed in ((nothing, nothing), spaces):
-            counted = _TokenBytes(covered, *trimmed)
-            places, wrong = counted.places(ids, lengths, sizes)
-            # Of texts that are changed before they are encoded the bytes do not add up; the others tell.
+            counted = _TokenBytes(surfaces, *trimmed)
+            places, wrong = counted.places(ids, lengths, sample)
+            # Of texts that are changed before they are encoded the bytes are others; the others tell.
             told = ~np.repeat(wrong, lengths)
             right = len(wrong) - int(wrong.sum())
-            if right >= _ENOUGH and np.array_equal(_whole(places, lengths, sample)[told], want[told]):
-                return counted
-    return None
+            if right > most and np.array_equal(_whole(places, lengths, sample)[told], want[told]):
+                best, most = counted, right
+    return best
 
 
 def _whole(places: NDArray[np.int64], lengths: Ids, texts: Sequence[str]) -> NDArray[np.int64]:
@@ -224,25 +318,52 @@ def _whole(places: NDArray[np.int64], lengths: Ids, texts: Sequence[str]) -> NDA
     return found
 
 
-def _sizes(tokenizer: Any, byte_level: bool) -> tuple[Ids, tuple[Ids, Ids]]:
-    """(V,) bytes of each token, and the spaces at its beginning and end."""
+def _surfaces(tokenizer: Any, byte_level: bool) -> tuple[list[bytes], tuple[Ids, Ids]]:
+    """V tokens as bytes, and (V,) the spaces at the beginning and end of each."""
     vocabulary = tokenizer.get_vocab()
     added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
     size = 1 + max(vocabulary.values(), default=-1)
-    covered, leading, trailing = (np.zeros(size, dtype=np.int64) for _ in range(3))
+    surfaces = [b""] * size
+    leading, trailing = (np.zeros(size, dtype=np.int64) for _ in range(2))
     for piece, index in vocabulary.items():
         if index in added:
-            covered[index] = len(added[index].encode())
-        elif byte_level:
-            covered[index] = len(piece)
-            leading[index], trailing[index] = len(piece) - len(piece.lstrip("Ġ ")), len(piece) - len(piece.rstrip("Ġ "))
+            surfaces[index] = added[index].encode()
+            continue
+        if byte_level:
+            text, space = piece, "Ġ "
+            surfaces[index] = _bytes_of(piece)
         elif len(piece) == 6 and piece.startswith("<0x"):
-            covered[index] = 1
+            surfaces[index] = _byte(piece)
+            continue
         else:
-            text = piece.replace("▁", " ")
-            covered[index] = len(text.encode())
-            leading[index], trailing[index] = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
-    return covered, (leading, trailing)
+            text, space = piece.replace("▁", " "), " "
+            surfaces[index] = text.encode("utf-8", "replace")
+        leading[index], trailing[index] = len(text) - len(text.lstrip(space)), len(text) - len(text.rstrip(space))
+    return surfaces, (leading, trailing)
+
+
+def _byte(piece: str) -> bytes:
+    try:
+        return bytes([int(piece[3:5], 16)])
+    except ValueError:  # looks like a byte's name and is none
+        return piece.encode()
+
+
+def _bytes_of(piece: str) -> bytes:
+    try:
+        return piece.translate(_BYTE_OF).encode("latin-1")
+    except UnicodeEncodeError:  # of another alphabet: bytes that no text has
+        return b"\xff" * len(piece)
+
+
+def _letters_of_bytes() -> dict[int, int]:
+    """The byte of each letter in the alphabet of byte-level tokenizers, by their code points."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in shown]
+    return {**{byte: byte for byte in shown}, **{256 + place: byte for place, byte in enumerate(others)}}
+
+
+_BYTE_OF = _letters_of_bytes()
 
 
 def _in_bytes(places: NDArray[np.int64], lengths: Ids, texts: Sequence[str]) -> NDArray[np.int64]:
