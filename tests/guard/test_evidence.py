@@ -142,9 +142,15 @@ def test_what_cannot_tell_refuses_nothing(train: Callable[..., RunLog], tmp_path
     # A folder of an earlier version has no evidence, and a damaged one has anything.
     folder = train("run").folder
     told = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    for evidence in (None, 3, {"base": 3, "tokenizer": []}, {"base": {"rows_sample": {"head": 1}}}):
+    whole = run_data(RunLog.open(folder))
+    for evidence in (
+        None, 3, {"base": 3, "tokenizer": []}, {"base": {"rows_sample": {"head": 1}}}, {"base": {"rows_sample": 3}},
+        {"base": {"rows_sample": {"head": {"rows": 8192}}}, "tokenizer": {"vocabulary": 3}},
+    ):  # fmt: skip
         (folder / "run.json").write_text(json.dumps(told | {"evidence": evidence}), encoding="utf-8")
-        run_data(RunLog.open(folder))
+        odd = run_data(RunLog.open(folder))
+        compare(whole, odd)
+        side_by_side([whole, odd, odd], Limits())
         assert run("scan", ASSETS, ASSETS, "--no-body", "--run", folder) == 0
 
 

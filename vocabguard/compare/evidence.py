@@ -132,13 +132,25 @@ def unequal(first: Mapping[str, Any], second: Mapping[str, Any], what: str) -> s
     key = "vocabulary" if what == "tokenizer" else "sha256"
     hashes = [one.get(key), other.get(key)]
     if None not in hashes:
-        return "" if hashes[0] == hashes[1] else f"another {what} ({hashes[0]:.12} and {hashes[1]:.12})"
+        return "" if hashes[0] == hashes[1] else f"another {what} ({hashes[0]!s:.12} and {hashes[1]!s:.12})"
     pairs = _sampled_alike(one, other)
     odd = [name for name, (left, right) in pairs.items() if differ(left, right)]
     if not odd:
         return ""
-    left, right = (str(side["sha256"])[:12] for side in pairs[odd[0]])
+    left, right = (str(side.get("sha256"))[:12] for side in pairs[odd[0]])
     return f"another {what} ({_ROWS.get(odd[0], odd[0])} rows {left} and {right})"
+
+
+def identity_of(told: Mapping[str, Any], what: str) -> str | None:
+    """The hash of the tokenizer, or of output rows at the base; None where it is not known.
+
+    Args:
+        what: ``tokenizer`` or ``base``.
+    """
+    side = told.get(what)
+    side = side if isinstance(side, Mapping) else {}
+    found = side.get("vocabulary") if what == "tokenizer" else _samples(side).get("head", {}).get("sha256")
+    return found if isinstance(found, str) else None
 
 
 def _sampled_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vocabguard.compare.evidence import unequal
+from vocabguard.compare.evidence import identity_of, unequal
 from vocabguard.report.data import PageData
 from vocabguard.report.first import badge_of, short_name
 from vocabguard.report.sentences import Limits, Verdict, key_numbers, label_of, verdict_of
@@ -155,18 +155,13 @@ def _repeated(runs: Sequence[OneRun]) -> tuple[Repeated, ...]:
     for run in runs:
         kind = tuple(sorted((key, value) for key, value in run.data.settings.items() if key not in _REPEATED))
         # The trainer's own settings are not the guard's: other commands or models are other kinds of runs.
-        alike = (kind, run.data.origin.get("model"), *(_hash(run.data, what) for what in ("tokenizer", "base")))
+        alike = (
+            kind,
+            run.data.origin.get("model"),
+            *(identity_of(run.data.evidence, what) for what in ("tokenizer", "base")),
+        )
         kinds.setdefault(alike, []).append(run)
     return tuple(Repeated(tuple(run.name for run in alike), _means(alike)) for alike in kinds.values() if alike[1:])
-
-
-def _hash(data: PageData, what: str) -> str | None:
-    """That of the tokenizer, or of the output rows at the base; None where it is not known."""
-    told = data.evidence.get(what)
-    told = told if isinstance(told, Mapping) else {}
-    sample = (told.get("rows_sample") or {}).get("head") or {}
-    found = told.get("vocabulary") if what == "tokenizer" else sample.get("sha256")
-    return found if isinstance(found, str) else None
 
 
 def _means(runs: Sequence[OneRun]) -> tuple[tuple[str, str, int], ...]:
