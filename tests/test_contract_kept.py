@@ -132,6 +132,7 @@ ADDED: dict[str, tuple[str, ...]] = {
         "*probe/known",
         "*/preflight/tokens",
         "*run.json: origin*",
+        "*run.json: evidence*",
     ),
 }
 """Patterns of what is new since, by part: names as the failing test prints them."""

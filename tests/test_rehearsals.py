@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 REHEARSALS = Path(__file__).parent / "rehearsals"
 RESULTS = sorted((REHEARSALS / "results").glob("*.json"))
-CLIENTS = [path for path in RESULTS if path.stem not in ("trackers", "engines")]
+CLIENTS = [path for path in RESULTS if path.stem not in ("trackers", "engines", "served")]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 | file | content |
 |---|---|
-| ``run.json`` | schema, version, times of start and resumes, origin, settings, what is watched, group names |
+| ``run.json`` | schema, version, times of start and resumes, origin, evidence, settings, what is watched, group names |
 | ``checks.jsonl`` | one line a check: attempt, step, seconds, probed, firing, scalars, tokens, echo, forecast |
 | ``alerts.jsonl`` | one line a transition: attempt and the fields of `Transition`, its story too |
 | ``rows-<step>.safetensors`` | the vectors of `row_vectors` at a step |
@@ -102,14 +102,16 @@ class RunWriter:
         self._attempt: int | None = None
 
     def start(
-        self, config: Mapping[str, Any], watch: Watch, groups: Sequence[str], origin: Mapping[str, Any] | None = None
-    ) -> None:
+        self, config: Mapping[str, Any], watch: Watch, groups: Sequence[str], origin: Mapping[str, Any] | None = None,
+        evidence: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         """Write ``run.json``, or take up the run that the folder holds.
 
         Args:
             watch: what is watched. Its vectors are not written, only their shapes.
             groups: names of the script groups, in the order of the ``group`` vector.
             origin: model, data, command and versions; None leaves them out.
+            evidence: hashes of the tokenizer and the base's rows; None leaves them out.
 
         Raises:
             ValueError: if the folder holds a run of another schema, or of other groups.
@@ -126,6 +128,7 @@ class RunWriter:
             mend(path)
         meta |= {"config": plain(config), "watch": plain(watch), "groups": list(groups)}
         meta |= {} if origin is None else {"origin": plain(origin)}
+        meta |= {} if evidence is None else {"evidence": plain(evidence)}
         write_file(self.folder / _META, json.dumps(meta, indent=2, allow_nan=False) + "\n")
         self._attempt = len(meta["resumed"])
 
@@ -389,6 +392,18 @@ def why_unusable(folder: Path, groups: Sequence[str]) -> str | None:
     if isinstance(meta.get("created"), str) and isinstance(meta.get("resumed"), list) and "groups" in meta:
         return None if meta["groups"] == list(groups) else f"{folder / _META} has other groups of tokens"
     return f"{folder / _META} is not a vocabguard run: it names no start, no resumes or no groups"
+
+
+def evidence_in(folder: str | Path) -> dict[str, Any] | None:
+    """What a run was measured on: hashes of the tokenizer and of the base's rows; None where its folder has none.
+
+    Such as a folder of an earlier version, one that cannot be read, or one that holds no run.
+    """
+    try:
+        found = _read_meta(Path(folder)).get("evidence")
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def versions() -> dict[str, str | None]:

@@ -74,8 +74,10 @@ def test_by_block(pair: tuple[Path, Path]) -> None:
     assert [one.changed for one in found.blocks] == [0, 0, 1, 0, 1]
     assert found.blocks[2].worst[0] == "model.layers.2.mlp.up_proj.weight"
     said = body_sentence(body_as_json(found))
-    assert said.startswith("body: block 2 and what is in no block changed by ")
-    assert said.endswith("; 3 other parts are unchanged")
+    relative = [100 * naive(base, now, name)[0] for name in ("2", "outside")]
+    assert said.startswith(f"body: block 2 changed by {relative[0]:.1f} % of its norm (cosine ")
+    assert f"; weights outside the blocks changed by {relative[1]:.1f} % of their norm (model.norm.weight)" in said
+    assert said.endswith("; the other 3 blocks are unchanged")
 
 
 def test_a_copy_in_shards_and_in_other_files(pair: tuple[Path, Path], tmp_path: Path) -> None:

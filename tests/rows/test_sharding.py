@@ -14,8 +14,10 @@ from torch import nn
 from vocabguard.measure.drift import measure_drift
 from vocabguard.measure.kernels import row_sums
 from vocabguard.results import NotApplicable
+from vocabguard.rows import fingerprint as fingerprints
 from vocabguard.rows.baselines import CopiedBaseline, save_baseline
 from vocabguard.rows.engines import held_by_engine
+from vocabguard.rows.fingerprint import fingerprint
 from vocabguard.rows.matrices import VocabMatrix, find_matrices
 from vocabguard.rows.sharding import OwnPart, Shard, ShardBaseline, shard_of
 
@@ -112,6 +114,20 @@ def test_a_resumed_baseline_reads_the_same_part_from_the_file(
             assert torch.equal(copy.chunk(piece), reopened.chunk(piece))
         assert torch.equal(copy.norms, reopened.norms), "to the last bit"
         assert reopened.reference() == file.reference()
+
+
+def test_the_fingerprint_of_parts_is_that_of_the_whole(
+    pair: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _ = pair
+    whole = fingerprint(CopiedBaseline(base))
+    for parts in (*map(shards, CUTS), COLUMNS):
+        sent: list[torch.Tensor] = []
+        # What the processes would add up, each after the other.
+        monkeypatch.setattr(fingerprints.collective, "total", lambda rows, sent=sent: sent.append(rows) or sum(sent))
+        found = [fingerprint(ShardBaseline(own(base, shard).clone(), shard)) for shard in parts]
+        assert found[-1] == whole
+        assert fingerprint(OwnPart(CopiedBaseline(base), parts[0])) == whole
 
 
 def test_a_copy_refuses_rows_of_other_processes(pair: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from vocabguard.cli.app import InputError
 from vocabguard.cli.models import model_path, tokenizer_path
+from vocabguard.compare.evidence import rows_sample, unequal
 from vocabguard.compare.matching import folder_tokenizer
 from vocabguard.compare.models import Loading
 from vocabguard.compare.scan import Scan, scan
@@ -46,6 +47,7 @@ from vocabguard.protect.prompts import render_pool
 from vocabguard.report.commands import Next
 from vocabguard.rows.checkpoints import Checkpoint, open_checkpoint
 from vocabguard.rows.tensors import TORCH_SUFFIXES
+from vocabguard.runlog import evidence_in
 
 Base = Annotated[
     str,
@@ -270,22 +272,41 @@ def open_pair(
         else:
             own, other = folder_tokenizer(tuned), folder_tokenizer(base)
         counts, rows = coverage or run, after.rows or before.rows
-        if coverage is not None:
-            _check_counted(coverage, own, other)
+        if counts is not None:
+            _check_counted("--run" if coverage is None else "--coverage", counts, own, other)
+            _tell_other_base(counts, before, after)
         return Pair(before, after, other, own or other, None if counts is None else read_counts(counts, rows))
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
 
 
-def _check_counted(coverage: str, *tokenizers: Any) -> None:
-    """Refuse counts of a tokenizer that neither side has.
+def _check_counted(option: str, counts: str, *tokenizers: Any) -> None:
+    """Refuse counts of a tokenizer that neither side has; of a file or of a run folder.
 
     Raises:
         ValueError: where their vocabularies differ.
     """
-    counted, known = vocabulary_in(coverage), [one for one in tokenizers if one is not None]
+    counted, known = vocabulary_in(counts), [one for one in tokenizers if one is not None]
     if counted is not None and known and counted not in map(vocabulary_hash, known):
-        raise ValueError(f"--coverage {coverage}: was counted with another tokenizer than the models'")
+        raise ValueError(f"{option} {counts}: was counted with another tokenizer than the models'")
+
+
+def _tell_other_base(counts: str, base: Checkpoint, tuned: Checkpoint) -> None:
+    """Say so where counts are of a run that began at another base. They may still be wanted: of an earlier stage."""
+    kept = evidence_in(counts)
+    # A model without a base stands on both sides.
+    if kept is None or base.path == tuned.path:
+        return
+    why = unequal(kept, {"base": {"rows_sample": rows_sample(base)}}, "base")
+    if why:
+        note(f"{counts} is a run that began at another model than {base.path}, so its counts are of another training")
+
+
+def note(sentence: str) -> None:
+    """Print a line on standard error, for what a user should know and no result holds."""
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(
+        f"vocabguard: {' '.join(sentence.split())}"
+    )
 
 
 def measured(pair: Pair) -> Scan:

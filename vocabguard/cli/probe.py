@@ -277,7 +277,7 @@ def earlier_probe(file: Path, tokenizer: Any) -> tuple[ProbePlan, Answered]:
         vectors, summary, _ = load_scan(file)
         why = unequal(summary.get("evidence") or {}, {"tokenizer": tokenizer_of(tokenizer)}, "tokenizer")
         if why:
-            raise InputError(f"{file} and the model cannot be held against each other: {why}")
+            raise InputError(f"{file}: was measured with {why} than the model has, so their answers cannot be compared")
         plan = plan_of_json(summary["probe"]["plan"], vectors)
         return plan, answers_of(vectors, plan)
     except InputError:

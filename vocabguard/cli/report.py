@@ -18,6 +18,7 @@ from vocabguard.files import one_line
 from vocabguard.report.commands import newest_run
 from vocabguard.report.compare import Comparison, compare
 from vocabguard.report.data import PageData, TextOf, run_data
+from vocabguard.report.many import unlike_sentence
 from vocabguard.report.page import render, write_page
 from vocabguard.report.sentences import Limits, as_json, verdict_of
 from vocabguard.runlog import RunLog
@@ -174,7 +175,12 @@ def _lines(shown: list[PageData], limits: Limits, page: Path | None) -> list[str
     for data in shown:
         verdict = verdict_of(data, limits)
         lines += [f"{data.name}: {verdict.sentence}", *(f"  over the threshold: {one}" for one in verdict.findings)]
-    return [*lines, *([compare(*shown).sentence] if len(shown) == 2 else []), f"page: {page}"]
+    if len(shown) == 2:
+        both = compare(*shown)
+        lines += [both.sentence, *([both.unmatched] if both.unmatched else [])]
+    elif len(shown) > 2 and (unlike := unlike_sentence([data.name for data in shown], shown)):
+        lines.append(unlike)
+    return [*lines, f"page: {page}"]
 
 
 def _show(lines: list[str]) -> None:

@@ -18,7 +18,8 @@ from vocabguard.cli.app import InputError
 from vocabguard.cli.asking import Asking
 from vocabguard.cli.common import Column, Grid
 from vocabguard.cli.models import model_path
-from vocabguard.compare.blocks import body_as_json, body_drift
+from vocabguard.compare.blocks import ROUNDING, body_as_json, body_drift
+from vocabguard.compare.body_text import block_runs, range_of
 from vocabguard.compare.evidence import evidence_of
 from vocabguard.compare.probing import Bars
 from vocabguard.compare.scan import Scan
@@ -105,11 +106,20 @@ def _block_table(body: Mapping[str, Any], top: int) -> list[RenderableType]:
         return []
     grid = Grid([Column("block", words=True), Column("change"), Column("cosine"), Column("tensors changed", spare=2),
                  Column("most changed", words=True, spare=3)])  # fmt: skip
-    for one in body["blocks"]:
-        change, cosine = percent(one["relative"]), number(one["cosine"])
-        moved = f"{one['changed']} of {one['tensors']}"
-        grid.add(one["block"], change, cosine, moved, one["worst"]["tensor"] if one["changed"] else "")
-    return [Text("\nbody, by block: norm of the change over the norm at the base", "bold"), grid]
+    blocks = body["blocks"]
+    shown = [percent(one["relative"]) for one in blocks]
+    # Where all layers moved alike, a line each would say one thing as often as there are layers.
+    for run in block_runs([one["block"] for one in blocks], lambda first, other: shown[first] == shown[other]):
+        alike = [blocks[place] for place in run]
+        moved = f"{sum(one['changed'] for one in alike)} of {sum(one['tensors'] for one in alike)}"
+        cosines = [one["cosine"] for one in alike if one["cosine"] is not None]
+        worst = max(alike, key=lambda one: one["worst"]["relative"] or 0.0)
+        name = f"{worst['worst']['tensor']} ({percent(worst['worst']['relative'])})" if worst["changed"] else ""
+        label = range_of([one["block"] for one in alike])
+        grid.add(label, shown[run[0]], number(min(cosines, default=None)), moved, name)
+    title = "body, by block: norm of the change over the norm at the base"
+    yardstick = f" (rounding to bfloat16 makes at most {percent(ROUNDING['bfloat16'])})"
+    return [Text(f"\n{title}{yardstick}", "bold"), grid]
 
 
 def _matrix(found: Mapping[str, Any], name: str) -> list[RenderableType]:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vocabguard.files import one_line, read_json, require_regular
-from vocabguard.runlog import RunLog
+from vocabguard.runlog import RunLog, evidence_in
 from vocabguard.vocabulary.table import fit_rows
 
 _NAMES = ("data_target", "exposure/data_target")
@@ -45,10 +45,14 @@ def read_counts(path: str | Path, rows: int) -> Tensor:
 
 
 def vocabulary_in(path: str | Path) -> str | None:
-    """SHA-256 of the vocabulary that a file of coverage, scan or probe is about; None where it does not tell.
+    """SHA-256 of the vocabulary that a file of coverage, scan or probe, or a run folder, is about; None: it tells none.
 
     See `vocabguard.data.coverage.vocabulary_hash`.
     """
+    if Path(path).is_dir():
+        words = (evidence_in(path) or {}).get("tokenizer")
+        told = words.get("vocabulary") if isinstance(words, dict) else None
+        return told if isinstance(told, str) else None
     if Path(path).suffix != ".safetensors" or not Path(path).is_file():
         return None
     try:

@@ -13,11 +13,12 @@ from urllib.parse import urlsplit
 from vocabguard import collective
 from vocabguard.alerts.notify import Courier, Receiver, TrackioAlerts, WandbAlerts, Webhook, dispatch
 from vocabguard.alerts.rules import AlertRule
+from vocabguard.compare.evidence import unequal
 from vocabguard.config import GuardConfig, SinksConfig, webhook_url
 from vocabguard.files import why_unwritable, write_file
 from vocabguard.installation import missing
 from vocabguard.results import CheckResult, Finding, Transition, Watch
-from vocabguard.runlog import RunLog, RunWriter, row_vectors, why_unusable
+from vocabguard.runlog import RunLog, RunWriter, evidence_in, row_vectors, why_unusable
 from vocabguard.text import nothing_found
 from vocabguard.views.console import ConsoleView
 from vocabguard.views.keys import ChosenKeys
@@ -127,14 +128,18 @@ class Reporter:
         self._checks = 0
         self._rows_written: int | None = None
 
-    def watch(self, watch: Watch, origin: Mapping[str, Any] | None = None) -> None:
+    def watch(
+        self, watch: Watch, origin: Mapping[str, Any] | None = None, evidence: Mapping[str, Any] | None = None
+    ) -> None:
         """Say what is watched, before step 1.
 
         Args:
             origin: of the run, see `vocabguard.guard.origin.origin_of`.
+            evidence: of the run, see `vocabguard.compare.evidence.evidence_of_run`.
         """
         if self._log is not None:
-            self._log.start(without_secrets(self._config), watch, self._table.names, origin)
+            self._tell_other(self._log.folder, evidence or {})
+            self._log.start(without_secrets(self._config), watch, self._table.names, origin, evidence)
             self._log.texts(self._table.texts)
         if self._board is not None:
             self._board.watch(watch)
@@ -144,6 +149,14 @@ class Reporter:
                 f"{self._earlier} holds an earlier run, so this one is logged in {self._folder}. To continue the "
                 "earlier one, resume the training from its checkpoint."
             )
+
+    @staticmethod
+    def _tell_other(folder: Path, evidence: Mapping[str, Any]) -> None:
+        """Warn where the run that goes on in a folder was begun with another tokenizer or base."""
+        before = evidence_in(folder) or {}
+        for why in (unequal(before, evidence, what) for what in ("tokenizer", "base")):
+            if why:
+                logger.warning("vocabguard: the run in %s was begun with %s than it goes on with", folder, why)
 
     def say(self, sentence: str) -> None:
         """Print a line."""

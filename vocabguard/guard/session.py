@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vocabguard import collective
+from vocabguard.compare.evidence import evidence_of_run
 from vocabguard.config import ConfigError, ConfigSource, GuardConfig, Options, load_config
 from vocabguard.files import one_line
 from vocabguard.guard.batches import Observer, Targets, inner_optimizers
@@ -228,7 +229,8 @@ class VocabGuard:
                 self.watch = parts.describe(self.run_dir)
                 table = parts.checker.watched.table
                 self._reporter = Reporter(self.config, table, self._rules, self.run_dir, writer)
-                self._reporter.watch(self.watch, origin_of(model, dataloader, self.tokenizer))
+                evidence = self._evidence(parts.checker)
+                self._reporter.watch(self.watch, origin_of(model, dataloader, self.tokenizer), evidence)
                 if parts.checker.prober is not None:
                     parts.checker.prober.tell_through(self._reporter.say)
                 parts.hook(optimizer, self._faults, hook_model=hook_model, steps_done=steps_done)
@@ -245,6 +247,12 @@ class VocabGuard:
         self._resumed = {}  # another `attach` is another run
         self._timer.start(self._faults)  # only now, since the work of attaching is booked when it ends
         return self.watch if attached else None
+
+    def _evidence(self, checker: Checker) -> dict[str, Any] | None:
+        """What the run folder keeps of tokenizer and base. For all processes to call; rank 0 has the folder."""
+        if self.run_dir is None:
+            return None
+        return evidence_of_run(checker.watched.baselines, self.tokenizer if collective.is_main() else None)
 
     def _begin_anew(self, total_steps: int | None) -> None:
         """Forget an earlier run of this guard: its hooks, its faults, its numbers."""

@@ -101,7 +101,7 @@ def _unmatched(first: PageData, second: PageData) -> str:
         return f"The two have other vocabularies ({sizes}), so tokens cannot be compared one by one."
     reasons = (unequal(first.evidence, second.evidence, what) for what in ("tokenizer", "base"))
     why = next(filter(None, reasons), "")
-    return f"Of A and B {why}, so tokens cannot be compared one by one." if why else ""
+    return f"B was measured with {why} than A, so tokens cannot be compared one by one." if why else ""
 
 
 def _rows(data: PageData) -> RowNumbers:

@@ -35,7 +35,7 @@ from vocabguard.results import (
     WatchedMatrix,
 )
 from vocabguard.rows.tensors import MATRICES
-from vocabguard.runlog import NOTES, RunLog
+from vocabguard.runlog import NOTES, RunLog, evidence_in
 from vocabguard.text import ReportRow, listed, number, report_rows, visible, watch_sentences
 from vocabguard.views.findings import Story, story_of
 
@@ -175,7 +175,7 @@ class PageData:
         origin: where it comes from, name and value: model, data, date, versions, command.
         vocabulary: what each id says; empty where that is not known.
         commands: what to do next.
-        evidence: what a file was measured on, as `vocabguard.compare.evidence.evidence_of` has it; empty of a run.
+        evidence: what it was measured on, as `vocabguard.compare.evidence` has it; empty where it does not tell.
     """
 
     name: str
@@ -305,6 +305,7 @@ def run_data(log: RunLog, text: TextOf | None = None, top: int = TOP) -> PageDat
 def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
     checks, names = Checks(log.each_check()), tuple(str(name) for name in log.meta["groups"])
     watch = _watch(log.meta["watch"], str(log.folder))
+    evidence = evidence_in(log.folder) or {}
     notes = {kind: found for kind in NOTES if (found := log.notes(kind))}
     curves = _with_languages(checks.curves, notes.get("confusion", ()))
     scalars = checks.scalars | {key: values[-1] for key, (_, values) in curves.items() if key.startswith(_CONFUSION)}
@@ -325,7 +326,8 @@ def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
     return PageData(
         name=str(log.folder), kind="run", step=int(last["step"]) if last else None,
         end=_end(checks, scalars, matrix),
-        about=(*watch_sentences(watch), *([f"No forecast of the end: {unforeseen}."] if unforeseen else [])),
+        about=(*watch_sentences(watch), *([f"No forecast of the end: {unforeseen}."] if unforeseen else []),
+               *evidence_sentences({**evidence, "versions": None})),
         names=names, matrix=matrix, live=watch.live, table=report_rows(result, names, matrix) if last else (),
         embedding=report_rows(result, names, "embedding") if both else (), sizes=sizes_of(rows, names),
         scalars=scalars, curves=curves,
@@ -336,6 +338,7 @@ def _run_data(log: RunLog, text: TextOf | None, top: int) -> PageData:
         beside=tuple(_beside(kind, lines) for kind, lines in notes.items()), settings=_flat(log.meta["config"]),
         text=say, origin=_run_origin(log.meta), vocabulary=written,
         commands=after_run(log.folder, log.meta.get("origin"), lost=probed is not None and bool(probed.lost.any())),
+        evidence=evidence,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vocabguard.compare.evidence import identity_of, unequal
 from vocabguard.report.data import PageData
 from vocabguard.report.first import badge_of, short_name
 from vocabguard.report.sentences import Limits, Verdict, key_numbers, label_of, verdict_of
@@ -84,6 +85,7 @@ class Many:
         settings: of each setting that differs, its value in each run.
         groups: of each group or exposure class, what each run retains, or its share below 0.95.
         of_groups: which of the two.
+        unlike: that runs were measured with other tokenizers or bases, in words; else empty.
     """
 
     runs: tuple[OneRun, ...]
@@ -93,6 +95,7 @@ class Many:
     settings: tuple[tuple[str, tuple[str, ...]], ...]
     groups: tuple[tuple[str, str, tuple[float | None, ...]], ...]
     of_groups: str
+    unlike: str = ""
 
 
 def side_by_side(shown: Sequence[PageData], limits: Limits) -> Many:
@@ -109,7 +112,20 @@ def side_by_side(shown: Sequence[PageData], limits: Limits) -> Many:
     return Many(
         runs=tuple(runs), columns=columns, cells=cells, repeated=_repeated(runs), settings=_settings(shown),
         groups=_groups(shown, kept=kept), of_groups="retained" if kept else "below cosine 0.95",
+        unlike=unlike_sentence(names, shown),
     )  # fmt: skip
+
+
+def unlike_sentence(names: Sequence[str], shown: Sequence[PageData]) -> str:
+    """Which run was measured with another tokenizer or base than the first, whose numbers are of other tokens then."""
+    first, *others = zip(names, shown, strict=True)
+    found = [
+        f"{name} was measured with {why} than {first[0]}"
+        for what in ("tokenizer", "base")
+        for name, data in others
+        if (why := unequal(first[1].evidence, data.evidence, what))
+    ]
+    return f"{'; '.join(found)}: their shares are not of the same rows." if found else ""
 
 
 def distinct_names(paths: Sequence[str]) -> list[str]:
@@ -139,7 +155,12 @@ def _repeated(runs: Sequence[OneRun]) -> tuple[Repeated, ...]:
     for run in runs:
         kind = tuple(sorted((key, value) for key, value in run.data.settings.items() if key not in _REPEATED))
         # The trainer's own settings are not the guard's: other commands or models are other kinds of runs.
-        kinds.setdefault((kind, run.data.origin.get("model")), []).append(run)
+        alike = (
+            kind,
+            run.data.origin.get("model"),
+            *(identity_of(run.data.evidence, what) for what in ("tokenizer", "base")),
+        )
+        kinds.setdefault(alike, []).append(run)
     return tuple(Repeated(tuple(run.name for run in alike), _means(alike)) for alike in kinds.values() if alike[1:])
 
 
