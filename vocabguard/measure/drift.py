@@ -144,7 +144,7 @@ def drift_beyond(
     # Processes measure the same rows with more care, so they all choose them by the same arithmetic.
     finish = finish_loop() if shard is None and worth_compiling(matrix) else None
     with np.errstate(all="ignore"):
-        found = passed.drift_of(np.arange(matrix.rows)) if finish is None else passed.drift_by(finish)
+        found = passed.drift_of(None) if finish is None else passed.drift_by(finish)
     return RowDrift(*(torch.from_numpy(vector) for vector in found)), torch.from_numpy(base_sq)
 
 
@@ -177,23 +177,26 @@ class _Pass:
                 vector[ids] = found
         return vectors
 
-    def drift_of(self, ids: Ids) -> list[npt.NDArray[Any]]:
-        """The vectors of `RowDrift`, of some rows."""
-        base_sq, (now_sq, moved_sq, now_shift, moved_shift) = self.base_sq[ids], self.sums[:4, ids]
+    def drift_of(self, ids: Ids | None) -> list[npt.NDArray[Any]]:
+        """The vectors of `RowDrift`, of some rows; None: of all."""
+        chosen = slice(None) if ids is None else ids
+        base_sq, (now_sq, moved_sq, now_shift, moved_shift) = self.base_sq[chosen], self.sums[:4, chosen]
         products = self._products(ids, base_sq, now_sq, moved_sq, np.zeros_like(self.shift))
         bad, now_sq = products.bad.numpy(), products.now_sq.numpy()
         zero = ((base_sq == 0) | (now_sq == 0)) & ~bad
         cosine = residual = _cosine(products, zero)
         if self.shift_sq > 0:
             # The same of w - s, whose displacement is d - s.
-            now_sq_left = self.sums[0, ids] + (self.shift_sq - 2.0 * now_shift)
+            now_sq_left = self.sums[0, chosen] + (self.shift_sq - 2.0 * now_shift)
             moved_sq_left = moved_sq + (self.shift_sq - 2.0 * moved_shift)
             residual = _cosine(self._products(ids, base_sq, now_sq_left, moved_sq_left, self.shift), zero)
         length = np.where(bad, np.float32(np.nan), np.sqrt(moved_sq))
         ratio = np.where(bad | zero, np.float32(np.nan), np.sqrt(now_sq / base_sq))
         return [cosine, residual, length, ratio, bad, zero]
 
-    def _products(self, ids: Ids, base_sq: Floats, now_sq: Floats, moved_sq: Floats, shift: Floats) -> RowProducts:
+    def _products(
+        self, ids: Ids | None, base_sq: Floats, now_sq: Floats, moved_sq: Floats, shift: Floats
+    ) -> RowProducts:
         """Inner products of rows less a shift, with those measured anew for which the identities lose digits."""
         found = _products(base_sq, now_sq, moved_sq)
         dot, now_sq = found.dot.numpy(), found.now_sq.numpy()
@@ -203,9 +206,9 @@ class _Pass:
         anew = np.flatnonzero(far & ~found.bad.numpy())
         if len(anew) == 0:
             return found
-        direct = np.zeros((2, len(anew)), dtype=np.float32)
-        for chosen, rows, base in _gathered(self.matrix, self.baseline, ids[anew], self.chunk_rows):
-            rest, places = rows - _own_shift(shift, chosen, self.shard), np.searchsorted(ids[anew], chosen)
+        direct, wanted = np.zeros((2, len(anew)), dtype=np.float32), anew if ids is None else ids[anew]
+        for chosen, rows, base in _gathered(self.matrix, self.baseline, wanted, self.chunk_rows):
+            rest, places = rows - _own_shift(shift, chosen, self.shard), np.searchsorted(wanted, chosen)
             direct[0, places], direct[1, places] = (rest * base).sum(axis=1), np.square(rest).sum(axis=1)
         if self.shard is not None:
             direct = self.shard.total(torch.from_numpy(direct)).numpy()
