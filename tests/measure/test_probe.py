@@ -362,6 +362,17 @@ def test_the_contexts_that_a_model_follows_are_chosen() -> None:
     assert found.shares["heard"] > 0.7
     assert found.shares["deaf"] < 0.3
     assert found.contexts[0].name == "heard"
+    # Those that fall behind are asked for every third token only, and the better ones for all.
+    many = [*pool[:2], *(PromptContext(f"deaf {turn}", (3,) * turn, (), 4) for turn in range(1, 5))]
+    found = choose_asks(Deaf(), many, torch.arange(10, 34), 1, seed=0, batch_tokens=100)
+    assert [one.name for one in found.contexts] == ["heard"]
+    asked = {
+        name: probe(Deaf(), torch.arange(10, 34)[::3], [one], seed=0, batch_tokens=100).emitted.float().mean()
+        for one in many
+        for name in [one.name]
+    }
+    assert found.shares.keys() == asked.keys()
+    assert {name for name, share in found.shares.items() if share == float(asked[name])} >= set(asked) - {"heard"}
     lengths = dict(zip("abcde", (5.0, 4.0, 3.0, 2.0, 1.0), strict=True))
     shares = {"a": 0.1, "b": 0.9, "c": 0.89, "d": 0.82, "e": 0.8}
     assert choose_contexts(shares, lengths, asks=3) == ("c", "b", "d"), "the shorter one first of two alike"

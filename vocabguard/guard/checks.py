@@ -404,7 +404,7 @@ class Checker:
         """One matrix; where all processes have the same rows, and are not too many, each reads a share of them."""
         baseline, many = self.watched.baseline_of(matrix.name), collective.world_size() > MOST_SHARING
         if many or matrix.name not in self.watched.alike or matrix.shard is not None:
-            return measuring(matrix, baseline, unexposed, self.chunk_rows, shard=matrix.shard)
+            return measuring(matrix.at_rest(), baseline, unexposed, self.chunk_rows, shard=matrix.shard)
         mine = SomeRows.share(matrix, collective.rank(), collective.world_size())
         return measuring(mine, baseline, unexposed, self.chunk_rows, shard=mine.shard)
 

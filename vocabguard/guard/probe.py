@@ -30,7 +30,7 @@ from vocabguard.vocabulary.table import VocabTable
 LEAST_SAMPLE = 128
 """Tokens that are probed in the shortest run, if so many are wanted."""
 CHOOSING = 48
-"""Live tokens, none of the sample, by which contexts are chosen."""
+"""Live tokens, none of the sample, by which contexts are chosen: a list of the usual length, then two."""
 FREQUENT = 64
 """Tokens that the data asks for most often, probed beside the sample: what they lose is no token, but the skill."""
 WORD_ASKS = 4
@@ -203,7 +203,7 @@ class Prober:
             beside = len(self.ids) - int((self.weights > 0).sum())
             self._draw(min(self.size, max(LEAST_SAMPLE, int(allowed) - beside)))
         if self.say is not None:
-            best = max(self.shares.values())
+            best = max(self.shares[context.name] for context in self.contexts if context.name in self.shares)
             names = ", ".join(context.name for context in self.contexts)
             text = ", with the reference text" if self.beside else ""
             drawn, live = int((self.weights > 0).sum()), int(self.population.live.sum())

@@ -170,7 +170,7 @@ def _beyond(
         passed = yield from passed.of_all_processes(shard)
     # Processes measure the same rows with more care, so they all choose them by the same arithmetic.
     finish = finish_loop() if shard is None and worth_compiling(matrix) else None
-    found = yield from passed.drift_of(np.arange(matrix.rows)) if finish is None else passed.drift_by(finish)
+    found = yield from passed.drift_of(None) if finish is None else passed.drift_by(finish)
     return RowDrift(*(torch.from_numpy(vector) for vector in found)), torch.from_numpy(base_sq)
 
 
@@ -226,19 +226,20 @@ class _Pass:
                 vector[ids] = found
         return vectors
 
-    def drift_of(self, ids: Ids) -> Talk[list[npt.NDArray[Any]]]:
-        """The vectors of `RowDrift`, of some rows."""
-        base_sq, (now_sq, moved_sq) = self.base_sq[ids], self.sums[:2, ids]
+    def drift_of(self, ids: Ids | None) -> Talk[list[npt.NDArray[Any]]]:
+        """The vectors of `RowDrift`, of some rows; None: of all."""
+        chosen = slice(None) if ids is None else ids
+        base_sq, (now_sq, moved_sq) = self.base_sq[chosen], self.sums[:2, chosen]
         products = yield from self._products(ids, base_sq, now_sq, moved_sq, np.zeros_like(self.shift))
         bad, now_sq = products.bad.numpy(), products.now_sq.numpy()
         zero = ((base_sq == 0) | (now_sq == 0)) & ~bad
         cosine = residual = _cosine(products, zero)
         if self.residual is not None:
-            residual = self.residual[ids]
+            residual = self.residual[chosen]
         elif self.shift_sq > 0:
             # The same of w - s, whose displacement is d - s.
             with _quiet():
-                now_left, moved_left = self.sums[:2, ids] + (self.shift_sq - 2.0 * self.sums[2:4, ids])
+                now_left, moved_left = self.sums[:2, chosen] + (self.shift_sq - 2.0 * self.sums[2:4, chosen])
             left = yield from self._products(ids, base_sq, now_left, moved_left, self.shift)
             residual = _cosine(left, zero)
         with _quiet():
@@ -247,7 +248,7 @@ class _Pass:
         return [cosine, residual, length, ratio, bad, zero]
 
     def _products(
-        self, ids: Ids, base_sq: Floats, now_sq: Floats, moved_sq: Floats, shift: Floats
+        self, ids: Ids | None, base_sq: Floats, now_sq: Floats, moved_sq: Floats, shift: Floats
     ) -> Talk[RowProducts]:
         """Inner products of rows less a shift, with those measured anew for which the identities lose digits."""
         found = _products(base_sq, now_sq, moved_sq)
@@ -259,9 +260,9 @@ class _Pass:
         anew = np.flatnonzero(far & ~found.bad.numpy())
         if len(anew) == 0:
             return found
-        direct = np.zeros((2, len(anew)), dtype=np.float32)
-        for chosen, rows, base in _gathered(self.matrix, self.baseline, ids[anew], self.chunk_rows):
-            places = np.searchsorted(ids[anew], chosen)
+        direct, wanted = np.zeros((2, len(anew)), dtype=np.float32), anew if ids is None else ids[anew]
+        for chosen, rows, base in _gathered(self.matrix, self.baseline, wanted, self.chunk_rows):
+            places = np.searchsorted(wanted, chosen)
             with _quiet():
                 rest = rows - _own_shift(shift, chosen, self.shard)
                 direct[0, places], direct[1, places] = (rest * base).sum(axis=1), np.square(rest).sum(axis=1)

@@ -500,26 +500,28 @@ def _usual_length(rows: RowFacts) -> np.float32:
 def _medians(values: Floats, parts: npt.NDArray[np.integer], chosen: npt.NDArray[np.bool_], least: int) -> Floats:
     """(V,) the median of a row's part, over the chosen rows; of all the chosen where the part has too few."""
     usable = chosen & np.isfinite(values)
-    everywhere = np.median(values[usable]) if usable.any() else 0.0
-    found = np.full(len(values), everywhere, dtype=np.float32)
-    for part in np.unique(parts):
+    found = np.empty(len(values), dtype=np.float32)
+    everywhere: float | None = None
+    for part in np.flatnonzero(np.bincount(parts)):
         of_part = parts == part
         inside = values[of_part & usable]
-        if len(inside) >= least:
-            found[of_part] = np.median(inside)
+        if len(inside) < least and everywhere is None:
+            everywhere = float(np.median(values[usable])) if usable.any() else 0.0
+        found[of_part] = np.median(inside) if len(inside) >= least else everywhere
     return found
 
 
 def _spreads(values: Floats, parts: npt.NDArray[np.integer], chosen: npt.NDArray[np.bool_], least: int) -> Floats:
     """(V,) half the distance between the 10 % and 90 % quantiles of a row's part; as `_medians` else."""
     usable = chosen & np.isfinite(values)
-    everywhere = _half_width(values[usable]) if usable.any() else 0.0
-    found = np.full(len(values), everywhere, dtype=np.float32)
-    for part in np.unique(parts):
+    found = np.empty(len(values), dtype=np.float32)
+    everywhere: float | None = None
+    for part in np.flatnonzero(np.bincount(parts)):
         of_part = parts == part
         inside = values[of_part & usable]
-        if len(inside) >= least:
-            found[of_part] = _half_width(inside)
+        if len(inside) < least and everywhere is None:
+            everywhere = float(_half_width(values[usable])) if usable.any() else 0.0
+        found[of_part] = _half_width(inside) if len(inside) >= least else everywhere
     return found
 
 
@@ -534,7 +536,8 @@ def _log(values: npt.ArrayLike, smallest: float = SMALLEST_ANGLE) -> Floats:
 
 
 def _stacked(columns: list[npt.ArrayLike], rows: int) -> Floats:
-    table = np.empty((rows, len(columns)), dtype=np.float32)
+    # Each column in one piece: that is how they are written, and read.
+    table = np.empty((len(columns), rows), dtype=np.float32)
     for place, column in enumerate(columns):
-        table[:, place] = column
-    return table
+        table[place] = column
+    return table.T

@@ -33,12 +33,17 @@ Floats = npt.NDArray[np.float32]
 _Measure = Callable[[Tensor, Tensor, Floats], None]
 
 _NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
-# Elements of a block: two float32 buffers of it, 4 MiB a thread, stay in the cache, and calls are few.
-_BLOCK = 2**19
-# Elements of a block for the compiled loop, which has no buffers: few calls matter more, and that threads end together.
-_COMPILED_BLOCK = 2**23
+# Elements of a block: two float32 buffers of it, 2 MiB a thread, stay in the cache, and calls are few.
+_BLOCK = 2**18
+# The same where torch widens the rows, whose calls take longer.
+_WIDENED_BLOCK = 2**20
+# Elements of which a thread takes rows at a time: few calls matter, and that threads end together.
+_TAKEN = 2**23
 # Elements of a matrix from which on it pays to load the compiled loop, which takes about half a second.
 _WORTH_COMPILING = 2**26
+# Elements that were read without it, over all calls, from which on that would have taken less: smaller matrices of a
+# run with many checks.
+_WORTH_COMPILING_BY_NOW = 2**29
 # Rows gathered at a time: their arrays stay in the cache.
 _FEW_ROWS = 64
 # A sum of displacements from which on some may have overflowed, or will when they are squared.
@@ -46,7 +51,9 @@ _HUGE = 1e15
 # More threads than this wait for each other and for the memory.
 _MOST_THREADS = 4
 # numpy < 2 has no vecdot, which takes half the time.
-_vecdot: Any = getattr(np, "vecdot", None) or (lambda left, right: np.einsum("...i,...i->...", left, right))
+_vecdot: Any = getattr(np, "vecdot", None) or (
+    lambda left, right, out=None: np.einsum("...i,...i->...", left, right, out=out)
+)
 
 
 class RowReader(Protocol):
@@ -88,12 +95,14 @@ def row_sums(
     first, before = _first_rows(matrix, baseline)
     if first.device.type != "cpu":
         return sums_by_torch(matrix, baseline, shift.to(first.device), chunk_rows, base_too=base_too)
+    if chunk_rows < 1:
+        raise ValueError(f"chunk size is {chunk_rows}; allowed: at least 1")
+    whole, one_thread = rows_at_once(matrix, baseline, chunk_rows), torch.get_num_threads() == 1
+    size = whole if whole == matrix.rows and one_thread else _rows_of(_TAKEN, matrix, whole)
     if worth_compiling(matrix) and sums_loop(_kind(first, before)) is not None:
-        size = rows_at_once(matrix, baseline, chunk_rows)
-        if size < matrix.rows or torch.get_num_threads() > 1:
-            size = _rows_of(_COMPILED_BLOCK, matrix, size)
         return sums_by_numba(matrix, baseline, shift, size, base_too=base_too)
-    return sums_by_numpy(matrix, baseline, shift, _rows_of(_BLOCK, matrix, chunk_rows), base_too=base_too)
+    _READ["elements"] += matrix.rows * matrix.width
+    return sums_by_numpy(matrix, baseline, shift, size, base_too=base_too, most_rows=chunk_rows)
 
 
 def rows_at_once(matrix: RowReader, baseline: Baseline, chunk_rows: int) -> int:
@@ -117,6 +126,8 @@ def _first_rows(matrix: RowReader, baseline: Baseline) -> tuple[Tensor, Tensor]:
 
 
 def _is_whole(some: Tensor, of: RowReader | Baseline) -> bool:
+    if some.dtype not in (*_NUMPY_FLOATS, torch.bfloat16) or not some.is_contiguous():
+        return False  # each read makes a copy
     return some.untyped_storage().nbytes() >= of.rows * of.width * some.itemsize
 
 
@@ -188,7 +199,7 @@ class MovedSum:
         rows, base = take_rows(now, places), take_rows(before, places)
         with np.errstate(all="ignore"):
             moved = np.subtract(rows, base, out=rows)
-            found = moved.sum(axis=0, dtype=np.float64)
+            found = np.add.reduce(moved, axis=0)  # of so few rows: numpy takes ten times as long to add in float64
             if not (np.abs(found) < _HUGE).all():
                 # A row whose length overflows float32 is as bad as one that is not finite.
                 moved = moved[np.isfinite(np.square(moved).sum(axis=1))]
@@ -245,9 +256,14 @@ def _sums_by_operations(now: Tensor, before: Tensor, shift: Tensor, out: Tensor,
 
 
 def sums_by_numpy(
-    matrix: RowReader, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False
-) -> Tensor:
+    matrix: RowReader, baseline: Baseline, shift: Tensor, chunk_rows: int, *, base_too: bool = False,
+    most_rows: int | None = None,
+) -> Tensor:  # fmt: skip
     """`row_sums` for rows on the CPU.
+
+    Args:
+        most_rows: rows that are worked on at a time, at most; of those fewer that fit the cache. None: all that are
+            read.
 
     Example:
         >>> from vocabguard.rows.baselines import CopiedBaseline
@@ -256,7 +272,7 @@ def sums_by_numpy(
         [25.0, 16.0, 7.0, 4.0]
     """
     size = min(chunk_rows, matrix.rows)
-    return _summed(matrix, baseline, size, 4 + base_too, lambda: _BlockSums(size, shift.numpy()))
+    return _summed(matrix, baseline, size, 4 + base_too, lambda: _BlockSums(most_rows, shift.numpy()))
 
 
 def sums_by_numba(
@@ -305,25 +321,54 @@ def _pairs(matrix: RowReader, baseline: Baseline, chunk_rows: int) -> Iterator[t
 
 
 class _BlockSums:
-    """The sums of one block after another of at most so many rows, in buffers of one thread."""
+    """The sums of rows, a block of at most so many after another, in buffers of one thread."""
 
-    def __init__(self, most_rows: int, shift: Floats) -> None:
-        self.buffers = np.empty((2, most_rows * len(shift)), dtype=np.float32)
+    def __init__(self, most_rows: int | None, shift: Floats) -> None:
+        self.most_rows, self.buffers = most_rows, np.empty((2, 0), dtype=np.float32)
         self.whole = shift[None, None]
         # In the order of `_split_bfloat16`.
         self.halves = np.stack((shift[0::2], shift[1::2]))[:, None] if len(shift) % 2 == 0 else None
 
     def __call__(self, now: Tensor, before: Tensor, out: Floats) -> None:
         """Write the (4, n) or (5, n) sums of n rows; see `row_sums`."""
-        split = self.halves is not None and now.dtype is before.dtype is torch.bfloat16
-        convert, shift = (_split_bfloat16, self.halves) if split else (_as_float32, self.whole)
-        rows, base = convert(now, self.buffers[0]), convert(before, self.buffers[1])
+        convert, shift, block = _as_float32, self.whole, _BLOCK
+        if now.dtype is before.dtype is torch.bfloat16:
+            if torch.get_num_threads() == 1:
+                convert, block = _widened, _WIDENED_BLOCK
+            elif self.halves is not None:
+                convert, shift = _split_bfloat16, self.halves
+        width = now.shape[1]
+        size = len(now) if self.most_rows is None else min(len(now), self.most_rows, max(1, block // width))
+        if self.buffers.shape[1] < size * width:
+            self.buffers = np.empty((2, size * width), dtype=np.float32)
+        pairs = zip(torch.split(now, size), torch.split(before, size), strict=True)
+        for place, (rows, base) in zip(range(0, len(now), size), pairs, strict=True):
+            sums = out[:, place : place + len(rows)]
+            self._block(convert(rows, self.buffers[0]), convert(base, self.buffers[1]), shift, sums)
+
+    def _block(self, rows: Floats, base: Floats, shift: Floats, out: Floats) -> None:
         if len(out) > 4:
-            np.add.reduce(_vecdot(base, base), axis=0, out=out[4])
+            _dots(base, base, out[4])
         moved = np.subtract(rows, base, out=self.buffers[1, : rows.size].reshape(rows.shape))
         pairs = ((rows, rows), (moved, moved), (rows, shift), (moved, shift))
         for place, (left, right) in enumerate(pairs):
-            np.add.reduce(_vecdot(left, right), axis=0, out=out[place])
+            _dots(left, right, out[place])
+
+
+def _dots(left: Floats, right: Floats, out: Floats) -> None:
+    """Inner products of n rows in one part or in two, (parts, n, width), into (n,)."""
+    if len(left) == 1:
+        _vecdot(left[0], right[0], out=out)
+    else:
+        first, second = _vecdot(left, right)
+        np.add(first, second, out=out)
+
+
+def _widened(rows: Tensor, buffer: Floats) -> Floats:
+    """(1, n, width) by torch's own conversion, in the fewest steps, but with a barrier where it has threads."""
+    converted = buffer[: rows.numel()].reshape(1, *rows.shape)
+    torch.from_numpy(converted[0]).copy_(rows)
+    return converted
 
 
 class _CompiledSums:
@@ -339,15 +384,19 @@ class _CompiledSums:
         sums(*_as_kind(now, before), self.shift, out)
 
 
+_READ = {"elements": 0}
+"""Elements that were read without the compiled loops, in this process."""
+
+
 def worth_compiling(matrix: RowReader) -> bool:
-    """Whether a matrix is so large that it pays to load the compiled loops.
+    """Whether a matrix is so large, or was read so often by now, that it pays to load the compiled loops.
 
     Example:
         >>> from vocabguard.rows.baselines import CopiedBaseline
         >>> worth_compiling(CopiedBaseline(torch.zeros(5000, 4)))
         False
     """
-    return matrix.rows * matrix.width >= _WORTH_COMPILING
+    return matrix.rows * matrix.width >= _WORTH_COMPILING or _READ["elements"] >= _WORTH_COMPILING_BY_NOW
 
 
 def _kind(now: Tensor, before: Tensor) -> str:

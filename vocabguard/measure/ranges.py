@@ -25,6 +25,8 @@ LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 
 _MEDIAN = LEVELS.index(0.5)
 _WIDEST = 5.0
+# Rows at a time: what is made of them stays in the cache.
+_ROWS = 2048
 # Columns of `running_features`, whose order the packaged weights rely on.
 _FROM_CLASS, _OWN_GROWTH, _NEVER, _CLASS, _GROWTH, _BEFORE, _SPAN, _COMING, _MEMORY, _TIED = (
     0, 3, 8, 18, 19, 20, 21, 22, 24, 25,
@@ -54,9 +56,12 @@ class Range:
             networks: (V, Q), what the networks make of them.
             of_class: (V,) the median of the networks' medians over a row's exposure class.
         """
-        middle = level_numbers(inputs, networks[:, _MEDIAN], of_class) @ self.median
-        width = np.exp(np.clip(width_numbers(inputs, networks) @ self.width, -7, 2))
-        found: Floats = (middle[:, None] + width[:, None] * self.levels).astype(np.float32)
+        found = np.empty((len(inputs), len(self.levels)), dtype=np.float32)
+        for start in range(0, len(inputs), _ROWS):
+            part = slice(start, start + _ROWS)
+            middle = self.median @ _level_columns(inputs[part], networks[part, _MEDIAN], of_class[part])
+            width = np.exp(np.clip(self.width @ _width_columns(inputs[part], networks[part]), -7, 2))
+            found[part] = middle[:, None] + width[:, None] * self.levels
         return found
 
 
@@ -73,7 +78,15 @@ def level_numbers(inputs: Floats, middle: Floats, of_class: Floats) -> Doubles:
         >>> bool(level_numbers(nothing_left, none, none).any())
         False
     """
-    column = inputs.T.astype(np.float64)
+    return _level_columns(inputs, middle, of_class).T
+
+
+def _level_columns(inputs: Floats, middle: Floats, of_class: Floats) -> Doubles:
+    """(M, V), see `level_numbers`."""
+    column = _columns(
+        inputs, _FROM_CLASS, _OWN_GROWTH, _NEVER, _CLASS, _GROWTH, _BEFORE, _SPAN, _COMING, _MEMORY, _TIED
+    )
+    column |= _columns(inputs, _FADING_SPAN)
     span, memory, coming, never = column[_SPAN], column[_MEMORY], column[_COMING], column[_NEVER]
     level, growth, before = (
         np.clip(column[name], low, high)
@@ -88,10 +101,13 @@ def level_numbers(inputs: Floats, middle: Floats, of_class: Floats) -> Doubles:
             growth * coming * span, growth * growth * span, (growth == before) * growth * levelling,
             growth * levelling * level, never * growth * levelling, growth * span * memory,
             own, own * (1 - never), of_class, of_class * levelling,
-        ],
-        axis=1,
+        ]
     )  # fmt: skip
     return found
+
+
+def _columns(inputs: Floats, *places: int) -> dict[int, Doubles]:
+    return {place: inputs[:, place].astype(np.float64) for place in places}
 
 
 def width_numbers(inputs: Floats, networks: Floats) -> Doubles:
@@ -106,7 +122,12 @@ def width_numbers(inputs: Floats, networks: Floats) -> Doubles:
         >>> width_numbers(inputs, networks).shape
         (2, 11)
     """
-    column = inputs.T.astype(np.float64)
+    return _width_columns(inputs, networks).T
+
+
+def _width_columns(inputs: Floats, networks: Floats) -> Doubles:
+    """(S, V), see `width_numbers`."""
+    column = _columns(inputs, _NEVER, _GROWTH, _BEFORE, _SPAN, _COMING, _MEMORY, _SEEN, _SPREAD)
     span, one = np.maximum(column[_SPAN], 1e-3), np.ones(len(inputs))
     theirs = np.log(np.maximum(networks[:, -1] - networks[:, 0], 1e-3))
     growth, before = (np.clip(column[name], -0.5, 1.5) for name in (_GROWTH, _BEFORE))
@@ -114,8 +135,7 @@ def width_numbers(inputs: Floats, networks: Floats) -> Doubles:
         [
             one, np.log(span), theirs, np.log(np.maximum(column[_SPREAD], 0.02)), np.abs(growth - before),
             column[_NEVER], column[_SEEN], column[_MEMORY], column[_COMING], span / (1 + span), np.log(span) ** 2,
-        ],
-        axis=1,
+        ]
     )  # fmt: skip
     return found
 
@@ -128,9 +148,11 @@ def widened(quantiles: Floats, sides: tuple[float, float]) -> Floats:
     """
     below, above = sides
     middle = quantiles[:, _MEDIAN : _MEDIAN + 1]
-    parts = (middle + below * (quantiles[:, :_MEDIAN] - middle), middle, quantiles[:, _MEDIAN + 1 :] - middle)
-    found: Floats = np.concatenate([*parts[:2], middle + above * parts[2]], axis=1).astype(np.float32)
-    return found
+    found: Floats = quantiles - middle
+    found[:, :_MEDIAN] *= np.float32(below)
+    found[:, _MEDIAN + 1 :] *= np.float32(above)
+    found += middle
+    return found.astype(np.float32, copy=False)
 
 
 def missed_by(quantiles: Floats, grown: Floats) -> tuple[float, float]:

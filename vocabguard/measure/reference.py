@@ -21,7 +21,8 @@ from vocabguard.rows.models import input_device, logits_width, longest_prompt, p
 
 _LOGITS_AT_ONCE = 2**25
 _LOGITS_IN_FLOAT = 2**22
-_LENGTHS_APART = 32
+_FILLING = 1 / 16
+"""Largest share of a forward pass that is filling, where windows of several lengths are read together."""
 
 LEAST_TARGETS = 200
 """Targets below which a part counts as not measured."""
@@ -140,21 +141,28 @@ def token_nll(model: nn.Module, windows: Windows, *, batch_tokens: int, moments:
     found = torch.full(windows.targets.shape, math.nan)
     with undisturbed(model):
         for rows, length in _batches(model, windows, batch_tokens):
-            ids = windows.ids[rows, :length]
-            counted = windows.measured[rows, : length - 1]
-            found[rows, : length - 1] = _nll(_logits(model, ids), ids[:, 1:], counted, moments)
+            ids, counted = windows.ids[rows, :length], windows.measured[rows, : length - 1]
+            # The last id of a window is only a target, and never read.
+            found[rows, : length - 1] = _nll(_logits(model, ids[:, :-1]), ids[:, 1:], counted, moments)
     # A causal model's answers do not depend on the filling behind them; those about the filling are dropped.
     return found.masked_fill(~windows.measured, math.nan)
 
 
 def _batches(model: nn.Module, windows: Windows, batch_tokens: int) -> Iterator[tuple[Tensor, int]]:
     """(rows, length) of windows of about one length, as many as fit."""
-    size = logits_width(model)
-    rounded = (-(-windows.lengths // _LENGTHS_APART) * _LENGTHS_APART).clamp(max=windows.ids.shape[1])
-    for length in torch.unique(rounded).tolist():
-        rows = (rounded == length).nonzero().flatten()
-        most = max(1, min(batch_tokens // length, _LOGITS_AT_ONCE // (length * size)))
-        yield from ((part, length) for part in torch.split(rows, most))
+    size, order = logits_width(model), torch.argsort(windows.lengths, stable=True)
+    lengths, start = windows.lengths[order].tolist(), 0
+    while start < len(lengths):
+        stop, filled = start + 1, 0
+        while stop < len(lengths):
+            length, count = lengths[stop], stop + 1 - start
+            filled += (length - lengths[stop - 1]) * (count - 1)
+            tokens = length * count
+            if tokens > batch_tokens or tokens * size > _LOGITS_AT_ONCE or filled > _FILLING * tokens:
+                break
+            stop += 1
+        yield order[start:stop], lengths[stop - 1]
+        start = stop
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
@@ -165,12 +173,12 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def _nll(logits: Tensor, targets: Tensor, measured: Tensor, moments: LogitMoments | None) -> Tensor:
-    """(B, T - 1) float32 on the CPU of (B, T, V) logits, the last of which predicts nothing here.
+    """(B, T) float32 on the CPU of (B, T, V) logits.
 
     Args:
-        measured: (B, T - 1) bool, places of targets that are no filling.
+        measured: (B, T) bool, places of targets that are no filling.
     """
-    flat, ids = logits[:, :-1].flatten(0, 1), targets.flatten().to(logits.device)
+    flat, ids = logits.flatten(0, 1), targets.flatten().to(logits.device)
     places = max(1, _LOGITS_IN_FLOAT // flat.shape[1])
     split = (torch.split(one, places) for one in (flat, ids, measured.flatten().to(logits.device)))
     parts = []
@@ -178,7 +186,8 @@ def _nll(logits: Tensor, targets: Tensor, measured: Tensor, moments: LogitMoment
         some = part.float()
         parts.append(nn.functional.cross_entropy(some, wanted, reduction="none"))
         if moments is not None:
-            moments.add(some[counted], wanted[counted])
+            whole = bool(counted.all())  # then nothing need be copied
+            moments.add(some if whole else some[counted], wanted if whole else wanted[counted])
     return torch.cat(parts).view(targets.shape).cpu()
 
 

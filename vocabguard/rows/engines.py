@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from vocabguard.results import NotApplicable
 from vocabguard.rows.sharding import Shard
@@ -61,12 +61,18 @@ def held_by_engine(root: nn.Module, module: nn.Module) -> Held | NotApplicable |
     weight = getattr(module, "weight", None)
     if hasattr(weight, "ds_tensor"):
         return _zero3(weight)
+    if _is_whole(weight) and not (distributed.is_available() and distributed.is_initialized()):
+        return None  # nothing is taken apart where there is one process; to look through the model takes long
     for unit in _fsdp1_units(root):
         if (found := _fsdp1(unit, module)) is not None:
             return found
     if isinstance(weight, Tensor) and not has_memory(weight):
         return NotApplicable(_LOST)
     return None
+
+
+def _is_whole(weight: object) -> bool:
+    return isinstance(weight, nn.Parameter) and weight.dim() == 2 and has_memory(weight)
 
 
 def has_memory(tensor: Tensor) -> bool:

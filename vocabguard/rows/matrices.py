@@ -209,12 +209,38 @@ class VocabMatrix:
             yield from adapter.chunks(size)
             return
         own, shard = self.own(), self.shard
-        if shard is not None:
+        if shard is None:
+            yield from PlainRows(own).chunks(size)
+        else:
             yield from ((piece, shard.take(own, piece)) for piece in shard.pieces(size))
-            return
-        for start in range(0, len(own), size):
-            stop = min(start + size, len(own))
-            yield slice(start, stop), own[start:stop]
+
+    def at_rest(self) -> VocabMatrix | PlainRows:
+        """The same rows while no step is made: where they are a parameter, it is looked up once for all reads."""
+        plain = self.adapter is None and self.held is None and self.shard is None
+        return PlainRows(self.weight.detach()) if plain else self
+
+
+@dataclass(frozen=True)
+class PlainRows:
+    """Rows in one piece of memory. `tensor`: (rows, width)."""
+
+    tensor: Tensor
+
+    @property
+    def rows(self) -> int:
+        """V."""
+        return self.tensor.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Elements a row."""
+        return self.tensor.shape[1]
+
+    def chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
+        """Walk over the rows; see `VocabMatrix.chunks`."""
+        for start in range(0, self.rows, size):
+            part = slice(start, min(start + size, self.rows))
+            yield part, self.tensor[part]
 
 
 @dataclass(frozen=True)

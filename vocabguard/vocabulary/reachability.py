@@ -81,6 +81,15 @@ class Spelling:
         except UnicodeDecodeError:
             return None
 
+    def texts(self, pieces: Sequence[str | None]) -> list[str | None]:
+        """What many pieces say; None for None, too."""
+        if self.byte_level or self.inside or self.final or not self.metaspace:
+            return [None if piece is None else self.text(piece) for piece in pieces]
+        joined = "\0".join([piece or "" for piece in pieces]).replace("▁", " ").split("\0")
+        if len(joined) != len(pieces):  # a piece holds the sign that should divide them
+            return [None if piece is None else self.text(piece) for piece in pieces]
+        return [None if piece is None else text for piece, text in zip(pieces, joined, strict=True)]
+
     def raw(self, piece: str) -> bytes:
         """The bytes of a byte-level piece; a UnicodeEncodeError if a character of it stands for no byte."""
         return self.core(piece).translate(_BYTE_OF).encode("latin-1")
@@ -102,7 +111,7 @@ def reachable_ids(
     ids: Iterable[int],
     pieces: Sequence[str | None],
     texts: Sequence[str | None],
-    kinds: Sequence[int],
+    looks: Sequence[int],
 ) -> set[int]:
     """The ids that encoding some text can give.
 
@@ -115,19 +124,25 @@ def reachable_ids(
         ids: the ids in question; no added tokens.
         pieces: V pieces by id.
         texts: V texts by id, None for pieces that are not whole UTF-8.
-        kinds: V script groups by id; pre-tokenizers are taken to treat words of one group and one case alike.
+        looks: V numbers by id: words of one number, which are of one group and one case, are taken to be treated alike
+            by pre-tokenizers; -1 for texts that are looked at one by one.
     """
     backend, spelling = rust_backend(tokenizer), Spelling.of(tokenizer)
     pipeline = _Pipeline.of(backend, spelling) if backend else None
     # Not the whole fast tokenizer: it may be set to truncate, and starts threads that a later fork warns of.
     encode: _Encode = pipeline.encode if pipeline else partial(tokenizer.encode, add_special_tokens=False)
     ids = list(ids)
-    fallback = set() if spelling.byte_level else {i for i in ids if BYTE_PIECE.fullmatch(pieces[i] or "")}
+    bytes_too = not spelling.byte_level
+    fallback = {i for i in ids if bytes_too and _is_byte(pieces[i])}
     reached = fallback & _emitted_by_characters(encode) if fallback else fallback
     ids = [i for i in ids if pieces[i] is not None and i not in fallback]
     if pipeline is not None:
-        return reached | pipeline.emitted(ids, pieces, texts, kinds)
+        return reached | pipeline.emitted(ids, pieces, texts, looks)
     return reached | {i for i in ids if _round_trip(encode, i, texts[i])}
+
+
+def _is_byte(piece: str | None) -> bool:
+    return piece is not None and piece[:3] == "<0x" and BYTE_PIECE.fullmatch(piece) is not None
 
 
 _Encode = Callable[[str], list[int]]
@@ -165,7 +180,7 @@ class _Pipeline:
     normalize: Callable[[str], str]
     split: Callable[[str], list[str]]
     spelling: Spelling
-    passed: set[tuple[object, ...]] = field(default_factory=set)
+    passed: set[int] = field(default_factory=set)
 
     @classmethod
     def of(cls, backend: Any, spelling: Spelling) -> _Pipeline:
@@ -183,29 +198,36 @@ class _Pipeline:
         return [i for word in self.split(self.normalize(text)) for i in _cut(self.model, word)]
 
     def emitted(
-        self, ids: Iterable[int], pieces: Sequence[str | None], texts: Sequence[str | None], kinds: Sequence[int]
+        self, ids: Iterable[int], pieces: Sequence[str | None], texts: Sequence[str | None], looks: Sequence[int]
     ) -> set[int]:
         """Those of the ids that some text gives; of plain words, which most are, no more is asked than must be."""
         found = set()
-        tokenize, normalize, passed = self.model.tokenize, self.normalize, self.passed
+        tokenize, normalize, split, passed = self.model.tokenize, self.normalize, self.split, self.passed
         unmarked = not (self.spelling.inside or self.spelling.final)
+
+        def cut(piece: str) -> int:
+            try:
+                tokens = tokenize(piece)
+            except Exception:  # the library raises no narrower one
+                return -1
+            return int(tokens[0].id) if len(tokens) == 1 else -1
+
         for i in ids:
-            piece, text = pieces[i] or "", texts[i]
-            if unmarked and text is not None and _look(text, kinds[i]) in passed:
-                try:
-                    tokens = tokenize(piece)
-                except Exception:  # the library raises no narrower one
-                    tokens = ()
-                if len(tokens) == 1 and tokens[0].id == i:
-                    normal = normalize(text)
+            piece, text, look = pieces[i] or "", texts[i], looks[i]
+            if unmarked and text is not None and (len(piece) == 1 or cut(piece) == i):  # one character stays one
+                normal = normalize(text)
+                if look in passed:
                     if text in normal or piece in normal:
                         found.add(i)
                         continue
-            if self.emits(i, piece, text, kinds[i]):
+                elif look < 0 and any(piece in word for word in split(normal)):
+                    found.add(i)
+                    continue
+            if self.emits(i, piece, text, look):
                 found.add(i)
         return found
 
-    def emits(self, token_id: int, piece: str, text: str | None, kind: int) -> bool:
+    def emits(self, token_id: int, piece: str, text: str | None, look: int) -> bool:
         """Whether some text gives the id."""
         words = self._words(piece) if self.spelling.inside or self.spelling.final else (piece,)
         merged = any(token_id in _cut(self.model, word) for word in words)
@@ -216,7 +238,7 @@ class _Pipeline:
         core = self.spelling.core(piece)
         if not merged:
             return any(core in words for words in self._surrounded(text))
-        return self._passes(core, text, _look(text, kind))
+        return self._passes(core, text, look)
 
     def _words(self, piece: str) -> list[str]:
         """Words in which the model would place the piece: itself, or more around it where its place is marked."""
@@ -228,7 +250,7 @@ class _Pipeline:
         core = self.spelling.core(piece)
         return [head + core + tail for head in heads for tail in tails]
 
-    def _passes(self, core: str, text: str, look: tuple[object, ...] | None) -> bool:
+    def _passes(self, core: str, text: str, look: int) -> bool:
         """Whether normalizer and pre-tokenizer leave `core` in one part of some text."""
         if look in self.passed:
             normal = self.normalize(text)
@@ -236,7 +258,7 @@ class _Pipeline:
                 return True
         for words in self._surrounded(text):
             if any(core in word for word in words):
-                if look is not None:
+                if look >= 0:
                     self.passed.add(look)
                 return True
         return False
@@ -244,17 +266,6 @@ class _Pipeline:
     def _surrounded(self, text: str) -> Iterator[list[str]]:
         """The words of the text, alone and in surroundings."""
         return (self.split(self.normalize(before + text + after)) for before, after in _SURROUNDINGS)
-
-
-def _look(text: str, kind: int) -> tuple[object, ...] | None:
-    """What pre-tokenizers see in a plain word; None where they might see more, e.g. a change of case."""
-    word = text.removeprefix(" ")
-    if not word.isalpha():
-        return None
-    lower, title, upper = word.islower(), word.istitle(), word.isupper()
-    if not (lower or title or upper or word.lower() == word.upper()):
-        return None
-    return kind, len(word) < len(text), word.isascii(), len(word) == 1, lower, title, upper
 
 
 def _cut(model: Any, word: str) -> list[int]:

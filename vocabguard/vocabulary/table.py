@@ -10,10 +10,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import regex
 import torch
 from torch import Tensor
 
+from vocabguard.vocabulary.letters import Looks
 from vocabguard.vocabulary.reachability import BYTE_PIECE, Spelling, reachable_ids
 
 GROUPS = (
@@ -159,12 +162,16 @@ def build_table(tokenizer: Any, rows: int) -> VocabTable:
     added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
     control = _control_ids(tokenizer, pieces, added)
     spelling = Spelling.of(tokenizer)
-    texts = [None if p is None else p if i in added else spelling.text(p) for i, p in enumerate(pieces)]
-    group = _groups(texts, pieces, control)
+    texts = spelling.texts(pieces)
+    for token_id, text in added.items():
+        if token_id < rows:
+            texts[token_id] = text
+    looks = Looks.of([text or "" for text in texts], _class_of)
+    group = _groups(texts, pieces, control, looks)
     in_question = (i for i in range(rows) if i not in added)
-    reached = added.keys() | reachable_ids(tokenizer, in_question, pieces, texts, group)
+    reached = added.keys() | reachable_ids(tokenizer, in_question, pieces, texts, looks.with_kinds(group))
     return VocabTable(
-        group=torch.tensor(group, dtype=torch.uint8),
+        group=torch.from_numpy(group),
         control=_mask(control, rows),
         reachable=_mask(reached, rows),
         padded=torch.tensor([piece is None for piece in pieces]),
@@ -245,32 +252,30 @@ def _control_ids(tokenizer: Any, pieces: list[str | None], added: dict[int, str]
     return special | markers | named | set(tokenizer.all_special_ids)
 
 
-class _ClassOf(dict[str, int]):
-    """Character -> index into `_CLASS_ORDER`, each character looked at once."""
-
-    def __missing__(self, character: str) -> int:
-        match = _CLASS_PATTERN.match(character)
-        self[character] = index = _CLASS_ORDER.index(str(match and match.lastgroup))
-        return index
+def _class_of(character: str) -> int:
+    """Index into `_CLASS_ORDER`."""
+    match = _CLASS_PATTERN.match(character)
+    return _CLASS_ORDER.index(str(match and match.lastgroup))
 
 
-def _groups(texts: list[str | None], pieces: list[str | None], control: set[int]) -> list[int]:
-    """Index into `GROUPS` for each id."""
-    classes, code, latin = _ClassOf(), GROUPS.index("code"), _CLASS_ORDER.index("latin")
+def _groups(
+    texts: list[str | None], pieces: list[str | None], control: set[int], looks: Looks
+) -> npt.NDArray[np.uint8]:
+    """(V,) index into `GROUPS` for each id."""
+    latin = _CLASS_ORDER.index("latin")
+    first = np.where(looks.first < 0, _CLASS_ORDER.index("symbol"), looks.first)
+    group = np.array(_CLASS_GROUP, dtype=np.uint8)[first]
+    # Half of most vocabularies are ASCII words, in which there is no sign to look for.
+    for i in np.flatnonzero((first >= latin) & ~looks.alphanumeric & ~looks.ascii_words).tolist():
+        text = texts[i]
+        if text is not None and len(text.strip()) >= 2 and _CODE.search(text):
+            group[i] = GROUPS.index("code")
     padded, held, raw = GROUPS.index("padded"), GROUPS.index("control"), GROUPS.index("bytes")
-
-    def of(token_id: int, text: str | None, piece: str | None) -> int:
-        if piece is None:
-            return padded
-        if token_id in control:
-            return held
-        if text is None or (text[:3] == "<0x" and BYTE_PIECE.fullmatch(text)):
-            return raw
-        if text.isascii() and text.removeprefix(" ").isalpha():  # half of most vocabularies
-            return _CLASS_GROUP[latin]
-        first = min(map(classes.__getitem__, text), default=_CLASS_ORDER.index("symbol"))
-        if first < latin or text.isalnum() or len(text.strip()) < 2:
-            return _CLASS_GROUP[first]
-        return code if _CODE.search(text) else _CLASS_GROUP[first]
-
-    return [of(i, text, piece) for i, (text, piece) in enumerate(zip(texts, pieces, strict=True))]
+    for i in [i for i, text in enumerate(texts) if text is None or text[:3] == "<0x"]:
+        text = texts[i]
+        if pieces[i] is None:
+            group[i] = padded
+        elif text is None or BYTE_PIECE.fullmatch(text):
+            group[i] = raw
+    group[[i for i in control if i < len(pieces) and pieces[i] is not None]] = held
+    return group
