@@ -149,8 +149,6 @@ CHANGED: dict[str, dict[str, Any]] = {
         "preset protect.echo.targets_per_live_token": "gone",
         "preset protect.echo.mode": "gone",
         "preset early.echo.mode": "gone",
-        # Rows that end at two fifths of the length of a batch are padded to it: a row of 512 cost ten tokens a target.
-        "default.echo.fill": 1.0,
         # A share of few tokens is no evidence: the end of its interval is compared, without noise and lost skill.
         "default.alerts.tokens_forgotten.metric": "probe/tokens_retained_high",
         "default.alerts.tokens_forgotten.threshold": 0.98,

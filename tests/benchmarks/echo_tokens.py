@@ -19,6 +19,7 @@ from vocabguard.protect.prompts import render_echo
 from vocabguard.protect.rows import EchoPrompt, echo_rows, lists_in_row
 
 LENGTHS = (48, 64, 128, 512, 2048)
+FILLS = (0.4, 0.7, 1.0)
 SEEDS = 50
 
 
@@ -32,18 +33,20 @@ def padded(prompts: Sequence[EchoPrompt], lists: int, length: int, list_tokens: 
 
 
 def main() -> None:
-    """Print tokens a target by length of the batch."""
+    """Print tokens a target by length of the batch, and the lists of such a row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokenizer")
     asked = parser.parse_args()
     echo = load_config().echo
     tokenizer = AutoTokenizer.from_pretrained(asked.tokenizer)
     prompts = [render_echo(tokenizer, "echo.instructions", text) for text in echo.instructions]
-    table = Table("rows of", "a list at a time", "four lists", f"as many as a row holds (fill {echo.fill:g})")
+    table = Table("rows of", "a list at a time", *(f"a row at a time, fill {fill:g}" for fill in FILLS))
     for length in LENGTHS:
-        full = lists_in_row(prompts, length=length, list_tokens=echo.list_tokens, fill=echo.fill)
-        cells = [padded(prompts, lists, length, echo.list_tokens, echo.fill) for lists in (1, 4, full)]
-        table.add_row(f"{length} tokens", *(f"{cell:.1f}" for cell in cells[:-1]), f"{cells[-1]:.1f} ({full} lists)")
+        cells = [f"{padded(prompts, 1, length, echo.list_tokens, echo.fill):.1f}"]
+        for fill in FILLS:
+            lists = lists_in_row(prompts, length=length, list_tokens=echo.list_tokens, fill=fill)
+            cells.append(f"{padded(prompts, lists, length, echo.list_tokens, fill):.1f} ({lists})")
+        table.add_row(f"{length} tokens", *cells)
     Console().print(table)
 
 

@@ -91,7 +91,7 @@ class EchoConfig:
     dose_limit: float = limited(1.0, at_least=0.0)
     auto: AutoDoseConfig = field(default_factory=AutoDoseConfig)
     list_tokens: int = limited(16, at_least=1)
-    fill: float = limited(1.0, at_least=0.0, at_most=1.0)
+    fill: float = limited(0.4, at_least=0.0, at_most=1.0)
     exclude: list[Any] = limited([])
     instructions: list[str] = limited(_INSTRUCTIONS, holds="{tokens}")
     prefetch: int | None = limited(None, at_least=0)

@@ -6,6 +6,7 @@ Lists are made of ids and spliced in as ids: encoded again as text, neighbours w
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -112,13 +113,24 @@ def echo_rows(
 
 
 def lists_in_row(prompts: Sequence[EchoPrompt], *, length: float, list_tokens: int, fill: float = 1.0) -> int:
-    """How many lists `echo_rows` puts into a row, by the mean of all ways of asking; at least 1.
+    """How many lists `echo_rows` nearly always has room for in one row, at least 1.
+
+    Ways of asking differ in length: twice the standard deviation of their sum is left free, for else one list of many
+    would need a row of its own.
 
     >>> lists_in_row([EchoPrompt((1,), (2,), (3,))], length=80, list_tokens=16)
     2
     """
-    of_each = 2 * list_tokens + sum(prompt.overhead for prompt in prompts) / len(prompts)
-    return max(1, min(int(length // of_each), math.ceil(fill * length / of_each)))
+    overheads = [prompt.overhead for prompt in prompts]
+    of_each, spread = 2 * list_tokens + statistics.fmean(overheads), statistics.pstdev(overheads)
+
+    def needed(lists: int) -> float:
+        return lists * of_each + 2 * spread * math.sqrt(lists)
+
+    found = 1
+    while needed(found) < fill * length and needed(found + 1) <= length:
+        found += 1
+    return found
 
 
 def seq2seq_rows(
