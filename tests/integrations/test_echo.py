@@ -173,7 +173,7 @@ def test_in_long_batches_echo_comes_a_full_row_at_a_time(
     data = [{"input_ids": (ids := [300 + rng.randrange(99) for _ in range(200)]), "labels": ids}]
     data = data * (steps * kit.BATCH)
     dose = 0.06
-    echo = {"enabled": True, "dose": dose, "instructions": ["Repeat: {tokens}"], "dose_limit": 100}
+    echo = {"enabled": True, "dose": dose, "instructions": ["Repeat: {tokens}"], "dose_limit": 100, "fill": 1.0}
     guarded = guard_for(kit, trainer, tokenizer, echo=echo, preflight={"enabled": True})
     model = kit.tiny_model()
     tape = Tape(model)
