@@ -21,6 +21,7 @@ from vocabguard.results import (
     Watch,
     WatchedMatrix,
 )
+from vocabguard.vocabulary.labels import label_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -236,8 +237,8 @@ def token_cells(report: TokenReport) -> tuple[str, ...]:
     return (
         str(report.id),
         visible(report.text),
-        report.group,
-        report.exposure_class,
+        label_of(report.group),
+        label_of(report.exposure_class),
         number(report.cosine),
         number(report.residual),
         f"{report.data_target:,}",
@@ -288,7 +289,7 @@ def _hardest_hit(never: Tensor, table: VocabTable, most: int = 5) -> list[str]:
         if lost and total >= LARGE_GROUP and lost / total >= overall
     ]
     worst = sorted(hit, reverse=True)[:most]
-    return [f"{lost:,} of {total:,} {name} ({percent(lost / total)})" for lost, total, name in worst]
+    return [f"{lost:,} of {total:,} {label_of(name)} ({percent(lost / total)})" for lost, total, name in worst]
 
 
 def _drift_part(result: CheckResult, groups: Collection[str] | None, most: int = 3) -> str:
@@ -301,7 +302,7 @@ def _drift_part(result: CheckResult, groups: Collection[str] | None, most: int =
     allowed = shares if groups is None else groups
     bar = 1.2 * (row.below_95 or 0.0)
     worse = [(share, name) for name, share in shares.items() if share > bar and name in allowed]
-    named = ", ".join(f"{name} {percent(share)}" for share, name in sorted(worse, reverse=True)[:most])
+    named = ", ".join(f"{label_of(name)} {percent(share)}" for share, name in sorted(worse, reverse=True)[:most])
     return f"{said} ({named})" if named else said
 
 

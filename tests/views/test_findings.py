@@ -64,7 +64,7 @@ def cells(found: Finding) -> list[list[str]]:
 
 def test_confusion_in_every_form(confusion: Finding) -> None:
     assert confusion.sentence == (
-        "6 answers in 3 languages: 33.3 % with foreign script (ja 50.0 % cyrillic); lines pass 100 %; words pass 100 %"
+        "6 answers in 3 languages: 33.3 % with foreign script (ja 50.0 % Cyrillic); lines pass 100 %; words pass 100 %"
     )
     assert confusion.scalars["vocabguard/confusion/ja"] == 0.5
     assert confusion.scalars["vocabguard/confusion/line_pass"] == 1.0
@@ -75,7 +75,7 @@ def test_confusion_in_every_form(confusion: Finding) -> None:
     rows = {row[0]: row[1:] for row in cells(confusion)[2:]}
     assert list(rows) == ["ja", "ko", "en", "de"]
     assert rows["ja"][0] == "4"
-    assert rows["ja"][2] == "cyrillic 2"
+    assert rows["ja"][2] == "Cyrillic 2"
     assert rows["ja"][-1] == escape_markdown("25.0 %")
     assert rows["en"][-1] == escape_markdown("-"), "no share of Latin where it is the language's own"
 

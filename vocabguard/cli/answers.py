@@ -10,6 +10,7 @@ from rich.text import Text
 
 from vocabguard.cli.common import Column, Grid
 from vocabguard.text import listed, number, percent, visible
+from vocabguard.vocabulary.labels import label_of
 
 _WORD_KINDS = (("lost", "lost"), ("known", "still said"), ("unknown", "not repeated by the base"))
 
@@ -74,14 +75,13 @@ def _share_table(told: Mapping[str, Any], kind: str) -> Grid:
     numbers = told["numbers"]
     whole = (numbers.get(count), numbers.get(value), numbers.get(f"{value}_low"), numbers.get(f"{value}_high"))
     if kind == "groups":
-        grid.add("all", *_share_cells(*whole), end=True)
+        grid.add(label_of("all"), *_share_cells(*whole), end=True)
     parts = list(told[kind].items())
     if kind == "groups":
         parts.sort(key=lambda item: 2.0 if item[1][value] is None else item[1][value])
     for name, part in parts:
         if part[count]:
-            label = name.replace("_", " ") if kind == "groups" else f"targets {name}"
-            grid.add(label, *_share_cells(part[count], part[value], part["low"], part["high"]))
+            grid.add(label_of(name), *_share_cells(part[count], part[value], part["low"], part["high"]))
     return grid
 
 
@@ -98,7 +98,7 @@ def _token_table(tokens: Sequence[Mapping[str, Any]]) -> Grid:
     columns += [Column("targets", spare=3)] if counted else []
     grid = Grid(columns)
     for token in tokens:
-        cells = [str(token["id"]), visible(token["text"], 24), token["group"].replace("_", " ")]
+        cells = [str(token["id"]), visible(token["text"], 24), label_of(token["group"])]
         cells += [number(token["probability_at_base"], 3)] if two else []
         cells += [number(token["probability"], 3)]
         cells += ["" if token["instead"] is None else visible(token["instead"], 24)]

@@ -18,6 +18,7 @@ from vocabguard.data.coverage import Coverage, RowTally, coverage_totals, group_
 from vocabguard.data.ranking import USUAL_NEVER, kind_rows
 from vocabguard.results import EXPOSURE_CLASSES
 from vocabguard.text import percent, visible
+from vocabguard.vocabulary.labels import label_of
 from vocabguard.vocabulary.table import VocabTable
 
 _PIECES, _PIECE = 12, 400  # parts of the row that is shown, and characters of each
@@ -219,7 +220,7 @@ def _group_table(result: Coverage, table: VocabTable) -> Grid:
     for row in group_rows(result):
         never, *others = row.classes
         counts = (f"{row.live:,}", f"{never:,}", percent(never / row.live), *(f"{count:,}" for count in others))
-        grid.add(row.group.replace("_", " "), *counts, style="bold" if row.group == "all" else "")
+        grid.add(label_of(row.group), *counts, style="bold" if row.group == "all" else "")
         if row.group == "latin":
             for kind, (lacking, *rest) in kind_rows(result, table):
                 live = lacking + sum(rest)
@@ -235,5 +236,5 @@ def _token_table(result: Coverage, table: VocabTable, shown: tuple[int, ...]) ->
     for i in shown:
         text = visible(table.text(i), 24).encode(encoding, "backslashreplace").decode(encoding)
         counts = f"{int(result.data_target[i]):,}", f"{int(result.inputs[i]):,}"
-        grid.add(str(i), text, table.group_of(i).replace("_", " "), *counts)
+        grid.add(str(i), text, label_of(table.group_of(i)), *counts)
     return grid

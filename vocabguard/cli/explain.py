@@ -18,6 +18,7 @@ from vocabguard.compare.models import load_model
 from vocabguard.compare.scan import Scan
 from vocabguard.report.commands import Next, command
 from vocabguard.text import number, percent, visible
+from vocabguard.vocabulary.labels import label_of
 from vocabguard.vocabulary.table import resolve_token
 
 _ASKED = {
@@ -30,7 +31,7 @@ _ASKED = {
 
 def show_story(console: Console, told: Mapping[str, Any]) -> None:
     """Print what `vocabguard.compare.explain.story` found."""
-    title = f"\n{visible(told['text'])}  id {told['id']}, {told['category']}"
+    title = f"\n{visible(told['text'])}  id {told['id']}, {label_of(told['category'])}"
     parts: list[RenderableType] = [Text(title, "bold"), Text(told["diagnosis"], "bold"), Text(told["advice"]), Text("")]
     parts += map(Text, _sentences(told))
     parts.append(_rows(told))
@@ -108,7 +109,7 @@ def _neighbours(found: Mapping[str, Any]) -> Grid:
 def _neighbour(one: Mapping[str, Any]) -> Text:
     if not one["intruder"]:
         return Text(visible(one["text"], 18))
-    return Text(f"{visible(one['text'], 18)}  ! {one['category']}", "red")
+    return Text(f"{visible(one['text'], 18)}  ! {label_of(one['category'])}", "red")
 
 
 def explain(

@@ -39,6 +39,7 @@ from vocabguard.data.replay import Replay, count_targets_in, find_replay, needed
 from vocabguard.files import one_line, replacing, write_lines
 from vocabguard.report.commands import Next, command
 from vocabguard.text import percent
+from vocabguard.vocabulary.labels import label_of
 from vocabguard.vocabulary.table import VocabTable, build_table
 
 _POOL = 10_000  # a pool of that size keeps every row
@@ -200,5 +201,5 @@ def _print(told: dict[str, Any], out: Path) -> None:
         numbers = (part["in_no_row"], part["targets"], part["targets_needed"])
         met = (f"{part['needed']:,}", f"{part['met']:,}", percent(part["met"] / part["needed"]))
         bold = "bold" if name == "all" else ""
-        grid.add(name.replace("_", " "), *met, *(f"{number:,}" for number in numbers), style=bold)
+        grid.add("all" if name == "all" else label_of(name), *met, *(f"{number:,}" for number in numbers), style=bold)
     console.print(grid)

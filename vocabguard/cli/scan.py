@@ -27,6 +27,7 @@ from vocabguard.compare.verdicts import rows_sentence, unseen_by_scan
 from vocabguard.files import one_line, plain
 from vocabguard.report.commands import Next, after_scan
 from vocabguard.text import listed, number, percent, visible
+from vocabguard.vocabulary.labels import label_of
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _UNMOVED = 0.9999
@@ -125,12 +126,12 @@ def _matrix(found: Mapping[str, Any], name: str) -> list[RenderableType]:
         Column("", words=True), Column("tokens", spare=3), Column("mean"), Column("min", spare=1),
         Column("residual p01", spare=4), Column("< 0.95"), Column("< 0.90", spare=2),
     ])  # fmt: skip
-    table.add(*_cells("all", found["tokens"]["live"], numbers), end=True)
+    table.add(*_cells(label_of("all"), found["tokens"]["live"], numbers), end=True)
     groups = sorted(numbers["groups"].items(), key=lambda item: -item[1].get("below_0.95", -1.0))
     for place, (label, part) in enumerate(groups):
-        table.add(*_cells(label.replace("_", " "), counts.get(label), part), end=place == len(groups) - 1)
+        table.add(*_cells(label_of(label), counts.get(label), part), end=place == len(groups) - 1)
     for label, part in numbers.get("classes", {}).items():
-        table.add(*_cells(f"targets {label}", None, part))
+        table.add(*_cells(label_of(label), None, part))
     return [title, Group(table, *map(Text, _asides(numbers)))]
 
 
@@ -181,7 +182,7 @@ def _tokens(tokens: Sequence[Mapping[str, Any]], tied: bool) -> Grid:
     keys = ("cosine", "residual", "l2", "norm_ratio", *(() if tied else ("embedding_cosine",)))
     table = Grid(columns)
     for token in tokens:
-        cells = [str(token["id"]), visible(token["text"], 24), token["category"]]
+        cells = [str(token["id"]), visible(token["text"], 24), label_of(token["category"])]
         cells += [number(token[key]) for key in keys]
         cells += ["-" if token["data_target"] is None else f"{token['data_target']:,}"] if counted else []
         table.add(*cells)

@@ -20,8 +20,9 @@ from vocabguard.report.charts import key_of, thinned
 from vocabguard.report.commands import newest_run
 from vocabguard.report.data import PageData
 from vocabguard.report.first import badge_of, firing_advice, first_tokens
-from vocabguard.report.sentences import Limits, as_json, decisive_numbers, label_of, verdict_of
+from vocabguard.report.sentences import Limits, as_json, decisive_numbers, verdict_of
 from vocabguard.text import percent
+from vocabguard.vocabulary.labels import label_of
 
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII = "_.-=*#%@"
@@ -66,7 +67,7 @@ def _parts(data: PageData, top: int) -> list[RenderableType]:
     if tokens.rows and top:
         grid = Grid([Column(name, words=not numeric) for name, numeric in tokens.columns])
         for row in tokens.rows[:top]:
-            grid.add(*(label_of(cell) if name == "group" else cell for name, cell in row))
+            grid.add(*(cell for _, cell in row))
         parts += [Text(f"\n{tokens.title}: {tokens.caption}", "bold"), grid]
     courses = _courses(data)
     if courses is not None:

@@ -9,6 +9,7 @@ from vocabguard.compare.body_text import body_sentence
 from vocabguard.compare.probing import Bars, loss_low, words_of
 from vocabguard.measure.retention import ENOUGH
 from vocabguard.text import listed, number, percent, visible
+from vocabguard.vocabulary.labels import label_of
 
 _GROUPS_NAMED = 3
 
@@ -140,9 +141,7 @@ def _hit(told: Mapping[str, Any]) -> str:
     overall = 1 - told["numbers"]["retained"]
     worse = [(1 - part["retained"], name) for name, part in told["groups"].items()
              if part["known"] and 1 - part["high"] > overall]  # fmt: skip
-    named = [
-        f"{name.replace('_', ' ')} {percent(share)}" for share, name in sorted(worse, reverse=True)[:_GROUPS_NAMED]
-    ]
+    named = [f"{label_of(name)} {percent(share)}" for share, name in sorted(worse, reverse=True)[:_GROUPS_NAMED]]
     return f", hit hardest {', '.join(named)}" if named else ""
 
 
@@ -150,7 +149,7 @@ def _silent(told: Mapping[str, Any]) -> str:
     overall = told["numbers"]["repeated"]
     fewer = [(part["repeated"], name) for name, part in told["groups"].items()
              if part["asked"] and part["high"] < overall]  # fmt: skip
-    named = [f"{name.replace('_', ' ')} {percent(share)}" for share, name in sorted(fewer)[:_GROUPS_NAMED]]
+    named = [f"{label_of(name)} {percent(share)}" for share, name in sorted(fewer)[:_GROUPS_NAMED]]
     return f"; fewest {', '.join(named)}" if named else ""
 
 

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from vocabguard.compare.evidence import unequal
 from vocabguard.report.data import PageData, RowNumbers
-from vocabguard.report.sentences import label_of
 from vocabguard.results import DEGRADED
 from vocabguard.text import ReportRow, percent, visible
+from vocabguard.vocabulary.labels import label_of
 
 LISTED = 100
 """Tokens listed of each kind."""

@@ -11,10 +11,11 @@ import numpy as np
 
 from vocabguard.report.charts import Figure, forecast_figures, histograms, timelines
 from vocabguard.report.data import PageData, TokenLine
-from vocabguard.report.sentences import Verdict, at_end, decisive_numbers, label_of
+from vocabguard.report.sentences import Verdict, at_end, decisive_numbers
 from vocabguard.report.words import example_words
 from vocabguard.results import DEGRADED
 from vocabguard.text import escape_markdown, number, visible
+from vocabguard.vocabulary.labels import label_of
 
 SHOWN = 12
 """Tokens in the first table."""
@@ -115,7 +116,7 @@ def _table(data: PageData, title: str, caption: str, lines: Sequence[TokenLine],
             "token": visible(report.text, _LONGEST),
             "as in": visible(words.get(report.text, ""), _LONGEST) if report.text in words else "",
             "says instead": "" if instead is None else visible(instead, _LONGEST),
-            "group": report.group,
+            "group": label_of(report.group),
             "targets": f"{report.data_target:,}",
             "cosine": number(report.cosine),
         }
@@ -162,7 +163,7 @@ def markdown_of(data: PageData, verdict: Verdict, tokens: TokenTable, advice: Se
         names = [name for name, _ in tokens.columns]
         lines += ["", f"{tokens.title}: {tokens.caption}", "", f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
         for row in tokens.rows:
-            cells = (label_of(cell) if name == "group" else cell for name, cell in row)
+            cells = (cell for _, cell in row)
             lines.append(f"| {' | '.join(escape_markdown(cell) for cell in cells)} |")
     lines += ["", "What to do:", *(f"- {one}" for one in advice)] if advice else []
     lines += [f"- {one.why}: `{one.command}`" for one in data.commands]

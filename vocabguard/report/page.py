@@ -36,9 +36,10 @@ from vocabguard.report.first import (
     short_name,
 )
 from vocabguard.report.many import distinct_names, side_by_side
-from vocabguard.report.sentences import Limits, beside_label, decisive_numbers, key_numbers, label_of, verdict_of
+from vocabguard.report.sentences import Limits, beside_label, decisive_numbers, key_numbers, verdict_of
 from vocabguard.runlog import RunLog
 from vocabguard.text import WORST_COLUMNS, number, percent, token_cells, visible
+from vocabguard.vocabulary.labels import label_of
 
 # Controls that HTML forbids or that reorder the text around them, and halves of surrogate pairs, which UTF-8 has not.
 _UNSAFE = regex.compile(r"[\p{Cc}\p{Cs}\p{Bidi_Control}\ufeff\ufffe\uffff--[\n\t]]", regex.VERSION1)

@@ -12,24 +12,15 @@ from vocabguard.measure.retention import ENOUGH
 from vocabguard.report.data import PageData
 from vocabguard.results import EVERYDAY_QUESTIONS
 from vocabguard.text import LARGE_GROUP, ReportRow, number, percent
+from vocabguard.vocabulary.labels import label_of
 
 Level = Literal["fine", "drifted", "lost", "unknown"]
 
-_GROUP_LABELS = {
-    "ja": "Japanese",
-    "ko": "Korean",
-    "zh": "Chinese",
-    "digits_punctuation": "digits and punctuation",
-    "code": "code and markup",
-    "bytes": "byte pieces",
-}
-_CLASS_LABELS = {"never": "never a target", "1-4": "1-4 times", "5-19": "5-19 times", "20+": "20+ times"}
 _BESIDE_LABELS = {
     "confusion": "Answers in many languages",
     "neighbors": "Nearest rows, then and now",
     "head_or_body": "Where forgotten tokens were lost",
 }
-_UPRIGHT = {"other", "control", "padded"}
 
 
 @dataclass(frozen=True)
@@ -59,18 +50,6 @@ class Verdict:
     level: Level
     sentence: str
     findings: tuple[str, ...]
-
-
-def label_of(name: str) -> str:
-    """A row's label for people.
-
-    >>> label_of("ja"), label_of("thai"), label_of("never"), label_of("all")
-    ('Japanese', 'Thai', 'never a target', 'all live tokens')
-    """
-    if name == "all":
-        return "all live tokens"
-    plain = _GROUP_LABELS.get(name) or _CLASS_LABELS.get(name)
-    return plain or (name.replace("_", " ") if name in _UPRIGHT else name.replace("_", " ").capitalize())
 
 
 def beside_label(kind: str) -> str:

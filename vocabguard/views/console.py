@@ -31,6 +31,7 @@ from vocabguard.text import (
     verdict,
     watch_sentences,
 )
+from vocabguard.vocabulary.labels import label_of
 
 if TYPE_CHECKING:
     from vocabguard.vocabulary.table import VocabTable
@@ -41,7 +42,6 @@ _LABEL = "vocabguard"
 _GAP = 2
 _FILE_WIDTH = 120
 _LEVEL_STYLES = {"info": "cyan", "warning": "yellow", "critical": "bold red"}
-_CLASS_LABELS = dict(zip(EXPOSURE_CLASSES, ("never a target", "1-4 times", "5-19 times", "20+ times"), strict=True))
 # A count says more than its class, and terminals are narrow.
 _HIDDEN_COLUMNS = frozenset({"class"})
 _HIDDEN_IF_NARROW = frozenset({"class", "residual"})
@@ -138,9 +138,8 @@ class ConsoleView:
         return report
 
     def _report_cells(self, row: ReportRow, sizes: dict[str, int], probed: bool) -> list[Text]:
-        label = _CLASS_LABELS[row.label] if row.kind == "class" else row.label
         cells = [
-            self._text(label, "bold" if row.kind == "all" else ""),
+            self._text(label_of(row.label), "bold" if row.kind == "all" else ""),
             Text(f"{sizes[row.label]:,}" if row.label in sizes else "", "dim"),
             Text(number(row.mean)),
             Text(number(row.minimum)),
