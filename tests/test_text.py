@@ -160,7 +160,9 @@ def test_preflight_names_the_groups_that_are_hit_harder_than_the_whole():
     target[:10] = 0  # latin: 10 of 100, below the whole's 49 %
     said = wording.preflight_sentences(preflight(target, complete=False, batches=4000, rows=1), table())
     assert "in a sample of 4,000 batches (1 row) of the training data" in said[0]
-    assert said[1:] == ("Hit hardest, tokens that are never a target: 50 of 50 Japanese (100 %), 38 of 40 Chinese (95.0 %).",)
+    assert said[1:] == (
+        "Hit hardest, tokens that are never a target: 50 of 50 Japanese (100 %), 38 of 40 Chinese (95.0 %).",
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from parsed_page import Page
 from vocabguard.files import read_lines
 from vocabguard.report.charts import SHOWN, forecast_figures
 from vocabguard.report.data import PageData, run_data
+from vocabguard.report.limits import Limits
 from vocabguard.report.page import render
-from vocabguard.report.sentences import Limits, as_json, at_end, key_numbers, verdict_of
+from vocabguard.report.sentences import as_json, at_end, key_numbers, verdict_of
 from vocabguard.results import Transition
 from vocabguard.text import percent
 

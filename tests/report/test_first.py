@@ -11,9 +11,10 @@ from parsed_page import Page
 from vocabguard.report.commands import after_probe, after_run, after_scan, command, latest_checkpoint, newest_run
 from vocabguard.report.data import run_data
 from vocabguard.report.first import badge_of, first_tokens, heading_of, main_chart, markdown_of
+from vocabguard.report.limits import Limits
 from vocabguard.report.many import distinct_names, interval, side_by_side
 from vocabguard.report.page import render
-from vocabguard.report.sentences import Limits, verdict_of
+from vocabguard.report.sentences import verdict_of
 from vocabguard.report.words import example_words
 
 

@@ -18,8 +18,9 @@ from parsed_page import Page
 from vocabguard.report.charts import Plot, exposure_figure, histograms, polyline, thinned, ticks, timelines
 from vocabguard.report.compare import compare
 from vocabguard.report.data import PageData, run_data
+from vocabguard.report.limits import Limits
 from vocabguard.report.page import render, write_report
-from vocabguard.report.sentences import Limits, as_json, key_numbers, verdict_of
+from vocabguard.report.sentences import as_json, key_numbers, verdict_of
 from vocabguard.runlog import RunLog
 
 HOSTILE = 12

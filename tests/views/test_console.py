@@ -154,7 +154,20 @@ def test_closing_table_in_the_reports_form(table):
     lines = printed(ConsoleView, ("finish", check(scalars, exposed=True), table))
     heading = next(line for line in lines if "tokens" in line)
     assert heading.split() == ["tokens", "mean", "min", "<", "0.95", "<", "0.90", "retained"]
-    assert cells(lines, "all") == ["all", "live", "tokens", "59", "0.9741", "0.6124", "12.3", "%", "5.0", "%", "83.1", "%"]
+    assert cells(lines, "all") == [
+        "all",
+        "live",
+        "tokens",
+        "59",
+        "0.9741",
+        "0.6124",
+        "12.3",
+        "%",
+        "5.0",
+        "%",
+        "83.1",
+        "%",
+    ]
     assert cells(lines, "Japanese") == ["Japanese", "25", "-", "-", "41.0", "%", "-", "50.0", "%"]
     assert cells(lines, "Thai") == ["Thai", "5", "-", "-", "99.0", "%", "-", "-"]
     assert cells(lines, "never a target") == ["never", "a", "target", "52", "0.8123", "-", "-", "-", "-"]

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from vocabguard.cli import common
 from vocabguard.cli.app import InputError
-from vocabguard.compare.models import Loading, load_model, out_of_memory
+from vocabguard.compare.models import load_model, out_of_memory
+from vocabguard.compare.options import Bars, Loading
 from vocabguard.compare.probing import (
     Answered,
-    Bars,
     ProbePlan,
     Tell,
     answer_vectors,

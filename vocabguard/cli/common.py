@@ -32,14 +32,14 @@ from torch import Tensor
 from vocabguard.cli.app import InputError
 from vocabguard.cli.models import model_path, tokenizer_path
 from vocabguard.compare.matching import folder_tokenizer
-from vocabguard.compare.models import Loading
+from vocabguard.compare.options import Loading
 from vocabguard.compare.scan import Scan, scan
 from vocabguard.compare.summary import KINDS
 from vocabguard.compare.trial import require_readable, try_tokenizer
 from vocabguard.config import ProbeConfig
+from vocabguard.data.choices import KINDS as DATA_KINDS
 from vocabguard.data.counts import read_counts, vocabulary_in
 from vocabguard.data.coverage import vocabulary_hash
-from vocabguard.data.readers import KINDS as DATA_KINDS
 from vocabguard.files import kind_of, one_line, read_text
 from vocabguard.measure.probe import PromptContext
 from vocabguard.protect.prompts import render_pool

@@ -25,11 +25,11 @@ from vocabguard.cli.common import (
     working,
 )
 from vocabguard.cli.coverage_view import Shown, tell
+from vocabguard.data.choices import LOSSES, RANKS
 from vocabguard.data.coverage import Coverage, Sequences, at_risk, load_coverage, measure_coverage, vocabulary_hash
-from vocabguard.data.encode import LOSSES
 from vocabguard.data.merge import merge_coverages
 from vocabguard.data.named import added_tokens, end_tokens, named_sentences, shared_padding
-from vocabguard.data.ranking import RANKS, expected_never, merge_ranks, template_ids, word_sequences, write_tokens
+from vocabguard.data.ranking import expected_never, merge_ranks, template_ids, word_sequences, write_tokens
 from vocabguard.data.readers import data_files, read_examples
 from vocabguard.data.tables import DataFile, RowShard
 from vocabguard.files import one_line

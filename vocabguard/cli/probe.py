@@ -23,13 +23,14 @@ from vocabguard.cli.served import Served, probe_served, save_served
 from vocabguard.compare.adapted import is_adapter
 from vocabguard.compare.evidence import evidence_of, tokenizer_of, unequal
 from vocabguard.compare.models import base_of_adapter
-from vocabguard.compare.probing import Answered, Bars, ProbePlan, answers_of, plan_of_json
+from vocabguard.compare.options import Bars
+from vocabguard.compare.probing import Answered, ProbePlan, answers_of, plan_of_json
 from vocabguard.compare.scan import Scan
 from vocabguard.compare.summary import KINDS, load_scan, save_scan, summarise_scan
 from vocabguard.files import one_line
 from vocabguard.report.commands import Next, after_probe
 from vocabguard.results import NotApplicable
-from vocabguard.served.asking import MODES
+from vocabguard.served.modes import MODES
 
 SCHEMA = 1
 """Version of the fields that ``--json`` prints."""

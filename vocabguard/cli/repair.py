@@ -19,10 +19,9 @@ from vocabguard.cli.answers import where_sentence
 from vocabguard.cli.app import InputError
 from vocabguard.cli.asking import Asking, Dtype, ask_both
 from vocabguard.cli.repair_train import EchoRun, data_rows, train_echo, write_trained
-from vocabguard.compare.models import Loading, load_model
+from vocabguard.compare.models import load_model
+from vocabguard.compare.options import METHODS, STRENGTH, Loading
 from vocabguard.compare.repair import (
-    METHODS,
-    STRENGTH,
     Plan,
     check_out,
     loss_changes,

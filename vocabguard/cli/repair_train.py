@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from vocabguard.compare.adapted import is_adapter, write_adapter
-from vocabguard.compare.models import Loading, load_model
+from vocabguard.compare.models import load_model
+from vocabguard.compare.options import Loading
 from vocabguard.compare.repair import Plan, weight_files
 from vocabguard.config import EchoConfig, GuardConfig, ProbeConfig
 from vocabguard.data.encode import TargetEncoder

@@ -18,8 +18,9 @@ from vocabguard.files import one_line
 from vocabguard.report.commands import newest_run
 from vocabguard.report.compare import Comparison, compare
 from vocabguard.report.data import PageData, TextOf, run_data
+from vocabguard.report.limits import Limits
 from vocabguard.report.page import render, write_page
-from vocabguard.report.sentences import Limits, as_json, verdict_of
+from vocabguard.report.sentences import as_json, verdict_of
 from vocabguard.runlog import RunLog
 
 _PAGE = Path("report.html")

@@ -20,7 +20,7 @@ from vocabguard.cli.common import Column, Grid
 from vocabguard.cli.models import model_path
 from vocabguard.compare.blocks import body_as_json, body_drift
 from vocabguard.compare.evidence import evidence_of
-from vocabguard.compare.probing import Bars
+from vocabguard.compare.options import Bars
 from vocabguard.compare.scan import Scan
 from vocabguard.compare.summary import save_scan, summarise_scan
 from vocabguard.compare.verdicts import rows_sentence, unseen_by_scan

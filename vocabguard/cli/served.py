@@ -15,7 +15,8 @@ from torch import Tensor
 from vocabguard.cli import common
 from vocabguard.cli.app import InputError
 from vocabguard.cli.asking import Asking, telling
-from vocabguard.compare.probing import Answered, Bars, ProbePlan, summarise_answers
+from vocabguard.compare.options import Bars
+from vocabguard.compare.probing import Answered, ProbePlan, summarise_answers
 from vocabguard.compare.verdicts import probe_verdict
 from vocabguard.config import ConfigError, ReferenceConfig
 from vocabguard.files import one_line, read_json, write_file
@@ -23,8 +24,9 @@ from vocabguard.guard.reference import reference_texts
 from vocabguard.measure.probe import PromptContext
 from vocabguard.results import ProbeResult
 from vocabguard.runlog import versions
-from vocabguard.served.asking import MODES, Mode, Said, ask_words_of, mode_of
+from vocabguard.served.asking import Said, ask_words_of, mode_of
 from vocabguard.served.client import Server, ServerError
+from vocabguard.served.modes import MODES, Mode
 from vocabguard.served.words import chosen_words, word_table, words_of_table, words_of_texts
 from vocabguard.vocabulary.table import build_table
 

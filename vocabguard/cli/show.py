@@ -20,7 +20,8 @@ from vocabguard.report.charts import key_of, thinned
 from vocabguard.report.commands import newest_run
 from vocabguard.report.data import PageData
 from vocabguard.report.first import badge_of, firing_advice, first_tokens
-from vocabguard.report.sentences import Limits, as_json, decisive_numbers, verdict_of
+from vocabguard.report.limits import Limits
+from vocabguard.report.sentences import as_json, decisive_numbers, verdict_of
 from vocabguard.text import percent
 from vocabguard.vocabulary.labels import label_of
 

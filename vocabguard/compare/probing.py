@@ -394,22 +394,6 @@ def answers_of(vectors: Mapping[str, Tensor], plan: ProbePlan, side: str = "") -
     return Answered(result, words.bool(), nll)
 
 
-@dataclass(frozen=True)
-class Bars:
-    """From where on a finding counts; the low end of its interval must be above.
-
-    Attributes:
-        lost: share in [0, 1] of the tokens that the base repeats; of one side, of all that are asked for and not
-            repeated. None judges no share.
-        rise: nats a token by which natural text may have become harder.
-        rare: the same of rare tokens over frequent ones, where the training data's counts are known.
-    """
-
-    lost: float | None = 0.02
-    rise: float = 0.1
-    rare: float = 0.4
-
-
 def loss_low(told: Mapping[str, Any]) -> float:
     """Share in [0, 1] of the tokens said at the base that is lost for sure: the low end of two intervals.
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from vocabguard.compare.body_text import body_sentence
-from vocabguard.compare.probing import Bars, loss_low, words_of
+from vocabguard.compare.options import Bars
+from vocabguard.compare.probing import loss_low, words_of
 from vocabguard.measure.retention import ENOUGH
 from vocabguard.text import listed, number, percent, visible
 from vocabguard.vocabulary.labels import label_of

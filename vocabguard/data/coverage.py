@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vocabguard.data.encode import Batch, Loss, Rendered, TargetEncoder
+from vocabguard.data.choices import Loss
+from vocabguard.data.encode import Batch, Rendered, TargetEncoder
 from vocabguard.data.readers import Example, Examples, Text, TokenRows
 from vocabguard.data.render import Trainer, TurnTally
 from vocabguard.data.roles import ROLES, UnknownRoleError

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vocabguard.data.choices import LOSSES, Loss
 from vocabguard.data.readers import Chat, Completion, DataError, Example, Preference, Text, TokenRows
 from vocabguard.data.render import ChatRenderer, Span, Trainer
 from vocabguard.data.tokenizing import Ids, TextTokenizer, single
 from vocabguard.files import one_line
-
-Loss = Literal["assistant", "completion", "all"]
-LOSSES: tuple[Loss, ...] = get_args(Loss)
 
 Mask = NDArray[np.bool_]
 

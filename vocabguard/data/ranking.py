@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import regex
@@ -21,9 +21,6 @@ from vocabguard.vocabulary.table import VocabTable
 
 if TYPE_CHECKING:
     from vocabguard.data.coverage import Coverage
-
-Rank = Literal["inputs", "reference", "merges"]
-RANKS: tuple[Rank, ...] = get_args(Rank)
 
 USUAL_NEVER = (0.85, 0.97)
 """Share of live tokens that are never a target in English chat data, as seen: the yardstick without a reference."""

@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vocabguard.data.choices import KINDS, Kind
 from vocabguard.data.roles import RoleReader, Turn, shown
 from vocabguard.data.tables import (
     WHOLE,
@@ -31,9 +32,6 @@ from vocabguard.data.tables import (
 
 __all__ = ["Chat", "Completion", "DataError", "Example", "Examples", "Kind", "Preference", "Text", "TokenRows", "Turn",
            "data_files", "in_chunks", "is_plain_text", "read_examples", "rows_of"]  # fmt: skip
-
-Kind = Literal["messages", "completion", "text", "tokens", "preference", "alpaca", "question"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 FORMATS: dict[Kind, tuple[tuple[str, ...], ...]] = {
     "tokens": (("input_ids",),),

@@ -10,7 +10,8 @@ from typing import Any
 
 from vocabguard.report.data import PageData
 from vocabguard.report.first import badge_of, short_name
-from vocabguard.report.sentences import Limits, Verdict, key_numbers, verdict_of
+from vocabguard.report.limits import Limits
+from vocabguard.report.sentences import Verdict, key_numbers, verdict_of
 from vocabguard.text import number, percent
 from vocabguard.vocabulary.labels import label_of
 

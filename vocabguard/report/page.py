@@ -35,8 +35,9 @@ from vocabguard.report.first import (
     markdown_of,
     short_name,
 )
+from vocabguard.report.limits import Limits
 from vocabguard.report.many import distinct_names, side_by_side
-from vocabguard.report.sentences import Limits, beside_label, decisive_numbers, key_numbers, verdict_of
+from vocabguard.report.sentences import beside_label, decisive_numbers, key_numbers, verdict_of
 from vocabguard.runlog import RunLog
 from vocabguard.text import WORST_COLUMNS, number, percent, token_cells, visible
 from vocabguard.vocabulary.labels import label_of

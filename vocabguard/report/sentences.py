@@ -10,6 +10,7 @@ import numpy as np
 
 from vocabguard.measure.retention import ENOUGH
 from vocabguard.report.data import PageData
+from vocabguard.report.limits import Limits
 from vocabguard.results import EVERYDAY_QUESTIONS
 from vocabguard.text import LARGE_GROUP, ReportRow, number, percent
 from vocabguard.vocabulary.labels import label_of
@@ -21,19 +22,6 @@ _BESIDE_LABELS = {
     "neighbors": "Nearest rows, then and now",
     "head_or_body": "Where forgotten tokens were lost",
 }
-
-
-@dataclass(frozen=True)
-class Limits:
-    """From where on a finding counts.
-
-    Attributes:
-        degraded: share in [0, 1] of live rows below cosine 0.95 that is still fine.
-        forgotten: share in [0, 1] of the tokens repeated at the base and lost that is still fine; more must be sure.
-    """
-
-    degraded: float = 0.01
-    forgotten: float = 0.05
 
 
 @dataclass(frozen=True)
