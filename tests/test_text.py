@@ -221,8 +221,8 @@ FULL = {
 
 def test_verdict_of_a_full_check():
     assert wording.verdict(result(FULL, firing=("a", "b"))) == (
-        "step 120: head mean 0.9741, min 0.612; 12.3 % below 0.95 (Japanese 41.0 %, Thai 33.0 %); 71.2 % never a target; "
-        "retained 83.1 %; 2 alerts firing"
+        "step 120: head mean 0.9741, min 0.612; 12.3 % below 0.95 (Japanese 41.0 %, Thai 33.0 %); "
+        "71.2 % never a target; retained 83.1 %; 2 alerts firing"
     )
 
 

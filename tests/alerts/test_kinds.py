@@ -39,8 +39,8 @@ def test_many_groups_are_one_alert_that_names_them_worst_first():
     assert change.parts == {"ja": 0.298, "ko": 0.21}
     assert (change.value, change.metric, change.since) == (0.298, "vocabguard/head/*/below_0.95", 120)
     assert change.message == (
-        "groups (warning): head/*/below_0.95 is over 0.1 in 2 groups: Japanese 0.298 (411 rows), Korean 0.21 (80 rows), since "
-        "step 120."
+        "groups (warning): head/*/below_0.95 is over 0.1 in 2 groups: Japanese 0.298 (411 rows), Korean 0.21 (80 "
+        "rows), since step 120."
     )
 
 

@@ -81,7 +81,8 @@ def test_groups():
     assert story.outlook.endswith("; Japanese 90 of 100 rows (90.0 %), Korean 20 of 80 rows (25.0 %).")
     one = alert_story(change("embedding/ja/below_0.90", 0.4), SCENE)
     assert one.what == (
-        "40 of 100 live input embedding rows in Japanese (40.0 %) have turned away from the base model's: cosine below 0.90."
+        "40 of 100 live input embedding rows in Japanese (40.0 %) have turned away from the base model's: "
+        "cosine below 0.90."
     )
     assert one.where == alert_story(change("head/*/below_0.95", 0.4, {"ja": 0.4}), SCENE).where == ""
 
@@ -103,7 +104,8 @@ def test_a_forecast():
 OTHER = [
     ("head/cosine_mean", 0.94, {}, "The live output rows are on average at cosine 0.9400 to the base model's.",
      "Lowest in Japanese 0.9100, Latin 0.9900."),
-    ("head/*/residual_p01", 0.8, {"ja": 0.8}, "The live output rows in Japanese are beyond the shift that all rows share, in "
+    ("head/*/residual_p01", 0.8, {"ja": 0.8}, "The live output rows in Japanese are beyond the shift that all "
+     "rows share, in "
      "their worst hundredth at cosine 0.8000 to the base model's.", "Lowest in Japanese 0.8000."),
     ("head/nonfinite_rows", 3.0, {}, "3 live output rows hold NaN or infinity.", ""),
     ("exposure/never", 0.3, {}, "600 of 2,000 live tokens (30.0 %): never a target so far.", ""),

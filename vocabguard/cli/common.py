@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -26,26 +26,22 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from vocabguard.cli.app import InputError
 from vocabguard.cli.models import model_path, tokenizer_path
-from vocabguard.compare.matching import folder_tokenizer
 from vocabguard.compare.options import Loading
-from vocabguard.compare.scan import Scan, scan
-from vocabguard.compare.summary import KINDS
 from vocabguard.compare.trial import require_readable, try_tokenizer
 from vocabguard.config import ProbeConfig
 from vocabguard.data.choices import KINDS as DATA_KINDS
-from vocabguard.data.counts import read_counts, vocabulary_in
-from vocabguard.data.coverage import vocabulary_hash
 from vocabguard.files import kind_of, one_line, read_text
-from vocabguard.measure.probe import PromptContext
-from vocabguard.protect.prompts import render_pool
 from vocabguard.report.commands import Next
-from vocabguard.rows.checkpoints import Checkpoint, open_checkpoint
-from vocabguard.rows.tensors import TORCH_SUFFIXES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vocabguard.compare.scan import Scan
+    from vocabguard.measure.probe import PromptContext
+    from vocabguard.rows.checkpoints import Checkpoint
 
 Base = Annotated[
     str,
@@ -183,6 +179,11 @@ def checkpoint_files(*paths: str) -> list[Path]:
 
 def _is_weights(file: Path) -> bool:
     """Whether a file is of a checkpoint, and not of an earlier scan or probe."""
+    from safetensors import SafetensorError, safe_open
+
+    from vocabguard.compare.summary import KINDS
+    from vocabguard.rows.tensors import TORCH_SUFFIXES
+
     if file.suffix != ".safetensors" or not file.is_file():
         return file.suffix in (*TORCH_SUFFIXES, ".json")
     try:
@@ -251,6 +252,10 @@ def open_pair(
     Raises:
         InputError: for anything that cannot be used.
     """
+    from vocabguard.compare.matching import folder_tokenizer
+    from vocabguard.data.counts import read_counts
+    from vocabguard.rows.checkpoints import open_checkpoint
+
     if coverage is not None and run is not None:
         raise InputError("--coverage and --run are both given; allowed: one source of counts")
     for option, given in (("--tokenizer", tokenizer), ("--coverage", coverage), ("--run", run)):
@@ -283,6 +288,9 @@ def _check_counted(coverage: str, *tokenizers: Any) -> None:
     Raises:
         ValueError: where their vocabularies differ.
     """
+    from vocabguard.data.counts import vocabulary_in
+    from vocabguard.data.coverage import vocabulary_hash
+
     counted, known = vocabulary_in(coverage), [one for one in tokenizers if one is not None]
     if counted is not None and known and counted not in map(vocabulary_hash, known):
         raise ValueError(f"--coverage {coverage}: was counted with another tokenizer than the models'")
@@ -294,6 +302,8 @@ def measured(pair: Pair) -> Scan:
     Raises:
         InputError: if the two do not fit each other.
     """
+    from vocabguard.compare.scan import scan
+
     try:
         with progress_bars() as progress:
             return scan(
@@ -449,4 +459,6 @@ def ways_of_asking(tokenizer: Any) -> tuple[PromptContext, ...]:
     Raises:
         ValueError: if the tokenizer's chat template renders none of them.
     """
+    from vocabguard.protect.prompts import render_pool
+
     return render_pool(tokenizer, ProbeConfig().contexts)

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,14 +26,12 @@ from vocabguard.cli.common import (
 )
 from vocabguard.cli.coverage_view import Shown, tell
 from vocabguard.data.choices import LOSSES, RANKS
-from vocabguard.data.coverage import Coverage, Sequences, at_risk, load_coverage, measure_coverage, vocabulary_hash
-from vocabguard.data.merge import merge_coverages
-from vocabguard.data.named import added_tokens, end_tokens, named_sentences, shared_padding
-from vocabguard.data.ranking import expected_never, merge_ranks, template_ids, word_sequences, write_tokens
-from vocabguard.data.readers import data_files, read_examples
 from vocabguard.data.tables import DataFile, RowShard
 from vocabguard.files import one_line
-from vocabguard.vocabulary.table import VocabTable, build_table, resolve_token
+
+if TYPE_CHECKING:
+    from vocabguard.data.coverage import Coverage, Sequences
+    from vocabguard.vocabulary.table import VocabTable
 
 _PARALLEL_FROM = 2**26  # bytes of data from which starting processes, some seconds each, pays
 _MOST_WORKERS = 8
@@ -105,6 +103,12 @@ def coverage(
 
     Exit code 0: fine; 1: a larger share than the threshold allows; 2: bad input.
     """
+    from vocabguard.data.coverage import at_risk, load_coverage, measure_coverage
+    from vocabguard.data.merge import merge_coverages
+    from vocabguard.data.ranking import expected_never, merge_ranks, template_ids, write_tokens
+    from vocabguard.data.readers import data_files, read_examples
+    from vocabguard.vocabulary.table import build_table
+
     _check_ranges(threshold, top, workers, epochs, max_length)
     if rank not in RANKS or (rank == "reference" and not reference):
         raise InputError(f"--rank is {rank!r}; allowed: {', '.join(RANKS)}, and reference with --reference only")
@@ -158,6 +162,10 @@ def coverage(
 
 def _watched(tokenizer: Any, table: VocabTable, items: Iterable[str]) -> tuple[list[int], dict[str, Sequences]]:
     """Single tokens by id, and words of several with the ways in which they are encoded."""
+    from vocabguard.data.coverage import Sequences
+    from vocabguard.data.ranking import word_sequences
+    from vocabguard.vocabulary.table import resolve_token
+
     tokens, words = [], dict[str, Sequences]()
     for item in items:
         try:
@@ -170,6 +178,8 @@ def _watched(tokenizer: Any, table: VocabTable, items: Iterable[str]) -> tuple[l
 
 
 def _check_merged(result: Coverage, tokenizer: Any, words: dict[str, Sequences]) -> None:
+    from vocabguard.data.coverage import vocabulary_hash
+
     if result.source.vocabulary != vocabulary_hash(tokenizer):
         raise ValueError(
             f"the tokenizer {result.source.tokenizer} is not the one any more that the parts were counted with"
@@ -182,6 +192,9 @@ def _check_merged(result: Coverage, tokenizer: Any, words: dict[str, Sequences])
 
 def _reference(names: Sequence[str], tokenizer: Any, table: VocabTable) -> Coverage | None:
     """The counts of the data to compare with, every token of it."""
+    from vocabguard.data.coverage import measure_coverage
+    from vocabguard.data.readers import data_files, read_examples
+
     if not names:
         return None
     files = data_files(names)
@@ -193,6 +206,8 @@ def _reference(names: Sequence[str], tokenizer: Any, table: VocabTable) -> Cover
 
 def _left_out(result: Coverage, own: Any) -> int:
     """Tokens at risk that are left out since the chat template writes them."""
+    from vocabguard.data.coverage import at_risk
+
     everyone = set(at_risk(result, len(result.data_target)))
     return sum(one in everyone for one in own.tolist())
 
@@ -223,6 +238,8 @@ def _workers_for(files: Sequence[DataFile]) -> int:
 
 def _named(name: str, tokenizer: Any, result: Coverage, table: VocabTable, watched: Sequence[int]) -> tuple[str, ...]:
     """What the data never asks for among the tokens that matter."""
+    from vocabguard.data.named import added_tokens, end_tokens, named_sentences, shared_padding
+
     ends = end_tokens(tokenizer, _generation_ends(Path(name)))
     words = {table.text(one): (one,) for one in watched}
     said = named_sentences(result.data_target, tokenizer, ends, "the data", added=added_tokens(tokenizer), words=words)

@@ -8,18 +8,19 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
 from vocabguard.cli.common import Column, Grid
-from vocabguard.data.coverage import Coverage, RowTally, coverage_totals, group_rows
-from vocabguard.data.ranking import USUAL_NEVER, kind_rows
 from vocabguard.results import EXPOSURE_CLASSES
 from vocabguard.text import percent, visible
 from vocabguard.vocabulary.labels import label_of
-from vocabguard.vocabulary.table import VocabTable
+
+if TYPE_CHECKING:
+    from vocabguard.data.coverage import Coverage, RowTally
+    from vocabguard.vocabulary.table import VocabTable
 
 _PIECES, _PIECE = 12, 400  # parts of the row that is shown, and characters of each
 _ORDERS = {
@@ -62,6 +63,9 @@ def tell(result: Coverage, shown: Shown, as_json: bool) -> None:
 
 
 def _as_json(result: Coverage, shown: Shown) -> dict[str, Any]:
+    from vocabguard.data.coverage import coverage_totals, group_rows
+    from vocabguard.data.ranking import kind_rows
+
     groups = {row.group: {"live": row.live, **dict(zip(EXPOSURE_CLASSES, row.classes, strict=True))}
               for row in group_rows(result)}  # fmt: skip
     kinds = {kind: dict(zip(EXPOSURE_CLASSES, counts, strict=True)) for kind, counts in kind_rows(result, shown.table)}
@@ -97,6 +101,8 @@ def _tokens(result: Coverage, table: VocabTable, ids: Iterable[int]) -> list[dic
 
 
 def _print(result: Coverage, shown: Shown) -> None:
+    from vocabguard.data.coverage import coverage_totals
+
     console = Console(soft_wrap=True, highlight=False)
     numbers = coverage_totals(result)
     passes = f", {result.source.epochs} epochs" if result.source.epochs > 1 else ""
@@ -129,6 +135,8 @@ def _print(result: Coverage, shown: Shown) -> None:
 
 
 def _yardstick(shown: Shown) -> str:
+    from vocabguard.data.ranking import USUAL_NEVER
+
     if shown.expected is not None:
         return f"; as many tokens of the reference would leave out {percent(shown.expected)}"
     low, high = USUAL_NEVER
@@ -215,6 +223,9 @@ def _printable(text: str) -> str:
 
 
 def _group_table(result: Coverage, table: VocabTable) -> Grid:
+    from vocabguard.data.coverage import group_rows
+    from vocabguard.data.ranking import kind_rows
+
     names = ("never", "", "1-4", "5-19", "20+")
     grid = Grid([Column("", words=True), Column("tokens", spare=1), *map(Column, names)])
     for row in group_rows(result):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
-from torch import Tensor
 
 from vocabguard.cli import asking, common
 from vocabguard.cli.answers import probe_parts
@@ -18,16 +17,16 @@ from vocabguard.cli.app import InputError
 from vocabguard.cli.asking import Asking
 from vocabguard.cli.common import Column, Grid
 from vocabguard.cli.models import model_path
-from vocabguard.compare.blocks import body_as_json, body_drift
-from vocabguard.compare.evidence import evidence_of
 from vocabguard.compare.options import Bars
-from vocabguard.compare.scan import Scan
-from vocabguard.compare.summary import save_scan, summarise_scan
-from vocabguard.compare.verdicts import rows_sentence, unseen_by_scan
 from vocabguard.files import one_line, plain
 from vocabguard.report.commands import Next, after_scan
 from vocabguard.text import listed, number, percent, visible
 from vocabguard.vocabulary.labels import label_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vocabguard.compare.scan import Scan
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _UNMOVED = 0.9999
@@ -225,6 +224,9 @@ def scan(
     Exit code 0: fine; 1: more live rows below cosine 0.95 than the threshold allows, or NaN or Inf in the body, or a
     finding of the probe; 2: bad input.
     """
+    from vocabguard.compare.evidence import evidence_of
+    from vocabguard.compare.summary import summarise_scan
+
     common.check_most(("--threshold", threshold, 1), ("--top", top, 10**7))
     options = Asking(
         sample=sample, whole=whole, watch=watch, texts=texts, seed=seed, batch=batch,
@@ -281,6 +283,8 @@ def _check_asking(options: Asking, *, probe: bool) -> None:
 
 
 def _body(pair: common.Pair) -> dict[str, Any]:
+    from vocabguard.compare.blocks import body_as_json, body_drift
+
     with common.progress_bars() as progress:
         told: dict[str, Any] = plain(body_as_json(body_drift(pair.base, pair.tuned, progress)))
     return told
@@ -288,6 +292,8 @@ def _body(pair: common.Pair) -> dict[str, Any]:
 
 def _judged(told: Mapping[str, Any], threshold: float) -> dict[str, Any]:
     """The verdict over rows, body and behaviour, and whether anything is over its threshold."""
+    from vocabguard.compare.verdicts import rows_sentence, unseen_by_scan
+
     numbers = told[told["judged"]] if told["judged"] else {}
     damage = _broken_rows(told)
     share, body, probe = numbers.get("below_0.95") or 0.0, told["body"], told["probe"]
@@ -327,6 +333,8 @@ def _without_plan(told: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _save(found: Scan, out: Path, told: Mapping[str, Any], vectors: Mapping[str, Tensor]) -> None:
+    from vocabguard.compare.summary import save_scan
+
     try:
         save_scan(found, out, told, vectors)
     except Exception as error:  # safetensors has an error of its own for a full disk
