@@ -152,6 +152,15 @@ def main_chart(data: PageData) -> Figure | None:
     return next(iter(histograms(data)), None) if data.kind == "scan" else None
 
 
+def table_markdown(tokens: TokenTable) -> list[str]:
+    """Lines of the table, after an empty one; none where it has no rows."""
+    if not tokens.rows:
+        return []
+    names = [name for name, _ in tokens.columns]
+    lines = ["", f"{tokens.title}: {tokens.caption}", "", f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
+    return lines + [f"| {' | '.join(escape_markdown(cell) for _, cell in row)} |" for row in tokens.rows]
+
+
 def markdown_of(data: PageData, verdict: Verdict, tokens: TokenTable, advice: Sequence[str]) -> str:
     """The first screen as Markdown, for an issue or a chat."""
     step = "" if data.step is None else f", step {data.step:,}"
@@ -159,12 +168,7 @@ def markdown_of(data: PageData, verdict: Verdict, tokens: TokenTable, advice: Se
     lines += [f"- {name}: {value}" for name, value in decisive_numbers(data)]
     if data.origin:
         lines += [f"- {name}: {escape_markdown(value)}" for name, value in data.origin.items() if name != "command"]
-    if tokens.rows:
-        names = [name for name, _ in tokens.columns]
-        lines += ["", f"{tokens.title}: {tokens.caption}", "", f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
-        for row in tokens.rows:
-            cells = (cell for _, cell in row)
-            lines.append(f"| {' | '.join(escape_markdown(cell) for cell in cells)} |")
+    lines += table_markdown(tokens)
     lines += ["", "What to do:", *(f"- {one}" for one in advice)] if advice else []
     lines += [f"- {one.why}: `{one.command}`" for one in data.commands]
     return "\n".join(lines)
