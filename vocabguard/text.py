@@ -170,7 +170,8 @@ def verdict(result: CheckResult, groups: Collection[str] | None = None) -> str:
     if broken:
         parts.append(_count(int(broken), "broken row"))
     never = _finite(scalars, "vocabguard/exposure/never")
-    if never is not None:
+    # Before the first targets every token has none, which says nothing.
+    if never is not None and scalars.get("vocabguard/exposure/targets") != 0:
         parts.append(f"{percent(never)} never a target")
     retained = _finite(scalars, "vocabguard/probe/retained")
     if retained is not None:

@@ -263,7 +263,8 @@ def test_what_was_found_beside_the_checks_is_shown(make_run):
     for sentence in (
         "Step 20: 8 answers in 2 languages: 25.0 % with foreign script (ja 50.0 % Cyrillic); lines pass 75.0 %.",
         "Step 20: 2 worst and watched tokens keep 50.0 % of their nearest rows; intruders among them: 2 then, 24 now.",
-        "Step 20: 12 lost tokens: 9 (75.0 %) back with the base's output rows, 3 (25.0 %) with no rows",
+        "Step 20: of 12 lost tokens probed again, 9 (75.0 %) come back with the base's output row, "
+        "3 (25.0 %) come back with no row (lost in the body)",
     ):
         assert sentence in page.text
     assert "ja 4 50.0 % Cyrillic 2 75.0 % - -" in page.text

@@ -423,8 +423,16 @@ def _degraded(about: About) -> str:
     return f"{_some(about)} have turned away from the base model's: cosine below {about.last.removeprefix('below_')}."
 
 
+_RELIABLE = 0.1  # of the run; see the evidence of the forecast in tests/README.md
+
+
 def _at_risk(about: About) -> str:
-    return f"{_some(about)} may be below cosine 0.95 to the base model's at the end{about.scene.end}, by the forecast."
+    step, total = about.change.step, about.scene.total
+    said = f"{_some(about)} may be below cosine 0.95 to the base model's at the end{about.scene.end}, by the forecast."
+    if not total or step >= _RELIABLE * total:
+        return said
+    when = f"after step {step:,}" if step else "before step 1"
+    return f"Early estimate ({when}): {said} It is reliable from about 10 % of the run on."
 
 
 def _turned(about: About) -> str:

@@ -151,7 +151,7 @@ def _next_commands(result: Coverage, shown: Shown) -> list[str]:
     saved = "" if shown.out else f" (after --out {out})"
     needs = shlex.quote(str(out))
     return [
-        f"To ask for the rest{saved}, by rows of other data or by lists to repeat:",
+        f"To make them targets{saved}, choose rows of other data, or write lists to repeat:",
         f"  vocabguard replay CORPUS --tokenizer {tokenizer} --coverage {needs} --out replay.jsonl",
         f"  vocabguard echo {tokenizer} --needs {needs} --ids echo.jsonl",
     ]
@@ -175,7 +175,7 @@ def _notes(result: Coverage) -> list[str]:
     if tally.cut:
         notes.append(f"{tally.cut:,} rows are cut off at {result.source.max_length:,} tokens.")
     if tally.without_targets:
-        notes.append(f"{tally.without_targets:,} rows ask for nothing.")
+        notes.append(f"{tally.without_targets:,} rows have no target.")
     return notes
 
 
@@ -194,8 +194,8 @@ def _template_notes(tally: RowTally) -> list[str]:
         )
     if tally.turns_exact + tally.turns_by_text + tally.turns_missing:
         notes.append(
-            "The chat template does not mark the assistant's tokens; its turns were found by rendering. TRL knows no "
-            "training template for it or was not asked, so that its targets may differ: compare the row below."
+            "The chat template does not mark the assistant's tokens; the turns were found by rendering. TRL may mask "
+            "this template differently: check the row below."
         )
     if tally.turns_by_text or tally.turns_missing:
         notes.append(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vocabguard.compare.scan import Scan
 
 _BARS = " ▁▂▃▄▅▆▇█"
+_BLOCKS = 12  # most changed ones in the table
 _UNMOVED = 0.9999
 _LABELS = {"head": "head", "embedding": "input embedding"}
 
@@ -56,6 +57,7 @@ def _parts(found: Mapping[str, Any], top: int) -> list[RenderableType]:
     verdict = found["verdict"]
     parts: list[RenderableType] = [Text(verdict["rows"], "bold")]
     parts += [Text(verdict["behaviour"], "bold")] if verdict["behaviour"] else []
+    parts.append(Text(f"Not measured: {'; '.join(verdict['not_measured'])}."))
     parts += [Text(f"over the threshold: {one}", "red") for one in verdict["findings"]]
     parts += map(Text, _sentences(found))
     same = _tied(found)
@@ -95,7 +97,6 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
         said.append(f"Under-trained tokens not measured: {reason}; only rows of tiny norm are set apart.")
     if found["judged"]:
         said.append(f"Residual: without the mean displacement of the {found['residual_over']}.")
-    said.append(f"Not measured: {'; '.join(found['verdict']['not_measured'])}.")
     return said
 
 
@@ -105,11 +106,17 @@ def _block_table(body: Mapping[str, Any], top: int) -> list[RenderableType]:
         return []
     grid = Grid([Column("block", words=True), Column("change"), Column("cosine"), Column("tensors changed", spare=2),
                  Column("most changed", words=True, spare=3)])  # fmt: skip
-    for one in body["blocks"]:
+    most = sorted(range(len(body["blocks"])), key=lambda place: -body["blocks"][place]["relative"])
+    shown = {*most[:_BLOCKS]} if len(most) > _BLOCKS else {*most}
+    for place, one in enumerate(body["blocks"]):
+        if place not in shown and not one["broken"]:
+            continue
         change, cosine = percent(one["relative"]), number(one["cosine"])
         moved = f"{one['changed']} of {one['tensors']}"
         grid.add(one["block"], change, cosine, moved, one["worst"]["tensor"] if one["changed"] else "")
-    return [Text("\nbody, by block: norm of the change over the norm at the base", "bold"), grid]
+    title = "\nbody, by block: norm of the change over the norm at the base"
+    left = len(most) - len(grid.rows)
+    return [Text(f"{title}; {left} blocks that changed less are left out" if left else title, "bold"), grid]
 
 
 def _matrix(found: Mapping[str, Any], name: str) -> list[RenderableType]:

@@ -11,6 +11,7 @@ import difflib
 import fnmatch
 import functools
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from importlib import resources
@@ -302,7 +303,17 @@ def _layer(source: Any) -> Any:
         raise ConfigError(f"config {source} is no YAML: {_one_line(error)}") from error
     except OSError as error:
         raise ConfigError(f"config {source} cannot be read: {_one_line(error)}; allowed: a YAML file") from error
-    raise ConfigError(f"config is {str(source)!r}; allowed: a YAML file, or one of the presets {list(presets())}")
+    raise ConfigError(_no_source(str(source)))
+
+
+def _no_source(source: str) -> str:
+    """What a name that is neither a preset nor a file may have been meant as."""
+    allowed = f"allowed: a YAML file, or one of the presets {list(presets())}"
+    if Path(source).suffix in (".yaml", ".yml"):
+        return f"config is {source!r}, and there is no such file in {os.getcwd()}; {allowed}"
+    close = difflib.get_close_matches(source, presets(), n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"config is {source!r}; {hint}{allowed}"
 
 
 def _dotted(overrides: Any) -> DictConfig:
@@ -412,6 +423,12 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+_WRONG_TYPE = re.compile(r"Value (?P<value>.*) of type '(?P<type>.*)' could not be converted to (?P<wanted>\w+)")
+_TYPES = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}
+_ARGUMENTS = ("tokenizer", "overrides", "targets", "actions")
+"""What a callback takes beside the sections of the configuration."""
+
+
 def _explain(error: OmegaConfBaseException) -> str:
     """Key, value and what is allowed, from OmegaConf's error."""
     from omegaconf.errors import ConfigKeyError
@@ -421,9 +438,16 @@ def _explain(error: OmegaConfBaseException) -> str:
     if isinstance(error, ConfigKeyError) or "not in" in first_line:
         owner = getattr(error, "object_type", None)
         allowed = [f.name for f in fields(owner)] if is_dataclass(owner) else []
-        close = difflib.get_close_matches(str(key).rpartition(".")[2], allowed, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"unknown key {key!r}; allowed: {allowed}{hint}"
+        named = [*allowed, *_ARGUMENTS] if owner is GuardConfig else allowed
+        close = difflib.get_close_matches(str(key).rpartition(".")[2], named, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"unknown key {key!r}; {hint}allowed: {allowed}"
+    wrong = _WRONG_TYPE.fullmatch(first_line)
+    if wrong:
+        value, wanted = wrong["value"], _TYPES.get(wrong["wanted"], wrong["wanted"])
+        # Everything is quoted there.
+        value = value if wrong["type"] == "str" else value.strip("'")
+        return f"{key} is {value} ({wrong['type']}); allowed: {wanted}"
     return f"{key}: {first_line}"
 
 

@@ -58,7 +58,10 @@ class EchoSource:
 
     def __init__(self, config: GuardConfig, tokenizer: Any, *, seq2seq: bool) -> None:
         if tokenizer is None:
-            raise ConfigError("echo needs the model's tokenizer; pass `tokenizer=`")
+            raise ConfigError(
+                "echo needs the model's tokenizer; pass `tokenizer=tokenizer` to the guard, or "
+                "`processing_class=tokenizer` to a Hugging Face Trainer"
+            )
         texts = enumerate(config.echo.instructions)
         try:
             prompts = [render_echo(tokenizer, f"echo.instructions[{place}]", text) for place, text in texts]

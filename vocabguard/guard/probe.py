@@ -204,13 +204,15 @@ class Prober:
             self._draw(min(self.size, max(LEAST_SAMPLE, int(allowed) - beside)))
         if self.say is not None:
             best = max(self.shares.values())
-            names = ", ".join(context.name for context in self.contexts)
             text = ", with the reference text" if self.beside else ""
             drawn, live = int((self.weights > 0).sum()), int(self.population.live.sum())
+            weak = f" The base repeats only {percent(best)} of {CHOOSING} tokens at best, so it tells little." * (
+                best < 0.5
+            )
+            took = seconds * (length * len(self.ids) + self.beside)
             self.say(
-                f"Probe: {drawn:,} of {live:,} live tokens, {len(self.contexts)} asks each: {names} (the base repeats "
-                f"up to {percent(best)} of {CHOOSING} others). "
-                f"About {seconds * (length * len(self.ids) + self.beside):.0f} s each time{text}."
+                f"Probe: {drawn:,} of {live:,} live tokens, {len(self.contexts)} asks each; about {took:.0f} s a probe"
+                f"{text}.{weak}"
             )
 
     def _teller(self, began: float) -> Callable[[float], None]:

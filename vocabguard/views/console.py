@@ -91,10 +91,13 @@ class ConsoleView:
 
     def _alerts(self, changes: Sequence[Transition]) -> list[RenderableType]:
         """Messages and stories; what several alerts of a check have in common is said once."""
-        lines, told = [], set()
+        lines: list[RenderableType] = []
+        told: set[str] = set()
         for change in changes:
             lines.append(self._line(change.message, _alert_style(change)))
-            story = [line for line in (change.story.lines if change.story is not None else ()) if line not in told]
+            # The message says since when.
+            known = told if change.story is None else {*told, change.story.since}
+            story = [line for line in (change.story.lines if change.story is not None else ()) if line not in known]
             lines += [self._line(f"  {line}") for line in story]
             told.update(story)
         return lines

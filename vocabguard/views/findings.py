@@ -87,16 +87,16 @@ def _finding(
 def _body_sentence(counts: Mapping[str, Any]) -> str:
     total = counts["forgotten"]
     said = [
-        f"{counts[part]:,} ({percent(counts[part] / total)}) {words}"
+        f"{counts[part]:,} ({percent(counts[part] / total)}) {'comes' if counts[part] == 1 else 'come'} back {words}"
         for part, words in (
-            ("head", "back with the base's output rows"),
-            ("input", "with its input rows too"),
+            ("head", "with the base's output row"),
+            ("input", "with its input row too"),
             ("other_rows", "only with the rows of all tokens (other rows drown them)"),
-            ("body", "with no rows (lost in the body)"),
+            ("body", "with no row (lost in the body)"),
         )
         if counts.get(part)
     ]
-    return f"{total:,} lost token{'s' * (total != 1)}: {', '.join(said)}"
+    return f"of {total:,} lost token{'s' * (total != 1)} probed again, {', '.join(said)}"
 
 
 def _confusion_row(
