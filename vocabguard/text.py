@@ -142,7 +142,7 @@ def watch_sentences(watch: Watch) -> tuple[str, ...]:
 
 
 def preflight_sentences(preflight: Preflight | NotApplicable, table: VocabTable) -> tuple[str, ...]:
-    """What the training data asks for and what it never does, before step 1."""
+    """Which tokens are targets of the training data and which never are, before step 1."""
     if isinstance(preflight, NotApplicable):
         return (f"No preflight: {_ended(preflight.reason)}",)
     live = table.live

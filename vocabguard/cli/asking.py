@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 _SAY_EVERY = 30.0
 _DEFAULT = ProbeConfig()
 _TEXT = ReferenceConfig()
-# What may be asked for.
+# The most that is taken.
 _SAMPLE, _ASKS, _BATCH, _SEEDS, _WORDS = 10_000_000, 100, 2**24, 2**63 - 1, 10_000
 
-Sample = Annotated[int, typer.Option(min=1, help="Live tokens to ask for, drawn by script group (and exposure class).")]
-Whole = Annotated[bool, typer.Option("--all", help="Ask for every live token instead of a sample.")]
-Watch = Annotated[Path | None, typer.Option(help="Words to ask for beside, a line each; a lost one is a finding.")]
+Sample = Annotated[int, typer.Option(min=1, help="Live tokens to probe, drawn by script group (and exposure class).")]
+Whole = Annotated[bool, typer.Option("--all", help="Probe every live token instead of a sample.")]
+Watch = Annotated[Path | None, typer.Option(help="Words to probe too, a line each; a lost one is a finding.")]
 Texts = Annotated[
     Path | None,
     typer.Option(
@@ -248,9 +248,7 @@ def _ask_again(pair: common.Pair, found: Scan, asking: Asking, plan: ProbePlan, 
     from vocabguard.compare.probing import ask_model
 
     if int(plan.ids.max()) >= len(found.table):
-        raise ValueError(
-            f"the earlier probe asked for token {int(plan.ids.max())}; the model has {len(found.table)} rows"
-        )
+        raise ValueError(f"the earlier probe has token {int(plan.ids.max())}; the model has {len(found.table)} rows")
     with telling() as tell:
         model = _loaded("model", tell, lambda: load_model(pair.tuned.path, asking.loading))
         now = ask_model(model, plan, batch_tokens=asking.batch, name="model", tell=tell)

@@ -93,7 +93,7 @@ MOST_TOKENS = 2**31 - 1
 """Of a row: longer ones no library counts."""
 
 MOST_TARGETS = 10_000
-"""Times that a token is asked for: more would be another training."""
+"""Times that a token is a target: more would be another training."""
 
 
 def check_most(*asked: tuple[str, float | None, float]) -> None:

@@ -1,4 +1,4 @@
-"""``vocabguard coverage``: what training data asks for, and what it never does, before any training."""
+"""``vocabguard coverage``: which tokens are targets of training data, before any training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _PARALLEL_FROM = 2**26  # bytes of data from which starting processes, some seconds each, pays
 _MOST_WORKERS = 8
-# What may be asked for.
+# The most that is taken.
 _WORKERS, _EPOCHS = 256, 1_000_000
 
 
@@ -77,7 +77,7 @@ def coverage(
         list[str] | None, typer.Option(help="A token (id or text) or a word of several, whose counts to show.")
     ] = None,
     reference: Annotated[
-        list[str] | None, typer.Option(help="Data to compare with, e.g. of the base model: what common text asks for.")
+        list[str] | None, typer.Option(help="Data to compare with, e.g. of the base model: tokens of common text.")
     ] = None,
     rank: Annotated[
         str,
@@ -94,9 +94,9 @@ def coverage(
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable result on standard output.")] = False,
 ) -> None:
-    """Count how often training data asks for each token, as a trainer would mask it.
+    """Count how often each token is a target in training data, masked as a trainer masks it.
 
-    Tokens that the loss never asks for are only ever pushed down. Without --threshold the exit code is 0 whatever is
+    Tokens that are never a target are only ever pushed down. Without --threshold the exit code is 0 whatever is
     found: every data set leaves most of a vocabulary out, and only you know what share is too much.
 
     `vocabguard coverage merge A B ...` puts files of --out together, counted with --shard 1/N to N/N on N machines.
@@ -237,7 +237,7 @@ def _workers_for(files: Sequence[DataFile]) -> int:
 
 
 def _named(name: str, tokenizer: Any, result: Coverage, table: VocabTable, watched: Sequence[int]) -> tuple[str, ...]:
-    """What the data never asks for among the tokens that matter."""
+    """Which of the tokens that matter are never a target."""
     from vocabguard.data.named import added_tokens, end_tokens, named_sentences, shared_padding
 
     ends = end_tokens(tokenizer, _generation_ends(Path(name)))

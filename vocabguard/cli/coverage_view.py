@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vocabguard.data.coverage import Coverage, RowTally
     from vocabguard.vocabulary.table import VocabTable
 
+_FILES = 3  # named in a command to copy
 _PIECES, _PIECE = 12, 400  # parts of the row that is shown, and characters of each
 _ORDERS = {
     "inputs": "the most read, then low ids",
@@ -148,10 +149,12 @@ def _next_commands(result: Coverage, shown: Shown) -> list[str]:
     if not result.never_share:
         return []
     tokenizer, out = shlex.quote(result.source.tokenizer), shown.out or "coverage.safetensors"
-    saved = "" if shown.out else f" (after --out {out})"
     needs = shlex.quote(str(out))
+    files = shlex.join(result.source.files[:_FILES]) + " ..." * (len(result.source.files) > _FILES)
+    first = [] if shown.out else [f"  vocabguard coverage {tokenizer} {files} --out {needs}"]
     return [
-        f"To make them targets{saved}, choose rows of other data, or write lists to repeat:",
+        "To make them targets, choose rows of other data, or write lists to repeat:",
+        *first,
         f"  vocabguard replay CORPUS --tokenizer {tokenizer} --coverage {needs} --out replay.jsonl",
         f"  vocabguard echo {tokenizer} --needs {needs} --ids echo.jsonl",
     ]

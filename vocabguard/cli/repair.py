@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _ALLOWED = (*METHODS, "echo", "auto")
 _RUN = EchoRun()
 _BATCH = 4096
-_CHOOSE = 512  # tokens that are asked for where the method is chosen by what was lost
+_CHOOSE = 512  # tokens that are probed where the method is chosen by what was lost
 
 
 def repair(
@@ -62,7 +62,7 @@ def repair(
     data: Annotated[
         list[str] | None, typer.Option(help="echo: data files or folders to train beside, best those of the fine-tune.")
     ] = None,
-    targets: Annotated[float, typer.Option(min=0.1, help="echo: times each lost token is asked for.")] = _RUN.targets,
+    targets: Annotated[float, typer.Option(min=0.1, help="echo: times each lost token is a target.")] = _RUN.targets,
     learning_rate: Annotated[float, typer.Option(min=0, help="echo: AdamW's, linear to 0.")] = _RUN.learning_rate,
     batch: Annotated[int, typer.Option(min=1, help="echo: data rows a batch.")] = _RUN.batch,
     max_length: Annotated[int, typer.Option(min=8, help="echo: tokens of a data row.")] = _RUN.max_length,
@@ -70,7 +70,7 @@ def repair(
         list[str] | None, typer.Option(help="echo: a way of asking that the model knows, with one {tokens}.")
     ] = None,
     text: Annotated[Path | None, typer.Option(help="A text whose loss is measured before and after.")] = None,
-    sample: Annotated[int, typer.Option(min=0, help="Live tokens to ask for before and after; 0: all.")] = 2048,
+    sample: Annotated[int, typer.Option(min=0, help="Live tokens to probe before and after; 0: all.")] = 2048,
     text_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens of the packaged natural text to read before and after; 0: none.")
     ] = 2048,

@@ -88,7 +88,7 @@ def data_rows(examples: Iterable[Example], tokenizer: Any, targets: float, max_l
 
 
 def steps_for(rows: Sequence[_Row], echo_targets: float, batch: int) -> int:
-    """Optimizer steps until so many echo targets were asked for, one for each data target; `FEWEST_STEPS` or more."""
+    """Optimizer steps until there were so many echo targets, one for each data target; `FEWEST_STEPS` or more."""
     data_targets = sum(label != IGNORE for row in rows for label in row["labels"])
     return max(FEWEST_STEPS, math.ceil(echo_targets * len(rows) / data_targets / batch))
 
@@ -195,7 +195,7 @@ def own_instructions() -> list[str]:
 def _train(
     model: Any, rows: Sequence[_Row], guard: Any, steps: int, run: EchoRun, tell: Callable[[int, int], None]
 ) -> dict[str, int]:
-    """Run the trainer; targets of echo and data that were asked for."""
+    """Run the trainer; the targets of echo and of data that it had."""
     import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 

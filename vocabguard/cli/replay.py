@@ -1,4 +1,4 @@
-"""``vocabguard replay``: the fewest rows of a corpus that ask for the tokens in need."""
+"""``vocabguard replay``: the fewest rows of a corpus that have the missing tokens as targets."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class ProbePlan:
         contexts: the asks, which the base follows best.
         ids: (n,) int64, the tokens.
         weights: (n,) float32, live tokens that each of them stands for; 0 for those that are asked beside the sample.
-        frequent: (n,) bool, tokens that the training data asks for often.
+        frequent: (n,) bool, tokens that are often a target of the training data.
         seed: of the lists.
         words: watched words, texts and ids.
         windows: natural text; None where none is read.

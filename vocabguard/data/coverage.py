@@ -1,4 +1,4 @@
-"""How often training data asks for each token, counted before any training.
+"""How often each token is a target of training data, counted before any training.
 
 The counts can be kept in a file: ``data_target`` and ``inputs`` (V,) int64, ``group`` (V,) uint8, ``live`` (V,) bool,
 and what they were counted from as JSON in the metadata's ``coverage``.
@@ -92,7 +92,7 @@ class RowTally:
     """Rows that were read, in one pass.
 
     Attributes:
-        without_targets: those that ask for nothing, e.g. since their answer was cut off; a trainer may drop them.
+        without_targets: those without a target, e.g. since their answer was cut off; a trainer may drop them.
         cut: those that were longer than the longest allowed.
         turns_exact: assistant turns found exactly, where the template does not mark them; see `TurnTally`.
         turns_by_text: found by their text.
@@ -141,10 +141,10 @@ class Coverage:
     """Counts over V ids, one more than the tokenizer's highest.
 
     Attributes:
-        data_target: (V,) int64, how often the loss asks for each token, over all epochs.
+        data_target: (V,) int64, how often each token is a target, over all epochs.
         inputs: (V,) int64, how often the model reads it.
         group: (V,) uint8, index into ``source.groups``.
-        live: (V,) bool, tokens that can be asked for; see `VocabTable.live`.
+        live: (V,) bool, tokens that can be targets; see `VocabTable.live`.
         words: counts of words of several tokens that were asked about.
     """
 

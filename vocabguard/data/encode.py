@@ -28,7 +28,7 @@ class Encoded:
 
     Attributes:
         ids: (T,) int64.
-        target: (T,) bool, the loss asks for this token; never the first, which nothing comes before.
+        target: (T,) bool, this token is a target; never the first, which nothing comes before.
         cut: whether the row was longer than the longest allowed.
     """
 
@@ -57,7 +57,7 @@ class Batch:
 
     @property
     def without_targets(self) -> int:
-        """Rows that ask for nothing."""
+        """Rows without a target."""
         if np.count_nonzero(self.target) == len(self.target) - np.count_nonzero(self.lengths):  # all but the first
             return int(((self.lengths < 2) & (self.order >= 0)).sum())
         some = self.lengths > 0
@@ -122,7 +122,7 @@ class TargetEncoder:
     - Prompts with completions: the completion (``assistant``, ``completion``), everything (``all``).
     - Preference pairs: the chosen answer; the rejected one is read only, since the loss pushes it away.
     - Texts: everything. Texts and completions that are texts get the EOS token if they do not end with it.
-    - Token ids: what their labels ask for.
+    - Token ids: the targets that their labels are.
 
     Args:
         loss: which tokens of conversations and prompts are targets.
@@ -273,7 +273,7 @@ class TargetEncoder:
         return self._cut(ids, _inside(places, lengths, sources, in_bytes), lengths, order)
 
     def _beside(self, sources: list[Source]) -> Batch:
-        """The rejected answers, which ask for nothing."""
+        """The rejected answers, which have no target."""
         chosen = [source for source in sources if source.beside is not None]
         found = [
             self._tokenize(alike, [source.beside or "" for source in alike], special)

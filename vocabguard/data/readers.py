@@ -106,7 +106,7 @@ class TokenRows:
     Attributes:
         place: of the first.
         ids: (T,) int64, of all rows.
-        target: (T,) bool, the labels ask for this token.
+        target: (T,) bool, this token is a target.
         lengths: (n,) int64, tokens of each row.
     """
 
@@ -399,7 +399,7 @@ def _token_block(place: str, batch: Any, name: str) -> TokenRows:
 
 
 def _token_rows(place: str, columns: Mapping[str, _Ids], name: str, lengths: _Ids) -> TokenRows:
-    """Rows with what their labels ask for, as TRL builds them: labels as they are, else the masks, else all."""
+    """Rows with the targets of their labels, as TRL builds them: labels as they are, else the masks, else all."""
     ids = columns[name]
     for key, column in columns.items():
         if len(column) != len(ids):
@@ -408,7 +408,7 @@ def _token_rows(place: str, columns: Mapping[str, _Ids], name: str, lengths: _Id
         same = labels == ids
         target = same if bool(same.all()) and not bool((ids < 0).any()) else labels != _IGNORED
         if target is not same and not bool((same | ~target).all()):
-            raise DataError(f"{place}: 'labels' asks for other tokens than 'input_ids' has there; allowed: the same "
+            raise DataError(f"{place}: 'labels' has other tokens than 'input_ids' has there; allowed: the same "
                             f"id or {_IGNORED} (labels are not shifted: the trainer does that)")  # fmt: skip
     else:
         target = np.ones(len(ids), dtype=np.bool_)
@@ -418,7 +418,7 @@ def _token_rows(place: str, columns: Mapping[str, _Ids], name: str, lengths: _Id
     read = columns.get("attention_mask")
     if read is None or bool((read != 0).all()):
         return TokenRows(place, ids, target, lengths)
-    # Padding is not read. Labels that ask for it are kept: the loss has them.
+    # Padding is not read. Labels that are padding are kept: the loss has them.
     kept = (read != 0) | target
     rows = np.repeat(np.arange(len(lengths)), lengths)[kept]
     return TokenRows(place, ids[kept], target[kept], np.bincount(rows, minlength=len(lengths)))

@@ -39,8 +39,8 @@ _NO_LENGTH = (
 )
 
 _LIMITED = (
-    "vocabguard: what echo is asked for takes %.0f echo targets a batch; it gets %.0f at most, since echo.dose_limit "
-    "allows %g for each data target. Train longer, ask for less, or raise the limit"
+    "vocabguard: the echo settings need %.0f echo targets a batch; there are at most %.0f, since echo.dose_limit "
+    "allows %g for each data target. Train longer, lower echo.targets_per_live_token, or raise echo.dose_limit"
 )
 
 logger = logging.getLogger("vocabguard")

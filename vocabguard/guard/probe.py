@@ -32,7 +32,7 @@ LEAST_SAMPLE = 128
 CHOOSING = 48
 """Live tokens, none of the sample, by which contexts are chosen."""
 FREQUENT = 64
-"""Tokens that the data asks for most often, probed beside the sample: what they lose is no token, but the skill."""
+"""The most frequent targets of the data, probed beside the sample: what they lose is no token, but the skill."""
 WORD_ASKS = 4
 """Times as often as a token of the sample a watched word is asked: its verdict is of its own."""
 _SAY_EVERY = 10.0
@@ -52,7 +52,7 @@ class Population:
     Attributes:
         strata: (V,) int64, group and expected exposure class.
         live: (V,) bool.
-        frequent: (f,) int64, live tokens that the data asks for most often, as far as that is known beforehand.
+        frequent: (f,) int64, the most frequent targets among the live tokens, as far as that is known beforehand.
         whole: probe all live tokens.
     """
 

@@ -61,7 +61,7 @@ class ConsoleView:
         self._groups: Collection[str] | None = None
 
     def watch(self, watch: Watch, table: VocabTable) -> None:
-        """Say what is watched, and what the training data never asks for."""
+        """Say what is watched, and which tokens are never a target of the training data."""
         if not self._enabled:
             return
         self._groups = large_groups(table)
