@@ -266,14 +266,15 @@ def open_pair(
     asked = {"head": head, "embedding": embedding}
     keys: Any = {name: key for name, key in asked.items() if key is not None}
     try:
-        before = open_checkpoint(base, keys=keys)
-        after = open_checkpoint(tuned, keys=keys, base=before)
-        if tokenizer is not None:
-            own, other = folder_tokenizer(tokenizer), None
-            if own is None:
-                raise InputError(f"--tokenizer {tokenizer}: no tokenizer in this folder")
-        else:
-            own, other = folder_tokenizer(tuned), folder_tokenizer(base)
+        with working("opening checkpoints and tokenizers"):
+            before = open_checkpoint(base, keys=keys)
+            after = open_checkpoint(tuned, keys=keys, base=before)
+            if tokenizer is not None:
+                own, other = folder_tokenizer(tokenizer), None
+                if own is None:
+                    raise InputError(f"--tokenizer {tokenizer}: no tokenizer in this folder")
+            else:
+                own, other = folder_tokenizer(tuned), folder_tokenizer(base)
         counts, rows = coverage or run, after.rows or before.rows
         if coverage is not None:
             _check_counted(coverage, own, other)

@@ -24,6 +24,9 @@ _BESIDE_LABELS = {
 }
 
 
+_SKILL = 0.8  # as the rule `skill_lost`
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The page's first sentence.
@@ -86,6 +89,13 @@ def _verdict_by_numbers(data: PageData, limits: Limits) -> Verdict:
         least = "" if sure == forgotten else "at least "
         said = f"{least}{percent(sure)} of the tokens that the base repeats are lost"
         findings.append(f"{said}; allowed: {percent(limits.forgotten)}")
+        level = "lost"
+    skill = data.scalars.get("probe/skill_high")
+    if forgotten and skill is not None and skill < _SKILL:
+        findings.append(
+            f"at least {percent(1 - skill)} of the frequent targets are lost too, so the model no longer repeats what "
+            f"it is asked to; allowed: {percent(1 - _SKILL)}"
+        )
         level = "lost"
     if level == "fine" and _too_few(data):
         level = "unknown"
