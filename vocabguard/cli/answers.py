@@ -42,9 +42,9 @@ def probe_parts(told: Mapping[str, Any], top: int, *, verdict: bool = True) -> l
 def _sentences(told: Mapping[str, Any]) -> list[str]:
     asked, said = told["asked"], []
     follows = max(asked["base_follows"].values(), default=None)
-    best = "" if follows is None else f" (of others {percent(follows)} are repeated in the best of these)"
-    said.append(f"Asked {len(asked['asks'])} times each: {', '.join(asked['asks'])}{best}; seed {asked['seed']}. "
-                f"Intervals hold in {percent(asked['confidence'])} of samples.")  # fmt: skip
+    best = "" if follows is None else f"; in the best of these the base repeats {percent(follows)} of other tokens"
+    prompts = f"{len(asked['asks'])} ({', '.join(asked['asks'])}{best})"
+    said.append(f"Prompts for each token: {prompts}. Seed {asked['seed']}; {percent(asked['confidence'])} intervals.")
     if told["instead"]:
         named = [f"{visible(one['text'], 16)} ({one['answers']:,})" for one in told["instead"][:8]]
         said.append(f"Said instead: {listed(named, len(told['instead']))}.")
@@ -115,8 +115,10 @@ def where_sentence(where: Mapping[str, int] | None) -> str:
     """
     if not where or not where["forgotten"]:
         return ""
-    ways = (("head", "come back with the base's output row"), ("input", "with its input row too"),
+    ways = (("head", "with the base's output row"), ("input", "with its input row too"),
             ("other_rows", "only with the rows of all tokens: other rows drown them"),
             ("body", "with no row: lost in the body"))  # fmt: skip
-    parts = [f"{where[key]:,} {words}" for key, words in ways if where.get(key)]
+    first, *others = ((where[key], words) for key, words in ways if where.get(key))
+    parts = [f"{first[0]:,} {'comes' if first[0] == 1 else 'come'} back {first[1]}"]
+    parts += [f"{count:,} {words}" for count, words in others]
     return f"Of {where['forgotten']:,} lost tokens probed again, {', '.join(parts)}."
