@@ -13,6 +13,8 @@ from vocabguard.results import EXPOSURE_CLASSES, AlertStory, Transition
 from vocabguard.text import LARGE_GROUP, number, percent
 from vocabguard.vocabulary.labels import kinds_of_tokens, label_of
 
+_CLEAR = 0.001
+
 GROUPS_NAMED = 6
 """Parts that a sentence names; more are counted."""
 
@@ -69,9 +71,12 @@ def _part(rule: AlertRule, name: str, value: float, rows: Mapping[str, int]) -> 
     label = name if rule.at_evaluations else label_of(name)
     if math.isnan(value):
         return label
-    shown = f"{label} {_apart(value, rule.threshold)[0]}"
+    shares = "/below_" in rule.short
+    # Not where a percentage would hide on which side of the limit it is.
+    plain = shares and abs(value - rule.threshold) > _CLEAR
+    shown = f"{label} {percent(value) if plain else _apart(value, rule.threshold)[0]}"
     # Only of shares of rows; a probe's or a set of answers' share is of something else.
-    if name in rows and "/below_" in rule.short:
+    if name in rows and shares:
         count = round(value * rows[name])
         return f"{shown} ({count:,} row{'s' * (count != 1)})"
     return shown
