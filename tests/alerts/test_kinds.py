@@ -89,8 +89,8 @@ def test_the_message_says_who_is_new_and_counts_the_rest():
     machine.update(10, shares(**{f"g{number}": 0.2 + number / 100 for number in range(8)}))
     [change] = machine.update(20, shares(late=0.9))
     assert change.message == (
-        "groups (warning) goes on: head/*/below_0.95 is over 0.1 in 9 groups: late 90.0 % (new), g0, g1, g2, g3, g4 and "
-        "3 more, since step 10."
+        "groups (warning) goes on: head/*/below_0.95 is over 0.1 in 9 groups: late 90.0 % (new), g0, g1, g2, g3, g4 "
+        "and 3 more, since step 10."
     )
 
 
