@@ -10,7 +10,7 @@ import numpy as np
 
 from vocabguard.report.compare import Comparison
 from vocabguard.report.data import PageData, Probed, TokenLine
-from vocabguard.report.first import SHOWN, TokenTable, badge_of, first_tokens, short_name, table_markdown
+from vocabguard.report.first import SHOWN, TokenTable, badge_of, first_tokens, none_lost, short_name, table_markdown
 from vocabguard.report.limits import Limits
 from vocabguard.report.sentences import verdict_of
 from vocabguard.report.words import example_words
@@ -96,12 +96,8 @@ def _drifted(sides: Sequence[PageData]) -> TokenTable:
     cosines = {token: tuple(_cosine(data, token) for data in sides) for token in reports}
     low = {token: min(filter(math.isfinite, pair), default=math.nan) for token, pair in cosines.items()}
     chosen = sorted((token for token, value in low.items() if value < DEGRADED), key=low.__getitem__)[:SHOWN]
-    probed = [name for name, data in zip("AB", sides, strict=True) if data.probed is not None]
-    said = (
-        f"All probed tokens that the base repeats are still repeated ({' and '.join(probed)})."
-        if probed
-        else "There was no probe: whether tokens are still repeated was not measured."
-    )
+    probed = [f"{name}: {none_lost(data)}" for name, data in zip("AB", sides, strict=True) if data.probed is not None]
+    said = " ".join(probed) or "There was no probe: whether tokens are still repeated was not measured."
     if not chosen:
         return TokenTable("No lost token found" if probed else "No row below 0.95", said)
     rows = tuple(
