@@ -124,9 +124,9 @@ REFUSED: list[tuple[Any, tuple[str, ...]]] = [
     ({"alerts": {"head_degraded": {"level": "loud"}}}, ("alerts.head_degraded.level", "'loud'", "'critical'")),
     (GuardConfig(drift=DriftConfig(every_n_steps=-5)), ("drift.every_n_steps", "-5", "at least 1")),
     # wrong types
-    ({"drift": {"every_n_steps": "often"}}, ("drift.every_n_steps", "often", "Integer")),
-    ({"drift": {"every_n_steps": 2.5}}, ("drift.every_n_steps", "2.5", "Integer")),
-    ({"drift": {"every_n_steps": True}}, ("drift.every_n_steps", "True", "Integer")),
+    ({"drift": {"every_n_steps": "often"}}, ("drift.every_n_steps", "is 'often' (str)", "a whole number")),
+    ({"drift": {"every_n_steps": 2.5}}, ("drift.every_n_steps", "is 2.5 (float)", "a whole number")),
+    ({"drift": {"every_n_steps": True}}, ("drift.every_n_steps", "is True (bool)", "a whole number")),
     ({"log": {"console": "maybe"}}, ("log.console", "maybe", "bool")),
     ({"drift": 5}, ("drift is 5", "every_n_steps", "chunk_rows")),
     ({"drift": None}, ("drift is None", "every_n_steps", "chunk_rows")),

@@ -1,4 +1,4 @@
-"""``vocabguard replay``: the fewest rows of a corpus that ask for the tokens in need."""
+"""``vocabguard replay``: the fewest rows of a corpus that have the missing tokens as targets."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
-from torch import Tensor
 
 from vocabguard.cli.app import InputError
 from vocabguard.cli.common import (
@@ -30,16 +28,18 @@ from vocabguard.cli.common import (
     show_next,
     working,
 )
-from vocabguard.data.counts import vocabulary_in
-from vocabguard.data.coverage import load_coverage, vocabulary_hash
-from vocabguard.data.echo_rows import needy_ids
-from vocabguard.data.encode import TargetEncoder
-from vocabguard.data.readers import Completion, Example, Preference, Text, TokenRows, data_files, read_examples
-from vocabguard.data.replay import Replay, count_targets_in, find_replay, needed_targets, written_rows
 from vocabguard.files import one_line, replacing, write_lines
 from vocabguard.report.commands import Next, command
 from vocabguard.text import percent
-from vocabguard.vocabulary.table import VocabTable, build_table
+from vocabguard.vocabulary.labels import label_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vocabguard.data.encode import TargetEncoder
+    from vocabguard.data.readers import Example
+    from vocabguard.data.replay import Replay
+    from vocabguard.vocabulary.table import VocabTable
 
 _POOL = 10_000  # a pool of that size keeps every row
 
@@ -74,6 +74,11 @@ def replay(
 
     Exit code 0: written; 1: a larger share than the threshold allows stays in need; 2: bad input.
     """
+    from vocabguard.data.encode import TargetEncoder
+    from vocabguard.data.readers import data_files, read_examples
+    from vocabguard.data.replay import find_replay, needed_targets, written_rows
+    from vocabguard.vocabulary.table import build_table
+
     check_threshold(threshold)
     check_most(("--targets", targets, MOST_TARGETS), ("--max-length", max_length, MOST_TOKENS), ("--pool", pool, _POOL))
     roles = read_roles(role)
@@ -108,6 +113,8 @@ def replay(
 
 
 def _targets_of(coverage: Path | None, tokenizer: Any) -> Tensor | None:
+    from vocabguard.data.coverage import load_coverage, vocabulary_hash
+
     if coverage is None:
         return None
     counted = load_coverage(coverage)
@@ -118,6 +125,10 @@ def _targets_of(coverage: Path | None, tokenizer: Any) -> Tensor | None:
 
 def _lost_of(needs: Path, tokenizer: Any, rows: int) -> Tensor:
     """(V,) bool: the tokens that a probe found lost."""
+    from vocabguard.data.counts import vocabulary_in
+    from vocabguard.data.coverage import vocabulary_hash
+    from vocabguard.data.echo_rows import needy_ids
+
     known = vocabulary_in(needs)
     if known is not None and known != vocabulary_hash(tokenizer):
         raise ValueError(f"{needs}: was measured with another tokenizer")
@@ -131,6 +142,8 @@ def _verified(
     found: Replay, written: Iterator[Example], encoder: TargetEncoder, table: VocabTable, out: Path
 ) -> dict[str, Any]:
     """The numbers of the result, after the written rows were read and counted."""
+    from vocabguard.data.replay import count_targets_in
+
     counted = count_targets_in(written, encoder, len(table))
     wrong = (found.need > 0) & (counted != found.covered)
     if bool(wrong.any()):
@@ -147,6 +160,8 @@ def _verified(
 
 
 def _numbers(found: Replay, of_group: Tensor) -> dict[str, int]:
+    import torch
+
     return {
         "needed": int(of_group.sum()),
         "met": int((found.met & of_group).sum()),
@@ -165,12 +180,16 @@ def _write(out: Path, examples: Iterator[Example]) -> None:
 
 
 def _line(example: Example) -> str:
+    from vocabguard.data.readers import Text
+
     if not isinstance(example, Text) or "\n" in example.text or "\r" in example.text:
         raise ValueError(f"{example.place}: is no single line of text; allowed with --out *.jsonl")
     return example.text
 
 
 def _row(example: Example) -> dict[str, Any]:
+    from vocabguard.data.readers import Completion, Preference, Text, TokenRows
+
     if isinstance(example, Text):
         return {"text": example.text}
     if isinstance(example, TokenRows):
@@ -200,5 +219,5 @@ def _print(told: dict[str, Any], out: Path) -> None:
         numbers = (part["in_no_row"], part["targets"], part["targets_needed"])
         met = (f"{part['needed']:,}", f"{part['met']:,}", percent(part["met"] / part["needed"]))
         bold = "bold" if name == "all" else ""
-        grid.add(name.replace("_", " "), *met, *(f"{number:,}" for number in numbers), style=bold)
+        grid.add("all" if name == "all" else label_of(name), *met, *(f"{number:,}" for number in numbers), style=bold)
     console.print(grid)

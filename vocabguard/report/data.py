@@ -603,7 +603,10 @@ def scan_data(path: str | Path, top: int = TOP) -> PageData:
         raise
     except Exception as error:
         # A header that something else wrote can be wrong in any way.
-        raise ValueError(f"{path}: is no file of `vocabguard scan --out` ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{path}: is no file of `vocabguard scan --out` ({type(error).__name__}: {error}); allowed too: a file of "
+            "`probe --out`, a run folder, a trainer's output folder"
+        ) from error
 
 
 def _scan_data(
