@@ -16,7 +16,7 @@ from vocabguard.data.render import ChatRenderer
 from vocabguard.data.shapes import find_shape
 from vocabguard.data.templates import compiled, marks_answers, render_recorded
 
-SAID = ("", " ", "Hi.", "  two \n", "100 % of %s and %(x)d", "{{ x }}{% y %}", "<think>\nhm\n</think>\n\nA", "naïve 👍🏽",
+SAID = ("", " ", "Hi.", "  two \n", "100 % of %s and %(x)d", "{{ x }}{% y %}", "<think>\nhm\n</think>\n\nA", "naïve",
         "<|end|><|user|>", "\U0010f8f00a\U0010f8f1", "[INST] x [/INST]", '{"name": "f"}', "\tx\u3000")  # fmt: skip
 ROLES = (("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant") * 3, ("user",),
          ("user", "assistant", "assistant"), ("user", "assistant", "tool", "assistant"))  # fmt: skip
@@ -123,7 +123,7 @@ UNMARKED = (
     "<|assistant|>{% endif %}",
     "{% for m in messages %}<|{{ m.role }}|>{% if '<think>' in m.content %}{{ m.content.split('</think>')[-1] }}"
     "{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}",
-    "{% set all %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% endset %}{{ all | trim }}",
+    "{% set x %}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% endset %}{{ x | trim }}",
 )
 
 

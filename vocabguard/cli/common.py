@@ -40,6 +40,7 @@ from vocabguard.config import ProbeConfig
 from vocabguard.data.counts import read_counts, vocabulary_in
 from vocabguard.data.coverage import vocabulary_hash
 from vocabguard.data.readers import KINDS as DATA_KINDS
+from vocabguard.data.tables import RowShard
 from vocabguard.files import kind_of, one_line, read_text
 from vocabguard.measure.probe import PromptContext
 from vocabguard.protect.prompts import render_pool
@@ -450,3 +451,12 @@ def ways_of_asking(tokenizer: Any) -> tuple[PromptContext, ...]:
         ValueError: if the tokenizer's chat template renders none of them.
     """
     return render_pool(tokenizer, ProbeConfig().contexts)
+
+
+def read_shard(text: str) -> RowShard:
+    """``I/N`` of ``--shard``."""
+    index, _, count = text.partition("/")
+    try:
+        return RowShard(int(index), int(count))
+    except ValueError as error:
+        raise InputError(f"--shard is {text!r}; allowed: I/N, 1/N to N/N") from error

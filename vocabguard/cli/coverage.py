@@ -21,6 +21,7 @@ from vocabguard.cli.common import (
     load_tokenizer,
     one_of,
     read_roles,
+    read_shard,
     row_progress,
     working,
 )
@@ -32,7 +33,7 @@ from vocabguard.data.merge import merge_coverages
 from vocabguard.data.named import added_tokens, end_tokens, named_sentences, shared_padding
 from vocabguard.data.ranking import RANKS, expected_never, merge_ranks, template_ids, word_sequences, write_tokens
 from vocabguard.data.readers import data_files, read_examples
-from vocabguard.data.tables import DataFile, RowShard
+from vocabguard.data.tables import DataFile
 from vocabguard.files import one_line
 from vocabguard.vocabulary.table import VocabTable, build_table, resolve_token
 
@@ -109,7 +110,7 @@ def coverage(
     _check_ranges(threshold, top, workers, epochs, max_length)
     if rank not in RANKS or (rank == "reference" and not reference):
         raise InputError(f"--rank is {rank!r}; allowed: {', '.join(RANKS)}, and reference with --reference only")
-    roles, part, merging = read_roles(role), _shard(shard), tokenizer == "merge" and not Path(tokenizer).exists()
+    roles, part, merging = read_roles(role), read_shard(shard), tokenizer == "merge" and not Path(tokenizer).exists()
     try:
         parts = [load_coverage(file) for file in data] if merging else []
         name = parts[0].source.tokenizer if parts else tokenizer
@@ -206,14 +207,6 @@ def _check_ranges(threshold: float | None, top: int, workers: int, epochs: int, 
     for name, value in (("--top", top), ("--workers", workers)):
         if value < 0:
             raise InputError(f"{name} is {value}; allowed: 0 or more")
-
-
-def _shard(text: str) -> RowShard:
-    index, _, count = text.partition("/")
-    try:
-        return RowShard(int(index), int(count))
-    except ValueError as error:
-        raise InputError(f"--shard is {text!r}; allowed: I/N, 1/N to N/N") from error
 
 
 def _workers_for(files: Sequence[DataFile]) -> int:
