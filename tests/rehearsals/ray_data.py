@@ -28,7 +28,7 @@ from vocabguard.data.mapped import CountBatch
 
 TOP = Path(__file__).parents[2]
 ASSETS = TOP / "examples" / "assets"
-ROWS = 3000
+ROWS = 1200
 
 
 def recipe() -> ModuleType:
@@ -64,12 +64,13 @@ def main() -> None:
     import ray
 
     tokenizer, engines = AutoTokenizer.from_pretrained(ASSETS), recipe()
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for path in files(Path(scratch)):
             out = path.with_suffix(".safetensors")
-            command = [sys.executable, "-m", "vocabguard", "coverage", str(ASSETS), str(path), "--out", str(out)]
+            own = "import sys; from vocabguard.cli.app import main; sys.exit(main())"
+            command = [sys.executable, "-c", own, "coverage", str(ASSETS), str(path), "--out", str(out)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(TOP)})
             known = load_coverage(out)
             size = len(known.inputs)
