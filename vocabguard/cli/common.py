@@ -33,6 +33,7 @@ from vocabguard.compare.options import Loading
 from vocabguard.compare.trial import require_readable, try_tokenizer
 from vocabguard.config import ProbeConfig
 from vocabguard.data.choices import KINDS as DATA_KINDS
+from vocabguard.data.tables import RowShard
 from vocabguard.files import kind_of, one_line, read_text
 from vocabguard.report.commands import Next
 
@@ -485,3 +486,12 @@ def ways_of_asking(tokenizer: Any) -> tuple[PromptContext, ...]:
     from vocabguard.protect.prompts import render_pool
 
     return render_pool(tokenizer, ProbeConfig().contexts)
+
+
+def read_shard(text: str) -> RowShard:
+    """``I/N`` of ``--shard``."""
+    index, _, count = text.partition("/")
+    try:
+        return RowShard(int(index), int(count))
+    except ValueError as error:
+        raise InputError(f"--shard is {text!r}; allowed: I/N, 1/N to N/N") from error

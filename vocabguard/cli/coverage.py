@@ -21,12 +21,13 @@ from vocabguard.cli.common import (
     load_tokenizer,
     one_of,
     read_roles,
+    read_shard,
     row_progress,
     working,
 )
 from vocabguard.cli.coverage_view import Shown, tell
 from vocabguard.data.choices import LOSSES, RANKS
-from vocabguard.data.tables import DataFile, RowShard
+from vocabguard.data.tables import DataFile
 from vocabguard.files import one_line
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def coverage(
     _check_ranges(threshold, top, workers, epochs, max_length)
     if rank not in RANKS or (rank == "reference" and not reference):
         raise InputError(f"--rank is {rank!r}; allowed: {', '.join(RANKS)}, and reference with --reference only")
-    roles, part, merging = read_roles(role), _shard(shard), tokenizer == "merge" and not Path(tokenizer).exists()
+    roles, part, merging = read_roles(role), read_shard(shard), tokenizer == "merge" and not Path(tokenizer).exists()
     try:
         parts = [load_coverage(file) for file in data] if merging else []
         name = parts[0].source.tokenizer if parts else tokenizer
@@ -221,14 +222,6 @@ def _check_ranges(threshold: float | None, top: int, workers: int, epochs: int, 
     for name, value in (("--top", top), ("--workers", workers)):
         if value < 0:
             raise InputError(f"{name} is {value}; allowed: 0 or more")
-
-
-def _shard(text: str) -> RowShard:
-    index, _, count = text.partition("/")
-    try:
-        return RowShard(int(index), int(count))
-    except ValueError as error:
-        raise InputError(f"--shard is {text!r}; allowed: I/N, 1/N to N/N") from error
 
 
 def _workers_for(files: Sequence[DataFile]) -> int:

@@ -102,6 +102,27 @@ def find_replay(
         DataError: for a row that cannot be used.
         ValueError: if `pool` is below 1, the corpus is empty, or no token is in need.
     """
+    wanted = need.numpy()
+    candidates, held, rows = find_candidates(read, encoder, need, pool=pool, progress=progress)
+    chosen = greedy_cover(candidates, wanted)
+    covered = np.zeros_like(wanted)
+    for candidate in chosen:
+        covered[candidate.ids] += candidate.counts
+    indices = tuple(sorted(candidate.index for candidate in chosen))
+    available = torch.from_numpy(held > 0)
+    return Replay(indices, rows, need, torch.from_numpy(covered), available)
+
+
+def find_candidates(
+    read: Callable[[], Iterable[Example]], encoder: TargetEncoder, need: Tensor, *, pool: int = 8,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[list[Candidate], Counts, int]:  # fmt: skip
+    """The rows from which `find_replay` chooses, how often all ask for each token in need, and how many rows there are.
+
+    Raises:
+        DataError: for a row that cannot be used.
+        ValueError: if `pool` is below 1, the corpus is empty, or no token is in need.
+    """
     if pool < 1:
         raise ValueError(f"pool is {pool}; allowed: at least 1")
     if not bool((need > 0).any()):
@@ -110,13 +131,7 @@ def find_replay(
     candidates, held, rows = _candidates(_asked(read(), encoder, wanted, progress), wanted * pool)
     if not rows:
         raise ValueError("no rows in the corpus; there is nothing to choose from")
-    chosen = greedy_cover(candidates, wanted)
-    covered = np.zeros_like(wanted)
-    for candidate in chosen:
-        covered[candidate.ids] += candidate.counts
-    indices = tuple(sorted(candidate.index for candidate in chosen))
-    available = torch.from_numpy(held > 0)
-    return Replay(indices, rows, need, torch.from_numpy(covered), available)
+    return candidates, held, rows
 
 
 def greedy_cover(candidates: Sequence[Candidate], need: Counts) -> list[Candidate]:
