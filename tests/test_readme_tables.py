@@ -69,7 +69,15 @@ def test_scripts_that_are_named_exist(path: Path) -> None:
 def test_of_known_damage_every_verdict_is_right() -> None:
     """And every pair was judged by all the commands that it is for."""
     found = json.loads((TESTS / "benchmarks" / "known_damage.json").read_text(encoding="utf-8"))
-    assert {"untouched", "bfloat16", "8 bits", "GGUF Q8_0", "200 rows zeroed", "one row grown"} <= found.keys()
+    assert {
+        "untouched",
+        "bfloat16",
+        "8 bits",
+        "GGUF Q8_0",
+        "200 rows zeroed",
+        "one row grown",
+        "one MLP damaged",
+    } <= found.keys()
     for name, one in found.items():
         assert one["right"] is True, name
         assert all(all(part.values()) for part in one["of"].values() if isinstance(part, dict)), name
