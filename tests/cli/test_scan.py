@@ -139,3 +139,16 @@ def test_bad_options(
     assert captured.out == ""
     assert len(captured.err.strip().splitlines()) == 1
     assert said in captured.err
+
+
+def test_a_row_that_grew_is_not_where_it_was(changed_assets: Any, run: Run, capsys: Any) -> None:
+    """Its cosine is 1, and it drowns all others."""
+
+    def grow(head: Tensor) -> None:
+        head[300] *= 12
+
+    assert run("scan", ASSETS, changed_assets(grow), "--no-body") == 0
+    said = capsys.readouterr().out
+    assert "the norm of 1 live row of the head doubled or halved: " in said
+    assert "(12 times)" in said
+    assert "every live row is where it was" not in said.partition("input embedding")[0]

@@ -129,7 +129,8 @@ def _matrix(found: Mapping[str, Any], name: str) -> list[RenderableType]:
     title = Text(f"\n{'head = input embedding (tied)' if _tied(found) else _LABELS[name]}", "bold")
     if "not_applicable" in numbers:
         return [] if found["judged"] is None else [title, Text(f"not applicable: {numbers['not_applicable']}")]
-    measurable = not (numbers["nonfinite_rows"] or numbers["zeroed_rows"]["count"])
+    odd = (numbers["nonfinite_rows"], numbers["zeroed_rows"]["count"], numbers["norm_outliers"]["count"])
+    measurable = not any(odd)
     if numbers.get("cosine_min", 0.0) >= _UNMOVED and measurable:
         return [title, Text("every live row is where it was (cosine above 0.9999)")]
     counts = found["tokens"]["groups"]
@@ -319,7 +320,7 @@ def _judged(told: Mapping[str, Any], threshold: float) -> dict[str, Any]:
     findings += [f"NaN or Inf in the body: {listed(broken, len(broken))}"] if broken else []
     findings += probe["verdict"]["findings"] if probe else []
     unseen = unseen_by_scan(body, probe) + (probe["verdict"]["not_measured"] if probe else [])
-    rows = "; ".join([_verdict(told).removesuffix("."), *damage])
+    rows = "; ".join([_verdict(told).removesuffix("."), *damage, *_twofold_rows(told)])
     verdict = {"rows": rows_sentence(f"{rows}.", body), "behaviour": probe and probe["verdict"]["sentence"],
                "findings": findings, "not_measured": unseen}  # fmt: skip
     return {"threshold": threshold, "findings": bool(findings), "verdict": verdict}
@@ -335,6 +336,20 @@ def _broken_rows(told: Mapping[str, Any]) -> list[str]:
             said.append(f"{zeroed:,} live rows of the {_LABELS[name]} are zero now and were not at the base: {named}")
         if numbers.get("nonfinite_rows"):
             said.append(f"{int(numbers['nonfinite_rows']):,} live rows of the {_LABELS[name]} hold NaN or Inf")
+    return said
+
+
+def _twofold_rows(told: Mapping[str, Any]) -> list[str]:
+    """Rows of another length, which no cosine shows: a sentence for each matrix."""
+    said = []
+    for name in ("head",) if _tied(told) else ("head", "embedding"):
+        found = told[name].get("norm_outliers", {}).get("twofold")
+        if found and found["count"]:
+            named = [f"{visible(text, 24)} ({ratio:.2g} times)"
+                     for text, ratio in zip(found["texts"], found["ratios"], strict=True)]  # fmt: skip
+            count = found["count"]
+            rows = "1 live row" if count == 1 else f"{count:,} live rows"
+            said.append(f"the norm of {rows} of the {_LABELS[name]} doubled or halved: {listed(named, count)}")
     return said
 
 

@@ -47,7 +47,7 @@ def probe_verdict(told: Mapping[str, Any], bars: Bars) -> dict[str, Any]:
 
 def _as_words(said: str) -> str:
     """A sentence about tokens as one about words, which is what a served model is asked for."""
-    return said.replace("live tokens", "words").replace("tokens", "words")
+    return said.replace("live tokens", "words").replace("token", "word")
 
 
 def _unseen_words(told: Mapping[str, Any], *, two: bool) -> list[str]:
@@ -118,7 +118,8 @@ def _said_parts(told: Mapping[str, Any], *, sure: bool) -> list[str]:
     if "skill" in numbers:
         parts.append(f"of frequent targets, {percent(1 - numbers['skill'])} are lost")
     if numbers.get("gained"):
-        parts.append(f"{told['gained_count']:,} tokens are repeated only now")
+        count = told["gained_count"]
+        parts.append("1 token is repeated only now" if count == 1 else f"{count:,} tokens are repeated only now")
     return parts
 
 
