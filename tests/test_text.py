@@ -219,6 +219,12 @@ FULL = {
 }
 
 
+def test_nothing_is_said_of_exposure_before_the_first_target():
+    counted = dict(FULL) | {"exposure/targets": 12}
+    assert "71.2 % never a target" in wording.verdict(result(counted))
+    assert "never a target" not in wording.verdict(result(counted | {"exposure/targets": 0}))
+
+
 def test_verdict_of_a_full_check():
     assert wording.verdict(result(FULL, firing=("a", "b"))) == (
         "step 120: head mean 0.9741, min 0.612; 12.3 % below 0.95 (Japanese 41.0 %, Thai 33.0 %); "

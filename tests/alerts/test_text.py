@@ -87,6 +87,13 @@ def test_groups():
     assert one.where == alert_story(change("head/*/below_0.95", 0.4, {"ja": 0.4}), SCENE).where == ""
 
 
+@pytest.mark.parametrize(("step", "said"), [(0, "before step 1"), (99, "after step 99"), (100, "")])
+def test_a_forecast_before_a_tenth_of_the_run_is_an_early_estimate(step, said):
+    what = alert_story(change("forecast/below_0.95", 0.2, step=step, since=step), SCENE).what
+    assert what.startswith(f"Early estimate ({said}): 400 of 2,000" if said else "400 of 2,000")
+    assert ("reliable from about 10 % of the run" in what) == bool(said)
+
+
 def test_a_forecast():
     story = alert_story(change("forecast/below_0.95", 0.2), SCENE)
     assert story.what == (

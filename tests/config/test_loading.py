@@ -310,6 +310,24 @@ def test_overrides_are_refused_too(override: str, said: tuple[str, ...]) -> None
         assert part in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("protct", r"config is 'protct'; did you mean 'protect'\? allowed: a YAML file"),
+        ("guard.yaml", r"config is 'guard.yaml', and there is no such file in .*; allowed: a YAML file"),
+        ("zzz", r"config is 'zzz'; allowed: a YAML file"),
+    ],
+)
+def test_a_source_that_is_none(source: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(source)
+
+
+def test_an_argument_in_the_place_of_a_section() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'tokenizer'"):
+        VocabGuard(tokeniser=None)  # type: ignore[call-arg]
+
+
 def test_unknown_keyword_section() -> None:
     with pytest.raises(ConfigError, match=r"unknown key 'prob'.*did you mean 'probe'"):
         VocabGuard(prob={"sample": 3})

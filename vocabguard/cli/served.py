@@ -17,14 +17,14 @@ from vocabguard.config import ConfigError, ReferenceConfig
 from vocabguard.files import one_line, read_json, write_file
 from vocabguard.results import ProbeResult
 from vocabguard.runlog import versions
-from vocabguard.served.client import Server, ServerError
-from vocabguard.served.modes import MODES, Mode
+from vocabguard.served.modes import CONCURRENCY, MODES, TIMEOUT, TRIES, Mode
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from vocabguard.compare.probing import Answered
     from vocabguard.served.asking import Said
+    from vocabguard.served.client import Server
 
 KIND, SCHEMA = "vocabguard.served", 1
 _CONCURRENCY, _TRIES, _SECONDS = 64, 20, 3600
@@ -49,9 +49,9 @@ class Served:
     file: Path | None = None
     key_env: str = "OPENAI_API_KEY"
     ask_by: str | None = None
-    concurrency: int = Server.concurrency
-    tries: int = Server.tries
-    timeout: float = Server.timeout
+    concurrency: int = CONCURRENCY
+    tries: int = TRIES
+    timeout: float = TIMEOUT
 
     def __post_init__(self) -> None:
         common.check_most(
@@ -76,6 +76,8 @@ class Served:
         Raises:
             InputError: for an address that is none.
         """
+        from vocabguard.served.client import Server, ServerError
+
         same = _host(url) == _host(self.url)
         try:
             return Server(
@@ -96,6 +98,8 @@ def probe_served(served: Served, asking: Asking, bars: Bars, tokenizer: str | No
     Raises:
         InputError: for a server that cannot be asked, or a file that cannot be used.
     """
+    from vocabguard.served.client import ServerError
+
     try:
         with telling() as tell:
             return _probe_served(served, asking, bars, tokenizer, top, tell)
