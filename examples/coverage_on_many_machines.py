@@ -34,7 +34,8 @@ def by_ray(path: str, count: CountBatch, size: int, processes: int) -> tuple[Ten
     import ray
 
     data: Any = ray.data.read_json(path, lines=True)
-    counted = data.map_batches(count, batch_size=512, batch_format="numpy", concurrency=processes)
+    pool = ray.data.TaskPoolStrategy(size=processes)
+    counted = data.map_batches(count, batch_size=512, batch_format="numpy", compute=pool)
     return total_counts(counted.iter_batches(batch_size=100_000), size)
 
 

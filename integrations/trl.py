@@ -1,4 +1,4 @@
-"""What the labels mean that TRL's trainers hand to the model: not all of them are what the data asks for.
+"""What the labels mean that TRL's trainers hand to the model: not all of them are targets.
 
 ``SFTTrainer`` needs nothing of this. TRL itself is not imported: a trainer is known by the class of its arguments.
 """
@@ -18,11 +18,11 @@ _SAMPLED = (
     "they are no targets of the data, and none are counted"
 )
 _MIXED = (
-    "{trainer} hands desirable and undesirable completions to the model alike: what is asked for cannot be told, and "
+    "{trainer} hands desirable and undesirable completions to the model alike: which are targets cannot be told, and "
     "nothing is counted"
 )
 _NOWHERE = (
-    "{trainer} hands chosen and rejected completions to the model and does not say where they begin: what is asked for "
+    "{trainer} hands chosen and rejected completions to the model and does not say where they begin: which are targets "
     "cannot be told, and nothing is counted (`targets=` may tell it; ORPOTrainer and DPOTrainer are counted without)"
 )
 _UNCOUNTED = {"GRPO": _SAMPLED, "RLOO": _SAMPLED, "KTO": _MIXED, "CPO": _NOWHERE}
@@ -60,8 +60,8 @@ def trainers_targets(args: Any, *, echo: bool) -> Targets | NotApplicable | None
 def chosen_targets(batch: Any) -> tuple[Tensor, Tensor] | None:
     """Targets of a batch of preferences: those of the chosen completions.
 
-    The loss pulls the tokens of chosen completions and pushes those of rejected ones, so only the former are what the
-    data asks for; a rejected completion's tokens are inputs. The reference model's forward pass is none of ours.
+    The loss pulls the tokens of chosen completions and pushes those of rejected ones, so only the former are
+    targets; a rejected completion's tokens are inputs. The reference model's forward pass is none of ours.
 
     Args:
         batch: a mapping with ``input_ids`` (2 n, T), n chosen rows above n rejected ones, and either ``labels`` of that

@@ -97,6 +97,7 @@ ADDED: dict[str, tuple[str, ...]] = {
         "json.scan *: verdict*",
         "json.scan *: evidence*",
         "json.scan *: */zeroed_rows*",
+        "json.scan *: */norm_outliers/twofold*",
         "json.coverage *: named*",
         "json.report *: sources[[]]/echo/copies",
         "json.coverage *: example*",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -63,3 +64,24 @@ def test_scripts_that_are_named_exist(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for script in re.findall(r"python3? ((?:tests|examples)/[\w/]+\.py)", text):
         assert (ROOT / script).exists(), script
+
+
+def test_of_known_damage_every_verdict_is_right() -> None:
+    """And every pair was judged by all the commands that it is for."""
+    found = json.loads((TESTS / "benchmarks" / "known_damage.json").read_text(encoding="utf-8"))
+    assert {
+        "untouched",
+        "bfloat16",
+        "8 bits",
+        "GGUF Q8_0",
+        "200 rows zeroed",
+        "one row grown",
+        "one MLP damaged",
+    } <= found.keys()
+    for name, one in found.items():
+        assert one["right"] is True, name
+        assert all(all(part.values()) for part in one["of"].values() if isinstance(part, dict)), name
+        if name != "repair":
+            assert {"probe", "scan --probe"} <= one["of"].keys()
+            low, high = one["probe"]["lost"][1:]
+            assert 0 <= low <= one["probe"]["lost"][0] <= high <= 1

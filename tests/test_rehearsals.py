@@ -74,3 +74,12 @@ def test_no_engine_is_wrong_and_each_refusal_is_quick_and_in_words(table: Any) -
         for measure in one["measures"].values():
             assert measure["verdict"] in ("right", "refused"), kind
             assert measure["verdict"] == "right" or (measure["seconds"] < 10 and len(measure["why"]) > 20), kind
+
+
+def test_of_served_models_untouched_ones_are_fine_and_damaged_ones_are_not() -> None:
+    found = json.loads((REHEARSALS / "results" / "served.json").read_text(encoding="utf-8"))
+    rehearsal = module_of(REHEARSALS / "served_models.py", "served_models")
+    for name, one in found.items():
+        assert one["right"] is True, name
+        assert rehearsal.right_of(one), name
+        assert {"command", "versions", "seconds"} <= one.keys()

@@ -16,7 +16,7 @@ NAMES = ("latin", "ja", "zh", "thai")
 SIZES = (100, 50, 40, 10)
 GONE = NotApplicable("the head is frozen")
 HEAD = WatchedMatrix("head", 8192, 128, "bfloat16", False, False, "a copy in CPU memory")
-TOKEN = TokenReport(7, "嘉祺", "zh", "1-4", 0.41234, 0.5, 3, 12, 40, 0.0321, " the")
+TOKEN = TokenReport(7, "嘉祺", "Chinese", "1-4 times", 0.41234, 0.5, 3, 12, 40, 0.0321, " the")
 
 
 def table(dead=()):
@@ -116,7 +116,7 @@ def test_markdown_shows_tokens_literally_in_tensorboards_own_renderer(text, to_h
     rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
     cells = [[html.unescape(cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.DOTALL)] for row in rows]
     assert cells[0] == list(wording.WORST_COLUMNS)
-    assert cells[1] == ["7", "嘉祺", "zh", "1-4", "0.4123", "0.5000", "3", "12", "40", "0.032", "␣the"]
+    assert cells[1] == ["7", "嘉祺", "Chinese", "1-4 times", "0.4123", "0.5000", "3", "12", "40", "0.032", "␣the"]
     assert cells[2][1] == cells[2][-1] == text.replace(" ", "␣")
     assert len(cells) == 3
     assert "<script" not in page
@@ -160,7 +160,9 @@ def test_preflight_names_the_groups_that_are_hit_harder_than_the_whole():
     target[:10] = 0  # latin: 10 of 100, below the whole's 49 %
     said = wording.preflight_sentences(preflight(target, complete=False, batches=4000, rows=1), table())
     assert "in a sample of 4,000 batches (1 row) of the training data" in said[0]
-    assert said[1:] == ("Hit hardest, tokens that are never a target: 50 of 50 ja (100 %), 38 of 40 zh (95.0 %).",)
+    assert said[1:] == (
+        "Hit hardest, tokens that are never a target: 50 of 50 Japanese (100 %), 38 of 40 Chinese (95.0 %).",
+    )
 
 
 @pytest.mark.parametrize(
@@ -217,17 +219,23 @@ FULL = {
 }
 
 
+def test_nothing_is_said_of_exposure_before_the_first_target():
+    counted = dict(FULL) | {"exposure/targets": 12}
+    assert "71.2 % never a target" in wording.verdict(result(counted))
+    assert "never a target" not in wording.verdict(result(counted | {"exposure/targets": 0}))
+
+
 def test_verdict_of_a_full_check():
     assert wording.verdict(result(FULL, firing=("a", "b"))) == (
-        "step 120: head mean 0.9741, min 0.612; 12.3 % below 0.95 (ja 41.0 %, thai 33.0 %); 71.2 % never a target; "
-        "retained 83.1 %; 2 alerts firing"
+        "step 120: head mean 0.9741, min 0.612; 12.3 % below 0.95 (Japanese 41.0 %, Thai 33.0 %); "
+        "71.2 % never a target; retained 83.1 %; 2 alerts firing"
     )
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"groups": ("thai", "latin")}, "12.3 % below 0.95 (thai 33.0 %);"),
+        ({"groups": ("thai", "latin")}, "12.3 % below 0.95 (Thai 33.0 %);"),
         (
             {"scalars": {"exposure/never": 0.5}, "head": GONE},
             "step 120: row drift not applicable; 50.0 % never a target",

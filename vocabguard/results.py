@@ -318,7 +318,7 @@ class Recall:
     """How likely every token would be repeated, estimated from what the probe measured on some.
 
     Attributes:
-        nats: (V,) float32 <= 0, estimated mean log-probability where a token is asked for; NaN where unknown.
+        nats: (V,) float32 <= 0, estimated mean log-probability where the token is the target; NaN where unknown.
         agreement: correlation in [-1, 1] of the estimate with what the probe measured, of tokens left out of the fit.
         taught: probed tokens that it was fitted on.
     """
@@ -370,7 +370,7 @@ class TokenReport:
         steps_since_target: optimizer steps since it last was a target; None if it never was.
         probability: mean over contexts of the last probe; None if not probed.
         said_instead: text the model says in its place; None if not probed or said right.
-        recall: estimated mean log-probability where it is asked for, in nats; None where nothing is estimated.
+        recall: estimated mean log-probability where it is the target, in nats; None where nothing is estimated.
     """
 
     id: int

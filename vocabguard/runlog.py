@@ -18,6 +18,7 @@ folder, from 0. A resume repeats steps that the attempt before had logged: the l
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import math
 import platform
@@ -241,10 +242,11 @@ class RunLog:
 
     def _first_steps(self) -> dict[int, int]:
         """The first step that each attempt checked."""
-        first: dict[int, int] = {}
-        for attempt, step in _begun(self.folder / _CHECKS):
-            first[attempt] = min(step, first.get(attempt, step))
-        return first
+        path = self.folder / _CHECKS
+        if not path.exists():
+            return {}
+        found = path.stat()
+        return _first_steps(path, (found.st_size, found.st_mtime_ns))
 
     def alerts(self) -> list[Transition]:
         """All transitions, in order."""
@@ -426,6 +428,15 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if schema != SCHEMA:
         raise ValueError(f"{folder} has schema {schema}; this version of vocabguard reads schema {SCHEMA}")
     return meta
+
+
+@functools.lru_cache(maxsize=8)
+def _first_steps(path: Path, _written: tuple[int, int]) -> dict[int, int]:
+    """The first step that each attempt checked, of a file as it was written last: a page asks for it many times."""
+    first: dict[int, int] = {}
+    for attempt, step in _begun(path):
+        first[attempt] = min(step, first.get(attempt, step))
+    return first
 
 
 def _begun(path: Path) -> Iterator[tuple[int, int]]:

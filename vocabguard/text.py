@@ -21,6 +21,7 @@ from vocabguard.results import (
     Watch,
     WatchedMatrix,
 )
+from vocabguard.vocabulary.labels import label_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,7 +142,7 @@ def watch_sentences(watch: Watch) -> tuple[str, ...]:
 
 
 def preflight_sentences(preflight: Preflight | NotApplicable, table: VocabTable) -> tuple[str, ...]:
-    """What the training data asks for and what it never does, before step 1."""
+    """Which tokens are targets of the training data and which never are, before step 1."""
     if isinstance(preflight, NotApplicable):
         return (f"No preflight: {_ended(preflight.reason)}",)
     live = table.live
@@ -169,7 +170,8 @@ def verdict(result: CheckResult, groups: Collection[str] | None = None) -> str:
     if broken:
         parts.append(_count(int(broken), "broken row"))
     never = _finite(scalars, "vocabguard/exposure/never")
-    if never is not None:
+    # Before the first targets every token has none, which says nothing.
+    if never is not None and scalars.get("vocabguard/exposure/targets") != 0:
         parts.append(f"{percent(never)} never a target")
     retained = _finite(scalars, "vocabguard/probe/retained")
     if retained is not None:
@@ -236,8 +238,8 @@ def token_cells(report: TokenReport) -> tuple[str, ...]:
     return (
         str(report.id),
         visible(report.text),
-        report.group,
-        report.exposure_class,
+        label_of(report.group),
+        label_of(report.exposure_class),
         number(report.cosine),
         number(report.residual),
         f"{report.data_target:,}",
@@ -288,7 +290,7 @@ def _hardest_hit(never: Tensor, table: VocabTable, most: int = 5) -> list[str]:
         if lost and total >= LARGE_GROUP and lost / total >= overall
     ]
     worst = sorted(hit, reverse=True)[:most]
-    return [f"{lost:,} of {total:,} {name} ({percent(lost / total)})" for lost, total, name in worst]
+    return [f"{lost:,} of {total:,} {label_of(name)} ({percent(lost / total)})" for lost, total, name in worst]
 
 
 def _drift_part(result: CheckResult, groups: Collection[str] | None, most: int = 3) -> str:
@@ -301,7 +303,7 @@ def _drift_part(result: CheckResult, groups: Collection[str] | None, most: int =
     allowed = shares if groups is None else groups
     bar = 1.2 * (row.below_95 or 0.0)
     worse = [(share, name) for name, share in shares.items() if share > bar and name in allowed]
-    named = ", ".join(f"{name} {percent(share)}" for share, name in sorted(worse, reverse=True)[:most])
+    named = ", ".join(f"{label_of(name)} {percent(share)}" for share, name in sorted(worse, reverse=True)[:most])
     return f"{said} ({named})" if named else said
 
 

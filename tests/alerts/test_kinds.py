@@ -39,8 +39,8 @@ def test_many_groups_are_one_alert_that_names_them_worst_first():
     assert change.parts == {"ja": 0.298, "ko": 0.21}
     assert (change.value, change.metric, change.since) == (0.298, "vocabguard/head/*/below_0.95", 120)
     assert change.message == (
-        "groups (warning): head/*/below_0.95 is over 0.1 in 2 groups: ja 0.298 (411 rows), ko 0.21 (80 rows), since "
-        "step 120."
+        "groups (warning): head/*/below_0.95 is over 0.1 in 2 groups: Japanese 29.8 % (411 rows), Korean 21.0 % (80 "
+        "rows), since step 120."
     )
 
 
@@ -89,8 +89,8 @@ def test_the_message_says_who_is_new_and_counts_the_rest():
     machine.update(10, shares(**{f"g{number}": 0.2 + number / 100 for number in range(8)}))
     [change] = machine.update(20, shares(late=0.9))
     assert change.message == (
-        "groups (warning) goes on: head/*/below_0.95 is over 0.1 in 9 groups: late 0.9 (new), g0, g1, g2, g3, g4 and 3 "
-        "more, since step 10."
+        "groups (warning) goes on: head/*/below_0.95 is over 0.1 in 9 groups: late 90.0 % (new), g0, g1, g2, g3, g4 "
+        "and 3 more, since step 10."
     )
 
 
@@ -222,7 +222,7 @@ def test_changes_by_group():
     machine.update(1, shares(ja=0.05, ko=0.001))
     [change] = machine.update(2, shares(ja=0.15, ko=0.009))
     assert change.parts == {"ja": 0.15}
-    assert "head/*/below_0.95 has a ratio over 2 to 1 check ago in 1 group: ja 0.15" in change.message
+    assert "head/*/below_0.95 has a ratio over 2 to 1 check ago in 1 group: Japanese 15.0 %" in change.message
 
 
 def test_infinite_values_are_not_remembered():

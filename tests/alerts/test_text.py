@@ -50,17 +50,17 @@ def test_degraded_rows():
         "100 of 2,000 live output rows (5.0 %) have turned away from the base model's: cosine below 0.95."
     )
     # Too few rows are no group to be named; exposure classes are none.
-    assert story.where == "Most in ja 40 of 100 rows (40.0 %), ko 10 of 80 rows (12.5 %)."
+    assert story.where == "Most in Japanese 40 of 100 rows (40.0 %), Korean 10 of 80 rows (12.5 %)."
     assert (story.rows, story.share, story.tokens) == (100, 0.05, ("語", "␣그"))
     assert story.since == "Since step 120, 80 steps ago."
     assert story.outlook == (
-        "If nothing is done, 400 of 2,000 live output rows (20.0 %) may be below 0.95 at the end (step 1,000); ja 90 "
-        "of 100 rows (90.0 %), ko 20 of 80 rows (25.0 %)."
+        "If nothing is done, 400 of 2,000 live output rows (20.0 %) may be below 0.95 at the end (step 1,000); "
+        "Japanese 90 of 100 rows (90.0 %), Korean 20 of 80 rows (25.0 %)."
     )
     # The data will have 10,000 / 200 x 1,000 targets.
     assert story.advice == (
         'turn protection on: VocabGuardCallback("protect") (about 5,000 extra target tokens, 10 % of your data).',
-        "add data that contains ja, ko tokens: 130 of 180 have never been a target.",
+        "add data that contains Japanese and Korean tokens: 130 of 180 have never been a target.",
     )
     assert story.lines == (
         story.what, story.where, "Worst: 語  ␣그", story.since, story.outlook,
@@ -75,15 +75,23 @@ def test_what_echo_costs_is_that_of_the_preset():
 def test_groups():
     parts = {"ja": 0.4, "ko": 0.125}
     story = alert_story(change("head/*/below_0.95", 0.4, parts), SCENE)
-    assert story.what.startswith("50 of 180 live output rows in ja, ko (27.8 %) have turned away")
-    assert story.where == "In ja 40 of 100 rows (40.0 %), ko 10 of 80 rows (12.5 %)."
+    assert story.what.startswith("50 of 180 live output rows in Japanese, Korean (27.8 %) have turned away")
+    assert story.where == "In Japanese 40 of 100 rows (40.0 %), Korean 10 of 80 rows (12.5 %)."
     assert (story.rows, story.share) == (50, 50 / 180)
-    assert story.outlook.endswith("; ja 90 of 100 rows (90.0 %), ko 20 of 80 rows (25.0 %).")
+    assert story.outlook.endswith("; Japanese 90 of 100 rows (90.0 %), Korean 20 of 80 rows (25.0 %).")
     one = alert_story(change("embedding/ja/below_0.90", 0.4), SCENE)
     assert one.what == (
-        "40 of 100 live input embedding rows in ja (40.0 %) have turned away from the base model's: cosine below 0.90."
+        "40 of 100 live input embedding rows in Japanese (40.0 %) have turned away from the base model's: "
+        "cosine below 0.90."
     )
     assert one.where == alert_story(change("head/*/below_0.95", 0.4, {"ja": 0.4}), SCENE).where == ""
+
+
+@pytest.mark.parametrize(("step", "said"), [(0, "before step 1"), (99, "after step 99"), (100, "")])
+def test_a_forecast_before_a_tenth_of_the_run_is_an_early_estimate(step, said):
+    what = alert_story(change("forecast/below_0.95", 0.2, step=step, since=step), SCENE).what
+    assert what.startswith(f"Early estimate ({said}): 400 of 2,000" if said else "400 of 2,000")
+    assert ("reliable from about 10 % of the run" in what) == bool(said)
 
 
 def test_a_forecast():
@@ -92,9 +100,9 @@ def test_a_forecast():
         "400 of 2,000 live output rows (20.0 %) may be below cosine 0.95 to the base model's at the end (step 1,000), "
         "by the forecast."
     )
-    assert story.where == "Most in ja 90 of 100 rows (90.0 %), ko 20 of 80 rows (25.0 %)."
+    assert story.where == "Most in Japanese 90 of 100 rows (90.0 %), Korean 20 of 80 rows (25.0 %)."
     assert story.outlook == ""
-    assert story.advice[-1].startswith("add data that contains ja, ko tokens: 130 of 180")
+    assert story.advice[-1].startswith("add data that contains Japanese and Korean tokens: 130 of 180")
     assert alert_story(change("forecast/cosine_mean", 0.97), SCENE).what == (
         "The live output rows may end on average at cosine 0.9700 to the base model's."
     )
@@ -102,9 +110,10 @@ def test_a_forecast():
 
 OTHER = [
     ("head/cosine_mean", 0.94, {}, "The live output rows are on average at cosine 0.9400 to the base model's.",
-     "Lowest in ja 0.9100, latin 0.9900."),
-    ("head/*/residual_p01", 0.8, {"ja": 0.8}, "The live output rows in ja are beyond the shift that all rows share, in "
-     "their worst hundredth at cosine 0.8000 to the base model's.", "Lowest in ja 0.8000."),
+     "Lowest in Japanese 0.9100, Latin 0.9900."),
+    ("head/*/residual_p01", 0.8, {"ja": 0.8}, "The live output rows in Japanese are beyond the shift that all "
+     "rows share, in "
+     "their worst hundredth at cosine 0.8000 to the base model's.", "Lowest in Japanese 0.8000."),
     ("head/nonfinite_rows", 3.0, {}, "3 live output rows hold NaN or infinity.", ""),
     ("exposure/never", 0.3, {}, "600 of 2,000 live tokens (30.0 %): never a target so far.", ""),
     ("exposure/targets", 0.0, {}, "No target has been counted in 200 steps: the guard sees no labels, and what it says "
@@ -112,11 +121,11 @@ OTHER = [
     ("exposure/targets", 900.0, {}, "The data's targets counted so far stay at 900 from check to check: the guard sees "
      "no labels.", ""),
     ("probe/retained", 0.8, {}, "20.0 % of the probed tokens that the base repeats are lost.",
-     "Lost most in ja 75.0 %."),
-    ("probe/*/retained", 0.25, {"ja": 0.25}, "75.0 % of the probed tokens in ja that the base repeats are "
-     "lost.", "Lost most in ja 75.0 %."),
+     "Lost most in Japanese 75.0 %."),
+    ("probe/*/retained", 0.25, {"ja": 0.25}, "75.0 % of the probed tokens in Japanese that the base repeats are "
+     "lost.", "Lost most in Japanese 75.0 %."),
     ("probe/watch", 0.5, {}, "50.0 % of the watched words that the base repeats are lost.",
-     "Lost most in ja 75.0 %."),
+     "Lost most in Japanese 75.0 %."),
     ("confusion/*", 0.47, {"ja": 0.47, "ko": 0.1}, "47.0 % of answers have letters of a script that is foreign to "
      "their language, worst in ja.", "In ja 47.0 %, ko 10.0 %."),
     ("confusion/foreign", 0.2, {}, "20.0 % of answers have letters of a script that is foreign to their language.", ""),
@@ -145,12 +154,12 @@ def test_a_loss_of_rare_tokens_is_told_with_its_interval_and_its_size():
         "target lost more than the others: their mean loss rose by 1.14 nats more (95 % interval over all checks so "
         "far: 0.81 to 1.46; 1,291 and 363 targets)."
     )
-    assert story.where == "Mean loss rose most in ja +2.50, latin +0.40 nats."
+    assert story.where == "Mean loss rose most in Japanese +2.50, Latin +0.40 nats."
     assert (story.rows, story.share, story.outlook) == (None, None, "")
     assert story.advice == (
         "lower the learning rate, or train with LoRA: both change the body of the model less.",
         'turn protection on: VocabGuardCallback("protect") (about 5,000 extra target tokens, 10 % of your data).',
-        "add data that contains ja, latin tokens: 560 of 1,915 have never been a target.",
+        "add data that contains Japanese and Latin tokens: 560 of 1,915 have never been a target.",
     )
 
 
@@ -192,7 +201,7 @@ def test_what_to_do_goes_by_what_is_on(echo, hold, said, unsaid):
 
 def test_data_is_named_for_the_groups_that_were_forgotten():
     assert alert_story(change("probe/retained", 0.8), SCENE).advice[-1] == (
-        "add data that contains ja tokens: 90 of 100 have never been a target."
+        "add data that contains Japanese tokens: 90 of 100 have never been a target."
     )
 
 

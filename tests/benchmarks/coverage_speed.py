@@ -2,8 +2,9 @@
 
 ``python tests/benchmarks/coverage_speed.py`` takes the interface messages of Django in 99 languages as texts, as
 paragraphs of ten and as prompts with completions, the chats of chatterbot-corpus joined to conversations, with and
-without ``{% generation %}`` in the template, and the same texts as token ids in a Parquet file. They are compared with
-one process and one thread of `fastokens` (the extra ``fast``) where it is installed, else of the tokenizer's own
+without ``{% generation %}`` in the template, and by one that looks into what is said, so that each is rendered; and the
+same texts as token ids in a Parquet file. They are compared with one process and one thread of `fastokens` (the extra
+``fast``) where it is installed, else of the tokenizer's own
 ``encode_batch_fast``, of texts that are there already; for conversations also their rendering by
 ``apply_chat_template(tokenize=False)`` and the tokenizer together; for token ids reading the file's two columns with
 pyarrow. All are run in turns, in one process, and compared by CPU seconds, which other work on the machine changes
@@ -13,7 +14,9 @@ little; printed are the medians over the rounds and the ratios. No network.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import resource
 import statistics
 import sys
 import tempfile
@@ -26,10 +29,16 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from vocabguard.data.counting import CHUNK, chunks_of, count_rows
+from vocabguard.data.coverage import measure_coverage
 from vocabguard.data.encode import TargetEncoder
 from vocabguard.data.readers import Chat, Completion, Example, Text, read_examples
+from vocabguard.vocabulary.table import build_table
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+LOOKING = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if '</think>' in m.content %}{{ m.content.split('</think>')[-1] }}"
+    "{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 PLAIN = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -92,6 +101,11 @@ def compare(name: str, examples: list[Example], texts: list[str], tokenizer: Any
     count = counted(examples, tokenizer)
     works: list[Callable[[], object]] = [count, lambda: [encode(batch) for batch in batches]]
     told = [fastest]
+    if isinstance(examples[0], Completion):
+        prompts = [str(example.prompt) for example in examples if isinstance(example, Completion)]
+        parts = [prompts[begin : begin + CHUNK] for begin in range(0, len(prompts), CHUNK)]
+        works.append(lambda: [encode(batch) for batch in (*batches, *parts)])
+        told.append(f"{fastest} of rows and prompts, both of which a trainer tokenizes")
     if isinstance(examples[0], Chat):
         turns = [example.turns for example in examples if isinstance(example, Chat)]
         works.append(lambda: encode([tokenizer.apply_chat_template(one, tokenize=False) for one in turns]))
@@ -133,11 +147,39 @@ def compare_tokens(texts: list[str], tokenizer: Any, repeats: int) -> None:
               f"{ours / other:.2f} times reading ({other:.3f} s)")  # fmt: skip
 
 
+def compare_processes(texts: list[str], chats: list[list[dict[str, str]]], tokenizer: Any) -> None:
+    """Print what one process and each of two need beside their start, from files of two sizes."""
+    table = build_table(tokenizer, len(tokenizer))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, rows in (("texts", [{"text": text} for text in texts]), ("chats", [{"messages": c} for c in chats])):
+            spent: dict[tuple[int, int], tuple[float, float]] = {}
+            for times in (4, 12):
+                path = Path(folder) / f"{name}-{times}.jsonl"
+                with path.open("w", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for _ in range(times) for row in rows)
+                for workers in (1, 2):
+                    before, began = _children(), time.process_time()
+                    measure_coverage(read_examples([path], blocks=True), tokenizer, table, workers=workers)
+                    spent[workers, times] = time.process_time() - began, _children() - before
+            one = spent[1, 12][0] - spent[1, 4][0]
+            here, there = (spent[2, 12][side] - spent[2, 4][side] for side in (0, 1))
+            started = (spent[2, 4][1] - there / 2) / 2
+            print(f"{name}, {8 * len(rows):,} rows more: one process {one:.2f} s of CPU time; of two, each "
+                  f"{there / 2:.2f} s and the first {max(0.0, here):.2f} s, {one / max(there / 2, here):.2f} times as "
+                  f"fast; {started:.1f} s to start each", flush=True)  # fmt: skip
+
+
+def _children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main() -> None:
     """Read, time, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokenizer", default=str(EXAMPLES / "assets"))
+    parser.add_argument("--processes", action="store_true", help="Compare two processes with one instead.")
     given = parser.parse_args()
     sys.path.insert(0, str(EXAMPLES))
     from corpus import load
@@ -145,6 +187,9 @@ def main() -> None:
     corpus = load("train")
     lines = [text for _, text in corpus.lines]
     tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
+    if given.processes:
+        compare_processes(lines, conversations(corpus.chats, 1), tokenizer)
+        return
     compare("texts", [Text("", line) for line in lines], lines, tokenizer, given.repeats)
     paragraphs = [" ".join(lines[begin : begin + 10]) for begin in range(0, len(lines), 10)]
     compare("paragraphs", [Text("", one) for one in paragraphs], paragraphs, tokenizer, given.repeats)
@@ -153,7 +198,9 @@ def main() -> None:
     compare_tokens(lines, tokenizer, given.repeats)
     for exchanges in (1, 8):
         said = conversations(corpus.chats, exchanges)
-        for marked, template in (("marked", tokenizer.chat_template), ("unmarked", PLAIN)):
+        for marked, template in (
+            ("marked", tokenizer.chat_template), ("unmarked", PLAIN), ("looked at", LOOKING)
+        ):  # fmt: skip
             own = AutoTokenizer.from_pretrained(given.tokenizer)
             own.chat_template = template
             texts = own.apply_chat_template(said, tokenize=False)

@@ -9,7 +9,8 @@ body, what ``vocabguard probe`` and ``scan --probe`` say with their intervals, a
 - of an untouched and of a rounded copy (bfloat16, 8 bits a row, GGUF's Q8_0) there is no finding, and the interval of
   what is lost holds 0;
 - of 200 zeroed rows the scan counts all 200, the interval holds the true share, and the watched ones of them are lost;
-- of a row that grew (one row, twelve times as long) the tokens lost are put down to other rows, not to the body;
+- of a row that grew (one row, twelve times as long) the scan names it, and the tokens lost are put down to other rows,
+  not to the body;
 - of a damaged layer the scan names the block, and the probe is not fine;
 - of a head that stands still over a body that lost tokens (a LoRA adapter, 40 steps at 7e-3, at half its strength) the
   rows stand still, the body is named, the probe finds tokens lost, and no row of the base brings them back;
@@ -19,8 +20,8 @@ A scan without ``--probe`` says that behaviour was not looked at. Asked in bfloa
 computes in it; `probe` asks rounded copies in float32, since bfloat16 would round away what is looked for. `repair` is
 the adapter once more, given to ``vocabguard repair --method auto``: it comes back as an adapter.
 
-``known_damage.json`` has `repair` of this version, and three pairs of an earlier one, which asked 48 tokens once in
-float32; the others were not run to an end so far.
+``known_damage.json`` has the pairs that were run to an end so far; of "one row grown" and "one MLP damaged" 64 tokens
+were asked once (``--sample 64 --asks 1 --text-tokens 1024``).
 """
 
 from __future__ import annotations
@@ -260,6 +261,8 @@ def pair(name: str, folder: Path, base: Path, work: Path, line: tuple[object, ..
     right = {"probe": judged(name, scan, probe), "scan --probe": judged(name, scan, scan["probe"])}
     if name in ROUNDED:
         right["scan"] = {"no finding": not scan["findings"]}
+    if name == "one row grown":
+        right["scan"] = {"names the row": "the norm of 1 live row of the head doubled or halved" in rows}
     if name == "one MLP damaged":
         # Nothing of a scan without a probe may read as if behaviour had been looked at.
         unseen = timed("scan", base, folder)[1]["verdict"]["not_measured"]

@@ -29,7 +29,8 @@ from evaluate import recall, validation_loss
 from finetune import ASSETS, fine_tune, load_base, training_rows
 
 from vocabguard.cli.repair_train import EchoRun, data_rows, train_echo
-from vocabguard.compare.repair import STRENGTH, Plan, lost_rows, plan_repair, write_repaired
+from vocabguard.compare.options import STRENGTH
+from vocabguard.compare.repair import Plan, lost_rows, plan_repair, write_repaired
 from vocabguard.compare.scan import Scan, scan
 from vocabguard.data.readers import Chat
 from vocabguard.measure.exposure import count_targets

@@ -35,7 +35,7 @@ def test_screen(tuned: Path, tmp_path: Path, run: Run, capsys: Any) -> None:
     assert run("explain", ASSETS, tuned, " A", "--coverage", tmp_path / "c.json") == 1
     said = capsys.readouterr().out
     for words in (
-        "id 3497, latin",
+        "id 3497, Latin",
         "lost in the head",
         "a target 2 times",
         "nearest then",

@@ -103,6 +103,30 @@ def test_choices_are_shown_as_choices(name: str, option: str, values: str, monke
     assert re.search(f"{option} .{{0,200}}{re.escape(values)}", text), text
 
 
+_AFTER_HELP = """
+import json, pathlib, re, sys
+from vocabguard.cli import main
+try:
+    main()
+except SystemExit as left:
+    heavy = [name for name in ("torch", "numpy", "transformers", "safetensors", "jinja2") if name in sys.modules]
+    status = pathlib.Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\\s*(\\d+)", status.read_text())[1] if status.exists() else 0
+    print(json.dumps([left.code, heavy, int(peak)]), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_needs_no_torch(name: str) -> None:
+    """Help answers at once: what a command works with is imported when it works."""
+    line = [sys.executable, "-c", _AFTER_HELP, name, "--help"]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, check=False)
+    code, heavy, kilobytes = json.loads(done.stderr)
+    assert (code, heavy) == (0, [])
+    assert f"vocabguard {name}" in done.stdout
+    assert kilobytes < 60 * 1024
+
+
 def test_the_command_of_a_line() -> None:
     assert command_in(["-V", "report", "scan"]) == "report"
     assert command_in([]) is None
@@ -136,7 +160,7 @@ def test_a_reader_that_leaves_early_is_no_fault(pair: Path) -> None:
 
 def test_ctrl_c_is_not_a_finding(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit code 130 in the midst of work: 1 would mean findings."""
-    monkeypatch.setattr("vocabguard.cli.common.scan", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("vocabguard.compare.scan.scan", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr("sys.argv", ["vocabguard", "scan", str(ASSETS), str(pair)])
     # Shells let programs in the background ignore it, and their children inherit that.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

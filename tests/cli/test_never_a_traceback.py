@@ -90,7 +90,7 @@ def test_the_last_resort(run: Callable[..., int], monkeypatch: pytest.MonkeyPatc
     def broken(*_args: Any, **_options: Any) -> Any:
         raise KeyError("a\nb")
 
-    monkeypatch.setattr("vocabguard.cli.common.open_checkpoint", broken)
+    monkeypatch.setattr("vocabguard.rows.checkpoints.open_checkpoint", broken)
     assert run("scan", tmp_path, tmp_path) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vocabguard.compare.probing import Bars
+from vocabguard.compare.options import Bars
 from vocabguard.compare.summary import load_scan
 from vocabguard.compare.verdicts import probe_verdict
 

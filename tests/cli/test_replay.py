@@ -101,3 +101,48 @@ def test_refusals(arguments: list[str], corpus: Path, tmp_path: Path, monkeypatc
     assert printed.err.startswith("vocabguard: ")
     assert printed.err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    """Three parts of a corpus, as three machines write them."""
+    corpus = tmp_path / "large.jsonl"
+    lines = [f"{LINES[n % 6]} {chr(97 + n % 26)} {chr(0x430 + n % 32)} {n}" for n in range(400)]
+    corpus.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
+    made = [tmp_path / f"part-{index}.jsonl" for index in (1, 2, 3)]
+    for index, path in enumerate(made, start=1):
+        result = run(corpus, "--out", path, "--targets", 3, "--shard", f"{index}/3", "--json")
+        assert result.exit_code == 0, result.output
+        told = json.loads(result.stdout)
+        assert told["candidates"] == len(path.read_text(encoding="utf-8").splitlines())
+    return made
+
+
+def test_parts_together_cover_what_the_corpus_covers(parts: list[Path], tmp_path: Path) -> None:
+    whole = json.loads(run(tmp_path / "large.jsonl", "--out", tmp_path / "w.jsonl", "--targets", 3, "--json").stdout)
+    merged = run("merge", *parts, "--out", tmp_path / "m.jsonl", "--targets", 3, "--json")
+    assert merged.exit_code == 0, merged.output
+    told = json.loads(merged.stdout)
+    for name in ("rows", "needed", "met", "in_no_row", "targets", "targets_needed"):
+        assert told[name] == whole[name], name
+    assert whole["met"] > 50
+    assert told["chosen"] <= 1.2 * whole["chosen"]
+
+
+def test_parts_that_do_not_belong_together_are_refused(parts: list[Path], tmp_path: Path) -> None:
+    def merge(*given: Any, targets: int = 3) -> str:
+        result = run("merge", *given, "--out", tmp_path / "m.jsonl", "--targets", targets)
+        assert isinstance(result.exception, app.InputError)
+        return str(result.exception)
+
+    assert "missing: 3/3" in merge(*parts[:2])
+    assert "has other needs" in merge(*parts, targets=4)
+    again = tmp_path / "again.jsonl"
+    for ending in ("", ".part.json"):
+        Path(f"{again}{ending}").write_text(Path(f"{parts[0]}{ending}").read_text(encoding="utf-8"), encoding="utf-8")
+    assert "1/3 comes twice" in merge(*parts, again)
+    result = run(tmp_path / "large.jsonl", "--out", again, "--targets", 3, "--shard", "1/3", "--pool", 9)
+    assert result.exit_code == 0, result.output
+    assert "has another --pool" in merge(again, *parts[1:])
+    Path(f"{again}.part.json").unlink()
+    assert "not found" in merge(again, *parts[1:])

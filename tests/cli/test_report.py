@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from vocabguard.cli.app import InputError, build, main
 from vocabguard.cli.report import read
+from vocabguard.report.limits import Limits
 from vocabguard.report.page import render
-from vocabguard.report.sentences import Limits, as_json
+from vocabguard.report.sentences import as_json
 from vocabguard.results import CheckResult, NotApplicable, RowDrift, TokenReport, Transition, Watch, WatchedMatrix
 from vocabguard.runlog import RunWriter, row_vectors
 

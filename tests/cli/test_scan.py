@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vocabguard.compare.summary import load_scan
+from vocabguard.vocabulary.labels import label_of
 
 Run = Callable[..., int]
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
@@ -45,7 +46,7 @@ def test_tables(tuned: Path, run: Run, capsys: Any) -> None:
     said = capsys.readouterr().out
     assert "8,014 live rows of the head are below cosine 0.95" in said
     named = "Never trained at the base: ␣парол, ␣geomet, "
-    for word in ("cyrillic", "input embedding", "worst live tokens", "L2 0 |", "every live row is where it was", named):
+    for word in ("Cyrillic", "input embedding", "worst live tokens", "L2 0 |", "every live row is where it was", named):
         assert word in said
 
 
@@ -62,7 +63,7 @@ def test_cells_are_whole_in_a_narrow_terminal(
     assert max(map(len, table)) <= columns
     rows = [line.split() for line in table]
     for name, part in told["head"]["groups"].items():
-        first = name.split("_")[0]  # of two words the second may go to the next line
+        first = label_of(name).split()[0]  # of two words the second may go to the next line
         row = next(row for row in rows if row and row[0] == first)
         assert f"{part['cosine_mean']:.4f}" in row
         assert row.count("%") >= 1
@@ -138,3 +139,16 @@ def test_bad_options(
     assert captured.out == ""
     assert len(captured.err.strip().splitlines()) == 1
     assert said in captured.err
+
+
+def test_a_row_that_grew_is_not_where_it_was(changed_assets: Any, run: Run, capsys: Any) -> None:
+    """Its cosine is 1, and it drowns all others."""
+
+    def grow(head: Tensor) -> None:
+        head[300] *= 12
+
+    assert run("scan", ASSETS, changed_assets(grow), "--no-body") == 0
+    said = capsys.readouterr().out
+    assert "the norm of 1 live row of the head doubled or halved: " in said
+    assert "(12 times)" in said
+    assert "every live row is where it was" not in said.partition("input embedding")[0]

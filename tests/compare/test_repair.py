@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from vocabguard.cli.common import ways_of_asking
 from vocabguard.compare.adapted import write_adapter
+from vocabguard.compare.options import METHODS
 from vocabguard.compare.repair import (
-    METHODS,
     Plan,
     check_out,
     loss_changes,

@@ -213,6 +213,13 @@ def test_norm_outliers(tmp_path: Path, kit: Any) -> None:
     assert told["count"] == 2
     assert told["ids"] == [21, 20]
     assert told["median_ratio"] == pytest.approx(1.02, abs=1e-4)
+    # 2.04 and 0.34 of what they were, beside a median row at 1.02.
+    assert told["twofold"]["count"] == 2
+    assert told["twofold"]["ratios"] == pytest.approx([0.34, 2.04], abs=1e-3)
+    with torch.no_grad():
+        model.lm_head.weight[22] *= 1.5
+    told = summarise_scan(scanned(base, kit.saved(model, tmp_path / "more")))["head"]["norm_outliers"]
+    assert (told["count"], told["twofold"]["count"]) == (3, 2), "half as long again is out of line, and no verdict's"
 
 
 def test_widths_must_agree(tmp_path: Path) -> None:

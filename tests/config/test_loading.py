@@ -124,9 +124,9 @@ REFUSED: list[tuple[Any, tuple[str, ...]]] = [
     ({"alerts": {"head_degraded": {"level": "loud"}}}, ("alerts.head_degraded.level", "'loud'", "'critical'")),
     (GuardConfig(drift=DriftConfig(every_n_steps=-5)), ("drift.every_n_steps", "-5", "at least 1")),
     # wrong types
-    ({"drift": {"every_n_steps": "often"}}, ("drift.every_n_steps", "often", "Integer")),
-    ({"drift": {"every_n_steps": 2.5}}, ("drift.every_n_steps", "2.5", "Integer")),
-    ({"drift": {"every_n_steps": True}}, ("drift.every_n_steps", "True", "Integer")),
+    ({"drift": {"every_n_steps": "often"}}, ("drift.every_n_steps", "is 'often' (str)", "a whole number")),
+    ({"drift": {"every_n_steps": 2.5}}, ("drift.every_n_steps", "is 2.5 (float)", "a whole number")),
+    ({"drift": {"every_n_steps": True}}, ("drift.every_n_steps", "is True (bool)", "a whole number")),
     ({"log": {"console": "maybe"}}, ("log.console", "maybe", "bool")),
     ({"drift": 5}, ("drift is 5", "every_n_steps", "chunk_rows")),
     ({"drift": None}, ("drift is None", "every_n_steps", "chunk_rows")),
@@ -308,6 +308,24 @@ def test_overrides_are_refused_too(override: str, said: tuple[str, ...]) -> None
         load_config(None, [override])
     for part in said:
         assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("protct", r"config is 'protct'; did you mean 'protect'\? allowed: a YAML file"),
+        ("guard.yaml", r"config is 'guard.yaml', and there is no such file in .*; allowed: a YAML file"),
+        ("zzz", r"config is 'zzz'; allowed: a YAML file"),
+    ],
+)
+def test_a_source_that_is_none(source: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(source)
+
+
+def test_an_argument_in_the_place_of_a_section() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'tokenizer'"):
+        VocabGuard(tokeniser=None)  # type: ignore[call-arg]
 
 
 def test_unknown_keyword_section() -> None:

@@ -3,12 +3,14 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import processors
 
 from vocabguard.data.counting import CHUNK
@@ -21,7 +23,8 @@ from vocabguard.data.coverage import (
     measure_coverage,
 )
 from vocabguard.data.encode import TargetEncoder
-from vocabguard.data.readers import Chat, Completion, DataError, Example, Text
+from vocabguard.data.readers import Chat, Completion, DataError, Example, Text, read_examples
+from vocabguard.data.tables import RowShard
 from vocabguard.vocabulary.table import build_table
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
@@ -391,3 +394,44 @@ def test_equals_what_a_real_trainer_prepares(case: str, tokenizer: Any, table: A
     if case != "cut chats":
         assert found.inputs.tolist() == expected[1]
     assert found.tally.rows - found.tally.without_targets == len(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["1/1", "2/2"])
+def test_processes_that_read_for_themselves_give_the_same(
+    tokenizer: Any, table: Any, tmp_path: Path, shard: str
+) -> None:
+    """Of every kind of file, with equal words for what was read; unknown roles are counted over all rows."""
+    index, of = map(int, shard.split("/"))
+    said = as_rows(chats(150))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said), encoding="utf-8")
+    (tmp_path / "b.txt").write_text("one line\n\nanother line\nand one more\n", encoding="utf-8")
+    Dataset.from_list([{"input_ids": [5, 6, 7 + place % 9]} for place in range(900)]).to_parquet(
+        tmp_path / "c.parquet", batch_size=100
+    )
+    (tmp_path / "d.jsonl").write_text("", encoding="utf-8")
+    files = [tmp_path / name for name in ("a.jsonl", "b.txt", "c.parquet", "d.jsonl")]
+    rows: dict[int, int] = {}
+    found = []
+    for workers in (1, 2):
+        examples = read_examples(files, shard=RowShard(index, of), blocks=True)
+        told: list[int] = []
+        found.append(measure_coverage(examples, tokenizer, table, workers=workers, progress=told.append))
+        rows[workers] = sum(told)
+    alone, together = found
+    assert torch.equal(alone.data_target, together.data_target)
+    assert torch.equal(alone.inputs, together.inputs)
+    assert alone.tally == together.tally
+    assert rows[1] == rows[2] == alone.tally.rows
+    # Each process says on how many of its own texts it compared the faster tokenizer.
+    assert len(alone.source.notes) == len(together.source.notes)
+    assert replace(alone.source, notes=()) == replace(together.source, notes=())
+
+
+@pytest.mark.slow
+def test_unknown_roles_are_all_told_by_several_processes_too(tokenizer: Any, table: Any, tmp_path: Path) -> None:
+    rows = [[{"role": "user", "content": "q"}, {"role": name, "content": "a"}] for name in ("sage", "oracle", "sage")]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(DataError, match=r"'sage' \(2 turns\), 'oracle' \(1 turns\)"):
+        measure_coverage(read_examples([path]), tokenizer, table, workers=2)

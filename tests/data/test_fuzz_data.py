@@ -125,8 +125,7 @@ def shared() -> Iterator[Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.AutoTokenizer, "from_pretrained", load_once)
-        for command in ("coverage", "replay", "echo"):
-            patch.setattr(f"vocabguard.cli.{command}.build_table", lambda tokenizer, rows: table)
+        patch.setattr("vocabguard.vocabulary.table.build_table", lambda tokenizer, rows: table)
         yield loaded
 
 

@@ -138,6 +138,47 @@ def measures_of_rows() -> Iterator[str]:
         yield f"| {_cell(name)} | {' | '.join(cells)} |"
 
 
+def _interval(found: Mapping[str, Any]) -> str:
+    """Verdict of a probe, what is lost, and what natural text lost."""
+    value, low, high = (100 * one for one in found["lost"])
+    rise = "{:+.2f} ({:+.2f} to {:+.2f}) nats".format(*found["nll_rise"])
+    words = "".join(f"; {one.partition(':')[0]}" for one in found["findings"] if "watched words" in one)
+    return f"{found['level']}: lost {value:.1f} % ({low:.1f} to {high:.1f}) of {found['known']}{words}; text {rise}"
+
+
+def known_damage() -> Iterator[str]:
+    """What the commands said of each damaged copy, and whether it is right."""
+    found = json.loads((ROOT / "tests/benchmarks/known_damage.json").read_text(encoding="utf-8"))
+    heads = ("copy of SmolLM2 135M", "`scan`", "`probe`", "`scan --probe`", "right", "CPU s of both")
+    yield from (f"| {' | '.join(heads)} |", "|---" * len(heads) + "|")
+    for name, one in found.items():
+        if name == "repair":
+            continue
+        cost = " and ".join(f"{one['cost'][kind]['cpu_s']:.0f}" for kind in ("probe", "scan_probe"))
+        right = "yes" if one["right"] else "no"
+        cells = (name, one["scan"], _interval(one["probe"]), _interval(one["scan_probe"]), right, cost)
+        yield f"| {' | '.join(map(_cell, cells))} |"
+
+
+def served_models() -> Iterator[str]:
+    """What `probe --url` said of each served model, and whether it is right."""
+    found = json.loads((ROOT / "tests/rehearsals/results/served.json").read_text(encoding="utf-8"))
+    heads = ("server", "asked by", "copy", "verdict", "lost, of the words that the base repeats", "right")
+    yield from (f"| {' | '.join(heads)} |", "|---" * len(heads) + "|")
+    for name, one in found.items():
+        server = f"{name} ({', '.join(f'{key} {value}' for key, value in one['versions'].items())})"
+        for kind, told in one.items():
+            if not isinstance(told, Mapping) or "known" not in told.get("numbers", {}):
+                continue
+            numbers = told["numbers"]
+            low, high = 100 - 100 * numbers["retained_high"], 100 - 100 * numbers["retained_low"]
+            lost = f"{100 * numbers['lost']:.0f} % ({low:.0f} to {high:.0f}) of {numbers['known']:.0f}"
+            if zeroed := told.get("zeroed"):
+                lost += f"; of {zeroed['known']} zeroed ones {zeroed['lost']}"
+            cells = (server, told["by"], kind, told["level"], lost, "yes" if one["right"] else "no")
+            yield f"| {' | '.join(map(_cell, cells))} |"
+
+
 PARTS: dict[str, tuple[str, Callable[[], Iterator[str]]]] = {
     "presets": ("configs/README.md", presets),
     "settings": ("configs/README.md", settings),
@@ -145,6 +186,8 @@ PARTS: dict[str, tuple[str, Callable[[], Iterator[str]]]] = {
     "fields of a rule": ("configs/README.md", rule_fields),
     "keys": ("configs/README.md", keys),
     "measures of rows": ("tests/README.md", measures_of_rows),
+    "known damage": ("tests/README.md", known_damage),
+    "served models": ("tests/README.md", served_models),
 }
 """Mark -> file, and what stands there."""
 

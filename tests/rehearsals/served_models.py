@@ -33,7 +33,7 @@ sys.path.append(str(Path(__file__).parents[1] / "kits"))
 
 from command_line import called
 
-WAIT = 600
+WAIT = 1800
 ZEROED, DAMAGED = "rows of words zeroed", "one MLP damaged"
 
 

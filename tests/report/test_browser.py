@@ -84,6 +84,8 @@ found.bars = bars.map((fill) => light(fill)).map((ink) => {
   const paper = light(ground(document.querySelector("rect.span")));
   return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
 });
+const shown = [...document.querySelectorAll("tr:not([hidden])")];
+found.displays = [...new Set(shown.map((row) => getComputedStyle(row).display))];
 found.inner = window.innerWidth;
 found.alerted = document.querySelectorAll("img, iframe").length;
 const out = document.createElement("pre");
@@ -176,11 +178,17 @@ def test_sorts_and_searches(data, tmp_path):
     assert found["alerted"] == 0
 
 
+@pytest.mark.parametrize("runs", [1, 2])
 @pytest.mark.parametrize(("phone", "screens"), [(False, 1), (True, 2)], ids=["desktop", "phone"])
-def test_lost_tokens_are_on_the_first_screen_of_a_desktop_and_the_second_of_a_phone(data, tmp_path, phone, screens):
-    found = driven(render(data), tmp_path, "--window-size=1280,800", phone=phone)
+def test_lost_tokens_are_on_the_first_screen_of_a_desktop_and_the_second_of_a_phone(
+    data, make_run, tmp_path, phone, screens, runs
+):
+    page = render(data) if runs == 1 else render(data, run_data(make_run("b", worst=0.9)))
+    found = driven(page, tmp_path, "--window-size=1280,800", phone=phone)
     assert 0 < found["top"] < 800 * screens
     assert found["folded"] >= 6
+    assert found["displays"] == ["table-row"]
+    assert found["wide"] == 0
 
 
 @pytest.mark.parametrize(("flags", "dark"), [((), False), ((DARK,), True)], ids=["light", "dark"])

@@ -12,8 +12,9 @@ from parsed_page import Page
 from vocabguard.files import read_lines
 from vocabguard.report.charts import SHOWN, forecast_figures
 from vocabguard.report.data import PageData, run_data
+from vocabguard.report.limits import Limits
 from vocabguard.report.page import render
-from vocabguard.report.sentences import Limits, as_json, at_end, key_numbers, verdict_of
+from vocabguard.report.sentences import as_json, at_end, key_numbers, verdict_of
 from vocabguard.results import Transition
 from vocabguard.text import percent
 
@@ -82,7 +83,7 @@ def test_no_more_than_the_worst_groups():
         curves[f"forecast/{name}/below_0.95"] = ([0, 5, 10], [0.9 - place / 100, place / 100, float("nan")])
     data = PageData("run", "run", 10, (), names, "head", 10, (), curves=curves)
     titles = [figure.title for figure in forecast_figures(data)]
-    assert titles == ["all live tokens", *(f"G{place:02}" for place in range(29, 29 - SHOWN, -1))]
+    assert titles == ["all live tokens", *(f"g{place:02}" for place in range(29, 29 - SHOWN, -1))]
 
 
 def test_alerts_stand_in_the_figures_that_they_are_about(make_run):

@@ -11,9 +11,10 @@ from parsed_page import Page
 from vocabguard.report.commands import after_probe, after_run, after_scan, command, latest_checkpoint, newest_run
 from vocabguard.report.data import run_data
 from vocabguard.report.first import badge_of, first_tokens, heading_of, main_chart, markdown_of
+from vocabguard.report.limits import Limits
 from vocabguard.report.many import distinct_names, interval, side_by_side
 from vocabguard.report.page import render
-from vocabguard.report.sentences import Limits, verdict_of
+from vocabguard.report.sentences import verdict_of
 from vocabguard.report.words import example_words
 
 
@@ -144,3 +145,14 @@ def test_three_runs_are_a_table_with_names_and_intervals(make_run):
     other = replace(shown[2], settings={"seed": "2", "echo.enabled": "True"})
     assert [one.names for one in side_by_side([*shown[:2], other], Limits()).repeated] == [("a", "b")]
     assert distinct_names(["x/vocabguard", "y/x/vocabguard"]) == ["x/vocabguard", "y/x/vocabguard"]
+
+
+def test_a_model_that_repeats_nothing_is_not_within_limits(make_run):
+    """Loss beyond the lost skill is none then, and the verdict is about the skill."""
+    data = run_data(make_run(missed=2, worst=0.99))
+    scalars = data.scalars | {"probe/tokens_retained_high": 1.0, "probe/skill": 0.02, "probe/skill_high": 0.11}
+    verdict = verdict_of(replace(data, scalars=scalars), Limits())
+    assert verdict.level == "lost"
+    assert any("of the frequent targets are lost too" in one for one in verdict.findings)
+    kept = verdict_of(replace(data, scalars=scalars | {"probe/skill": 1.0, "probe/skill_high": 1.0}), Limits())
+    assert not any("frequent" in one for one in kept.findings)

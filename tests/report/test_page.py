@@ -18,8 +18,9 @@ from parsed_page import Page
 from vocabguard.report.charts import Plot, exposure_figure, histograms, polyline, thinned, ticks, timelines
 from vocabguard.report.compare import compare
 from vocabguard.report.data import PageData, run_data
+from vocabguard.report.limits import Limits
 from vocabguard.report.page import render, write_report
-from vocabguard.report.sentences import Limits, as_json, key_numbers, verdict_of
+from vocabguard.report.sentences import as_json, key_numbers, verdict_of
 from vocabguard.runlog import RunLog
 
 HOSTILE = 12
@@ -260,13 +261,14 @@ def test_what_was_found_beside_the_checks_is_shown(make_run):
     page = Page(render(data))
     assert [(one.kind, one.step) for one in data.beside] == [("confusion", 20), ("neighbors", 20), ("head_or_body", 20)]
     for sentence in (
-        "Step 20: 8 answers in 2 languages: 25.0 % with foreign script (ja 50.0 % cyrillic); lines pass 75.0 %.",
+        "Step 20: 8 answers in 2 languages: 25.0 % with foreign script (ja 50.0 % Cyrillic); lines pass 75.0 %.",
         "Step 20: 2 worst and watched tokens keep 50.0 % of their nearest rows; intruders among them: 2 then, 24 now.",
-        "Step 20: 12 lost tokens: 9 (75.0 %) back with the base's output rows, 3 (25.0 %) with no rows",
+        "Step 20: of 12 lost tokens probed again, 9 (75.0 %) come back with the base's output row, "
+        "3 (25.0 %) come back with no row (lost in the body)",
     ):
         assert sentence in page.text
-    assert "ja 4 50.0 % cyrillic 2 75.0 % - -" in page.text
-    assert re.search(r"0 <script>alert\(1\)</script> latin 50\.0 % .*\[latin!\] 0\.50", page.text)
+    assert "ja 4 50.0 % Cyrillic 2 75.0 % - -" in page.text
+    assert re.search(r"0 <script>alert\(1\)</script> Latin 50\.0 % .*\[Latin!\] 0\.50", page.text)
     assert page.texts["h3"][1:] == [  # the first is the alert's
         "Answers in many languages",
         "Nearest rows, then and now",

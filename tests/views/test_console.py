@@ -103,8 +103,8 @@ def test_small_groups_are_not_named_once_the_table_is_known(table, watch):
     view.watch(watch, table)
     view.check(check())
     text = target.export_text()
-    assert text.count("(thai 99.0 %, ja 41.0 %)") == 1
-    assert text.count("(ja 41.0 %)") == 1
+    assert text.count("(Thai 99.0 %, Japanese 41.0 %)") == 1
+    assert text.count("(Japanese 41.0 %)") == 1
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120])
@@ -154,12 +154,25 @@ def test_closing_table_in_the_reports_form(table):
     lines = printed(ConsoleView, ("finish", check(scalars, exposed=True), table))
     heading = next(line for line in lines if "tokens" in line)
     assert heading.split() == ["tokens", "mean", "min", "<", "0.95", "<", "0.90", "retained"]
-    assert cells(lines, "all") == ["all", "59", "0.9741", "0.6124", "12.3", "%", "5.0", "%", "83.1", "%"]
-    assert cells(lines, "ja") == ["ja", "25", "-", "-", "41.0", "%", "-", "50.0", "%"]
-    assert cells(lines, "thai") == ["thai", "5", "-", "-", "99.0", "%", "-", "-"]
+    assert cells(lines, "all") == [
+        "all",
+        "live",
+        "tokens",
+        "59",
+        "0.9741",
+        "0.6124",
+        "12.3",
+        "%",
+        "5.0",
+        "%",
+        "83.1",
+        "%",
+    ]
+    assert cells(lines, "Japanese") == ["Japanese", "25", "-", "-", "41.0", "%", "-", "50.0", "%"]
+    assert cells(lines, "Thai") == ["Thai", "5", "-", "-", "99.0", "%", "-", "-"]
     assert cells(lines, "never a target") == ["never", "a", "target", "52", "0.8123", "-", "-", "-", "-"]
-    labels = [line.split()[0] for line in lines if line.startswith((" all", " ja", " thai", " never"))]
-    assert labels == ["all", "thai", "ja", "never"]
+    labels = [line.split()[0] for line in lines if line.startswith((" all", " Japanese", " Thai", " never"))]
+    assert labels == ["all", "Thai", "Japanese", "never"]
 
 
 def test_closing_table_without_a_probe_has_no_such_column(table):
@@ -169,13 +182,13 @@ def test_closing_table_without_a_probe_has_no_such_column(table):
 def test_closing_table_without_drift_says_why(table):
     lines = printed(ConsoleView, ("finish", check({"vocabguard/probe/retained": 0.5}, head=GONE), table))
     assert "row drift not applicable: the head is frozen" in "\n".join(lines)
-    assert cells(lines, "all") == ["all", "59", "-", "-", "-", "-", "50.0", "%"]
+    assert cells(lines, "all") == ["all", "live", "tokens", "59", "-", "-", "-", "-", "50.0", "%"]
 
 
 def test_closing_tables_of_tokens_and_what_still_fires(table):
     watched = dataclasses.replace(TOKEN, id=5)
     lines = printed(ConsoleView, ("finish", check(worst=(TOKEN,), watched=(watched,), firing=("slow", "lost")), table))
-    assert cells(lines, "190467") == ["190467", "嘉祺", "zh", "0.4123", "0.5678", "3", "12", "40", "0.032", "␣the"]
+    assert cells(lines, "190467") == ["190467", "嘉祺", "Chinese", "0.4123", "0.5678", "3", "12", "40", "0.032", "␣the"]
     titles = [line for line in lines if "tokens" in line and not line.startswith(" ")]
     assert titles == ["watched tokens", "worst tokens, by cosine"]
     assert lines[-2:] == ["vocabguard Still firing: slow, lost.", ""]

@@ -64,7 +64,7 @@ def cells(found: Finding) -> list[list[str]]:
 
 def test_confusion_in_every_form(confusion: Finding) -> None:
     assert confusion.sentence == (
-        "6 answers in 3 languages: 33.3 % with foreign script (ja 50.0 % cyrillic); lines pass 100 %; words pass 100 %"
+        "6 answers in 3 languages: 33.3 % with foreign script (ja 50.0 % Cyrillic); lines pass 100 %; words pass 100 %"
     )
     assert confusion.scalars["vocabguard/confusion/ja"] == 0.5
     assert confusion.scalars["vocabguard/confusion/line_pass"] == 1.0
@@ -75,7 +75,7 @@ def test_confusion_in_every_form(confusion: Finding) -> None:
     rows = {row[0]: row[1:] for row in cells(confusion)[2:]}
     assert list(rows) == ["ja", "ko", "en", "de"]
     assert rows["ja"][0] == "4"
-    assert rows["ja"][2] == "cyrillic 2"
+    assert rows["ja"][2] == "Cyrillic 2"
     assert rows["ja"][-1] == escape_markdown("25.0 %")
     assert rows["en"][-1] == escape_markdown("-"), "no share of Latin where it is the language's own"
 
@@ -105,14 +105,15 @@ def test_neighbors_in_every_form(neighbors: Finding) -> None:
 def test_forgotten_tokens_in_words() -> None:
     found = body()
     assert found.sentence == (
-        "4 lost tokens: 1 (25.0 %) back with the base's output rows, 1 (25.0 %) with its input rows too, "
-        "1 (25.0 %) only with the rows of all tokens (other rows drown them), "
-        "1 (25.0 %) with no rows (lost in the body)"
+        "of 4 lost tokens probed again, 1 (25.0 %) comes back with the base's output row, "
+        "1 (25.0 %) comes back with its input row too, "
+        "1 (25.0 %) comes back only with the rows of all tokens (other rows drown them), "
+        "1 (25.0 %) comes back with no row (lost in the body)"
     )
     assert found.lines[0]["head"] == 1
     assert found.lines[0]["ids"] == [0, 1, 2, 3]
     alone = body_finding(1, HeadOrBody(torch.tensor([7]), *torch.ones(3, 1).bool()))
-    assert alone.sentence == "1 lost token: 1 (100 %) back with the base's output rows"
+    assert alone.sentence == "of 1 lost token probed again, 1 (100 %) comes back with the base's output row"
 
 
 def test_lines_are_strict_json(confusion: Finding, neighbors: Finding) -> None:

@@ -11,6 +11,9 @@ from vocabguard.alerts.rules import ABSENT, PREFIX, UNCHANGED, AlertRule, part_o
 from vocabguard.alerts.states import WHOLE, News, RuleState, Standing
 from vocabguard.results import EXPOSURE_CLASSES, AlertStory, Transition
 from vocabguard.text import LARGE_GROUP, number, percent
+from vocabguard.vocabulary.labels import kinds_of_tokens, label_of
+
+_CLEAR = 0.001
 
 GROUPS_NAMED = 6
 """Parts that a sentence names; more are counted."""
@@ -65,11 +68,15 @@ def _parts(
 
 
 def _part(rule: AlertRule, name: str, value: float, rows: Mapping[str, int]) -> str:
+    label = name if rule.at_evaluations else label_of(name)
     if math.isnan(value):
-        return name
-    shown = f"{name} {_apart(value, rule.threshold)[0]}"
+        return label
+    shares = "/below_" in rule.short
+    # Not where a percentage would hide on which side of the limit it is.
+    plain = shares and abs(value - rule.threshold) > _CLEAR
+    shown = f"{label} {percent(value) if plain else _apart(value, rule.threshold)[0]}"
     # Only of shares of rows; a probe's or a set of answers' share is of something else.
-    if name in rows and "/below_" in rule.short:
+    if name in rows and shares:
         count = round(value * rows[name])
         return f"{shown} ({count:,} row{'s' * (count != 1)})"
     return shown
@@ -203,7 +210,7 @@ class Scene:
         for name, share in list(shares.items())[:NAMED]:
             size = self.rows.get(name)
             of = f" {count(share, size):,} of {size:,} rows" if size else ""
-            shown.append(f"{name}{of} ({percent(share)})")
+            shown.append(f"{label_of(name)}{of} ({percent(share)})")
         return joined(shown, len(shares))
 
     @property
@@ -239,9 +246,14 @@ class About:
         return tuple(self.values)
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """Their labels; languages go by their codes."""
+        return self.parts if self.owner == "confusion" else tuple(map(label_of, self.parts))
+
+    @property
     def inside(self) -> str:
         """The parts concerned, as what follows a noun."""
-        return f" in {joined(self.parts)}" if self.parts else ""
+        return f" in {joined(self.labels)}" if self.parts else ""
 
     @property
     def share(self) -> float | None:
@@ -375,12 +387,14 @@ def _data(about: About) -> str:
     elif not names:
         key = "forecast" if about.kind == "at risk" else "head"
         names = [name for name, share in scene.worst(f"{key}/*/below_0.95").items() if share > 0]
+    names = names[:NAMED]
     unasked = sum(scene.unasked.get(name, 0) for name in names)
     rows = sum(scene.rows.get(name, 0) for name in names)
     # Before the first targets are counted every token has none, which says nothing of the data.
     if not unasked or not scene.targets:
         return ""
-    return f"add data that contains {joined(names)} tokens: {unasked:,} of {rows:,} have never been a target."
+    kinds = kinds_of_tokens(names)
+    return f"add data that contains {kinds} tokens: {unasked:,} of {rows:,} have never been a target."
 
 
 _ROWS = {"embedding": "input embedding rows"}
@@ -414,8 +428,16 @@ def _degraded(about: About) -> str:
     return f"{_some(about)} have turned away from the base model's: cosine below {about.last.removeprefix('below_')}."
 
 
+_RELIABLE = 0.1  # of the run; see the evidence of the forecast in tests/README.md
+
+
 def _at_risk(about: About) -> str:
-    return f"{_some(about)} may be below cosine 0.95 to the base model's at the end{about.scene.end}, by the forecast."
+    step, total = about.change.step, about.scene.total
+    said = f"{_some(about)} may be below cosine 0.95 to the base model's at the end{about.scene.end}, by the forecast."
+    if not total or step >= _RELIABLE * total:
+        return said
+    when = f"after step {step:,}" if step else "before step 1"
+    return f"Early estimate ({when}): {said} It is reliable from about 10 % of the run on."
 
 
 def _turned(about: About) -> str:
@@ -510,19 +532,19 @@ def _where_rows(about: About) -> str:
 
 def _where_turned(about: About) -> str:
     worst = about.values if about.change.parts else about.scene.worst(f"{about.owner}/*/{about.last}", lowest=True)
-    named = [f"{name} {number(value)}" for name, value in worst.items()]
+    named = [f"{label_of(name)} {number(value)}" for name, value in worst.items()]
     return f"Lowest in {joined(named)}." if named and (about.change.parts or not about.parts) else ""
 
 
 def _where_forgotten(about: About) -> str:
     kept = about.values if about.change.parts else about.scene.worst("probe/*/retained", lowest=True)
-    named = [f"{name} {percent(1.0 - value)}" for name, value in kept.items() if value < 1.0]
+    named = [f"{label_of(name)} {percent(1.0 - value)}" for name, value in kept.items() if value < 1.0]
     return f"Lost most in {joined(named)}." if named and (about.change.parts or not about.parts) else ""
 
 
 def _where_rare_loss(about: About) -> str:
     risen = {name: value for name, value in about.scene.worst("reference/*/nll_rise").items() if value > 0}
-    named = [f"{name} {value:+.2f}" for name, value in risen.items()]
+    named = [f"{label_of(name)} {value:+.2f}" for name, value in risen.items()]
     return f"Mean loss rose most in {joined(named)} nats." if named else ""
 
 

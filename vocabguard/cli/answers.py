@@ -10,6 +10,7 @@ from rich.text import Text
 
 from vocabguard.cli.common import Column, Grid
 from vocabguard.text import listed, number, percent, visible
+from vocabguard.vocabulary.labels import label_of
 
 _WORD_KINDS = (("lost", "lost"), ("known", "still said"), ("unknown", "not repeated by the base"))
 
@@ -41,9 +42,9 @@ def probe_parts(told: Mapping[str, Any], top: int, *, verdict: bool = True) -> l
 def _sentences(told: Mapping[str, Any]) -> list[str]:
     asked, said = told["asked"], []
     follows = max(asked["base_follows"].values(), default=None)
-    best = "" if follows is None else f" (of others {percent(follows)} are repeated in the best of these)"
-    said.append(f"Asked {len(asked['asks'])} times each: {', '.join(asked['asks'])}{best}; seed {asked['seed']}. "
-                f"Intervals hold in {percent(asked['confidence'])} of samples.")  # fmt: skip
+    best = "" if follows is None else f"; in the best of these the base repeats {percent(follows)} of other tokens"
+    prompts = f"{len(asked['asks'])} ({', '.join(asked['asks'])}{best})"
+    said.append(f"Prompts for each token: {prompts}. Seed {asked['seed']}; {percent(asked['confidence'])} intervals.")
     if told["instead"]:
         named = [f"{visible(one['text'], 16)} ({one['answers']:,})" for one in told["instead"][:8]]
         said.append(f"Said instead: {listed(named, len(told['instead']))}.")
@@ -74,14 +75,13 @@ def _share_table(told: Mapping[str, Any], kind: str) -> Grid:
     numbers = told["numbers"]
     whole = (numbers.get(count), numbers.get(value), numbers.get(f"{value}_low"), numbers.get(f"{value}_high"))
     if kind == "groups":
-        grid.add("all", *_share_cells(*whole), end=True)
+        grid.add(label_of("all"), *_share_cells(*whole), end=True)
     parts = list(told[kind].items())
     if kind == "groups":
         parts.sort(key=lambda item: 2.0 if item[1][value] is None else item[1][value])
     for name, part in parts:
         if part[count]:
-            label = name.replace("_", " ") if kind == "groups" else f"targets {name}"
-            grid.add(label, *_share_cells(part[count], part[value], part["low"], part["high"]))
+            grid.add(label_of(name), *_share_cells(part[count], part[value], part["low"], part["high"]))
     return grid
 
 
@@ -98,7 +98,7 @@ def _token_table(tokens: Sequence[Mapping[str, Any]]) -> Grid:
     columns += [Column("targets", spare=3)] if counted else []
     grid = Grid(columns)
     for token in tokens:
-        cells = [str(token["id"]), visible(token["text"], 24), token["group"].replace("_", " ")]
+        cells = [str(token["id"]), visible(token["text"], 24), label_of(token["group"])]
         cells += [number(token["probability_at_base"], 3)] if two else []
         cells += [number(token["probability"], 3)]
         cells += ["" if token["instead"] is None else visible(token["instead"], 24)]
@@ -115,8 +115,10 @@ def where_sentence(where: Mapping[str, int] | None) -> str:
     """
     if not where or not where["forgotten"]:
         return ""
-    ways = (("head", "come back with the base's output row"), ("input", "with its input row too"),
+    ways = (("head", "with the base's output row"), ("input", "with its input row too"),
             ("other_rows", "only with the rows of all tokens: other rows drown them"),
             ("body", "with no row: lost in the body"))  # fmt: skip
-    parts = [f"{where[key]:,} {words}" for key, words in ways if where.get(key)]
+    first, *others = ((where[key], words) for key, words in ways if where.get(key))
+    parts = [f"{first[0]:,} {'comes' if first[0] == 1 else 'come'} back {first[1]}"]
+    parts += [f"{count:,} {words}" for count, words in others]
     return f"Of {where['forgotten']:,} lost tokens probed again, {', '.join(parts)}."

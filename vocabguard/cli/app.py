@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import importlib
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -36,6 +37,8 @@ torch takes seconds. Each raises `InputError` for input that cannot be used, whi
 for findings.
 """
 
+_WITHOUT_TORCH = {"run"}
+
 BAD_INPUT, INTERRUPTED = 2, 130
 
 _ABOUT = "See and prevent the forgetting of rare tokens while language models are fine-tuned."
@@ -58,8 +61,23 @@ def build(names: tuple[str, ...]) -> typer.Typer:
         # What follows the program that `run` starts is the program's, options too.
         settings = {"allow_interspersed_args": name != "run", **_HELP_OPTIONS}
         module = importlib.import_module(f"vocabguard.cli.{name}")
-        app.command(name, context_settings=settings)(getattr(module, name))
+        function = getattr(module, name)
+        app.command(name, context_settings=settings)(function if name in _WITHOUT_TORCH else _ready(function))
     return app
+
+
+def _ready(function: Callable[..., None]) -> Callable[..., None]:
+    """A command that says in a terminal that it is starting: importing torch takes seconds."""
+
+    @functools.wraps(function)
+    def ready(*arguments: Any, **options: Any) -> None:
+        console = Console(stderr=True)
+        if console.is_terminal:
+            with console.status("loading torch"):
+                importlib.import_module("torch")
+        function(*arguments, **options)
+
+    return ready
 
 
 def build_list() -> typer.Typer:

@@ -9,50 +9,35 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.progress import TimeRemainingColumn
-from torch import Tensor, nn
 
 from vocabguard.cli import common
 from vocabguard.cli.app import InputError
-from vocabguard.compare.models import Loading, load_model, out_of_memory
-from vocabguard.compare.probing import (
-    Answered,
-    Bars,
-    ProbePlan,
-    Tell,
-    answer_vectors,
-    ask_model,
-    plan_as_json,
-    plan_vectors,
-    summarise_answers,
-)
-from vocabguard.compare.scan import Scan, fitted
-from vocabguard.compare.verdicts import probe_verdict
+from vocabguard.compare.options import Bars, Loading
 from vocabguard.config import ConfigError, ProbeConfig, ReferenceConfig
 from vocabguard.files import one_line, read_text
-from vocabguard.guard.probe import CHOOSING, build_prober
-from vocabguard.guard.reference import reference_texts, windows_of
-from vocabguard.measure.contexts import choose_asks
-from vocabguard.measure.localize import End, head_or_body
-from vocabguard.measure.retention import lost
-from vocabguard.measure.sampling import stratified_sample
 from vocabguard.results import NotApplicable, Preflight
 from vocabguard.text import percent
-from vocabguard.vocabulary.table import VocabTable
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vocabguard.compare.probing import Answered, ProbePlan, Tell
+    from vocabguard.compare.scan import Scan
+    from vocabguard.vocabulary.table import VocabTable
 
 _SAY_EVERY = 30.0
 _DEFAULT = ProbeConfig()
 _TEXT = ReferenceConfig()
-# What may be asked for.
+# The most that is taken.
 _SAMPLE, _ASKS, _BATCH, _SEEDS, _WORDS = 10_000_000, 100, 2**24, 2**63 - 1, 10_000
 
-Sample = Annotated[int, typer.Option(min=1, help="Live tokens to ask for, drawn by script group (and exposure class).")]
-Whole = Annotated[bool, typer.Option("--all", help="Ask for every live token instead of a sample.")]
-Watch = Annotated[Path | None, typer.Option(help="Words to ask for beside, a line each; a lost one is a finding.")]
+Sample = Annotated[int, typer.Option(min=1, help="Live tokens to probe, drawn by script group (and exposure class).")]
+Whole = Annotated[bool, typer.Option("--all", help="Probe every live token instead of a sample.")]
+Watch = Annotated[Path | None, typer.Option(help="Words to probe too, a line each; a lost one is a finding.")]
 Texts = Annotated[
     Path | None,
     typer.Option(
@@ -149,6 +134,9 @@ class Interview:
 
     def told(self, bars: Bars, top: int) -> dict[str, Any]:
         """Everything as JSON holds it, the verdict too."""
+        from vocabguard.compare.probing import plan_as_json, summarise_answers
+        from vocabguard.compare.verdicts import probe_verdict
+
         found = summarise_answers(
             self.plan, self.base, self.now, self.table, self.live, self.data_target, top=top,
             least_targets=_TEXT.least_targets,
@@ -159,6 +147,11 @@ class Interview:
 
     def vectors(self) -> dict[str, Tensor]:
         """What a file keeps, ``lost`` and ``asked`` (V,) bool too."""
+        import torch
+
+        from vocabguard.compare.probing import answer_vectors, plan_vectors
+        from vocabguard.measure.retention import lost
+
         found = plan_vectors(self.plan) | answer_vectors(self.now)
         asked = torch.zeros(len(self.table), dtype=torch.bool)
         asked[self.plan.ids] = True
@@ -207,6 +200,8 @@ def ask_again(pair: common.Pair, found: Scan, asking: Asking, plan: ProbePlan, b
 
 
 def _refusing(work: Callable[[], Interview]) -> Interview:
+    from vocabguard.compare.models import out_of_memory
+
     try:
         with out_of_memory("for the probe"):
             return work()
@@ -220,6 +215,9 @@ def _refusing(work: Callable[[], Interview]) -> Interview:
 
 
 def _ask_both(pair: common.Pair, found: Scan, asking: Asking) -> Interview:
+    from vocabguard.compare.models import load_model
+    from vocabguard.compare.probing import ask_model
+
     prompts = pair.tokenizer if pair.base_tokenizer is None else pair.base_tokenizer
     with telling() as tell:
         model = _loaded("base", tell, lambda: load_model(pair.base.path, asking.loading))
@@ -235,6 +233,9 @@ def _ask_both(pair: common.Pair, found: Scan, asking: Asking) -> Interview:
 
 
 def _ask_one(pair: common.Pair, found: Scan, asking: Asking) -> Interview:
+    from vocabguard.compare.models import load_model
+    from vocabguard.compare.probing import ask_model
+
     with telling() as tell:
         model = _loaded("model", tell, lambda: load_model(pair.tuned.path, asking.loading))
         plan = plan_for(model, pair.tokenizer, pair.tokenizer, found, asking, tell)
@@ -243,10 +244,11 @@ def _ask_one(pair: common.Pair, found: Scan, asking: Asking) -> Interview:
 
 
 def _ask_again(pair: common.Pair, found: Scan, asking: Asking, plan: ProbePlan, base: Answered) -> Interview:
+    from vocabguard.compare.models import load_model
+    from vocabguard.compare.probing import ask_model
+
     if int(plan.ids.max()) >= len(found.table):
-        raise ValueError(
-            f"the earlier probe asked for token {int(plan.ids.max())}; the model has {len(found.table)} rows"
-        )
+        raise ValueError(f"the earlier probe has token {int(plan.ids.max())}; the model has {len(found.table)} rows")
     with telling() as tell:
         model = _loaded("model", tell, lambda: load_model(pair.tuned.path, asking.loading))
         now = ask_model(model, plan, batch_tokens=asking.batch, name="model", tell=tell)
@@ -273,6 +275,13 @@ def plan_for(model: nn.Module, prompts: Any, tokenizer: Any, found: Scan, asking
         ConfigError: for words that are none, or texts that cannot be read.
         ValueError: if prompts are longer than the model takes.
     """
+    import torch
+
+    from vocabguard.compare.probing import ProbePlan
+    from vocabguard.guard.probe import build_prober
+    from vocabguard.guard.reference import reference_texts, windows_of
+    from vocabguard.measure.contexts import choose_asks
+
     counts = found.data_target
     flight = NotApplicable("no counts") if counts is None else Preflight(counts, 0, 0, complete=True, seconds=0.0)
     config = replace(
@@ -305,6 +314,11 @@ def plan_for(model: nn.Module, prompts: Any, tokenizer: Any, found: Scan, asking
 
 def _beside(live: Tensor, ids: Tensor, seed: int) -> Tensor:
     """Live tokens outside the sample, by which ways of asking are chosen; of the sample where that is all."""
+    import torch
+
+    from vocabguard.guard.probe import CHOOSING
+    from vocabguard.measure.sampling import stratified_sample
+
     others = live.clone()
     others[ids] = False
     others = others if bool(others.any()) else live
@@ -327,6 +341,10 @@ def _where(
         See `vocabguard.measure.localize.HeadOrBody.counts`; None where nothing is lost, or the base's rows are not at
         hand.
     """
+    from vocabguard.compare.scan import fitted
+    from vocabguard.measure.localize import End, head_or_body
+    from vocabguard.measure.retention import lost
+
     missing, ids = lost(base.result, now.result), found.match.base_ids
     rows, inputs = (fitted(matrix, ids) for matrix in (found.base.head, found.base.embedding))
     if isinstance(rows, NotApplicable) or not bool(missing.any()):
@@ -342,6 +360,8 @@ def _where(
 
 def _device_of(model: nn.Module) -> str:
     """Where and in which numbers a model computes: another device rounds otherwise."""
+    import torch
+
     weight = next(model.parameters())
     name = torch.cuda.get_device_name(weight.device) if weight.device.type == "cuda" else weight.device.type
     return f"{name}, {str(weight.dtype).removeprefix('torch.')}"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -26,28 +26,23 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from vocabguard.cli.app import InputError
 from vocabguard.cli.models import model_path, tokenizer_path
-from vocabguard.compare.evidence import rows_sample, unequal
-from vocabguard.compare.matching import folder_tokenizer
-from vocabguard.compare.models import Loading
-from vocabguard.compare.scan import Scan, scan
-from vocabguard.compare.summary import KINDS
+from vocabguard.compare.options import Loading
 from vocabguard.compare.trial import require_readable, try_tokenizer
 from vocabguard.config import ProbeConfig
-from vocabguard.data.counts import read_counts, vocabulary_in
-from vocabguard.data.coverage import vocabulary_hash
-from vocabguard.data.readers import KINDS as DATA_KINDS
+from vocabguard.data.choices import KINDS as DATA_KINDS
+from vocabguard.data.tables import RowShard
 from vocabguard.files import kind_of, one_line, read_text
-from vocabguard.measure.probe import PromptContext
-from vocabguard.protect.prompts import render_pool
 from vocabguard.report.commands import Next
-from vocabguard.rows.checkpoints import Checkpoint, open_checkpoint
-from vocabguard.rows.tensors import TORCH_SUFFIXES
-from vocabguard.runlog import evidence_in
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vocabguard.compare.scan import Scan
+    from vocabguard.measure.probe import PromptContext
+    from vocabguard.rows.checkpoints import Checkpoint
 
 Base = Annotated[
     str,
@@ -99,7 +94,7 @@ MOST_TOKENS = 2**31 - 1
 """Of a row: longer ones no library counts."""
 
 MOST_TARGETS = 10_000
-"""Times that a token is asked for: more would be another training."""
+"""Times that a token is a target: more would be another training."""
 
 
 def check_most(*asked: tuple[str, float | None, float]) -> None:
@@ -185,6 +180,11 @@ def checkpoint_files(*paths: str) -> list[Path]:
 
 def _is_weights(file: Path) -> bool:
     """Whether a file is of a checkpoint, and not of an earlier scan or probe."""
+    from safetensors import SafetensorError, safe_open
+
+    from vocabguard.compare.summary import KINDS
+    from vocabguard.rows.tensors import TORCH_SUFFIXES
+
     if file.suffix != ".safetensors" or not file.is_file():
         return file.suffix in (*TORCH_SUFFIXES, ".json")
     try:
@@ -253,6 +253,10 @@ def open_pair(
     Raises:
         InputError: for anything that cannot be used.
     """
+    from vocabguard.compare.matching import folder_tokenizer
+    from vocabguard.data.counts import read_counts
+    from vocabguard.rows.checkpoints import open_checkpoint
+
     if coverage is not None and run is not None:
         raise InputError("--coverage and --run are both given; allowed: one source of counts")
     for option, given in (("--tokenizer", tokenizer), ("--coverage", coverage), ("--run", run)):
@@ -263,14 +267,15 @@ def open_pair(
     asked = {"head": head, "embedding": embedding}
     keys: Any = {name: key for name, key in asked.items() if key is not None}
     try:
-        before = open_checkpoint(base, keys=keys)
-        after = open_checkpoint(tuned, keys=keys, base=before)
-        if tokenizer is not None:
-            own, other = folder_tokenizer(tokenizer), None
-            if own is None:
-                raise InputError(f"--tokenizer {tokenizer}: no tokenizer in this folder")
-        else:
-            own, other = folder_tokenizer(tuned), folder_tokenizer(base)
+        with working("opening checkpoints and tokenizers"):
+            before = open_checkpoint(base, keys=keys)
+            after = open_checkpoint(tuned, keys=keys, base=before)
+            if tokenizer is not None:
+                own, other = folder_tokenizer(tokenizer), None
+                if own is None:
+                    raise InputError(f"--tokenizer {tokenizer}: no tokenizer in this folder")
+            else:
+                own, other = folder_tokenizer(tuned), folder_tokenizer(base)
         counts, rows = coverage or run, after.rows or before.rows
         if counts is not None:
             _check_counted("--run" if coverage is None else "--coverage", counts, own, other)
@@ -286,6 +291,9 @@ def _check_counted(option: str, counts: str, *tokenizers: Any) -> None:
     Raises:
         ValueError: where their vocabularies differ.
     """
+    from vocabguard.data.counts import vocabulary_in
+    from vocabguard.data.coverage import vocabulary_hash
+
     counted, known = vocabulary_in(counts), [one for one in tokenizers if one is not None]
     if counted is not None and known and counted not in map(vocabulary_hash, known):
         raise ValueError(f"{option} {counts}: was counted with another tokenizer than the models'")
@@ -293,6 +301,9 @@ def _check_counted(option: str, counts: str, *tokenizers: Any) -> None:
 
 def _tell_other_base(counts: str, base: Checkpoint, tuned: Checkpoint) -> None:
     """Say so where counts are of a run that began at another base. They may still be wanted: of an earlier stage."""
+    from vocabguard.compare.evidence import rows_sample, unequal
+    from vocabguard.runlog import evidence_in
+
     kept = evidence_in(counts)
     # A model without a base stands on both sides.
     if kept is None or base.path == tuned.path:
@@ -315,6 +326,8 @@ def measured(pair: Pair) -> Scan:
     Raises:
         InputError: if the two do not fit each other.
     """
+    from vocabguard.compare.scan import scan
+
     try:
         with progress_bars() as progress:
             return scan(
@@ -470,4 +483,15 @@ def ways_of_asking(tokenizer: Any) -> tuple[PromptContext, ...]:
     Raises:
         ValueError: if the tokenizer's chat template renders none of them.
     """
+    from vocabguard.protect.prompts import render_pool
+
     return render_pool(tokenizer, ProbeConfig().contexts)
+
+
+def read_shard(text: str) -> RowShard:
+    """``I/N`` of ``--shard``."""
+    index, _, count = text.partition("/")
+    try:
+        return RowShard(int(index), int(count))
+    except ValueError as error:
+        raise InputError(f"--shard is {text!r}; allowed: I/N, 1/N to N/N") from error

@@ -1,4 +1,4 @@
-"""``vocabguard coverage``: what training data asks for, and what it never does, before any training."""
+"""``vocabguard coverage``: which tokens are targets of training data, before any training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,24 +21,23 @@ from vocabguard.cli.common import (
     load_tokenizer,
     one_of,
     read_roles,
+    read_shard,
     row_progress,
     working,
 )
 from vocabguard.cli.coverage_view import Shown, tell
-from vocabguard.data.counting import Sequences
-from vocabguard.data.coverage import Coverage, at_risk, load_coverage, measure_coverage, vocabulary_hash
-from vocabguard.data.encode import LOSSES
-from vocabguard.data.merge import merge_coverages
-from vocabguard.data.named import added_tokens, end_tokens, named_sentences, shared_padding
-from vocabguard.data.ranking import RANKS, expected_never, merge_ranks, template_ids, word_sequences, write_tokens
-from vocabguard.data.readers import data_files, read_examples
-from vocabguard.data.tables import DataFile, RowShard
+from vocabguard.data.choices import LOSSES, RANKS
+from vocabguard.data.tables import DataFile
 from vocabguard.files import one_line
-from vocabguard.vocabulary.table import VocabTable, build_table, resolve_token
+
+if TYPE_CHECKING:
+    from vocabguard.data.counting import Sequences
+    from vocabguard.data.coverage import Coverage
+    from vocabguard.vocabulary.table import VocabTable
 
 _PARALLEL_FROM = 2**26  # bytes of data from which starting processes, some seconds each, pays
 _MOST_WORKERS = 8
-# What may be asked for.
+# The most that is taken.
 _WORKERS, _EPOCHS = 256, 1_000_000
 
 
@@ -80,7 +79,7 @@ def coverage(
         list[str] | None, typer.Option(help="A token (id or text) or a word of several, whose counts to show.")
     ] = None,
     reference: Annotated[
-        list[str] | None, typer.Option(help="Data to compare with, e.g. of the base model: what common text asks for.")
+        list[str] | None, typer.Option(help="Data to compare with, e.g. of the base model: tokens of common text.")
     ] = None,
     rank: Annotated[
         str,
@@ -97,19 +96,25 @@ def coverage(
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable result on standard output.")] = False,
 ) -> None:
-    """Count how often training data asks for each token, as a trainer would mask it.
+    """Count how often each token is a target in training data, masked as a trainer masks it.
 
-    Tokens that the loss never asks for are only ever pushed down. Without --threshold the exit code is 0 whatever is
+    Tokens that are never a target are only ever pushed down. Without --threshold the exit code is 0 whatever is
     found: every data set leaves most of a vocabulary out, and only you know what share is too much.
 
     `vocabguard coverage merge A B ...` puts files of --out together, counted with --shard 1/N to N/N on N machines.
 
     Exit code 0: fine; 1: a larger share than the threshold allows; 2: bad input.
     """
+    from vocabguard.data.coverage import at_risk, load_coverage, measure_coverage
+    from vocabguard.data.merge import merge_coverages
+    from vocabguard.data.ranking import expected_never, merge_ranks, template_ids, write_tokens
+    from vocabguard.data.readers import data_files, read_examples
+    from vocabguard.vocabulary.table import build_table
+
     _check_ranges(threshold, top, workers, epochs, max_length)
     if rank not in RANKS or (rank == "reference" and not reference):
         raise InputError(f"--rank is {rank!r}; allowed: {', '.join(RANKS)}, and reference with --reference only")
-    roles, part, merging = read_roles(role), _shard(shard), tokenizer == "merge" and not Path(tokenizer).exists()
+    roles, part, merging = read_roles(role), read_shard(shard), tokenizer == "merge" and not Path(tokenizer).exists()
     try:
         parts = [load_coverage(file) for file in data] if merging else []
         name = parts[0].source.tokenizer if parts else tokenizer
@@ -159,6 +164,10 @@ def coverage(
 
 def _watched(tokenizer: Any, table: VocabTable, items: Iterable[str]) -> tuple[list[int], dict[str, Sequences]]:
     """Single tokens by id, and words of several with the ways in which they are encoded."""
+    from vocabguard.data.counting import Sequences
+    from vocabguard.data.ranking import word_sequences
+    from vocabguard.vocabulary.table import resolve_token
+
     tokens, words = [], dict[str, Sequences]()
     for item in items:
         try:
@@ -171,6 +180,8 @@ def _watched(tokenizer: Any, table: VocabTable, items: Iterable[str]) -> tuple[l
 
 
 def _check_merged(result: Coverage, tokenizer: Any, words: dict[str, Sequences]) -> None:
+    from vocabguard.data.coverage import vocabulary_hash
+
     if result.source.vocabulary != vocabulary_hash(tokenizer):
         raise ValueError(
             f"the tokenizer {result.source.tokenizer} is not the one any more that the parts were counted with"
@@ -183,6 +194,9 @@ def _check_merged(result: Coverage, tokenizer: Any, words: dict[str, Sequences])
 
 def _reference(names: Sequence[str], tokenizer: Any, table: VocabTable) -> Coverage | None:
     """The counts of the data to compare with, every token of it."""
+    from vocabguard.data.coverage import measure_coverage
+    from vocabguard.data.readers import data_files, read_examples
+
     if not names:
         return None
     files = data_files(names)
@@ -194,6 +208,8 @@ def _reference(names: Sequence[str], tokenizer: Any, table: VocabTable) -> Cover
 
 def _left_out(result: Coverage, own: Any) -> int:
     """Tokens at risk that are left out since the chat template writes them."""
+    from vocabguard.data.coverage import at_risk
+
     everyone = set(at_risk(result, len(result.data_target)))
     return sum(one in everyone for one in own.tolist())
 
@@ -208,14 +224,6 @@ def _check_ranges(threshold: float | None, top: int, workers: int, epochs: int, 
             raise InputError(f"{name} is {value}; allowed: 0 or more")
 
 
-def _shard(text: str) -> RowShard:
-    index, _, count = text.partition("/")
-    try:
-        return RowShard(int(index), int(count))
-    except ValueError as error:
-        raise InputError(f"--shard is {text!r}; allowed: I/N, 1/N to N/N") from error
-
-
 def _workers_for(files: Sequence[DataFile]) -> int:
     local = [file for file in files if isinstance(file, Path)]
     size = sum(part.stat().st_size for file in local for part in ([file] if file.is_file() else file.rglob("*.arrow")))
@@ -223,7 +231,9 @@ def _workers_for(files: Sequence[DataFile]) -> int:
 
 
 def _named(name: str, tokenizer: Any, result: Coverage, table: VocabTable, watched: Sequence[int]) -> tuple[str, ...]:
-    """What the data never asks for among the tokens that matter."""
+    """Which of the tokens that matter are never a target."""
+    from vocabguard.data.named import added_tokens, end_tokens, named_sentences, shared_padding
+
     ends = end_tokens(tokenizer, _generation_ends(Path(name)))
     words = {table.text(one): (one,) for one in watched}
     said = named_sentences(result.data_target, tokenizer, ends, "the data", added=added_tokens(tokenizer), words=words)

@@ -8,19 +8,22 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
 from vocabguard.cli.common import Column, Grid
-from vocabguard.data.counting import RowTally
-from vocabguard.data.coverage import Coverage, coverage_totals, group_rows
-from vocabguard.data.ranking import USUAL_NEVER, kind_rows
 from vocabguard.results import EXPOSURE_CLASSES
 from vocabguard.text import percent, visible
-from vocabguard.vocabulary.table import VocabTable
+from vocabguard.vocabulary.labels import label_of
 
+if TYPE_CHECKING:
+    from vocabguard.data.counting import RowTally
+    from vocabguard.data.coverage import Coverage
+    from vocabguard.vocabulary.table import VocabTable
+
+_FILES = 3  # named in a command to copy
 _PIECES, _PIECE = 12, 400  # parts of the row that is shown, and characters of each
 _ORDERS = {
     "inputs": "the most read, then low ids",
@@ -62,6 +65,9 @@ def tell(result: Coverage, shown: Shown, as_json: bool) -> None:
 
 
 def _as_json(result: Coverage, shown: Shown) -> dict[str, Any]:
+    from vocabguard.data.coverage import coverage_totals, group_rows
+    from vocabguard.data.ranking import kind_rows
+
     groups = {row.group: {"live": row.live, **dict(zip(EXPOSURE_CLASSES, row.classes, strict=True))}
               for row in group_rows(result)}  # fmt: skip
     kinds = {kind: dict(zip(EXPOSURE_CLASSES, counts, strict=True)) for kind, counts in kind_rows(result, shown.table)}
@@ -97,6 +103,8 @@ def _tokens(result: Coverage, table: VocabTable, ids: Iterable[int]) -> list[dic
 
 
 def _print(result: Coverage, shown: Shown) -> None:
+    from vocabguard.data.coverage import coverage_totals
+
     console = Console(soft_wrap=True, highlight=False)
     numbers = coverage_totals(result)
     passes = f", {result.source.epochs} epochs" if result.source.epochs > 1 else ""
@@ -129,6 +137,8 @@ def _print(result: Coverage, shown: Shown) -> None:
 
 
 def _yardstick(shown: Shown) -> str:
+    from vocabguard.data.ranking import USUAL_NEVER
+
     if shown.expected is not None:
         return f"; as many tokens of the reference would leave out {percent(shown.expected)}"
     low, high = USUAL_NEVER
@@ -140,10 +150,12 @@ def _next_commands(result: Coverage, shown: Shown) -> list[str]:
     if not result.never_share:
         return []
     tokenizer, out = shlex.quote(result.source.tokenizer), shown.out or "coverage.safetensors"
-    saved = "" if shown.out else f" (after --out {out})"
     needs = shlex.quote(str(out))
+    files = shlex.join(result.source.files[:_FILES]) + " ..." * (len(result.source.files) > _FILES)
+    first = [] if shown.out else [f"  vocabguard coverage {tokenizer} {files} --out {needs}"]
     return [
-        f"To ask for the rest{saved}, by rows of other data or by lists to repeat:",
+        "To make them targets, choose rows of other data, or write lists to repeat:",
+        *first,
         f"  vocabguard replay CORPUS --tokenizer {tokenizer} --coverage {needs} --out replay.jsonl",
         f"  vocabguard echo {tokenizer} --needs {needs} --ids echo.jsonl",
     ]
@@ -167,7 +179,7 @@ def _notes(result: Coverage) -> list[str]:
     if tally.cut:
         notes.append(f"{tally.cut:,} rows are cut off at {result.source.max_length:,} tokens.")
     if tally.without_targets:
-        notes.append(f"{tally.without_targets:,} rows ask for nothing.")
+        notes.append(f"{tally.without_targets:,} rows have no target.")
     return notes
 
 
@@ -186,8 +198,8 @@ def _template_notes(tally: RowTally) -> list[str]:
         )
     if tally.turns_exact + tally.turns_by_text + tally.turns_missing:
         notes.append(
-            "The chat template does not mark the assistant's tokens; its turns were found by rendering. TRL knows no "
-            "training template for it or was not asked, so that its targets may differ: compare the row below."
+            "The chat template does not mark the assistant's tokens; the turns were found by rendering. TRL may mask "
+            "this template differently: check the row below."
         )
     if tally.turns_by_text or tally.turns_missing:
         notes.append(
@@ -215,12 +227,15 @@ def _printable(text: str) -> str:
 
 
 def _group_table(result: Coverage, table: VocabTable) -> Grid:
+    from vocabguard.data.coverage import group_rows
+    from vocabguard.data.ranking import kind_rows
+
     names = ("never", "", "1-4", "5-19", "20+")
     grid = Grid([Column("", words=True), Column("tokens", spare=1), *map(Column, names)])
     for row in group_rows(result):
         never, *others = row.classes
         counts = (f"{row.live:,}", f"{never:,}", percent(never / row.live), *(f"{count:,}" for count in others))
-        grid.add(row.group.replace("_", " "), *counts, style="bold" if row.group == "all" else "")
+        grid.add(label_of(row.group), *counts, style="bold" if row.group == "all" else "")
         if row.group == "latin":
             for kind, (lacking, *rest) in kind_rows(result, table):
                 live = lacking + sum(rest)
@@ -236,5 +251,5 @@ def _token_table(result: Coverage, table: VocabTable, shown: tuple[int, ...]) ->
     for i in shown:
         text = visible(table.text(i), 24).encode(encoding, "backslashreplace").decode(encoding)
         counts = f"{int(result.data_target[i]):,}", f"{int(result.inputs[i]):,}"
-        grid.add(str(i), text, table.group_of(i).replace("_", " "), *counts)
+        grid.add(str(i), text, label_of(table.group_of(i)), *counts)
     return grid

@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,15 +23,13 @@ from vocabguard.cli.common import (
     working,
 )
 from vocabguard.config import EchoConfig
-from vocabguard.data.counts import vocabulary_in
-from vocabguard.data.coverage import vocabulary_hash
-from vocabguard.data.echo_rows import EchoTally, echo_lists, holds_lost, needy_ids, write_chats, write_ids
 from vocabguard.files import one_line
-from vocabguard.protect.plan import allowed_ids
-from vocabguard.protect.prompts import render_echo
 from vocabguard.report.commands import Next, command
 from vocabguard.text import percent
-from vocabguard.vocabulary.table import VocabTable, build_table
+
+if TYPE_CHECKING:
+    from vocabguard.data.echo_rows import EchoTally
+    from vocabguard.vocabulary.table import VocabTable
 
 
 def echo(
@@ -57,6 +55,10 @@ def echo(
 
     Exit code 0: written; 2: bad input.
     """
+    from vocabguard.data.echo_rows import echo_lists, write_chats, write_ids
+    from vocabguard.protect.prompts import render_echo
+    from vocabguard.vocabulary.table import build_table
+
     if ids is None and chats is None:
         raise InputError("choose an output: --ids rows.jsonl (exact token ids) or --chats chats.jsonl (text)")
     if needs is None and (below is not None or cosine is not None):
@@ -104,6 +106,9 @@ def _require_same(file: Path, tokenizer: Any) -> None:
     Raises:
         ValueError: where their vocabularies differ.
     """
+    from vocabguard.data.counts import vocabulary_in
+    from vocabguard.data.coverage import vocabulary_hash
+
     known = vocabulary_in(file)
     if known is not None and known != vocabulary_hash(tokenizer):
         raise ValueError(f"{file}: was measured with another tokenizer")
@@ -119,6 +124,9 @@ def _told(tally: EchoTally) -> str:
 def _chosen(
     table: VocabTable, tokenizer: Any, needs: Path | None, below: int | None, cosine: float | None, exclude: list[str]
 ) -> list[int]:
+    from vocabguard.data.echo_rows import holds_lost, needy_ids
+    from vocabguard.protect.plan import allowed_ids
+
     items = [int(item) if item.isdigit() else item for item in exclude]
     if needs is None:
         all_ids: list[int] = allowed_ids(table, tokenizer, items).tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
@@ -13,12 +13,12 @@ from rich.text import Text
 from vocabguard.cli import common
 from vocabguard.cli.app import InputError
 from vocabguard.cli.common import Column, Grid
-from vocabguard.compare.explain import LOST, Sides, asks_of, story
-from vocabguard.compare.models import load_model
-from vocabguard.compare.scan import Scan
 from vocabguard.report.commands import Next, command
 from vocabguard.text import number, percent, visible
-from vocabguard.vocabulary.table import resolve_token
+from vocabguard.vocabulary.labels import label_of
+
+if TYPE_CHECKING:
+    from vocabguard.compare.scan import Scan
 
 _ASKED = {
     "then": "the base",
@@ -30,7 +30,7 @@ _ASKED = {
 
 def show_story(console: Console, told: Mapping[str, Any]) -> None:
     """Print what `vocabguard.compare.explain.story` found."""
-    title = f"\n{visible(told['text'])}  id {told['id']}, {told['category']}"
+    title = f"\n{visible(told['text'])}  id {told['id']}, {label_of(told['category'])}"
     parts: list[RenderableType] = [Text(title, "bold"), Text(told["diagnosis"], "bold"), Text(told["advice"]), Text("")]
     parts += map(Text, _sentences(told))
     parts.append(_rows(told))
@@ -108,7 +108,7 @@ def _neighbours(found: Mapping[str, Any]) -> Grid:
 def _neighbour(one: Mapping[str, Any]) -> Text:
     if not one["intruder"]:
         return Text(visible(one["text"], 18))
-    return Text(f"{visible(one['text'], 18)}  ! {one['category']}", "red")
+    return Text(f"{visible(one['text'], 18)}  ! {label_of(one['category'])}", "red")
 
 
 def explain(
@@ -123,6 +123,8 @@ def explain(
 
     Exit code 0: none is lost; 1: at least one is; 2: bad input.
     """
+    from vocabguard.compare.explain import LOST, Sides, story
+
     pair = common.open_pair(base, tuned, tokenizer, head, embedding, coverage, run)
     rows = pair.tuned.rows or pair.base.rows
     ids = [_id(pair.tokenizer, token, rows) for token in tokens]
@@ -146,6 +148,8 @@ def explain(
 
 def _next(base: str, tuned: str, stories: list[dict[str, Any]]) -> list[Next]:
     """What helps where a token is lost."""
+    from vocabguard.compare.explain import LOST
+
     if not any(told["kind"] in LOST for told in stories):
         return [Next("Ask for a sample of all tokens", command("vocabguard", "probe", tuned, base))]
     return [Next("Put lost rows right", command("vocabguard", "repair", base, tuned, "--out", "repaired"))]
@@ -153,6 +157,8 @@ def _next(base: str, tuned: str, stories: list[dict[str, Any]]) -> list[Next]:
 
 def _id(tokenizer: Any, token: str, rows: int) -> int:
     """A text is a token's text if there is one, and an id otherwise."""
+    from vocabguard.vocabulary.table import resolve_token
+
     if tokenizer is not None:
         try:
             return resolve_token(tokenizer, token, rows)
@@ -166,6 +172,9 @@ def _id(tokenizer: Any, token: str, rows: int) -> int:
 
 def _askable(found: Scan, tokenizer: Any) -> tuple[list[Any], Any]:
     """Contexts and both models, or no contexts and why they cannot be asked."""
+    from vocabguard.compare.explain import asks_of
+    from vocabguard.compare.models import load_model
+
     if tokenizer is None:
         return [], "there is no tokenizer to write prompts with"
     if found.match.by != "id":

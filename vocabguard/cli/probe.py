@@ -7,12 +7,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
 
 from vocabguard.cli import asking, common
 from vocabguard.cli.answers import probe_parts
@@ -20,16 +19,15 @@ from vocabguard.cli.app import InputError
 from vocabguard.cli.asking import Asking, Interview
 from vocabguard.cli.models import model_path
 from vocabguard.cli.served import Served, probe_served, save_served
-from vocabguard.compare.adapted import is_adapter
-from vocabguard.compare.evidence import evidence_of, tokenizer_of, unequal
-from vocabguard.compare.models import base_of_adapter
-from vocabguard.compare.probing import Answered, Bars, ProbePlan, answers_of, plan_of_json
-from vocabguard.compare.scan import Scan
-from vocabguard.compare.summary import KINDS, load_scan, save_scan, summarise_scan
+from vocabguard.compare.options import Bars
 from vocabguard.files import one_line
 from vocabguard.report.commands import Next, after_probe
 from vocabguard.results import NotApplicable
-from vocabguard.served.asking import MODES
+from vocabguard.served.modes import MODES
+
+if TYPE_CHECKING:
+    from vocabguard.compare.probing import Answered, ProbePlan
+    from vocabguard.compare.scan import Scan
 
 SCHEMA = 1
 """Version of the fields that ``--json`` prints."""
@@ -225,6 +223,9 @@ def _below(model: str) -> str:
     Raises:
         InputError: for an adapter whose base is not on this machine.
     """
+    from vocabguard.compare.adapted import is_adapter
+    from vocabguard.compare.models import base_of_adapter
+
     folder = Path(model)
     if not is_adapter(folder):
         return model
@@ -242,6 +243,10 @@ def _alone(found: Scan) -> Scan:
 
 def is_probe_file(path: str) -> bool:
     """Whether a file is one that `vocabguard probe --out`, or ``scan --probe --out``, wrote."""
+    from safetensors import SafetensorError, safe_open
+
+    from vocabguard.compare.summary import KINDS
+
     if not path.endswith(".safetensors") or not Path(path).is_file():
         return False
     try:
@@ -273,6 +278,10 @@ def earlier_probe(file: Path, tokenizer: Any) -> tuple[ProbePlan, Answered]:
     Raises:
         InputError: for a file without a probe, or of another tokenizer.
     """
+    from vocabguard.compare.evidence import tokenizer_of, unequal
+    from vocabguard.compare.probing import answers_of, plan_of_json
+    from vocabguard.compare.summary import load_scan
+
     try:
         vectors, summary, _ = load_scan(file)
         why = unequal(summary.get("evidence") or {}, {"tokenizer": tokenizer_of(tokenizer)}, "tokenizer")
@@ -292,6 +301,9 @@ def _save(
     pair: common.Pair, found: Scan, asked: Interview, told: Mapping[str, Any], out: Path, given: Mapping[str, Any], *,
     one_sided: bool,
 ) -> None:  # fmt: skip
+    from vocabguard.compare.evidence import evidence_of
+    from vocabguard.compare.summary import KINDS, save_scan, summarise_scan
+
     base = None if one_sided else pair.base
     whole = summarise_scan(found, top=0) | {
         "probe": told,

@@ -7,46 +7,35 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import TimeRemainingColumn
-from torch import Tensor, nn
 
 from vocabguard.cli import common
 from vocabguard.cli.answers import where_sentence
 from vocabguard.cli.app import InputError
 from vocabguard.cli.asking import Asking, Dtype, ask_both
 from vocabguard.cli.repair_train import EchoRun, data_rows, train_echo, write_trained
-from vocabguard.compare.models import Loading, load_model
-from vocabguard.compare.repair import (
-    METHODS,
-    STRENGTH,
-    Plan,
-    check_out,
-    loss_changes,
-    lost_rows,
-    mean_loss,
-    plan_repair,
-    recall_of,
-    rows_fixed,
-    text_windows,
-    write_repaired,
-)
-from vocabguard.compare.scan import Scan
+from vocabguard.compare.options import METHODS, STRENGTH, Loading
 from vocabguard.config import ReferenceConfig
-from vocabguard.data.readers import Example, data_files, read_examples
-from vocabguard.guard.reference import reference_texts, windows_of
 from vocabguard.measure.intervals import wilson, z_of_look
-from vocabguard.measure.reference import Windows, token_nll
 from vocabguard.report.commands import Next, command
 from vocabguard.text import number, percent
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vocabguard.compare.repair import Plan
+    from vocabguard.compare.scan import Scan
+    from vocabguard.data.readers import Example
+    from vocabguard.measure.reference import Windows
 
 _ALLOWED = (*METHODS, "echo", "auto")
 _RUN = EchoRun()
 _BATCH = 4096
-_CHOOSE = 512  # tokens that are asked for where the method is chosen by what was lost
+_CHOOSE = 512  # tokens that are probed where the method is chosen by what was lost
 
 
 def repair(
@@ -73,7 +62,7 @@ def repair(
     data: Annotated[
         list[str] | None, typer.Option(help="echo: data files or folders to train beside, best those of the fine-tune.")
     ] = None,
-    targets: Annotated[float, typer.Option(min=0.1, help="echo: times each lost token is asked for.")] = _RUN.targets,
+    targets: Annotated[float, typer.Option(min=0.1, help="echo: times each lost token is a target.")] = _RUN.targets,
     learning_rate: Annotated[float, typer.Option(min=0, help="echo: AdamW's, linear to 0.")] = _RUN.learning_rate,
     batch: Annotated[int, typer.Option(min=1, help="echo: data rows a batch.")] = _RUN.batch,
     max_length: Annotated[int, typer.Option(min=8, help="echo: tokens of a data row.")] = _RUN.max_length,
@@ -81,7 +70,7 @@ def repair(
         list[str] | None, typer.Option(help="echo: a way of asking that the model knows, with one {tokens}.")
     ] = None,
     text: Annotated[Path | None, typer.Option(help="A text whose loss is measured before and after.")] = None,
-    sample: Annotated[int, typer.Option(min=0, help="Live tokens to ask for before and after; 0: all.")] = 2048,
+    sample: Annotated[int, typer.Option(min=0, help="Live tokens to probe before and after; 0: all.")] = 2048,
     text_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens of the packaged natural text to read before and after; 0: none.")
     ] = 2048,
@@ -95,6 +84,8 @@ def repair(
 
     Exit code 0: written; 2: bad input.
     """
+    from vocabguard.compare.repair import check_out, rows_fixed, write_repaired
+
     _check_options(method, data, text)
     common.check_most(
         ("--strength", strength, 1), ("--cosine-below", cosine_below, 1), ("--targets", targets, common.MOST_TARGETS),
@@ -161,6 +152,8 @@ def _planned(
         asked: (V,) bool, tokens that the probe found lost; None where it is not asked.
         fixed: why no row can be replaced, empty where one can.
     """
+    from vocabguard.compare.repair import Plan, lost_rows, plan_repair
+
     if fixed and asked is not None:
         return Plan(asked.nonzero().flatten(), None, "tokens that the probe found lost"), asked
     lost, rule = lost_rows(found, cosine_below, targets_below)
@@ -217,6 +210,8 @@ def _choice(method: str, where: Mapping[str, int] | None, because: str) -> dict[
 
 def _readable(data: list[str] | None) -> Iterator[Example]:
     """The examples; data that cannot be read is refused now, before the models are measured."""
+    from vocabguard.data.readers import data_files, read_examples
+
     examples = read_examples(data_files(data)) if data else iter(())
     return chain(list(islice(examples, 1)), examples)
 
@@ -254,6 +249,10 @@ def _measured(
     loading: Loading,
 ) -> dict[str, Any]:
     """Recall and loss of the base, the tuned and the repaired model, or why they were not measured."""
+    from vocabguard.compare.models import load_model
+    from vocabguard.compare.repair import recall_of, text_windows
+    from vocabguard.guard.reference import reference_texts, windows_of
+
     if tokenizer is None:
         return {"not_measured": "there is no tokenizer to write prompts with"}
     paths = {"base": found.base.path, "tuned": found.tuned.path, "repaired": out}
@@ -281,6 +280,9 @@ def _measured(
 
 def _losses(models: Mapping[str, nn.Module], windows: Windows) -> tuple[dict[str, float], dict[str, Any]]:
     """Mean loss of each model, and how it changes from one to the next, with intervals."""
+    from vocabguard.compare.repair import loss_changes, mean_loss
+    from vocabguard.measure.reference import token_nll
+
     nll = {name: token_nll(model, windows, batch_tokens=_BATCH) for name, model in models.items()}
     return {name: mean_loss(windows, one) for name, one in nll.items()}, loss_changes(windows, nll)
 

@@ -14,20 +14,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from vocabguard.compare.adapted import is_adapter, write_adapter
-from vocabguard.compare.models import Loading, load_model
-from vocabguard.compare.repair import Plan, weight_files
+from vocabguard.compare.options import Loading
 from vocabguard.config import EchoConfig, GuardConfig, ProbeConfig
-from vocabguard.data.encode import TargetEncoder
-from vocabguard.data.readers import Example, in_chunks
 from vocabguard.files import copy_files
-from vocabguard.protect.prompts import PLACE
 from vocabguard.protect.rows import IGNORE
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vocabguard.compare.repair import Plan
+    from vocabguard.data.readers import Example
 
 FEWEST_STEPS = 30
 """Steps of a run that has few tokens to echo: fewer would be a jump instead of a fine-tune."""
@@ -72,6 +70,9 @@ def data_rows(examples: Iterable[Example], tokenizer: Any, targets: float, max_l
     Raises:
         ValueError: for an example that cannot be used, or if there is no target in them.
     """
+    from vocabguard.data.encode import TargetEncoder
+    from vocabguard.data.readers import in_chunks
+
     encoder, rows, found = TargetEncoder(tokenizer, max_length=max_length), [], 0
     for encoded in chain.from_iterable(map(encoder.encode, in_chunks(examples, _CHUNK))):
         asked = int(encoded.target.sum())
@@ -87,7 +88,7 @@ def data_rows(examples: Iterable[Example], tokenizer: Any, targets: float, max_l
 
 
 def steps_for(rows: Sequence[_Row], echo_targets: float, batch: int) -> int:
-    """Optimizer steps until so many echo targets were asked for, one for each data target; `FEWEST_STEPS` or more."""
+    """Optimizer steps until there were so many echo targets, one for each data target; `FEWEST_STEPS` or more."""
     data_targets = sum(label != IGNORE for row in rows for label in row["labels"])
     return max(FEWEST_STEPS, math.ceil(echo_targets * len(rows) / data_targets / batch))
 
@@ -113,6 +114,9 @@ def train_echo(
     """
     from transformers import set_seed
 
+    from vocabguard.compare.adapted import is_adapter
+    from vocabguard.compare.models import load_model
+
     adapter = is_adapter(tuned)
     model: Any = load_model(tuned, run.loading if adapter else None, base, trainable=True)
     dtype, began = model.dtype, time.perf_counter()
@@ -135,6 +139,8 @@ def train_echo(
 
 def _begin(model: Any, plan: Plan) -> str:
     """Put the plan's rows in and let the input embedding keep still; what becomes of it, in words."""
+    import torch
+
     head, inputs = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     if plan.rows is not None:
         with torch.no_grad():
@@ -151,6 +157,9 @@ def write_trained(model: Any, tuned: Path, out: Path) -> None:
     Raises:
         OSError: if it cannot be written.
     """
+    from vocabguard.compare.adapted import is_adapter, write_adapter
+    from vocabguard.compare.repair import weight_files
+
     if is_adapter(tuned):
         from peft import get_peft_model_state_dict
 
@@ -162,6 +171,8 @@ def write_trained(model: Any, tuned: Path, out: Path) -> None:
 
 def pad(features: Sequence[_Row]) -> dict[str, Tensor]:
     """Rows as one batch, padded on the right: (B, T) int64 ``input_ids``, ``labels`` and ``attention_mask``."""
+    import torch
+    from torch import nn
 
     def padded(name: str, fill: int) -> Tensor:
         parts = [torch.as_tensor(row[name], dtype=torch.int64) for row in features]
@@ -175,6 +186,8 @@ def pad(features: Sequence[_Row]) -> dict[str, Tensor]:
 
 def own_instructions() -> list[str]:
     """The guard's ways of asking but those in which recall is measured."""
+    from vocabguard.protect.prompts import PLACE
+
     asked = {text.replace(PLACE, "") for way in ProbeConfig().contexts.values() for text in (way.turns or [way.text])}
     return [text for text in EchoConfig().instructions if text.replace(PLACE, "") not in asked]
 
@@ -182,7 +195,8 @@ def own_instructions() -> list[str]:
 def _train(
     model: Any, rows: Sequence[_Row], guard: Any, steps: int, run: EchoRun, tell: Callable[[int, int], None]
 ) -> dict[str, int]:
-    """Run the trainer; targets of echo and data that were asked for."""
+    """Run the trainer; the targets of echo and of data that it had."""
+    import torch
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     class Teller(TrainerCallback):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,12 +16,12 @@ from vocabguard.cli.app import InputError
 from vocabguard.cli.common import check_most, check_new_file, show_next
 from vocabguard.files import one_line
 from vocabguard.report.commands import newest_run
-from vocabguard.report.compare import Comparison, compare
-from vocabguard.report.data import PageData, TextOf, run_data
-from vocabguard.report.many import unlike_sentence
-from vocabguard.report.page import render, write_page
-from vocabguard.report.sentences import Limits, as_json, verdict_of
+from vocabguard.report.limits import Limits
 from vocabguard.runlog import RunLog
+
+if TYPE_CHECKING:
+    from vocabguard.report.compare import Comparison
+    from vocabguard.report.data import PageData, TextOf
 
 _PAGE = Path("report.html")
 
@@ -54,6 +54,9 @@ def report(
 
     Exit code 0: nothing over a threshold; 1: a share over one, in either source; 2: bad input.
     """
+    from vocabguard.report.page import render
+    from vocabguard.report.sentences import verdict_of
+
     check_most(("--threshold", threshold, 1), ("--threshold-forgotten", threshold_forgotten, 1))
     limits = Limits(threshold, threshold_forgotten)
     paths = [_source(path) for path in (source, *([] if other is None else [other]), *(more or ()))]
@@ -112,6 +115,8 @@ def read(path: Path, tokenizer: Path | None = None) -> PageData:
     Raises:
         InputError: if it is neither, cannot be read, or the tokenizer does not fit it.
     """
+    from vocabguard.report.data import run_data
+
     try:
         if path.is_dir():
             log = RunLog.open(path)
@@ -139,6 +144,8 @@ def _texts(log: RunLog, folder: Path) -> TextOf:
 
 
 def _write(page: str, path: Path) -> None:
+    from vocabguard.report.page import write_page
+
     try:
         write_page(page, path)
     except OSError as error:
@@ -146,6 +153,9 @@ def _write(page: str, path: Path) -> None:
 
 
 def _as_json(shown: list[PageData], limits: Limits, page: Path | None) -> dict[str, Any]:
+    from vocabguard.report.compare import compare
+    from vocabguard.report.sentences import as_json
+
     found: dict[str, Any] = {
         "page": None if page is None else str(page),
         "threshold": limits.degraded,
@@ -171,6 +181,10 @@ def _compared(both: Comparison) -> dict[str, Any]:
 
 
 def _lines(shown: list[PageData], limits: Limits, page: Path | None) -> list[str]:
+    from vocabguard.report.compare import compare
+    from vocabguard.report.many import unlike_sentence
+    from vocabguard.report.sentences import verdict_of
+
     lines = []
     for data in shown:
         verdict = verdict_of(data, limits)

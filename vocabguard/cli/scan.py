@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
-from torch import Tensor
 
 from vocabguard.cli import asking, common
 from vocabguard.cli.answers import probe_parts
@@ -18,16 +17,16 @@ from vocabguard.cli.app import InputError
 from vocabguard.cli.asking import Asking
 from vocabguard.cli.common import Column, Grid
 from vocabguard.cli.models import model_path
-from vocabguard.compare.blocks import ROUNDING, body_as_json, body_drift
-from vocabguard.compare.body_text import block_runs, range_of
-from vocabguard.compare.evidence import evidence_of
-from vocabguard.compare.probing import Bars
-from vocabguard.compare.scan import Scan
-from vocabguard.compare.summary import save_scan, summarise_scan
-from vocabguard.compare.verdicts import rows_sentence, unseen_by_scan
+from vocabguard.compare.options import Bars
 from vocabguard.files import one_line, plain
 from vocabguard.report.commands import Next, after_scan
 from vocabguard.text import listed, number, percent, visible
+from vocabguard.vocabulary.labels import label_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vocabguard.compare.scan import Scan
 
 _BARS = " ▁▂▃▄▅▆▇█"
 _UNMOVED = 0.9999
@@ -57,6 +56,7 @@ def _parts(found: Mapping[str, Any], top: int) -> list[RenderableType]:
     verdict = found["verdict"]
     parts: list[RenderableType] = [Text(verdict["rows"], "bold")]
     parts += [Text(verdict["behaviour"], "bold")] if verdict["behaviour"] else []
+    parts.append(Text(f"Not measured: {'; '.join(verdict['not_measured'])}."))
     parts += [Text(f"over the threshold: {one}", "red") for one in verdict["findings"]]
     parts += map(Text, _sentences(found))
     same = _tied(found)
@@ -96,7 +96,6 @@ def _sentences(found: Mapping[str, Any]) -> list[str]:
         said.append(f"Under-trained tokens not measured: {reason}; only rows of tiny norm are set apart.")
     if found["judged"]:
         said.append(f"Residual: without the mean displacement of the {found['residual_over']}.")
-    said.append(f"Not measured: {'; '.join(found['verdict']['not_measured'])}.")
     return said
 
 
@@ -104,6 +103,9 @@ def _block_table(body: Mapping[str, Any], top: int) -> list[RenderableType]:
     """Blocks of the body in their order; none where nothing moved."""
     if body["identical"] or not top:
         return []
+    from vocabguard.compare.blocks import ROUNDING
+    from vocabguard.compare.body_text import block_runs, range_of
+
     grid = Grid([Column("block", words=True), Column("change"), Column("cosine"), Column("tensors changed", spare=2),
                  Column("most changed", words=True, spare=3)])  # fmt: skip
     blocks = body["blocks"]
@@ -127,7 +129,8 @@ def _matrix(found: Mapping[str, Any], name: str) -> list[RenderableType]:
     title = Text(f"\n{'head = input embedding (tied)' if _tied(found) else _LABELS[name]}", "bold")
     if "not_applicable" in numbers:
         return [] if found["judged"] is None else [title, Text(f"not applicable: {numbers['not_applicable']}")]
-    measurable = not (numbers["nonfinite_rows"] or numbers["zeroed_rows"]["count"])
+    odd = (numbers["nonfinite_rows"], numbers["zeroed_rows"]["count"], numbers["norm_outliers"]["count"])
+    measurable = not any(odd)
     if numbers.get("cosine_min", 0.0) >= _UNMOVED and measurable:
         return [title, Text("every live row is where it was (cosine above 0.9999)")]
     counts = found["tokens"]["groups"]
@@ -135,12 +138,12 @@ def _matrix(found: Mapping[str, Any], name: str) -> list[RenderableType]:
         Column("", words=True), Column("tokens", spare=3), Column("mean"), Column("min", spare=1),
         Column("residual p01", spare=4), Column("< 0.95"), Column("< 0.90", spare=2),
     ])  # fmt: skip
-    table.add(*_cells("all", found["tokens"]["live"], numbers), end=True)
+    table.add(*_cells(label_of("all"), found["tokens"]["live"], numbers), end=True)
     groups = sorted(numbers["groups"].items(), key=lambda item: -item[1].get("below_0.95", -1.0))
     for place, (label, part) in enumerate(groups):
-        table.add(*_cells(label.replace("_", " "), counts.get(label), part), end=place == len(groups) - 1)
+        table.add(*_cells(label_of(label), counts.get(label), part), end=place == len(groups) - 1)
     for label, part in numbers.get("classes", {}).items():
-        table.add(*_cells(f"targets {label}", None, part))
+        table.add(*_cells(label_of(label), None, part))
     return [title, Group(table, *map(Text, _asides(numbers)))]
 
 
@@ -191,7 +194,7 @@ def _tokens(tokens: Sequence[Mapping[str, Any]], tied: bool) -> Grid:
     keys = ("cosine", "residual", "l2", "norm_ratio", *(() if tied else ("embedding_cosine",)))
     table = Grid(columns)
     for token in tokens:
-        cells = [str(token["id"]), visible(token["text"], 24), token["category"]]
+        cells = [str(token["id"]), visible(token["text"], 24), label_of(token["category"])]
         cells += [number(token[key]) for key in keys]
         cells += ["-" if token["data_target"] is None else f"{token['data_target']:,}"] if counted else []
         table.add(*cells)
@@ -234,6 +237,9 @@ def scan(
     Exit code 0: fine; 1: more live rows below cosine 0.95 than the threshold allows, or NaN or Inf in the body, or a
     finding of the probe; 2: bad input.
     """
+    from vocabguard.compare.evidence import evidence_of
+    from vocabguard.compare.summary import summarise_scan
+
     common.check_most(("--threshold", threshold, 1), ("--top", top, 10**7))
     options = Asking(
         sample=sample, whole=whole, watch=watch, texts=texts, seed=seed, batch=batch,
@@ -290,6 +296,8 @@ def _check_asking(options: Asking, *, probe: bool) -> None:
 
 
 def _body(pair: common.Pair) -> dict[str, Any]:
+    from vocabguard.compare.blocks import body_as_json, body_drift
+
     with common.progress_bars() as progress:
         told: dict[str, Any] = plain(body_as_json(body_drift(pair.base, pair.tuned, progress)))
     return told
@@ -297,6 +305,8 @@ def _body(pair: common.Pair) -> dict[str, Any]:
 
 def _judged(told: Mapping[str, Any], threshold: float) -> dict[str, Any]:
     """The verdict over rows, body and behaviour, and whether anything is over its threshold."""
+    from vocabguard.compare.verdicts import rows_sentence, unseen_by_scan
+
     numbers = told[told["judged"]] if told["judged"] else {}
     damage = _broken_rows(told)
     share, body, probe = numbers.get("below_0.95") or 0.0, told["body"], told["probe"]
@@ -310,7 +320,7 @@ def _judged(told: Mapping[str, Any], threshold: float) -> dict[str, Any]:
     findings += [f"NaN or Inf in the body: {listed(broken, len(broken))}"] if broken else []
     findings += probe["verdict"]["findings"] if probe else []
     unseen = unseen_by_scan(body, probe) + (probe["verdict"]["not_measured"] if probe else [])
-    rows = "; ".join([_verdict(told).removesuffix("."), *damage])
+    rows = "; ".join([_verdict(told).removesuffix("."), *damage, *_twofold_rows(told)])
     verdict = {"rows": rows_sentence(f"{rows}.", body), "behaviour": probe and probe["verdict"]["sentence"],
                "findings": findings, "not_measured": unseen}  # fmt: skip
     return {"threshold": threshold, "findings": bool(findings), "verdict": verdict}
@@ -329,6 +339,20 @@ def _broken_rows(told: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def _twofold_rows(told: Mapping[str, Any]) -> list[str]:
+    """Rows of another length, which no cosine shows: a sentence for each matrix."""
+    said = []
+    for name in ("head",) if _tied(told) else ("head", "embedding"):
+        found = told[name].get("norm_outliers", {}).get("twofold")
+        if found and found["count"]:
+            named = [f"{visible(text, 24)} ({ratio:.2g} times)"
+                     for text, ratio in zip(found["texts"], found["ratios"], strict=True)]  # fmt: skip
+            count = found["count"]
+            rows = "1 live row" if count == 1 else f"{count:,} live rows"
+            said.append(f"the norm of {rows} of the {_LABELS[name]} doubled or halved: {listed(named, count)}")
+    return said
+
+
 def _without_plan(told: Mapping[str, Any]) -> dict[str, Any]:
     """What is printed: the prompts in ids are for the file."""
     probe = told["probe"]
@@ -336,6 +360,8 @@ def _without_plan(told: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _save(found: Scan, out: Path, told: Mapping[str, Any], vectors: Mapping[str, Tensor]) -> None:
+    from vocabguard.compare.summary import save_scan
+
     try:
         save_scan(found, out, told, vectors)
     except Exception as error:  # safetensors has an error of its own for a full disk

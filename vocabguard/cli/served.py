@@ -7,26 +7,24 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from vocabguard.cli import common
 from vocabguard.cli.app import InputError
 from vocabguard.cli.asking import Asking, telling
-from vocabguard.compare.probing import Answered, Bars, ProbePlan, summarise_answers
-from vocabguard.compare.verdicts import probe_verdict
+from vocabguard.compare.options import Bars
 from vocabguard.config import ConfigError, ReferenceConfig
 from vocabguard.files import one_line, read_json, write_file
-from vocabguard.guard.reference import reference_texts
-from vocabguard.measure.probe import PromptContext
 from vocabguard.results import ProbeResult
 from vocabguard.runlog import versions
-from vocabguard.served.asking import MODES, Mode, Said, ask_words_of, mode_of
-from vocabguard.served.client import Server, ServerError
-from vocabguard.served.words import chosen_words, word_table, words_of_table, words_of_texts
-from vocabguard.vocabulary.table import build_table
+from vocabguard.served.modes import CONCURRENCY, MODES, TIMEOUT, TRIES, Mode
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vocabguard.compare.probing import Answered
+    from vocabguard.served.asking import Said
+    from vocabguard.served.client import Server
 
 KIND, SCHEMA = "vocabguard.served", 1
 _CONCURRENCY, _TRIES, _SECONDS = 64, 20, 3600
@@ -51,9 +49,9 @@ class Served:
     file: Path | None = None
     key_env: str = "OPENAI_API_KEY"
     ask_by: str | None = None
-    concurrency: int = Server.concurrency
-    tries: int = Server.tries
-    timeout: float = Server.timeout
+    concurrency: int = CONCURRENCY
+    tries: int = TRIES
+    timeout: float = TIMEOUT
 
     def __post_init__(self) -> None:
         common.check_most(
@@ -78,6 +76,8 @@ class Served:
         Raises:
             InputError: for an address that is none.
         """
+        from vocabguard.served.client import Server, ServerError
+
         same = _host(url) == _host(self.url)
         try:
             return Server(
@@ -98,6 +98,8 @@ def probe_served(served: Served, asking: Asking, bars: Bars, tokenizer: str | No
     Raises:
         InputError: for a server that cannot be asked, or a file that cannot be used.
     """
+    from vocabguard.served.client import ServerError
+
     try:
         with telling() as tell:
             return _probe_served(served, asking, bars, tokenizer, top, tell)
@@ -108,6 +110,11 @@ def probe_served(served: Served, asking: Asking, bars: Bars, tokenizer: str | No
 def _probe_served(
     served: Served, asking: Asking, bars: Bars, tokenizer: str | None, top: int, tell: Callable[[str, int, int], None]
 ) -> dict[str, Any]:  # fmt: skip
+    import torch
+
+    from vocabguard.compare.verdicts import probe_verdict
+    from vocabguard.served.asking import ask_words_of, mode_of
+
     server = served.server(served.url, served.model)
     earlier = None if served.file is None else _earlier(served.file)
     wanted: Any = served.ask_by if earlier is None else earlier["mode"]
@@ -141,6 +148,12 @@ def _probe_served(
 
 def _words(asking: Asking, tokenizer: str | None) -> tuple[list[str], Tensor, int]:
     """Words, how many of the pool each stands for (0: watched beside the sample), and the pool's size."""
+    import torch
+
+    from vocabguard.guard.reference import reference_texts
+    from vocabguard.served.words import chosen_words, words_of_table, words_of_texts
+    from vocabguard.vocabulary.table import build_table
+
     if tokenizer is not None:
         loaded = common.load_tokenizer(tokenizer)
         pool = words_of_table(build_table(loaded, 1 + max(loaded.get_vocab().values())))
@@ -162,6 +175,12 @@ def _summary(
     watched: set[str], top: int,
 ) -> dict[str, Any]:  # fmt: skip
     """What the offline probe says of tokens, of words."""
+    import torch
+
+    from vocabguard.compare.probing import ProbePlan, summarise_answers
+    from vocabguard.measure.probe import PromptContext
+    from vocabguard.served.words import word_table
+
     own = set(words)
     others = [text for side in (before, now) if side for texts in side.instead for text in texts if text not in own]
     names = [*words, *dict.fromkeys([*others, ""])]
@@ -183,6 +202,10 @@ def _summary(
 
 
 def _answered(side: Said, words: Sequence[str], ids: Mapping[str, int], asks: int) -> Answered:
+    import torch
+
+    from vocabguard.compare.probing import Answered
+
     right = torch.tensor(side.right, dtype=torch.bool).view(len(words), asks)
     chance = right.float()
     if side.probability is not None:
@@ -241,6 +264,8 @@ def _earlier(file: Path) -> dict[str, Any]:
 
 
 def _said(told: Mapping[str, Any]) -> Said:
+    from vocabguard.served.asking import Said
+
     mode: Mode = told["mode"]
     right = [[bool(one) for one in row] for row in told["right"]]
     return Said(mode, right, told["probability"], [list(map(str, texts)) for texts in told["instead"]])

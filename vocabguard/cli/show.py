@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console, RenderableType
@@ -16,12 +16,13 @@ from rich.text import Text
 from vocabguard.cli.app import InputError
 from vocabguard.cli.common import Column, Grid, check_most, show_next
 from vocabguard.cli.report import read, refusing_damage
-from vocabguard.report.charts import key_of, thinned
 from vocabguard.report.commands import newest_run
-from vocabguard.report.data import PageData
-from vocabguard.report.first import badge_of, firing_advice, first_tokens
-from vocabguard.report.sentences import Limits, as_json, decisive_numbers, label_of, verdict_of
+from vocabguard.report.limits import Limits
 from vocabguard.text import percent
+from vocabguard.vocabulary.labels import label_of
+
+if TYPE_CHECKING:
+    from vocabguard.report.data import PageData
 
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII = "_.-=*#%@"
@@ -40,6 +41,8 @@ def show(source: Source, top: Top = 12, as_json_: AsJson = False) -> None:
 
     Runs that still train can be shown too. Exit code 0: shown; 2: bad input.
     """
+    from vocabguard.report.sentences import as_json
+
     check_most(("--top", top, 10**7))
     if not source.exists():
         raise InputError(f"{source} does not exist; allowed: a run folder, or a trainer's output folder")
@@ -57,6 +60,9 @@ def show(source: Source, top: Top = 12, as_json_: AsJson = False) -> None:
 
 
 def _parts(data: PageData, top: int) -> list[RenderableType]:
+    from vocabguard.report.first import badge_of, firing_advice, first_tokens
+    from vocabguard.report.sentences import decisive_numbers, verdict_of
+
     verdict = verdict_of(data, Limits())
     step = "" if data.step is None else f", step {data.step:,}" + (f" of {data.end:,}" if data.end else "")
     style = _STYLES[verdict.level]
@@ -66,7 +72,7 @@ def _parts(data: PageData, top: int) -> list[RenderableType]:
     if tokens.rows and top:
         grid = Grid([Column(name, words=not numeric) for name, numeric in tokens.columns])
         for row in tokens.rows[:top]:
-            grid.add(*(label_of(cell) if name == "group" else cell for name, cell in row))
+            grid.add(*(cell for _, cell in row))
         parts += [Text(f"\n{tokens.title}: {tokens.caption}", "bold"), grid]
     courses = _courses(data)
     if courses is not None:
@@ -81,6 +87,8 @@ def _parts(data: PageData, top: int) -> list[RenderableType]:
 
 def _courses(data: PageData) -> Grid | None:
     """A sparkline of what is retained and of what drifted: all, groups, exposure classes; None without a course."""
+    from vocabguard.report.charts import key_of, thinned
+
     labels = [row.label for row in data.table]
     kinds = (("retained", "probe", "retained"), ("below 0.95", data.matrix or "head", "below_0.95"))
     columns = [kind for kind in kinds if any(_moves(data, key_of(kind[1], label, kind[2])) for label in labels)]

@@ -5,51 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from vocabguard.compare.options import Loading
 from vocabguard.compare.trial import require_readable
 from vocabguard.files import full_path, one_line, read_json, some
 from vocabguard.measure.probe import probe_applicable
 from vocabguard.rows.tensors import ADAPTER_CONFIG, open_adapter_store
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Loading:
-    """Where a model goes, and in which numbers.
-
-    Attributes:
-        device: of torch, such as ``cpu`` or ``cuda:1``; None is the CPU.
-        device_map: ``auto`` and its like, which spread a model over all devices; instead of `device`.
-        dtype: one of `DTYPES`, or ``auto``, as it is saved.
-    """
-
-    device: str | None = None
-    device_map: str | None = None
-    dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.device is not None and self.device_map is not None:
-            raise ValueError("--device and --device-map are both given; allowed: one of them")
-        if self.dtype not in ("auto", *DTYPES):
-            raise ValueError(f"--dtype is {self.dtype!r}; allowed: auto, {', '.join(DTYPES)}")
-        allowed = ("auto", "balanced", "balanced_low_0", "sequential")
-        if self.device_map is not None and self.device_map not in allowed:
-            raise ValueError(f"--device-map is {self.device_map!r}; allowed: {', '.join(allowed)}")
-        if self.device is not None:
-            _require_device(self.device)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What ``from_pretrained`` takes."""
-        found: dict[str, Any] = {"dtype": DTYPES.get(self.dtype, "auto")}
-        return found | ({} if self.device_map is None else {"device_map": self.device_map})
 
 
 def load_model(
@@ -183,20 +149,3 @@ def _require_used(path: Path, loaded: set[str]) -> None:
                        (loaded - there, "lacks tensors that its configuration speaks of")):  # fmt: skip
         if names:
             raise ValueError(f"{path}: {why}: {some(names, 3)}")
-
-
-def _require_device(name: str) -> None:
-    """Refuse what is no device, or one that is not there.
-
-    Raises:
-        ValueError: with what there is.
-    """
-    there = ["cpu"]
-    if torch.cuda.is_available():
-        there += ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        there.append("mps")
-    if torch.xpu.is_available():
-        there += ["xpu", *(f"xpu:{number}" for number in range(torch.xpu.device_count()))]
-    if name not in there:
-        raise ValueError(f"--device is {name!r}; allowed here: {', '.join(there)}")

@@ -56,7 +56,7 @@ class ProbePlan:
         contexts: the asks, which the base follows best.
         ids: (n,) int64, the tokens.
         weights: (n,) float32, live tokens that each of them stands for; 0 for those that are asked beside the sample.
-        frequent: (n,) bool, tokens that the training data asks for often.
+        frequent: (n,) bool, tokens that are often a target of the training data.
         seed: of the lists.
         words: watched words, texts and ids.
         windows: natural text; None where none is read.
@@ -392,22 +392,6 @@ def answers_of(vectors: Mapping[str, Tensor], plan: ProbePlan, side: str = "") -
     names = tuple(context.name for context in plan.contexts)
     result = ProbeResult(names, plan.ids, emitted.bool(), probability.float(), rank.long(), instead.long())
     return Answered(result, words.bool(), nll)
-
-
-@dataclass(frozen=True)
-class Bars:
-    """From where on a finding counts; the low end of its interval must be above.
-
-    Attributes:
-        lost: share in [0, 1] of the tokens that the base repeats; of one side, of all that are asked for and not
-            repeated. None judges no share.
-        rise: nats a token by which natural text may have become harder.
-        rare: the same of rare tokens over frequent ones, where the training data's counts are known.
-    """
-
-    lost: float | None = 0.02
-    rise: float = 0.1
-    rare: float = 0.4
 
 
 def loss_low(told: Mapping[str, Any]) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vocabguard.compare.adapted import adapter_head, is_adapter, write_adapter
 from vocabguard.compare.explain import asks_of
+from vocabguard.compare.options import METHODS, STRENGTH, Method
 from vocabguard.compare.scan import Scan, fitted
 from vocabguard.files import copy_files, full_path, plain, read_text, replacing
 from vocabguard.measure.exposure import exposure_classes
@@ -32,11 +33,6 @@ from vocabguard.results import EXPOSURE_CLASSES, NotApplicable, ProbeResult, Row
 from vocabguard.rows.baselines import Baseline
 from vocabguard.rows.checkpoints import Checkpoint
 from vocabguard.rows.tensors import INDEX, SINGLE, open_adapter_store, safetensors_files
-
-Method = Literal["shift", "rows"]
-METHODS: tuple[Method, ...] = ("shift", "rows")
-STRENGTH = 0.6
-"""Part of the mean shift that ``shift`` adds; measured by ``tests/benchmarks/repair_quality.py``."""
 
 _CHUNK = 2**20
 

@@ -38,6 +38,8 @@ _BINS = 24
 _NAMED = 8
 # A row's norm is out of line from so many robust standard deviations on, and from so large a factor on.
 _FAR, _FACTOR = 8.0, 1.1
+# From here on a row that grew drowns others, and one that shrank is drowned: a verdict names it. Less a rounding.
+_TWOFOLD = 1.99
 _TEMPLATE = regex.compile(
     r"""
       \{\{ | \}\} | \[\[ | \]\] | \{\| | \|\}                                 # wiki braces, links and tables
@@ -121,6 +123,11 @@ def matrix_summary(scan: Scan, name: MatrixName) -> dict[str, Any]:
     zeroed = _zeroed(scan, name)
     nested["zeroed_rows"] = {"count": len(zeroed), "texts": [scan.table.text(i) for i in zeroed[:_NAMED]]}
     nested["norm_outliers"] = outliers | {"texts": [scan.table.text(i) for i in outliers["ids"][:_NAMED]]}
+    far = [(token, float(drift.norm_ratio[token])) for token in outliers["ids"][: min(outliers["twofold"], _NAMED)]]
+    nested["norm_outliers"]["twofold"] = {
+        "count": outliers["twofold"], "texts": [scan.table.text(token) for token, _ in far],
+        "ratios": [ratio for _, ratio in far],
+    }  # fmt: skip
     return nested
 
 
@@ -281,10 +288,11 @@ def _norm_outliers(drift: RowDrift, usable: Tensor) -> dict[str, Any]:
     logs = torch.where(usable, drift.norm_ratio.log(), torch.nan)
     bulk = logs[logs.isfinite()]
     if len(bulk) == 0:
-        return {"count": 0, "median_ratio": None, "ids": []}
+        return {"count": 0, "median_ratio": None, "ids": [], "twofold": 0}
     middle = bulk.median()
     spread = 1.4826 * (bulk - middle).abs().median()
     far = (logs - middle).abs()
     limit = max(_FAR * float(spread), math.log(_FACTOR))
     ids = _lowest(-far, far > limit, 100)
-    return {"count": int((far > limit).sum()), "median_ratio": float(middle.exp()), "ids": ids}
+    twofold = int((far >= max(limit, math.log(_TWOFOLD))).sum())
+    return {"count": int((far > limit).sum()), "median_ratio": float(middle.exp()), "ids": ids, "twofold": twofold}

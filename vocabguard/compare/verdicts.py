@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vocabguard.compare.body_text import body_sentence
-from vocabguard.compare.probing import Bars, loss_low, words_of
+from vocabguard.compare.options import Bars
+from vocabguard.compare.probing import loss_low, words_of
 from vocabguard.measure.retention import ENOUGH
 from vocabguard.text import listed, number, percent, visible
+from vocabguard.vocabulary.labels import label_of
 
 _GROUPS_NAMED = 3
 
@@ -37,7 +39,7 @@ def probe_verdict(told: Mapping[str, Any], bars: Bars) -> dict[str, Any]:
     name = _as_words if words else str
     return {
         "level": level if two or level != "fine" else "unknown",
-        "sentence": name(f"{'; '.join(parts)}."),
+        "sentence": name(" ".join(f"{part[:1].upper()}{part[1:]}." for part in parts)),
         "findings": [name(one) for found in findings.values() for one in found],
         "not_measured": _unseen_words(told, two=two) if words else _unseen(told, two=two),
     }
@@ -45,7 +47,7 @@ def probe_verdict(told: Mapping[str, Any], bars: Bars) -> dict[str, Any]:
 
 def _as_words(said: str) -> str:
     """A sentence about tokens as one about words, which is what a served model is asked for."""
-    return said.replace("live tokens", "words").replace("tokens", "words")
+    return said.replace("live tokens", "words").replace("token", "word")
 
 
 def _unseen_words(told: Mapping[str, Any], *, two: bool) -> list[str]:
@@ -103,20 +105,21 @@ def _said_parts(told: Mapping[str, Any], *, sure: bool) -> list[str]:
         return [f"No loss found: all {known:,} of {those} that the base repeats are still repeated{unseen}"]
     low, high = 1 - numbers["retained_high"], 1 - numbers["retained_low"]
     lead = (
-        f"{missing:,} of the {known:,} tokens that the base repeats, of {those}, are lost: "
-        f"{percent(numbers['lost'])} ({percent(low)} to {percent(high)})"
+        f"Lost: {percent(numbers['lost'])} ({percent(low)} to {percent(high)}) of the live tokens that the base "
+        f"repeats, by {missing:,} of {known:,} in a probe of {those}"
     )
     parts = [lead + _hit(told)]
     if outright["count"]:
         chance = outright["by_chance"]
-        by = "" if chance is None else f", of which chance explains {outright['known'] * chance:.1f}"
-        parts.append(f"{outright['count']:,} of them were repeated in every ask and now are in none{by}")
+        by = "" if chance is None else f" (by chance alone: {outright['known'] * chance:.1f})"
+        parts.append(f"{outright['count']:,} of the {missing:,} were repeated in every ask and now are in none{by}")
     if numbers.get("noise"):
-        parts.append(f"among other neighbours the base itself would lose {percent(numbers['noise'])}")
+        parts.append(f"noise: asked again in other lists, the base itself loses {percent(numbers['noise'])}")
     if "skill" in numbers:
         parts.append(f"of frequent targets, {percent(1 - numbers['skill'])} are lost")
     if numbers.get("gained"):
-        parts.append(f"{told['gained_count']:,} tokens are repeated only now")
+        count = told["gained_count"]
+        parts.append("1 token is repeated only now" if count == 1 else f"{count:,} tokens are repeated only now")
     return parts
 
 
@@ -140,9 +143,7 @@ def _hit(told: Mapping[str, Any]) -> str:
     overall = 1 - told["numbers"]["retained"]
     worse = [(1 - part["retained"], name) for name, part in told["groups"].items()
              if part["known"] and 1 - part["high"] > overall]  # fmt: skip
-    named = [
-        f"{name.replace('_', ' ')} {percent(share)}" for share, name in sorted(worse, reverse=True)[:_GROUPS_NAMED]
-    ]
+    named = [f"{label_of(name)} {percent(share)}" for share, name in sorted(worse, reverse=True)[:_GROUPS_NAMED]]
     return f", hit hardest {', '.join(named)}" if named else ""
 
 
@@ -150,21 +151,21 @@ def _silent(told: Mapping[str, Any]) -> str:
     overall = told["numbers"]["repeated"]
     fewer = [(part["repeated"], name) for name, part in told["groups"].items()
              if part["asked"] and part["high"] < overall]  # fmt: skip
-    named = [f"{name.replace('_', ' ')} {percent(share)}" for share, name in sorted(fewer)[:_GROUPS_NAMED]]
+    named = [f"{label_of(name)} {percent(share)}" for share, name in sorted(fewer)[:_GROUPS_NAMED]]
     return f"; fewest {', '.join(named)}" if named else ""
 
 
 def _reference_part(found: Mapping[str, Any]) -> str:
     targets = f"{int(found['targets']):,} tokens"
     if found.get("nll_rise") is None:
-        return f"natural text ({targets}): {number(found['nll'], 2)} nats a token"
+        return f"loss of natural text ({targets}): {number(found['nll'], 2)} nats a token"
     low, high = found["nll_rise_low"], found["nll_rise_high"]
     change = f"{found['nll_rise']:+.2f} nats a token ({low:+.2f} to {high:+.2f})"
     rare = ""
     if found.get("rare_rise") is not None:
         rare = (f", rare tokens over frequent ones {found['rare_rise']:+.2f} "
                 f"({found['rare_rise_low']:+.2f} to {found['rare_rise_high']:+.2f})")  # fmt: skip
-    return f"loss of natural text ({targets}) {change}{rare}"
+    return f"loss of natural text ({targets}): {change}{rare}"
 
 
 def _unseen(told: Mapping[str, Any], *, two: bool) -> list[str]:

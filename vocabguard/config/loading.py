@@ -11,17 +11,16 @@ import difflib
 import fnmatch
 import functools
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from vocabguard.config.schema import (
@@ -34,6 +33,10 @@ from vocabguard.config.schema import (
     default_rules,
 )
 from vocabguard.results import VocabGuardError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
 
 
 class ConfigError(VocabGuardError, ValueError):
@@ -111,6 +114,9 @@ def load_config(
         >>> config.cadence.max_checks, config.drift.every_n_steps, config.probe.watch
         (50, 50, [190467])
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         if isinstance(source, GuardConfig):
             _check_kinds(source, GuardConfig, "")
@@ -136,6 +142,8 @@ def load_config(
 @functools.cache
 def _defaults() -> Any:
     """The defaults as OmegaConf has them: made once, as it takes most of the time; a merge copies them."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.structured(GuardConfig())
 
 
@@ -145,6 +153,8 @@ def _with_own_contexts(base: Any, layers: Sequence[Any]) -> list[Any]:
     The last source, the dotted overrides, changes single settings, as everywhere. A context that has the name of one of
     the pool and neither text nor turns keeps that one's.
     """
+    from omegaconf import OmegaConf
+
     sections = [_plain_section(layer.get("probe")) for layer in layers]
     given = [n for n, section in enumerate(sections[:-1]) if section.get("contexts")]
     if not given:
@@ -274,6 +284,8 @@ def _webhook_key(webhook: WebhookConfig) -> str:
 
 def _layer(source: Any) -> Any:
     """One source as something OmegaConf merges."""
+    from omegaconf import OmegaConf
+
     if source is None:
         return {}
     if isinstance(source, Mapping):
@@ -291,11 +303,23 @@ def _layer(source: Any) -> Any:
         raise ConfigError(f"config {source} is no YAML: {_one_line(error)}") from error
     except OSError as error:
         raise ConfigError(f"config {source} cannot be read: {_one_line(error)}; allowed: a YAML file") from error
-    raise ConfigError(f"config is {str(source)!r}; allowed: a YAML file, or one of the presets {list(presets())}")
+    raise ConfigError(_no_source(str(source)))
+
+
+def _no_source(source: str) -> str:
+    """What a name that is neither a preset nor a file may have been meant as."""
+    allowed = f"allowed: a YAML file, or one of the presets {list(presets())}"
+    if Path(source).suffix in (".yaml", ".yml"):
+        return f"config is {source!r}, and there is no such file in {os.getcwd()}; {allowed}"
+    close = difflib.get_close_matches(source, presets(), n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"config is {source!r}; {hint}{allowed}"
 
 
 def _dotted(overrides: Any) -> DictConfig:
     """The overrides as one source; one without a value, which would set its key to null, is refused."""
+    from omegaconf import OmegaConf
+
     given = [overrides] if isinstance(overrides, str) or not isinstance(overrides, Iterable) else overrides
     layer = OmegaConf.create()
     for override in given:
@@ -315,6 +339,8 @@ def _checked(layer: Any) -> Any:
 
     ``alerts`` may be a list of rules that carry their names.
     """
+    from omegaconf import DictConfig, ListConfig, OmegaConf
+
     if not isinstance(layer, Mapping):
         raise ConfigError(f"config is {layer!r}; allowed: settings by name, {[f.name for f in fields(GuardConfig)]}")
     plain = OmegaConf.to_container(layer) if isinstance(layer, DictConfig) else dict(layer)
@@ -343,6 +369,8 @@ def _check_kinds(section: Any, kind: Any, prefix: str) -> None:
 
 
 def _check_kind(value: Any, wanted: Any, key: str) -> None:
+    from omegaconf import ListConfig
+
     owner, inner = get_origin(wanted), get_args(wanted)
     if owner is UnionType:
         if value is not None:
@@ -395,16 +423,31 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+_WRONG_TYPE = re.compile(r"Value (?P<value>.*) of type '(?P<type>.*)' could not be converted to (?P<wanted>\w+)")
+_TYPES = {"Float": "a number", "Integer": "a whole number", "Boolean": "true or false"}
+_ARGUMENTS = ("tokenizer", "overrides", "targets", "actions")
+"""What a callback takes beside the sections of the configuration."""
+
+
 def _explain(error: OmegaConfBaseException) -> str:
     """Key, value and what is allowed, from OmegaConf's error."""
+    from omegaconf.errors import ConfigKeyError
+
     key = getattr(error, "full_key", None) or getattr(error, "key", None) or "config"
     first_line = str(getattr(error, "msg", None) or error).splitlines()[0]
     if isinstance(error, ConfigKeyError) or "not in" in first_line:
         owner = getattr(error, "object_type", None)
         allowed = [f.name for f in fields(owner)] if is_dataclass(owner) else []
-        close = difflib.get_close_matches(str(key).rpartition(".")[2], allowed, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"unknown key {key!r}; allowed: {allowed}{hint}"
+        named = [*allowed, *_ARGUMENTS] if owner is GuardConfig else allowed
+        close = difflib.get_close_matches(str(key).rpartition(".")[2], named, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"unknown key {key!r}; {hint}allowed: {allowed}"
+    wrong = _WRONG_TYPE.fullmatch(first_line)
+    if wrong:
+        value, wanted = wrong["value"], _TYPES.get(wrong["wanted"], wrong["wanted"])
+        # Everything is quoted there.
+        value = value if wrong["type"] == "str" else value.strip("'")
+        return f"{key} is {value} ({wrong['type']}); allowed: {wanted}"
     return f"{key}: {first_line}"
 
 

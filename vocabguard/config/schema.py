@@ -66,9 +66,9 @@ class EchoConfig:
     Attributes:
         enabled: whether echo rows come from the first batch on; false waits for a rule with the action ``echo``.
         armed: whether `VocabGuard.switch` may switch it on though no rule names it.
-        mode: ``uniform`` takes every live token in turn; ``balanced`` too, but those that the data asks for 1 to 19
+        mode: ``uniform`` takes every live token in turn; ``balanced`` too, but those that were a target 1 to 19
             times `boost` times as often: hold does not cover them, and the data alone does not keep them;
-            ``least_exposed`` takes those first that the data asks for least; ``recall`` draws the quarter of lowest
+            ``least_exposed`` takes those first that were a target least often; ``recall`` draws the quarter of lowest
             estimated recall `boost` times as often; ``watch`` takes the tokens of `probe.watch`.
         boost: turns of such a token for one of any other, with ``balanced`` and ``recall``.
         dose: echo targets per data target.
@@ -99,7 +99,7 @@ class EchoConfig:
 
 @dataclass
 class HoldConfig:
-    """Output rows that the data has not asked for keep still. Needs no data of its own.
+    """Output rows of tokens that were never a target keep still. Needs no data of its own.
 
     Attributes:
         enabled: whether rows are held from the first step on; false waits for a rule with the action ``hold``.

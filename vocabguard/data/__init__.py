@@ -1,1 +1,1 @@
-"""Training data: readers, targets a trainer would ask for, coverage, replay and echo rows."""
+"""Training data: readers, the targets that a trainer makes of them, coverage, replay and echo rows."""

@@ -1,4 +1,4 @@
-"""How often a few examples ask for each token: pure functions of them."""
+"""How often each token is a target of a few examples: pure functions of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RowTally:
     """Rows that were read, in one pass.
 
     Attributes:
-        without_targets: those that ask for nothing, e.g. since their answer was cut off; a trainer may drop them.
+        without_targets: those without a target, e.g. since their answer was cut off; a trainer may drop them.
         cut: those that were longer than the longest allowed.
         turns_exact: assistant turns found exactly, where the template does not mark them; see `TurnTally`.
         turns_by_text: found by their text.

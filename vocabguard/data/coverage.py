@@ -1,4 +1,4 @@
-"""How often training data asks for each token, counted before any training.
+"""How often each token is a target of training data, counted before any training.
 
 The counts can be kept in a file: ``data_target`` and ``inputs`` (V,) int64, ``group`` (V,) uint8, ``live`` (V,) bool,
 and what they were counted from as JSON in the metadata's ``coverage``.
@@ -21,8 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vocabguard.data.choices import Loss
 from vocabguard.data.counting import RowTally, Sequences
-from vocabguard.data.encode import Loss, TargetEncoder
+from vocabguard.data.encode import TargetEncoder
 from vocabguard.data.parallel import Seen, counted
 from vocabguard.data.readers import Example, Examples, TokenRows
 from vocabguard.data.render import Trainer
@@ -93,10 +94,10 @@ class Coverage:
     """Counts over V ids, one more than the tokenizer's highest.
 
     Attributes:
-        data_target: (V,) int64, how often the loss asks for each token, over all epochs.
+        data_target: (V,) int64, how often each token is a target, over all epochs.
         inputs: (V,) int64, how often the model reads it.
         group: (V,) uint8, index into ``source.groups``.
-        live: (V,) bool, tokens that can be asked for; see `VocabTable.live`.
+        live: (V,) bool, tokens that can be targets; see `VocabTable.live`.
         words: counts of words of several tokens that were asked about.
     """
 

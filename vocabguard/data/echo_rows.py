@@ -31,11 +31,11 @@ class EchoTally:
     """What a written file was found to hold.
 
     Attributes:
-        targets: token targets in it, of the tokens that were asked for.
+        targets: targets in it, of the tokens that were wanted.
         longest: tokens of its longest row.
         survived: share in [0, 1] of the asked targets that are in it; below 1 only where lists are text, since
             neighbours may merge into other tokens when they are encoded again.
-        tokens_lost: tokens that were asked for and are no target at all.
+        tokens_lost: tokens that were wanted and are no target at all.
     """
 
     conversations: int
@@ -201,7 +201,7 @@ def _count_ids(path: Path) -> tuple[dict[int, int], int]:
             row = json.loads(line)
             labels = np.array(row["labels"], dtype=np.int64)
             longest = max(longest, len(labels))
-            # The model predicts the next token: the first label is never asked for.
+            # The model predicts the next token: the first label is never a target.
             parts.append(labels[1:][labels[1:] != IGNORE])
     return _counts(parts), longest
 

@@ -10,19 +10,17 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vocabguard.data.choices import LOSSES, Loss
 from vocabguard.data.readers import Chat, Completion, DataError, Example, Preference, Text, TokenRows
 from vocabguard.data.render import ChatRenderer, Trainer
 from vocabguard.data.templates import Span
 from vocabguard.data.tokenizing import Ids, TextTokenizer, single
 from vocabguard.files import one_line
-
-Loss = Literal["assistant", "completion", "all"]
-LOSSES: tuple[Loss, ...] = get_args(Loss)
 
 Mask = NDArray[np.bool_]
 
@@ -33,7 +31,7 @@ class Encoded:
 
     Attributes:
         ids: (T,) int64.
-        target: (T,) bool, the loss asks for this token; never the first, which nothing comes before.
+        target: (T,) bool, this token is a target; never the first, which nothing comes before.
         cut: whether the row was longer than the longest allowed.
     """
 
@@ -76,7 +74,7 @@ class Batch:
 
     @property
     def without_targets(self) -> int:
-        """Rows that ask for nothing."""
+        """Rows without a target."""
         if self.asked is None:
             return int(((self.lengths < 2) & (self.order >= 0)).sum())
         some = self.lengths > 0
@@ -144,7 +142,7 @@ class TargetEncoder:
     - Prompts with completions: the completion (``assistant``, ``completion``), everything (``all``).
     - Preference pairs: the chosen answer; the rejected one is read only, since the loss pushes it away.
     - Texts: everything. Texts and completions that are texts get the EOS token if they do not end with it.
-    - Token ids: what their labels ask for.
+    - Token ids: the targets that their labels are.
 
     Args:
         loss: which tokens of conversations and prompts are targets.
@@ -304,7 +302,7 @@ class TargetEncoder:
         return self._cut(ids, _inside(places, lengths, sources, in_bytes), lengths, order)
 
     def _beside(self, sources: list[Source]) -> Batch:
-        """The rejected answers, which ask for nothing."""
+        """The rejected answers, which have no target."""
         chosen = [source for source in sources if source.beside is not None]
         found = [
             self._tokenize(alike, [source.beside or "" for source in alike], special)

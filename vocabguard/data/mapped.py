@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vocabguard.data.choices import Kind, Loss
 from vocabguard.data.counting import count_rows
-from vocabguard.data.encode import Loss, TargetEncoder
-from vocabguard.data.readers import Examples, Kind
+from vocabguard.data.encode import TargetEncoder
+from vocabguard.data.readers import Examples
 from vocabguard.data.render import Trainer
 from vocabguard.data.tables import WHOLE
 

@@ -1,6 +1,6 @@
 """Tokens that matter by name: those that end an answer, those that were added, those that are watched.
 
-Of each kind one sentence says which the training data never asks for, and what to do.
+Of each kind one sentence says which are never a target, and what to do.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def named_sentences(
     counts: Tensor, tokenizer: Any, ends: EndTokens, where: str, *, added: Collection[int] = (),
     words: Mapping[str, Sequence[int]] | None = None, protected: bool = False,
 ) -> tuple[str, ...]:  # fmt: skip
-    """What the training data never asks for among the tokens that matter; nothing where all is well.
+    """Which of the tokens that matter are never a target; nothing where all is well.
 
     Args:
         counts: (V,) int64, targets of the data.

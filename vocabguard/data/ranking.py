@@ -1,4 +1,4 @@
-"""Which of the tokens that data never asks for matter: common ones, and none that the chat template writes."""
+"""Which of the tokens that are never a target matter: common ones, and none that the chat template writes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import regex
@@ -21,9 +21,6 @@ from vocabguard.vocabulary.table import VocabTable
 
 if TYPE_CHECKING:
     from vocabguard.data.coverage import Coverage
-
-Rank = Literal["inputs", "reference", "merges"]
-RANKS: tuple[Rank, ...] = get_args(Rank)
 
 USUAL_NEVER = (0.85, 0.97)
 """Share of live tokens that are never a target in English chat data, as seen: the yardstick without a reference."""
@@ -39,8 +36,8 @@ _CONTENT = "0vocabguard0"
 def template_ids(tokenizer: Any) -> Tensor:
     """Ids that the chat template itself writes around contents, ascending; none where there is no template.
 
-    Of a conversation's tokens the model reads these most and never has to say most of them: in a list of what the data
-    reads and never asks for they would come first, and say nothing of the data.
+    Of a conversation's tokens the model reads these most and never has to say most of them: in a list of
+    tokens that the data reads and never has as targets they would come first, and say nothing of the data.
     """
     if not getattr(tokenizer, "chat_template", None):
         return torch.zeros(0, dtype=torch.int64)
@@ -81,7 +78,7 @@ def merge_ranks(tokenizer: Any, rows: int) -> Tensor:
 
 
 def expected_never(counts: Tensor, live: Tensor, targets: int) -> float:
-    """The share of live tokens that as many tokens of a reference text would never ask for.
+    """The share of live tokens that would be no target in as many tokens of a reference text.
 
     Each of N tokens of the reference is drawn with equal probability, so that a token of count c is left out of
     `targets` draws with probability (1 - c/N)^targets: the rarefaction of ecology (Hurlbert 1971), with replacement.

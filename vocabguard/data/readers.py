@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, takewhile
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vocabguard.data.choices import KINDS, Kind
 from vocabguard.data.roles import RoleReader, Turn, shown
 from vocabguard.data.tables import (
     WHOLE,
@@ -31,9 +32,6 @@ from vocabguard.data.tables import (
 
 __all__ = ["Chat", "Completion", "DataError", "Example", "Examples", "Kind", "Preference", "Text", "TokenRows", "Turn",
            "data_files", "in_chunks", "is_plain_text", "read_examples", "rows_of"]  # fmt: skip
-
-Kind = Literal["messages", "completion", "text", "tokens", "preference", "alpaca", "question"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 FORMATS: dict[Kind, tuple[tuple[str, ...], ...]] = {
     "tokens": (("input_ids",),),
@@ -108,7 +106,7 @@ class TokenRows:
     Attributes:
         place: of the first.
         ids: (T,) whole numbers of the data's own kind, which int64 can hold, of all rows.
-        target: (T,) bool, the labels ask for this token.
+        target: (T,) bool, this token is a target.
         lengths: (n,) int64, tokens of each row.
     """
 
@@ -439,7 +437,7 @@ def _token_block(place: str, batch: Any, name: str) -> TokenRows:
 
 
 def _token_rows(place: str, columns: Mapping[str, _Ids], name: str, lengths: _Ids) -> TokenRows:
-    """Rows with what their labels ask for, as TRL builds them: labels as they are, else the masks, else all."""
+    """Rows with the targets of their labels, as TRL builds them: labels as they are, else the masks, else all."""
     ids = columns[name]
     for key, column in columns.items():
         if len(column) != len(ids):
@@ -448,7 +446,7 @@ def _token_rows(place: str, columns: Mapping[str, _Ids], name: str, lengths: _Id
         same = labels == ids  # ids below 0, which a label may be, are refused where they are counted
         target = same if bool(same.all()) else labels != _IGNORED
         if target is not same and not bool((same | ~target).all()):
-            raise DataError(f"{place}: 'labels' asks for other tokens than 'input_ids' has there; allowed: the same "
+            raise DataError(f"{place}: 'labels' has other tokens than 'input_ids' has there; allowed: the same "
                             f"id or {_IGNORED} (labels are not shifted: the trainer does that)")  # fmt: skip
     else:
         target = np.ones(len(ids), dtype=np.bool_)
@@ -460,7 +458,7 @@ def _token_rows(place: str, columns: Mapping[str, _Ids], name: str, lengths: _Id
     read = columns.get("attention_mask")
     if read is None or bool((read != 0).all()):
         return TokenRows(place, ids, target, lengths)
-    # Padding is not read. Labels that ask for it are kept: the loss has them.
+    # Padding is not read. Labels that are padding are kept: the loss has them.
     kept = (read != 0) | target
     rows = np.repeat(np.arange(len(lengths)), lengths)[kept]
     return TokenRows(place, ids[kept], target[kept], np.bincount(rows, minlength=len(lengths)))

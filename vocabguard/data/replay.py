@@ -1,4 +1,4 @@
-"""The fewest rows of a corpus that ask for every token in need as often as it needs.
+"""The fewest rows of a corpus in which every token in need is a target as often as it needs.
 
 A greedy cover: again and again the row that adds most. Of a corpus of any size only candidates are kept: a row is one
 if it holds some token of which the candidates so far hold less than `pool` times the need. So the candidates cover all
@@ -30,7 +30,7 @@ class Candidate:
 
     Attributes:
         index: of the row in the corpus, from 0.
-        ids: (k,) int64, tokens in need that it asks for, ascending.
+        ids: (k,) int64, tokens in need that are its targets, ascending.
         counts: (k,) int64, how often, at least 1.
     """
 
@@ -46,8 +46,8 @@ class Replay:
     Attributes:
         chosen: indices of the rows in the corpus, ascending.
         need: (V,) int64, how often each token should be a target; 0 where it is not in need.
-        covered: (V,) int64, how often the chosen rows ask for each token in need; 0 for others.
-        available: (V,) bool, in need and asked for by some row.
+        covered: (V,) int64, how often each token in need is a target of the chosen rows; 0 for others.
+        available: (V,) bool, in need and a target of some row.
     """
 
     chosen: tuple[int, ...]
@@ -58,7 +58,7 @@ class Replay:
 
     @property
     def met(self) -> Tensor:
-        """(V,) bool: in need, and asked for as often as needed."""
+        """(V,) bool: in need, and a target as often as needed."""
         return (self.need > 0) & (self.covered >= self.need)
 
 
@@ -102,6 +102,27 @@ def find_replay(
         DataError: for a row that cannot be used.
         ValueError: if `pool` is below 1, the corpus is empty, or no token is in need.
     """
+    wanted = need.numpy()
+    candidates, held, rows = find_candidates(read, encoder, need, pool=pool, progress=progress)
+    chosen = greedy_cover(candidates, wanted)
+    covered = np.zeros_like(wanted)
+    for candidate in chosen:
+        covered[candidate.ids] += candidate.counts
+    indices = tuple(sorted(candidate.index for candidate in chosen))
+    available = torch.from_numpy(held > 0)
+    return Replay(indices, rows, need, torch.from_numpy(covered), available)
+
+
+def find_candidates(
+    read: Callable[[], Iterable[Example]], encoder: TargetEncoder, need: Tensor, *, pool: int = 8,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[list[Candidate], Counts, int]:  # fmt: skip
+    """The rows from which `find_replay` chooses, how often all ask for each token in need, and how many rows there are.
+
+    Raises:
+        DataError: for a row that cannot be used.
+        ValueError: if `pool` is below 1, the corpus is empty, or no token is in need.
+    """
     if pool < 1:
         raise ValueError(f"pool is {pool}; allowed: at least 1")
     if not bool((need > 0).any()):
@@ -110,13 +131,7 @@ def find_replay(
     candidates, held, rows = _candidates(_asked(read(), encoder, wanted, progress), wanted * pool)
     if not rows:
         raise ValueError("no rows in the corpus; there is nothing to choose from")
-    chosen = greedy_cover(candidates, wanted)
-    covered = np.zeros_like(wanted)
-    for candidate in chosen:
-        covered[candidate.ids] += candidate.counts
-    indices = tuple(sorted(candidate.index for candidate in chosen))
-    available = torch.from_numpy(held > 0)
-    return Replay(indices, rows, need, torch.from_numpy(covered), available)
+    return candidates, held, rows
 
 
 def greedy_cover(candidates: Sequence[Candidate], need: Counts) -> list[Candidate]:
@@ -162,7 +177,7 @@ def written_rows(read: Callable[[], Iterable[Example]], chosen: Sequence[int]) -
 
 
 def count_targets_in(examples: Iterable[Example], encoder: TargetEncoder, rows: int) -> Tensor:
-    """(rows,) int64: how often the examples ask for each token."""
+    """(rows,) int64: how often each token is a target of the examples."""
     counts = np.zeros(rows, dtype=np.int64)
     for chunk in in_chunks(examples, CHUNK):
         for row in encoder.encode(chunk):
@@ -192,7 +207,7 @@ def _without_needless(chosen: list[Candidate], need: Counts) -> list[Candidate]:
 def _asked(
     examples: Iterable[Example], encoder: TargetEncoder, need: Counts, progress: Callable[[int], object] | None
 ) -> Iterator[Candidate]:
-    """What each row asks for, of the tokens in need."""
+    """Targets of each row, of the tokens in need."""
     index = 0
     for chunk in in_chunks(examples, CHUNK):
         for row in encoder.encode(chunk):
@@ -205,7 +220,7 @@ def _asked(
 
 
 def _candidates(rows: Iterable[Candidate], enough: Counts) -> tuple[list[Candidate], Counts, int]:
-    """The rows to choose from, how often they ask for each token in need, and how many rows there were."""
+    """The rows to choose from, how often each token in need is their target, and how many rows there were."""
     held = np.zeros_like(enough)
     candidates, number = [], 0
     for row in rows:

@@ -134,7 +134,7 @@ def mask_of_labels(mask: Tensor, inputs: Tensor, labels: Tensor, kept: Any) -> T
     """
     width = labels.shape[1]
     if isinstance(kept, Tensor) and kept.dtype == torch.bool:
-        # The logits before a token ask for it.
+        # The logits before a token predict it.
         asked = kept[:-1].nonzero().flatten().to(mask.device) + 1
         places = torch.cat([asked.new_zeros(1), asked])
     else:

@@ -253,7 +253,7 @@ class Parts:
     Attributes:
         protection: echo and hold; None where neither is configured.
         prober: what probes, or why nothing does.
-        named: what the data never asks for among the tokens that matter.
+        named: which of the tokens that matter are never a target.
     """
 
     observer: Observer | None

@@ -40,8 +40,8 @@ _NO_LENGTH = (
 )
 
 _LIMITED = (
-    "vocabguard: what echo is asked for takes %.0f echo targets a batch; it gets %.0f at most, since echo.dose_limit "
-    "allows %g for each data target. Train longer, ask for less, or raise the limit"
+    "vocabguard: the echo settings need %.0f echo targets a batch; there are at most %.0f, since echo.dose_limit "
+    "allows %g for each data target. Train longer, lower echo.targets_per_live_token, or raise echo.dose_limit"
 )
 
 logger = logging.getLogger("vocabguard")
@@ -59,7 +59,10 @@ class EchoSource:
 
     def __init__(self, config: GuardConfig, tokenizer: Any, *, seq2seq: bool) -> None:
         if tokenizer is None:
-            raise ConfigError("echo needs the model's tokenizer; pass `tokenizer=`")
+            raise ConfigError(
+                "echo needs the model's tokenizer; pass `tokenizer=tokenizer` to the guard, or "
+                "`processing_class=tokenizer` to a Hugging Face Trainer"
+            )
         texts = enumerate(config.echo.instructions)
         try:
             prompts = [render_echo(tokenizer, f"echo.instructions[{place}]", text) for place, text in texts]

@@ -1,4 +1,4 @@
-"""Which of the tokens that matter the run's data never asks for, said before step 1."""
+"""Which of the tokens that matter are never a target of the run's data, said before step 1."""
 
 from __future__ import annotations
 

@@ -102,5 +102,6 @@ def _no_labels(batch: Any) -> str:
     got = f"the keys {sorted(batch)}" if hasattr(batch, "keys") else type(batch).__name__
     return (
         f"no labels: a training batch holds {got}; the guard counts targets from 'labels' of shape (B, T), "
-        "or from what `targets=` takes out of a batch; exposure={'enabled': False} goes on without"
+        "or from what `targets=` takes out of a batch. Use a collator that makes labels, such as "
+        "DataCollatorForLanguageModeling(tokenizer, mlm=False); exposure={'enabled': False} goes on without"
     )

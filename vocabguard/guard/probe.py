@@ -32,7 +32,7 @@ LEAST_SAMPLE = 128
 CHOOSING = 48
 """Live tokens, none of the sample, by which contexts are chosen: a list of the usual length, then two."""
 FREQUENT = 64
-"""Tokens that the data asks for most often, probed beside the sample: what they lose is no token, but the skill."""
+"""The most frequent targets of the data, probed beside the sample: what they lose is no token, but the skill."""
 WORD_ASKS = 4
 """Times as often as a token of the sample a watched word is asked: its verdict is of its own."""
 _SAY_EVERY = 10.0
@@ -52,7 +52,7 @@ class Population:
     Attributes:
         strata: (V,) int64, group and expected exposure class.
         live: (V,) bool.
-        frequent: (f,) int64, live tokens that the data asks for most often, as far as that is known beforehand.
+        frequent: (f,) int64, the most frequent targets among the live tokens, as far as that is known beforehand.
         whole: probe all live tokens.
     """
 
@@ -204,13 +204,15 @@ class Prober:
             self._draw(min(self.size, max(LEAST_SAMPLE, int(allowed) - beside)))
         if self.say is not None:
             best = max(self.shares[context.name] for context in self.contexts if context.name in self.shares)
-            names = ", ".join(context.name for context in self.contexts)
             text = ", with the reference text" if self.beside else ""
             drawn, live = int((self.weights > 0).sum()), int(self.population.live.sum())
+            weak = f" The base repeats only {percent(best)} of {CHOOSING} tokens at best, so it tells little." * (
+                best < 0.5
+            )
+            took = seconds * (length * len(self.ids) + self.beside)
             self.say(
-                f"Probe: {drawn:,} of {live:,} live tokens, {len(self.contexts)} asks each: {names} (the base repeats "
-                f"up to {percent(best)} of {CHOOSING} others). "
-                f"About {seconds * (length * len(self.ids) + self.beside):.0f} s each time{text}."
+                f"Probe: {drawn:,} of {live:,} live tokens, {len(self.contexts)} asks each; about {took:.0f} s a probe"
+                f"{text}.{weak}"
             )
 
     def _teller(self, began: float) -> Callable[[float], None]:

@@ -1,4 +1,4 @@
-"""What the data asks for, and what the gradient does to each row of the output matrix: functions of tensors.
+"""How often tokens are targets, and what the gradient does to each row of the output matrix: functions of tensors.
 
 `ExposureCounter` adds them up over a run.
 """
@@ -31,7 +31,7 @@ _PIECE_ROWS = 2**16
 
 
 def targets_of(labels: Tensor, shift: bool) -> Tensor:
-    """What the model is asked for, of (B, T) labels that are -100 where the loss ignores the position.
+    """The targets of (B, T) labels that are -100 where the loss ignores the position.
 
     Args:
         shift: whether the model predicts ``labels[:, 1:]``, as causal language models do.
@@ -69,7 +69,7 @@ def add_counts(counts: Tensor, ids: Tensor, *, row: int | Tensor = 0, keep: Tens
 
 
 def count_targets(labels: Tensor, shift: bool, rows: int) -> Tensor:
-    """(rows,) int64 on the labels' device: how often each token is asked for in one batch; see `targets_of`.
+    """(rows,) int64 on the labels' device: how often each token is a target in one batch; see `targets_of`.
 
     Labels outside [0, rows), -100 among them, are ignored.
 

@@ -36,7 +36,7 @@ _NUMPY_FLOATS = (torch.float16, torch.float32, torch.float64)
 # Elements of a block: two float32 buffers of it, 2 MiB a thread, stay in the cache, and calls are few.
 _BLOCK = 2**18
 # The same where torch widens the rows, whose calls take longer.
-_WIDENED_BLOCK = 2**20
+_WIDENED_BLOCK = 2**19
 # Elements of which a thread takes rows at a time: few calls matter, and that threads end together.
 _TAKEN = 2**23
 # Elements of a matrix from which on it pays to load the compiled loop, which takes about half a second.

@@ -36,7 +36,7 @@ _MEASURED, _FLAGS = ("cosine", "residual", "l2", "norm_ratio"), ("bad", "zero")
 
 
 class TokenExposure(Metric):
-    """Which tokens the data asks for: the share of the vocabulary in each exposure class.
+    """How often tokens are targets: the share of the vocabulary in each exposure class.
 
     The counts are the states ``data_target`` and ``inputs``, (V,) int64; they are added up over processes.
 
@@ -130,8 +130,8 @@ class TokenDrift(Metric):
 
         Args:
             weight: (V, D), any float dtype.
-            unexposed: (V,) bool, rows that the data never asked for, whose mean displacement the residual cosine takes
-                off; None takes off nothing.
+            unexposed: (V,) bool, rows of tokens that were never a target, whose mean displacement the residual cosine
+                takes off; None takes off nothing.
 
         Raises:
             ValueError: for a matrix of another shape than the baseline's, or a mask that is not (V,) bool.

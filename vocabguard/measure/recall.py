@@ -85,7 +85,7 @@ def _probed_nats(found: ProbeResult) -> Tensor:
 
 
 def estimate_recall(features: Tensor, base: ProbeResult, now: ProbeResult) -> Recall | None:
-    """Estimate the log-probability of every token where it is asked for.
+    """Estimate the log-probability of every token where it is the target.
 
     Args:
         features: (V, f) float32, of every token, as `moment_features` gives them, at the base and now side by side.

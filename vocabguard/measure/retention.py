@@ -5,8 +5,8 @@ do; between the two nothing is claimed. Lost: said at the base, gone now. This i
 ``explain`` and ``repair`` use it.
 
 Two things look like a loss and are none. A single ask depends on the list that it stands in, so the base itself, asked
-among other neighbours, would lose some: `reask_noise`. And where a model follows the prompts less, tokens that the data
-asks for all the time go too: the lost *skill* of those is taken off before tokens are called lost
+among other neighbours, would lose some: `reask_noise`. And where a model follows the prompts less, tokens that are
+targets all the time go too: the lost *skill* of those is taken off before tokens are called lost
 (``tokens_retained``).
 """
 

@@ -94,7 +94,7 @@ class EchoCollator:
         An `EchoError` says that the examples or the batch cannot take such rows.
         """
         batch = self._collated(features, ids, number)
-        # What the data asks for is known only now: collate functions make labels of their own.
+        # The targets of the data are known only now: collate functions make labels of their own.
         asked = data_targets(batch["labels"], seq2seq=self.maker.seq2seq, echo_mask=batch[ECHO_KEY])
         room = self.feed.room(number, asked)
         if len(ids) <= room:

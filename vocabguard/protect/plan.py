@@ -192,7 +192,7 @@ def least_exposed(allowed: Tensor, exposure: Exposure, cosine: Tensor | None, co
 
 
 def balanced(allowed: Tensor, exposure: Exposure, count: int, boost: float, seed: int) -> Tensor:
-    """At most `count` ids, furthest behind their turns first; tokens that the data asks for seldom get more turns.
+    """At most `count` ids, furthest behind their turns first; tokens that are seldom a target get more turns.
 
     A token that was never a target can be held still; one with 20 targets or more is kept by the data. Those between
     are neither: a row is let go at its first target, and few more come.

@@ -53,7 +53,7 @@ class EchoRow:
 
     @property
     def targets(self) -> tuple[int, ...]:
-        """The ids that the row asks for, in order."""
+        """The ids that are targets of the row, in order."""
         return tuple(label for label in self.labels if label != IGNORE)
 
 
@@ -81,7 +81,7 @@ def source_and_copy(prompt: EchoPrompt, ids: Sequence[int]) -> EchoRow:
 def echo_rows(
     ids: Sequence[int], prompts: Sequence[EchoPrompt], *, length: int, list_tokens: int, rng: Random, fill: float = 1.0
 ) -> list[EchoRow]:
-    """Rows for a causal model that ask for every id once, none longer than the batch's own rows.
+    """Rows for a causal model in which every id is a target once, none longer than the batch's own rows.
 
     Several exchanges share a row where they fit and it is not yet filled. Ways of asking that would need more lists,
     as they leave less room, are not used. Where not even the shortest instruction fits, a list keeps a few tokens and

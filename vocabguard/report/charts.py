@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vocabguard.report.data import PageData
-from vocabguard.report.sentences import at_end, label_of
+from vocabguard.report.sentences import at_end
 from vocabguard.results import DEGRADED, EXPOSURE_CLASSES, Transition
 from vocabguard.text import LARGE_GROUP, number, percent
+from vocabguard.vocabulary.labels import label_of
 
 Label = Callable[[float], str]
 

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from vocabguard.compare.evidence import unequal
 from vocabguard.report.data import PageData, RowNumbers
-from vocabguard.report.sentences import label_of
 from vocabguard.results import DEGRADED
 from vocabguard.text import ReportRow, percent, visible
+from vocabguard.vocabulary.labels import label_of
 
 LISTED = 100
 """Tokens listed of each kind."""
@@ -192,7 +192,7 @@ def _sentence(first: PageData, second: PageData, splits: tuple[Split, ...]) -> s
         ):
             if one is not None and other is not None:
                 parts.append(f"{name}: {percent(one)} in A, {percent(other)} in B")
-    if splits:
+    if splits and (splits[0].only_first or splits[0].only_second or splits[0].both):
         every = splits[0]
         counts = f"{every.only_first:,} only in A, {every.only_second:,} only in B, {every.both:,} in both"
         parts.append(f"tokens below 0.95: {counts}")

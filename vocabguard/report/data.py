@@ -382,9 +382,10 @@ class Checks:
         self.curves: dict[str, tuple[list[int], list[float]]] = {}
         self.texts: dict[int, str] = {}
         probed: Mapping[str, float | None] = {}
+        curve_of: dict[str, Curve] = {}
         for check in checks:
             self.last = check
-            _add_points(self.curves, "", int(check["step"]), check["scalars"])
+            _add_points(self.curves, "", int(check["step"]), check["scalars"], curve_of)
             if check["probed"]:
                 self.probe_step = max(check["step"], -1 if self.probe_step is None else self.probe_step)
                 probed = check["scalars"]
@@ -402,13 +403,21 @@ def _named(scalars: Mapping[str, float | None]) -> dict[str, float]:
     return {key.removeprefix(_PREFIX): _value(value) for key, value in scalars.items()}
 
 
+Curve = tuple[list[int], list[float]]
+"""Steps and values."""
+
+
 def _add_points(
-    curves: dict[str, tuple[list[int], list[float]]], prefix: str, step: int, values: Mapping[str, float | None]
-) -> None:
+    curves: dict[str, Curve], prefix: str, step: int, values: Mapping[str, float | None],
+    curve_of: dict[str, Curve] | None = None,
+) -> None:  # fmt: skip
+    """Add a value to each curve. `curve_of`: by the whole key, for calls with the same prefix to look up quickly."""
+    known = {} if curve_of is None else curve_of
     for key, value in values.items():
-        steps, heights = curves.setdefault(prefix + key.removeprefix(_PREFIX), ([], []))
-        steps.append(step)
-        heights.append(_value(value))
+        if (curve := known.get(key)) is None:
+            curve = known[key] = curves.setdefault(prefix + key.removeprefix(_PREFIX), ([], []))
+        curve[0].append(step)
+        curve[1].append(math.nan if value is None else float(value))
 
 
 def _with_languages(
@@ -603,7 +612,10 @@ def scan_data(path: str | Path, top: int = TOP) -> PageData:
         raise
     except Exception as error:
         # A header that something else wrote can be wrong in any way.
-        raise ValueError(f"{path}: is no file of `vocabguard scan --out` ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"{path}: is no file of `vocabguard scan --out` ({type(error).__name__}: {error}); allowed too: a file of "
+            "`probe --out`, a run folder, a trainer's output folder"
+        ) from error
 
 
 def _scan_data(

@@ -11,10 +11,11 @@ import numpy as np
 
 from vocabguard.report.charts import Figure, forecast_figures, histograms, timelines
 from vocabguard.report.data import PageData, TokenLine
-from vocabguard.report.sentences import Verdict, at_end, decisive_numbers, label_of
+from vocabguard.report.sentences import Verdict, at_end, decisive_numbers
 from vocabguard.report.words import example_words
 from vocabguard.results import DEGRADED
-from vocabguard.text import escape_markdown, number, visible
+from vocabguard.text import escape_markdown, number, percent, visible
+from vocabguard.vocabulary.labels import label_of
 
 SHOWN = 12
 """Tokens in the first table."""
@@ -97,7 +98,15 @@ def first_tokens(data: PageData) -> TokenTable:
         return TokenTable(
             "No row below 0.95", "There was no probe: whether tokens are still repeated was not measured."
         )
-    return TokenTable("No lost token found", "All probed tokens that the base repeats are still repeated.")
+    return TokenTable("No lost token found", none_lost(data))
+
+
+def none_lost(data: PageData) -> str:
+    """What a probe says that found no token lost; by older logs less may be retained than all."""
+    retained = None if data.whole is None else data.whole.retained
+    if retained is None or retained == 1:
+        return "All probed tokens that the base repeats are still repeated."
+    return f"No token fails in more than half of its asks; the log gives {percent(retained)} as retained."
 
 
 def _table(data: PageData, title: str, caption: str, lines: Sequence[TokenLine], count: int) -> TokenTable:
@@ -115,7 +124,7 @@ def _table(data: PageData, title: str, caption: str, lines: Sequence[TokenLine],
             "token": visible(report.text, _LONGEST),
             "as in": visible(words.get(report.text, ""), _LONGEST) if report.text in words else "",
             "says instead": "" if instead is None else visible(instead, _LONGEST),
-            "group": report.group,
+            "group": label_of(report.group),
             "targets": f"{report.data_target:,}",
             "cosine": number(report.cosine),
         }
@@ -151,6 +160,15 @@ def main_chart(data: PageData) -> Figure | None:
     return next(iter(histograms(data)), None) if data.kind == "scan" else None
 
 
+def table_markdown(tokens: TokenTable) -> list[str]:
+    """Lines of the table, after an empty one; none where it has no rows."""
+    if not tokens.rows:
+        return []
+    names = [name for name, _ in tokens.columns]
+    lines = ["", f"{tokens.title}: {tokens.caption}", "", f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
+    return lines + [f"| {' | '.join(escape_markdown(cell) for _, cell in row)} |" for row in tokens.rows]
+
+
 def markdown_of(data: PageData, verdict: Verdict, tokens: TokenTable, advice: Sequence[str]) -> str:
     """The first screen as Markdown, for an issue or a chat."""
     step = "" if data.step is None else f", step {data.step:,}"
@@ -158,12 +176,7 @@ def markdown_of(data: PageData, verdict: Verdict, tokens: TokenTable, advice: Se
     lines += [f"- {name}: {value}" for name, value in decisive_numbers(data)]
     if data.origin:
         lines += [f"- {name}: {escape_markdown(value)}" for name, value in data.origin.items() if name != "command"]
-    if tokens.rows:
-        names = [name for name, _ in tokens.columns]
-        lines += ["", f"{tokens.title}: {tokens.caption}", "", f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
-        for row in tokens.rows:
-            cells = (label_of(cell) if name == "group" else cell for name, cell in row)
-            lines.append(f"| {' | '.join(escape_markdown(cell) for cell in cells)} |")
+    lines += table_markdown(tokens)
     lines += ["", "What to do:", *(f"- {one}" for one in advice)] if advice else []
     lines += [f"- {one.why}: `{one.command}`" for one in data.commands]
     return "\n".join(lines)

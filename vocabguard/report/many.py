@@ -11,8 +11,10 @@ from typing import Any
 from vocabguard.compare.evidence import identity_of, unequal
 from vocabguard.report.data import PageData
 from vocabguard.report.first import badge_of, short_name
-from vocabguard.report.sentences import Limits, Verdict, key_numbers, label_of, verdict_of
+from vocabguard.report.limits import Limits
+from vocabguard.report.sentences import Verdict, key_numbers, verdict_of
 from vocabguard.text import number, percent
+from vocabguard.vocabulary.labels import label_of
 
 _REPEATED = ("seed", "run_dir", "run.name")
 """Settings in which repeated runs of one kind differ."""

@@ -26,6 +26,7 @@ from vocabguard.report.alerts import alert_timeline, told_of
 from vocabguard.report.charts import exposure_figure, forecast_figures, histograms, length_figure, timelines
 from vocabguard.report.compare import compare
 from vocabguard.report.data import EchoDone, PageData, TextOf, TokenLine, run_data
+from vocabguard.report.either import lost_in_either, markdown_of_two
 from vocabguard.report.first import (
     badge_of,
     firing_advice,
@@ -35,10 +36,12 @@ from vocabguard.report.first import (
     markdown_of,
     short_name,
 )
+from vocabguard.report.limits import Limits
 from vocabguard.report.many import distinct_names, side_by_side
-from vocabguard.report.sentences import Limits, beside_label, decisive_numbers, key_numbers, label_of, verdict_of
+from vocabguard.report.sentences import beside_label, decisive_numbers, key_numbers, verdict_of
 from vocabguard.runlog import RunLog
 from vocabguard.text import WORST_COLUMNS, number, percent, token_cells, visible
+from vocabguard.vocabulary.labels import label_of
 
 # Controls that HTML forbids or that reorder the text around them, and halves of surrogate pairs, which UTF-8 has not.
 _UNSAFE = regex.compile(r"[\p{Cc}\p{Cs}\p{Bidi_Control}\ufeff\ufffe\uffff--[\n\t]]", regex.VERSION1)
@@ -95,7 +98,7 @@ def render(
         .render(
             sources=[_source(data, place, len(shown), limits) for place, data in enumerate(shown)],
             heading=heading_of(first, verdict_of(first, limits)),
-            both=None if second is None else compare(first, second),
+            **_both(first, second, limits),
             histograms=histograms(first, second),
             exposure=exposure_figure(first, second),
             lengths=length_figure(first, second),
@@ -104,6 +107,15 @@ def render(
             **common,
         )
     )
+
+
+def _both(first: PageData, second: PageData | None, limits: Limits) -> dict[str, Any]:
+    """What the template shows of two runs together; None where there is one."""
+    if second is None:
+        return {"both": None, "either": None, "markdown": ""}
+    both = compare(first, second)
+    either = None if both.unmatched else lost_in_either(first, second)
+    return {"both": both, "either": either, "markdown": markdown_of_two(both, (first, second), either, limits)}
 
 
 def _frame(shown: Sequence[PageData]) -> dict[str, Any]:

@@ -10,39 +10,21 @@ import numpy as np
 
 from vocabguard.measure.retention import ENOUGH
 from vocabguard.report.data import PageData
+from vocabguard.report.limits import Limits
 from vocabguard.results import EVERYDAY_QUESTIONS
 from vocabguard.text import LARGE_GROUP, ReportRow, number, percent
+from vocabguard.vocabulary.labels import label_of
 
 Level = Literal["fine", "drifted", "lost", "unknown"]
 
-_GROUP_LABELS = {
-    "ja": "Japanese",
-    "ko": "Korean",
-    "zh": "Chinese",
-    "digits_punctuation": "digits and punctuation",
-    "code": "code and markup",
-    "bytes": "byte pieces",
-}
-_CLASS_LABELS = {"never": "never a target", "1-4": "1-4 times", "5-19": "5-19 times", "20+": "20+ times"}
 _BESIDE_LABELS = {
     "confusion": "Answers in many languages",
     "neighbors": "Nearest rows, then and now",
     "head_or_body": "Where forgotten tokens were lost",
 }
-_UPRIGHT = {"other", "control", "padded"}
 
 
-@dataclass(frozen=True)
-class Limits:
-    """From where on a finding counts.
-
-    Attributes:
-        degraded: share in [0, 1] of live rows below cosine 0.95 that is still fine.
-        forgotten: share in [0, 1] of the tokens repeated at the base and lost that is still fine; more must be sure.
-    """
-
-    degraded: float = 0.01
-    forgotten: float = 0.05
+_SKILL = 0.8  # as the rule `skill_lost`
 
 
 @dataclass(frozen=True)
@@ -59,18 +41,6 @@ class Verdict:
     level: Level
     sentence: str
     findings: tuple[str, ...]
-
-
-def label_of(name: str) -> str:
-    """A row's label for people.
-
-    >>> label_of("ja"), label_of("thai"), label_of("never"), label_of("all")
-    ('Japanese', 'Thai', 'never a target', 'all live tokens')
-    """
-    if name == "all":
-        return "all live tokens"
-    plain = _GROUP_LABELS.get(name) or _CLASS_LABELS.get(name)
-    return plain or (name.replace("_", " ") if name in _UPRIGHT else name.replace("_", " ").capitalize())
 
 
 def beside_label(kind: str) -> str:
@@ -119,6 +89,13 @@ def _verdict_by_numbers(data: PageData, limits: Limits) -> Verdict:
         least = "" if sure == forgotten else "at least "
         said = f"{least}{percent(sure)} of the tokens that the base repeats are lost"
         findings.append(f"{said}; allowed: {percent(limits.forgotten)}")
+        level = "lost"
+    skill = data.scalars.get("probe/skill_high")
+    if forgotten and skill is not None and skill < _SKILL:
+        findings.append(
+            f"at least {percent(1 - skill)} of the frequent targets are lost too, so the model no longer repeats what "
+            f"it is asked to; allowed: {percent(1 - _SKILL)}"
+        )
         level = "lost"
     if level == "fine" and _too_few(data):
         level = "unknown"

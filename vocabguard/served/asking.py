@@ -16,15 +16,13 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import regex
 
 from vocabguard.served.client import Server, ServerError
+from vocabguard.served.modes import MODES, Mode
 from vocabguard.served.words import word_lists
-
-Mode = Literal["echo", "chat", "text"]
-MODES: tuple[Mode, ...] = ("echo", "chat", "text")
 
 _LIST = {"echo": 12, "chat": 8, "text": 12}
 _TRIAL = ["river", "stone", "cloud", "letter", "garden", "winter", "music", "bread"]

@@ -18,6 +18,7 @@ from urllib import error, parse, request
 
 from vocabguard.files import one_line
 from vocabguard.results import VocabGuardError
+from vocabguard.served.modes import CONCURRENCY, TIMEOUT, TRIES
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 """Answers that another try may better."""
@@ -58,9 +59,9 @@ class Server:
     url: str
     model: str
     key: str | None = field(default=None, repr=False)
-    timeout: float = 120.0
-    tries: int = 5
-    concurrency: int = 4
+    timeout: float = TIMEOUT
+    tries: int = TRIES
+    concurrency: int = CONCURRENCY
     pause: float = 1.0
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ from vocabguard.text import (
     verdict,
     watch_sentences,
 )
+from vocabguard.vocabulary.labels import label_of
 
 if TYPE_CHECKING:
     from vocabguard.vocabulary.table import VocabTable
@@ -41,7 +42,6 @@ _LABEL = "vocabguard"
 _GAP = 2
 _FILE_WIDTH = 120
 _LEVEL_STYLES = {"info": "cyan", "warning": "yellow", "critical": "bold red"}
-_CLASS_LABELS = dict(zip(EXPOSURE_CLASSES, ("never a target", "1-4 times", "5-19 times", "20+ times"), strict=True))
 # A count says more than its class, and terminals are narrow.
 _HIDDEN_COLUMNS = frozenset({"class"})
 _HIDDEN_IF_NARROW = frozenset({"class", "residual"})
@@ -61,7 +61,7 @@ class ConsoleView:
         self._groups: Collection[str] | None = None
 
     def watch(self, watch: Watch, table: VocabTable) -> None:
-        """Say what is watched, and what the training data never asks for."""
+        """Say what is watched, and which tokens are never a target of the training data."""
         if not self._enabled:
             return
         self._groups = large_groups(table)
@@ -91,10 +91,13 @@ class ConsoleView:
 
     def _alerts(self, changes: Sequence[Transition]) -> list[RenderableType]:
         """Messages and stories; what several alerts of a check have in common is said once."""
-        lines, told = [], set()
+        lines: list[RenderableType] = []
+        told: set[str] = set()
         for change in changes:
             lines.append(self._line(change.message, _alert_style(change)))
-            story = [line for line in (change.story.lines if change.story is not None else ()) if line not in told]
+            # The message says since when.
+            known = told if change.story is None else {*told, change.story.since}
+            story = [line for line in (change.story.lines if change.story is not None else ()) if line not in known]
             lines += [self._line(f"  {line}") for line in story]
             told.update(story)
         return lines
@@ -138,9 +141,8 @@ class ConsoleView:
         return report
 
     def _report_cells(self, row: ReportRow, sizes: dict[str, int], probed: bool) -> list[Text]:
-        label = _CLASS_LABELS[row.label] if row.kind == "class" else row.label
         cells = [
-            self._text(label, "bold" if row.kind == "all" else ""),
+            self._text(label_of(row.label), "bold" if row.kind == "all" else ""),
             Text(f"{sizes[row.label]:,}" if row.label in sizes else "", "dim"),
             Text(number(row.mean)),
             Text(number(row.minimum)),

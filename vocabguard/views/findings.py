@@ -11,6 +11,7 @@ from vocabguard.measure.localize import HeadOrBody
 from vocabguard.measure.neighbors import NearestRows, Neighborhoods, intruders
 from vocabguard.results import Finding, MatrixName
 from vocabguard.text import escape_markdown, number, percent, visible
+from vocabguard.vocabulary.labels import label_of
 from vocabguard.vocabulary.table import VocabTable
 
 _PREFIX = "vocabguard/confusion/"
@@ -86,22 +87,22 @@ def _finding(
 def _body_sentence(counts: Mapping[str, Any]) -> str:
     total = counts["forgotten"]
     said = [
-        f"{counts[part]:,} ({percent(counts[part] / total)}) {words}"
+        f"{counts[part]:,} ({percent(counts[part] / total)}) {'comes' if counts[part] == 1 else 'come'} back {words}"
         for part, words in (
-            ("head", "back with the base's output rows"),
-            ("input", "with its input rows too"),
+            ("head", "with the base's output row"),
+            ("input", "with its input row too"),
             ("other_rows", "only with the rows of all tokens (other rows drown them)"),
-            ("body", "with no rows (lost in the body)"),
+            ("body", "with no row (lost in the body)"),
         )
         if counts.get(part)
     ]
-    return f"{total:,} lost token{'s' * (total != 1)}: {', '.join(said)}"
+    return f"of {total:,} lost token{'s' * (total != 1)} probed again, {', '.join(said)}"
 
 
 def _confusion_row(
     language: str, answers: int, shares: Mapping[str, float], matrix: Mapping[str, Mapping[str, int]]
 ) -> tuple[str, ...]:
-    into = ", ".join(f"{script} {count}" for script, count in matrix.get(language, {}).items())
+    into = ", ".join(f"{label_of(script)} {count}" for script, count in matrix.get(language, {}).items())
     rates = (percent(shares.get(f"{language}/{kind}")) for kind in ("line_pass", "word_pass", "latin"))
     return (language, f"{answers}", percent(shares.get(language)), into, *rates)
 
@@ -112,7 +113,10 @@ def _confusion_sentence(
     total = sum(answers.values())
     foreign = sum(round(count * shares.get(language, 0.0)) for language, count in answers.items())
     worst = sorted((language for language in matrix), key=lambda language: -shares[language])
-    named = [f"{language} {percent(shares[language])} {'/'.join(matrix[language])}" for language in worst[:_NAMED]]
+    named = [
+        f"{language} {percent(shares[language])} {'/'.join(map(label_of, matrix[language]))}"
+        for language in worst[:_NAMED]
+    ]
     shown = f" ({', '.join(named)}{', ...' * (len(worst) > _NAMED)})" if named else ""
     passed = "".join(
         f"; {words} pass {percent(shares[key])}"
@@ -146,12 +150,12 @@ def _neighbors_sentence(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _beside(line: Mapping[str, Any]) -> tuple[Cell, ...]:
-    token = (str(line["id"]), visible(line["text"]), line["group"], percent(line["overlap"]))
+    token = (str(line["id"]), visible(line["text"]), label_of(line["group"]), percent(line["overlap"]))
     return (*token, *(tuple(_neighbor(one) for one in line[key]) for key in ("then", "now")))
 
 
 def _neighbor(one: Mapping[str, Any]) -> str:
-    mark = f" [{one['group']}!]" if one["intruder"] else ""
+    mark = f" [{label_of(one['group'])}!]" if one["intruder"] else ""
     return f"{visible(one['text'], 24)}{mark} {number(one['cosine'], 2)}"
 
 

@@ -21,7 +21,8 @@ MEANINGS = {
     "head/nonfinite_rows": "rows that hold NaN or Inf",
     "head/zero_rows": "rows of zeros",
     "head/<part>/*": "the same of a script group (`ja`, `ko`, `zh`, `cyrillic`, `arabic`, `hebrew`, `devanagari`, "
-    "`thai`, `greek`, `latin`, `digits_punctuation`, `code`, `bytes`, `other`) or an exposure class (`never`, `1-4`, "
+    "`thai`, `greek`, `latin`, `digits_punctuation`, `code`, `bytes`, `other`; in tables and messages: Japanese, "
+    "Korean, Chinese, ..., digits and punctuation, code and markup, byte pieces) or an exposure class (`never`, `1-4`, "
     "`5-19`, `20+`: targets so far)",
     "embedding/*": "all of these for the input rows",
     "exposure/<class>": "share of live tokens in each exposure class so far",
