@@ -34,6 +34,10 @@ class Seen:
 
     told: str = ""
 
+    def take(self, told: str) -> None:
+        """Keep what one encoder says."""
+        self.told = told
+
 
 def counted(
     examples: Iterable[Example], tokenizer: Any, options: Mapping[str, Any], encoder: TargetEncoder, workers: int,
@@ -54,7 +58,7 @@ def counted(
     """
     if workers == 1:
         yield from _told(_counted_here(chunks_of(examples), encoder, words), progress)
-        seen.told = encoder.texts.told
+        seen.take(encoder.texts.told)
     elif isinstance(examples, Examples):
         yield from _counted_by_readers(examples, tokenizer, options, workers, words, progress, seen)
     else:
@@ -99,8 +103,9 @@ def _counted_by_readers(
                 while not rows.empty():
                     progress(rows.get())
                 for future in done:
-                    part, share, seen.told = future.result()
+                    part, share, told = future.result()
                     examples.add_seen(share)
+                    seen.take(told)
                     yield from part
             while not rows.empty():
                 progress(rows.get())
@@ -148,7 +153,7 @@ class _Worker:
 
 
 def _start_worker(tokenizer: Any, options: Mapping[str, Any], stop: Any, rows: Any) -> None:
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}  # a process each is enough
+    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")  # a process each is enough
     _WORKER.append(_Worker(TargetEncoder(tokenizer, **options), stop, rows))
 
 
