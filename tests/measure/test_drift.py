@@ -362,6 +362,34 @@ def test_a_fault_in_a_worker_is_raised() -> None:
         sums_by_numpy(CopiedBaseline(now), Broken(base), torch.zeros(48), 50)
 
 
+def test_compiled_loops_pay_once_much_was_read_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, now = (CopiedBaseline(rows) for rows in rows_pair())
+    monkeypatch.setitem(rowwise._READ, "elements", 0)
+    monkeypatch.setattr(rowwise, "_WORTH_COMPILING_BY_NOW", 3 * now.rows * now.width)
+    worth = []
+    for _ in range(4):
+        worth.append(rowwise.worth_compiling(now))
+        row_sums(now, base, torch.zeros(48), 64)
+    assert worth == [False, False, False, True]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("chunk_rows", [1, 64, 100, 257, 5000])
+@pytest.mark.parametrize("width", [47, 48])
+def test_bfloat16_in_blocks_of_any_size(
+    monkeypatch: pytest.MonkeyPatch, width: int, chunk_rows: int, threads: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    base, now = rows_pair(width=width, dtype=torch.bfloat16)
+    shift = torch.linspace(-1, 1, width)
+    found = row_sums(CopiedBaseline(now), CopiedBaseline(base), shift, chunk_rows, base_too=True).double()
+    w, w0 = now.double(), base.double()
+    d = w - w0
+    expected = torch.stack([w.square().sum(1), d.square().sum(1), w @ shift.double(), d @ shift.double()])
+    torch.testing.assert_close(found[:4], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[4], w0.square().sum(1), rtol=1e-6, atol=0)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_an_accelerator(dtype: torch.dtype) -> None:

@@ -126,6 +126,18 @@ def test_chunks_cover_the_rows_in_order(size: int) -> None:
     assert rows[0].data_ptr() == matrix.weight.data_ptr(), "a chunk is a view, no copy"
 
 
+def test_rows_at_rest_are_looked_up_once_and_are_the_rows() -> None:
+    model = llama()
+    matrix = matrix_of(model)
+    rest = matrix.at_rest()
+    assert (rest.rows, rest.width) == (matrix.rows, matrix.width) == (ROWS, WIDTH)
+    for size in (7, ROWS, 1000):
+        pairs = zip(rest.chunks(size), matrix.chunks(size), strict=True)
+        assert all(one == other and torch.equal(left, right) for (one, left), (other, right) in pairs)
+    model.set_output_embeddings(nn.Linear(WIDTH, ROWS, bias=False))
+    assert torch.equal(matrix.at_rest().chunks(ROWS).__next__()[1], model.get_output_embeddings().weight)
+
+
 @pytest.mark.parametrize("size", [0, -3])
 def test_chunk_size_is_checked(size: int) -> None:
     with pytest.raises(ValueError, match=f"chunk size is {size}; allowed: at least 1"):
