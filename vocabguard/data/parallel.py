@@ -34,8 +34,8 @@ class Seen:
 
     told: str = ""
 
-    def encoded(self, told: str) -> None:
-        """Note which tokenizer encoded."""
+    def take(self, told: str) -> None:
+        """Keep what one encoder says."""
         self.told = told
 
 
@@ -58,7 +58,7 @@ def counted(
     """
     if workers == 1:
         yield from _told(_counted_here(chunks_of(examples), encoder, words), progress)
-        seen.encoded(encoder.texts.told)
+        seen.take(encoder.texts.told)
     elif isinstance(examples, Examples):
         yield from _counted_by_readers(examples, tokenizer, options, workers, words, progress, seen)
     else:
@@ -104,8 +104,8 @@ def _counted_by_readers(
                     progress(rows.get())
                 for future in done:
                     part, share, told = future.result()
-                    seen.encoded(told)
                     examples.add_seen(share)
+                    seen.take(told)
                     yield from part
             while not rows.empty():
                 progress(rows.get())

@@ -82,7 +82,7 @@ class ChatRenderer:
         self._tokenizer, self._trainer = tokenizer, trainer
         self._special: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self._named: dict[tuple[str, str], bool] = {}
-        self._headers: dict[str, str] = {}
+        self._headers: dict[tuple[str, str], str] = {}
         self._quick: dict[str, tuple[bool, int]] = {}
         # None is a shape that was seen once, False one whose contents change what is written.
         self._shapes: dict[_Key, Shape | bool | None] = {}
@@ -224,7 +224,8 @@ class ChatRenderer:
 
     def _header(self, template: str, options: Mapping[str, Any]) -> str:
         """What the template writes before an answer, whatever the answer: no target, since the trainer gives it."""
-        key = template + json.dumps({k: v for k, v in options.items() if k != "tools"}, default=str, sort_keys=True)
+        others = {k: v for k, v in options.items() if k != "tools"}
+        key = template, json.dumps(others, default=str, sort_keys=True) if others else ""
         if key not in self._headers:
             self._headers[key] = self._new_header(template, options)
         return self._headers[key]
