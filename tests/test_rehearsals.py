@@ -74,3 +74,11 @@ def test_no_engine_is_wrong_and_each_refusal_is_quick_and_in_words(table: Any) -
         for measure in one["measures"].values():
             assert measure["verdict"] in ("right", "refused"), kind
             assert measure["verdict"] == "right" or (measure["seconds"] < 10 and len(measure["why"]) > 20), kind
+
+
+def test_ray_data_counts_what_the_command_counts() -> None:
+    found = json.loads((REHEARSALS / "ray_data.json").read_text(encoding="utf-8"))
+    assert set(found["files"]) == {"conversations", "texts", "completions"}
+    for row in found["files"].values():
+        assert (row["ray"], row["datasets"]) == ("equal", "equal")
+        assert row["targets"] > 10_000
