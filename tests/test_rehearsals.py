@@ -83,3 +83,11 @@ def test_of_served_models_untouched_ones_are_fine_and_damaged_ones_are_not() -> 
         assert one["right"] is True, name
         assert rehearsal.right_of(one), name
         assert {"command", "versions", "seconds"} <= one.keys()
+
+
+def test_ray_data_counts_what_the_command_counts() -> None:
+    found = json.loads((REHEARSALS / "ray_data.json").read_text(encoding="utf-8"))
+    assert set(found["files"]) == {"conversations", "texts", "completions"}
+    for row in found["files"].values():
+        assert (row["ray"], row["datasets"]) == ("equal", "equal")
+        assert row["targets"] > 10_000

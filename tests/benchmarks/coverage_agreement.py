@@ -136,7 +136,7 @@ def trained_each(rows: list[dict[str, Any]], tokenizer: Any, **options: Any) -> 
     for place, row in enumerate(rows):
         groups.setdefault(str(_keys(row)), []).append(place)
     for places in groups.values():
-        found |= _trained_parts(rows, places, tokenizer, True, **options)
+        found |= _trained_parts(rows, places, tokenizer, places[0] == 0, **options)
     return [found[place] for place in range(len(rows))]
 
 
@@ -148,14 +148,14 @@ def _keys(value: Any) -> Any:
 
 
 def _trained_parts(
-    rows: list[dict[str, Any]], places: list[int], tokenizer: Any, all_of_a_kind: bool, **options: Any
+    rows: list[dict[str, Any]], places: list[int], tokenizer: Any, plainest: bool, **options: Any
 ) -> dict[int, Any]:
     together = attempt(lambda: trained([rows[place] for place in places], tokenizer, **options))
     if not isinstance(together, str):
         return dict(zip(places, together, strict=True))
     if len(places) == 1:
         return {places[0]: together}
-    if all_of_a_kind and attempt(lambda: trained([rows[places[0]]], tokenizer, **options)) == together:
+    if plainest and attempt(lambda: trained([rows[places[0]]], tokenizer, **options)) == together:
         return dict.fromkeys(places, together)  # of the template, since the plainest row is refused alike
     half = len(places) // 2
     parts = (_trained_parts(rows, part, tokenizer, False, **options) for part in (places[:half], places[half:]))
