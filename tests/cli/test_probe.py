@@ -116,6 +116,8 @@ def test_the_verdict_holds_the_truth(probed: tuple[Path, dict[str, Any]]) -> Non
     assert told["verdict"]["level"] == "lost"
     assert "96 sampled of 8,014 live tokens" in told["verdict"]["sentence"]
     assert any("were not sampled" in one for one in told["verdict"]["not_measured"])
+    # Of two asks the base's own noise is known.
+    assert not any("--asks 2" in one for one in told["verdict"]["not_measured"])
     assert told["findings"] is True
     assert told["where"]["head"] == told["where"]["forgotten"]
     assert told["outright"]["count"] == told["lost_count"]
@@ -172,6 +174,12 @@ def test_watched_words(zeroed: Path, tmp_path: Path) -> None:
         (kept, True, False),
     ]
     assert any(one.startswith("1 of 2 watched words") for one in told["verdict"]["findings"])
+
+
+def test_of_a_single_ask_the_noise_is_said_to_be_unknown(zeroed: Path, run: Run, capsys: Any) -> None:
+    run("probe", zeroed, ASSETS, "--sample", "24", "--asks", "1", "--text-tokens", "0", "--json")
+    missing = json.loads(capsys.readouterr().out)["verdict"]["not_measured"]
+    assert any("asked again, which takes --asks 2" in one for one in missing)
 
 
 def test_the_same_command_makes_the_same_bytes(zeroed: Path, tmp_path: Path, run: Run, capsys: Any) -> None:
