@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from tokenizers import processors
 
 from vocabguard.data.counting import CHUNK
@@ -402,11 +401,12 @@ def test_processes_that_read_for_themselves_give_the_same(
     tokenizer: Any, table: Any, tmp_path: Path, shard: str
 ) -> None:
     """Of every kind of file, with equal words for what was read; unknown roles are counted over all rows."""
+    datasets = pytest.importorskip("datasets")
     index, of = map(int, shard.split("/"))
     said = as_rows(chats(150))
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said), encoding="utf-8")
     (tmp_path / "b.txt").write_text("one line\n\nanother line\nand one more\n", encoding="utf-8")
-    Dataset.from_list([{"input_ids": [5, 6, 7 + place % 9]} for place in range(900)]).to_parquet(
+    datasets.Dataset.from_list([{"input_ids": [5, 6, 7 + place % 9]} for place in range(900)]).to_parquet(
         tmp_path / "c.parquet", batch_size=100
     )
     (tmp_path / "d.jsonl").write_text("", encoding="utf-8")

@@ -252,7 +252,9 @@ class VocabGuard:
         """What the run folder keeps of tokenizer and base. For all processes to call; rank 0 has the folder."""
         if self.run_dir is None:
             return None
-        return evidence_of_run(checker.watched.baselines, self.tokenizer if collective.is_main() else None)
+        found = evidence_of_run(checker.watched.baselines, self.tokenizer if collective.is_main() else None)
+        # A lost baseline restarts from the checkpoint's rows, which are no evidence of the base.
+        return {name: value for name, value in found.items() if name != "base" or not checker.watched.lost}
 
     def _begin_anew(self, total_steps: int | None) -> None:
         """Forget an earlier run of this guard: its hooks, its faults, its numbers."""

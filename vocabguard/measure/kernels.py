@@ -199,7 +199,7 @@ class MovedSum:
         rows, base = take_rows(now, places), take_rows(before, places)
         with np.errstate(all="ignore"):
             moved = np.subtract(rows, base, out=rows)
-            found = np.add.reduce(moved, axis=0)  # of so few rows: numpy takes ten times as long to add in float64
+            found = moved.sum(axis=0, dtype=np.float64)
             if not (np.abs(found) < _HUGE).all():
                 # A row whose length overflows float32 is as bad as one that is not finite.
                 moved = moved[np.isfinite(np.square(moved).sum(axis=1))]

@@ -27,6 +27,7 @@ BY_NEED: tuple[Mode, ...] = ("balanced", "least_exposed", "recall")
 """Modes whose ids are chosen anew at every check, and taken in the order of their need."""
 
 _LEAST_TURNS = 16
+_MANY = 2.0**62
 
 _MIX = 0x9E3779B97F4A7C15  # the golden ratio in 64 bits: neighbouring numbers become unlike seeds
 
@@ -124,7 +125,8 @@ def most_targets(plan: EchoPlan, data_targets: int, limit: float) -> int:
     """
     if plan.rate <= 0:
         return 0
-    return math.floor(limit * data_targets * max(1.0, plan.list_tokens / plan.rate) + 1e-9)
+    # A rate next to nothing makes of a limit what no integer holds.
+    return math.floor(min(limit * data_targets * min(max(1.0, plan.list_tokens / plan.rate), _MANY), _MANY) + 1e-9)
 
 
 def lists_at_a_time(in_a_row: int, list_tokens: int, *, rate: float, data: float, batches: int | None) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console, OverflowMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
@@ -134,7 +134,7 @@ class ConsoleView:
         report = _plain_table()
         report.add_column("")
         for name in ("tokens", "mean", "min", "< 0.95", "< 0.90") + (("retained",) if probed else ()):
-            report.add_column(name, justify="right", no_wrap=True)
+            report.add_column(name, justify="right", overflow=self._overflow, no_wrap=True)
         for row, following in zip(rows, (*rows[1:], None), strict=True):
             ends = following is None or following.kind != row.kind
             report.add_row(*self._report_cells(row, sizes, probed), end_section=ends)
@@ -161,7 +161,7 @@ class ConsoleView:
             name = WORST_COLUMNS[place]
             is_text = name in _TEXT_COLUMNS
             tokens.add_column(
-                name.replace(" ", "\n"), justify="left" if is_text else "right", overflow="ellipsis", no_wrap=True,
+                name.replace(" ", "\n"), justify="left" if is_text else "right", overflow=self._overflow, no_wrap=True,
                 vertical="bottom", max_width=(14 if narrow else 18) if is_text else None,
             )  # fmt: skip
         for report in reports:
@@ -186,6 +186,11 @@ class ConsoleView:
         joined = sentence.replace(" %", "\xa0%")
         lines = textwrap.fill(joined, room, break_long_words=False, break_on_hyphens=False)
         return self._text(lines.replace("\xa0%", " %"), style)
+
+    @property
+    def _overflow(self) -> OverflowMethod:
+        """What becomes of a cell without room: Rich ends it by a character that not every encoding has."""
+        return "ellipsis" if "…".encode(self._console.encoding, "ignore") else "crop"
 
     def _text(self, text: str, style: str = "") -> Text:
         """Literal text, with characters that the console's encoding lacks as escapes."""
