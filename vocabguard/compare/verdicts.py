@@ -181,7 +181,7 @@ def _unseen(told: Mapping[str, Any], *, two: bool) -> list[str]:
         said.append("rare tokens against frequent ones, which takes --coverage or --run")
     if two and "skill" not in told["numbers"]:
         said.append("how much of a loss is only the skill of repeating, which takes --coverage or --run")
-    if two and len(asked["asks"]) == 1:
+    if two and len(asked.get("asks", ())) == 1:
         said.append("what the base itself loses when it is asked again, which takes --asks 2 or more")
     return [*said, "answers that the model writes freely"]
 
