@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +146,16 @@ def _interval(found: Mapping[str, Any]) -> str:
     return f"{found['level']}: lost {value:.1f} % ({low:.1f} to {high:.1f}) of {found['known']}{words}; text {rise}"
 
 
+def _head(names: Sequence[str]) -> tuple[str, str]:
+    """The two lines that a table begins with."""
+    return f"| {' | '.join(names)} |", "|---" * len(names) + "|"
+
+
 def known_damage() -> Iterator[str]:
     """What the commands said of each damaged copy, and whether it is right."""
     found = json.loads((ROOT / "tests/benchmarks/known_damage.json").read_text(encoding="utf-8"))
     heads = ("copy of SmolLM2 135M", "`scan`", "`probe`", "`scan --probe`", "right", "CPU s of both")
-    yield from (f"| {' | '.join(heads)} |", "|---" * len(heads) + "|")
+    yield from _head(heads)
     for name, one in found.items():
         if name == "repair":
             continue
@@ -164,7 +169,7 @@ def served_models() -> Iterator[str]:
     """What `probe --url` said of each served model, and whether it is right."""
     found = json.loads((ROOT / "tests/rehearsals/results/served.json").read_text(encoding="utf-8"))
     heads = ("server", "asked by", "copy", "verdict", "lost, of the words that the base repeats", "right")
-    yield from (f"| {' | '.join(heads)} |", "|---" * len(heads) + "|")
+    yield from _head(heads)
     for name, one in found.items():
         server = f"{name} ({', '.join(f'{key} {value}' for key, value in one['versions'].items())})"
         for kind, told in one.items():
