@@ -153,7 +153,8 @@ def _lists(
     lists = {
         prompt: math.ceil(len(ids) / min(list_tokens, here)) for prompt, here in room.items() if here >= max(1, fewest)
     }
-    fitting = [prompt for prompt in prompts if prompt in lists and lists[prompt] == min(lists.values())]
+    least = min(lists.values(), default=0)
+    fitting = [prompt for prompt in prompts if lists.get(prompt) == least]
     fitting = fitting or [min(prompts, key=lambda prompt: prompt.overhead)]
     found, begin = [], 0
     while begin < len(ids):
