@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from vocabguard.cli.app import build
+from vocabguard.cli.app import InputError, build
 from vocabguard.data.coverage import load_coverage
 
 ASSETS = Path(__file__).parents[2] / "examples" / "assets"
@@ -102,3 +102,22 @@ def test_words_a_table_a_reference_and_commands_to_copy(data: Path, tmp_path: Pa
     assert len(table.read_text(encoding="utf-8").splitlines()) > 8000
     assert "usual for English chat data: 85 to 97 %" in run(data).stdout
     assert "reference with --reference only" in str(run(data, "--rank", "reference").exception)
+
+
+def test_words_by_language(data: Path) -> None:
+    pytest.importorskip("lingua")
+    told = json.loads(run(data, "--languages", "en,de,fr", "--json").stdout)
+    latin = told["languages"]["latin"]
+    assert list(told["languages"]) == ["latin"]
+    assert latin["en"]["never"] > 10
+    assert list(latin)[-1] == "unclear"
+    shown = run(data, "--languages", "en,de,fr").stdout
+    assert "- words, English" in shown
+    assert "- words, language unclear" in shown
+
+
+def test_unknown_language(data: Path) -> None:
+    pytest.importorskip("lingua")
+    error = run(data, "--languages", "en,klingon").exception
+    assert isinstance(error, InputError)
+    assert str(error).startswith("--languages is 'klingon'; allowed: two or more of af, ar,")

@@ -89,6 +89,13 @@ def coverage(
             "the tokenizer.",
         ),
     ] = "inputs",
+    languages: Annotated[
+        str | None,
+        typer.Option(
+            help="Tell the words of a script by language: codes parted by commas, like en,de,fr, or common for 22 "
+            "languages. Needs lingua-language-detector."
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(help="Tokens at risk to name.")] = 20,
     workers: Annotated[int, typer.Option(help="Processes; 0 chooses by the size of the data.")] = 0,
     fast: Annotated[
@@ -109,6 +116,7 @@ def coverage(
     from vocabguard.data.merge import merge_coverages
     from vocabguard.data.ranking import expected_never, merge_ranks, template_ids, write_tokens
     from vocabguard.data.readers import data_files, read_examples
+    from vocabguard.data.token_languages import chosen_languages, token_languages
     from vocabguard.vocabulary.table import build_table
 
     _check_ranges(threshold, top, workers, epochs, max_length)
@@ -120,6 +128,7 @@ def coverage(
         name = parts[0].source.tokenizer if parts else tokenizer
         loaded = load_tokenizer(name, chat_template)
         vocabulary = build_table(loaded, 1 + max(loaded.get_vocab().values(), default=-1))
+        codes = None if languages is None else chosen_languages(languages)
         watched, words = _watched(loaded, vocabulary, watch or ())
         files = [] if merging else data_files(data)
         for option, path in (("--out", out), ("--table", table)):
@@ -141,8 +150,10 @@ def coverage(
                 )  # fmt: skip
         if out is not None:
             result.save(out)
+        with working("telling words by language"):
+            spoken = None if codes is None else token_languages(vocabulary, codes)
         if table is not None:
-            write_tokens(table, result, vocabulary)
+            write_tokens(table, result, vocabulary, spoken)
         with working("counting the reference"):
             compared = _reference(reference or (), loaded, vocabulary)
     except (ValueError, OSError) as error:
@@ -156,6 +167,7 @@ def coverage(
         vocabulary, tuple(watched), tuple(worst),
         rank, _named(name, loaded, result, vocabulary, watched), 0 if own is None else _left_out(result, own), out,
         None if compared is None else expected_never(compared.inputs, result.live, int(result.data_target.sum())),
+        spoken,
     )  # fmt: skip
     tell(result, shown, as_json)
     if threshold is not None and result.never_share > threshold:

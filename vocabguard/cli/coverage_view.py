@@ -44,6 +44,7 @@ class Shown:
         left_out: tokens at risk that are not listed, since the chat template writes them.
         out: where the counts were written.
         expected: share that as many tokens of a reference would leave out.
+        languages: of each token, where they were asked for.
     """
 
     table: VocabTable
@@ -54,6 +55,7 @@ class Shown:
     left_out: int
     out: Path | None
     expected: float | None
+    languages: Sequence[str] | None = None
 
 
 def tell(result: Coverage, shown: Shown, as_json: bool) -> None:
@@ -76,6 +78,7 @@ def _as_json(result: Coverage, shown: Shown) -> dict[str, Any]:
         **coverage_totals(result),
         "groups": groups,
         "latin": kinds,
+        **_languages_json(result, shown),
         "rows": asdict(result.tally),
         "source": {name: told for name, told in asdict(result.source).items() if name != "example"},
         "example": [{"text": text, "target": asked} for text, asked in result.source.example],
@@ -86,6 +89,21 @@ def _as_json(result: Coverage, shown: Shown) -> dict[str, Any]:
         "template_tokens_left_out": shown.left_out,
         "reference_never_share": shown.expected,
         "named": shown.named,
+    }
+
+
+def _languages_json(result: Coverage, shown: Shown) -> dict[str, Any]:
+    from vocabguard.data.token_languages import SCRIPTS_OF_MANY, language_rows
+
+    if shown.languages is None:
+        return {}
+    rows = {group: language_rows(result, shown.table, shown.languages, group) for group in SCRIPTS_OF_MANY}
+    return {
+        "languages": {
+            group: {code: dict(zip(EXPOSURE_CLASSES, counts, strict=True)) for code, counts in found}
+            for group, found in rows.items()
+            if found
+        }
     }
 
 
@@ -116,7 +134,7 @@ def _print(result: Coverage, shown: Shown) -> None:
     if result.source.example:
         console.print("A row as it is counted; targets stand between ⟦ and ⟧:", style="bold")
         console.print(_marked(result.source.example), markup=False)
-    console.print(_group_table(result, shown.table))
+    console.print(_group_table(result, shown))
     if shown.watched:
         console.print("watched tokens", style="bold")
         console.print(_token_table(result, shown.table, shown.watched))
@@ -226,22 +244,35 @@ def _printable(text: str) -> str:
     return "".join(one if one == "\n" or one.isprintable() else f"\\x{ord(one):02x}" for one in text)
 
 
-def _group_table(result: Coverage, table: VocabTable) -> Grid:
+def _group_table(result: Coverage, shown: Shown) -> Grid:
     from vocabguard.data.coverage import group_rows
-    from vocabguard.data.ranking import kind_rows
 
     names = ("never", "", "1-4", "5-19", "20+")
     grid = Grid([Column("", words=True), Column("tokens", spare=1), *map(Column, names)])
     for row in group_rows(result):
-        never, *others = row.classes
-        counts = (f"{row.live:,}", f"{never:,}", percent(never / row.live), *(f"{count:,}" for count in others))
-        grid.add(label_of(row.group), *counts, style="bold" if row.group == "all" else "")
-        if row.group == "latin":
-            for kind, (lacking, *rest) in kind_rows(result, table):
-                live = lacking + sum(rest)
-                parts = (f"{live:,}", f"{lacking:,}", percent(lacking / live), *(f"{count:,}" for count in rest))
-                grid.add(f"- {kind}", *parts, style="dim")
+        grid.add(label_of(row.group), *_class_cells(row.classes), style="bold" if row.group == "all" else "")
+        for name, counts in _parts_of(row.group, result, shown):
+            grid.add(f"- {name}", *_class_cells(counts), style="dim")
     return grid
+
+
+def _class_cells(counts: Sequence[int]) -> tuple[str, ...]:
+    """Tokens in all, those that are never a target and their share, and those of the other classes."""
+    (never, *others), live = counts, sum(counts)
+    return (f"{live:,}", f"{never:,}", percent(never / live), *(f"{count:,}" for count in others))
+
+
+def _parts_of(group: str, result: Coverage, shown: Shown) -> list[tuple[str, tuple[int, ...]]]:
+    """What a group is made of, finer: kinds of Latin tokens, and languages where they were asked for."""
+    from vocabguard.data.ranking import kind_rows
+    from vocabguard.data.token_languages import SCRIPTS_OF_MANY, language_names, language_rows
+
+    parts = kind_rows(result, shown.table) if group == "latin" else []
+    if shown.languages is not None and group in SCRIPTS_OF_MANY:
+        rows = language_rows(result, shown.table, shown.languages, group)
+        names = language_names([code for code, _ in rows])
+        parts += [(f"words, {names[code]}", counts) for code, counts in rows]
+    return parts
 
 
 def _token_table(result: Coverage, table: VocabTable, shown: tuple[int, ...]) -> Grid:

@@ -133,18 +133,26 @@ COLUMNS = ("id", "text", "group", "kind", "live", "class", "data_target", "input
 """Of the table that `write_tokens` writes."""
 
 
-def write_tokens(path: Path, coverage: Coverage, table: VocabTable) -> None:
+def write_tokens(path: Path, coverage: Coverage, table: VocabTable, languages: Sequence[str] | None = None) -> None:
     """Write a row for each token, `COLUMNS`, as CSV or Parquet by the name's ending.
+
+    Args:
+        languages: one more column, ``language``: of V tokens, from `vocabguard.data.token_languages`.
 
     Raises:
         ValueError: for another ending, or Parquet without pyarrow.
         OSError: if it cannot be written.
     """
-    rows = list(zip(*_columns(coverage, table), strict=True))
+    names: tuple[str, ...] = COLUMNS
+    columns = list(_columns(coverage, table))
+    if languages is not None:
+        names = (*COLUMNS, "language")
+        columns.append(languages)
+    rows = list(zip(*columns, strict=True))
     if path.suffix == ".csv":
         with replacing(path) as new, new.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
-            writer.writerows([COLUMNS, *rows])
+            writer.writerows([names, *rows])
         return
     if path.suffix != ".parquet":
         raise ValueError(f"--table is {path}; allowed: a name that ends in .csv or .parquet")
@@ -154,7 +162,7 @@ def write_tokens(path: Path, coverage: Coverage, table: VocabTable) -> None:
     except ImportError as error:
         raise ValueError(f"--table {path}: writing Parquet needs pyarrow; `pip install pyarrow`") from error
     content = io.BytesIO()
-    parquet.write_table(pa.table(dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True))), content)
+    parquet.write_table(pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))), content)
     write_file(path, content.getvalue())
 
 
