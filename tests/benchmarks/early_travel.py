@@ -270,7 +270,8 @@ def judged(told: Sequence[Told], model: str) -> Iterator[dict[str, Any]]:
     taught = [one for one in told if one.model != model and not one.run.held_out]
     made, bands = fit(taught), {name: band(taught, law) for name, law in laws().items()}
     for one in told:
-        if one.model == model:
+        # The networks were fitted on the embedded base's other runs.
+        if one.model == model and (model != "embedded" or one.run.held_out):
             ends = float((one.run.end[one.run.live] < DEGRADED).mean())
             for moment, seen in one.looks.items():
                 about = {"model": model, "run": one.run.setup.name, "moment": moment, "degraded": ends}

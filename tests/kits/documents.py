@@ -184,6 +184,60 @@ def served_models() -> Iterator[str]:
             yield f"| {' | '.join(map(_cell, cells))} |"
 
 
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+MODELS_HELD_OUT = {
+    "embedded": "embedded (128 wide; data and optimizers that fitting never saw)",
+    "gemma3": "Gemma 3 270M (640)",
+    "smollm2": "SmolLM2 135M (576)",
+}
+"""Names of models in ``early_travel.json``; those of small bases are ``w`` and their width."""
+
+
+def forecast_on_other_models() -> Iterator[str]:
+    """How the forecast's range holds on models that were left out of its fit."""
+    found = json.loads((ROOT / "tests/benchmarks/early_travel.json").read_text(encoding="utf-8"))
+    models = {name: one for name, one in found.items() if isinstance(one, Mapping) and "runs" in one}
+    models = {**{name: models[name] for name in sorted(models) if name != "all models"}, "all": models["all models"]}
+    yield from _head((
+        "held out", "runs, looks", "rows inside the 90 % interval (worst and best run)", "by the networks alone",
+        "score over networks", 'over "stays as it is"', "over the best law",
+        "error of the log angle: range, networks", "AUROC by range, by networks",
+    ))  # fmt: skip
+    for name, one in models.items():
+        worst, best = one["covered, worst and best run"]
+        scores = (one[f"score over {other}"] for other in ("networks", "stays as it is", "best law"))
+        cells = (
+            MODELS_HELD_OUT.get(name, name), f"{one['runs']}, {one['looks']}",
+            f"{_percent(one['covered'])} ({_percent(worst, 0)} to {_percent(best, 0)})",
+            _percent(one["networks covered"], 0),
+            *(f"{score:.2f}" for score in scores), f"{one['error']:.3f}, {one['networks error']:.3f}",
+            "" if one["auroc"] is None else f"{one['auroc']:.3f}, {one['networks auroc']:.3f}",
+        )  # fmt: skip
+        yield f"| {' | '.join(cells)} |"
+    by_moment = (
+        f"{moment.replace('%', ' %')} of the run {_percent(one['covered'], 0)}"
+        for moment, one in found["by moment"].items()
+    )
+    yield from ("", f"By moment: {', '.join(by_moment)}.")
+
+
+def words_by_language() -> Iterator[str]:
+    """How often the language that ``coverage --languages`` tells of a token is right."""
+    found = json.loads((ROOT / "tests/benchmarks/token_languages.json").read_text(encoding="utf-8"))
+    heads = ("tokenizer", "languages to choose from", "words", "judged", "given to a language", "of these right (95 %)")
+    yield from _head((*heads, "CPU s"))
+    for one in found:
+        low, high = one["interval"]
+        cells = (
+            one["tokenizer"], one["languages"], f"{one['words']:,}", f"{one['judged']:,}", _percent(one["told"], 0),
+            f"{_percent(one['right'])} ({100 * low:.1f} to {100 * high:.1f})", f"{one['cpu_seconds']:.1f}",
+        )  # fmt: skip
+        yield f"| {' | '.join(map(str, cells))} |"
+
+
 PARTS: dict[str, tuple[str, Callable[[], Iterator[str]]]] = {
     "presets": ("configs/README.md", presets),
     "settings": ("configs/README.md", settings),
@@ -193,6 +247,8 @@ PARTS: dict[str, tuple[str, Callable[[], Iterator[str]]]] = {
     "measures of rows": ("tests/README.md", measures_of_rows),
     "known damage": ("tests/README.md", known_damage),
     "served models": ("tests/README.md", served_models),
+    "forecast on other models": ("tests/README.md", forecast_on_other_models),
+    "words by language": ("tests/README.md", words_by_language),
 }
 """Mark -> file, and what stands there."""
 
