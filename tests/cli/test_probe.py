@@ -367,7 +367,7 @@ def test_a_zeroed_row_is_not_where_it_was(zeroed: Path, run: Run, tmp_path: Path
     """Such rows have no cosine, so that no share counts them."""
     assert run("scan", ASSETS, zeroed) == 1
     said = capsys.readouterr().out
-    assert "800 live rows of the head are zero now and were not at the base" in said
+    assert "800 live output rows are zero now and were not at the base" in said
     assert run("scan", ASSETS, zeroed, "--out", tmp_path / "s.safetensors", "--json") == 1
     capsys.readouterr()
     assert run("report", tmp_path / "s.safetensors", "--json") == 1

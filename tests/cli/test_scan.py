@@ -44,7 +44,7 @@ def test_json_and_file(tuned: Path, tmp_path: Path, run: Run, capsys: Any) -> No
 def test_tables(tuned: Path, run: Run, capsys: Any) -> None:
     assert run("scan", ASSETS, tuned, "--threshold", "0.05", "--top", "3") == 0
     said = capsys.readouterr().out
-    assert "8,014 live rows of the head are below cosine 0.95" in said
+    assert "8,014 live output rows are below cosine 0.95" in said
     named = "Never trained at the base: ␣парол, ␣geomet, "
     for word in ("Cyrillic", "input embedding", "worst live tokens", "L2 0 |", "every live row is where it was", named):
         assert word in said
@@ -149,6 +149,6 @@ def test_a_row_that_grew_is_not_where_it_was(changed_assets: Any, run: Run, caps
 
     assert run("scan", ASSETS, changed_assets(grow), "--no-body") == 0
     said = capsys.readouterr().out
-    assert "the norm of 1 live row of the head doubled or halved: " in said
+    assert "the norm of 1 live output row doubled or halved: " in said
     assert "(12 times)" in said
     assert "every live row is where it was" not in said.partition("input embedding")[0]

@@ -109,7 +109,7 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being read, the rows read so far and the rows there are."""
 
 # Elements read at a time; eight times as many where rows are sampled.
-_CHUNK = 2**20
+_CHUNK = 2**21
 
 
 @dataclass(frozen=True)
