@@ -138,6 +138,31 @@ def measures_of_rows() -> Iterator[str]:
         yield f"| {_cell(name)} | {' | '.join(cells)} |"
 
 
+SHOWN_EARLY = (
+    "row: 1 - cosine", "row: L2", "exposure: few data targets", "neighbour: fall of margin at asks",
+    "text, frequent targets: log p now", "copying: log p now", "copying: fall", "recall: 128 probed",
+    "recall: 384 probed", "logistic: text, copying, fall of copying",
+)  # fmt: skip
+"""The same of ``real/rows_early.json``."""
+
+
+def measures_early_in_the_run() -> Iterator[str]:
+    """AUROC of what is lost at the end by what is seen at a fifth and at half of a run."""
+    runs = json.loads((ROOT / "tests/benchmarks/real/rows_early.json").read_text(encoding="utf-8"))
+    by_name: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for one in runs:
+        by_name.setdefault(one["run"], {})[one["percent"]] = one
+    shown = {name: found for name, found in by_name.items() if {20, 50} <= found.keys()}
+    heads = (f"{name} ({one[20]['lost']} of {one[20]['known']} lost)" for name, one in shown.items())
+    yield from _head(("measure at 20 %, at 50 % of the run", *heads))
+    for measure in SHOWN_EARLY:
+        cells = (
+            ", ".join(f"{one[percent]['measures'][measure]['auroc']:.2f}" for percent in (20, 50))
+            for one in shown.values()
+        )
+        yield f"| {_cell(measure)} | {' | '.join(cells)} |"
+
+
 def _interval(found: Mapping[str, Any]) -> str:
     """Verdict of a probe, what is lost, and what natural text lost."""
     value, low, high = (100 * one for one in found["lost"])
@@ -245,6 +270,7 @@ PARTS: dict[str, tuple[str, Callable[[], Iterator[str]]]] = {
     "fields of a rule": ("configs/README.md", rule_fields),
     "keys": ("configs/README.md", keys),
     "measures of rows": ("tests/README.md", measures_of_rows),
+    "measures early in the run": ("tests/README.md", measures_early_in_the_run),
     "known damage": ("tests/README.md", known_damage),
     "served models": ("tests/README.md", served_models),
     "forecast on other models": ("tests/README.md", forecast_on_other_models),
