@@ -147,26 +147,33 @@ def compare_tokens(texts: list[str], tokenizer: Any, repeats: int) -> None:
               f"{ours / other:.2f} times reading ({other:.3f} s)")  # fmt: skip
 
 
+PASSES = 4, 44
+"""Passes over the rows in the smaller and in the larger file."""
+
+
 def compare_processes(texts: list[str], chats: list[list[dict[str, str]]], tokenizer: Any) -> None:
-    """Print what one process and each of two need beside their start, from files of two sizes."""
+    """Print what one process and two need beside their start, from files of two sizes, by both clocks."""
     table = build_table(tokenizer, len(tokenizer))
     with tempfile.TemporaryDirectory() as folder:
         for name, rows in (("texts", [{"text": text} for text in texts]), ("chats", [{"messages": c} for c in chats])):
-            spent: dict[tuple[int, int], tuple[float, float]] = {}
-            for times in (4, 12):
+            spent: dict[tuple[int, int], tuple[float, float, float]] = {}
+            for times in PASSES:
                 path = Path(folder) / f"{name}-{times}.jsonl"
                 with path.open("w", encoding="utf-8") as file:
                     file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for _ in range(times) for row in rows)
                 for workers in (1, 2):
-                    before, began = _children(), time.process_time()
+                    before, began, wall = _children(), time.process_time(), time.perf_counter()
                     measure_coverage(read_examples([path], blocks=True), tokenizer, table, workers=workers)
-                    spent[workers, times] = time.process_time() - began, _children() - before
-            one = spent[1, 12][0] - spent[1, 4][0]
-            here, there = (spent[2, 12][side] - spent[2, 4][side] for side in (0, 1))
-            started = (spent[2, 4][1] - there / 2) / 2
-            print(f"{name}, {8 * len(rows):,} rows more: one process {one:.2f} s of CPU time; of two, each "
+                    clocks = time.process_time() - began, _children() - before, time.perf_counter() - wall
+                    spent[workers, times] = clocks
+            few, many = PASSES
+            one, _, wall_one = (spent[1, many][clock] - spent[1, few][clock] for clock in range(3))
+            here, there, wall_two = (spent[2, many][clock] - spent[2, few][clock] for clock in range(3))
+            started = (spent[2, few][1] - there * few / (many - few)) / 2
+            print(f"{name}, {(many - few) * len(rows):,} rows more: one process {one:.2f} s of CPU time; of two, each "
                   f"{there / 2:.2f} s and the first {max(0.0, here):.2f} s, {one / max(there / 2, here):.2f} times as "
-                  f"fast; {started:.1f} s to start each", flush=True)  # fmt: skip
+                  f"fast; {started:.1f} s to start each. By the wall {wall_one:.2f} and {wall_two:.2f} s, "
+                  f"{wall_one / wall_two:.2f} times as fast", flush=True)  # fmt: skip
 
 
 def _children() -> float:
