@@ -262,7 +262,7 @@ def pair(name: str, folder: Path, base: Path, work: Path, line: tuple[object, ..
     if name in ROUNDED:
         right["scan"] = {"no finding": not scan["findings"]}
     if name == "one row grown":
-        right["scan"] = {"names the row": "the norm of 1 live row of the head doubled or halved" in rows}
+        right["scan"] = {"names the row": "the norm of 1 live output row doubled or halved" in rows}
     if name == "one MLP damaged":
         # Nothing of a scan without a probe may read as if behaviour had been looked at.
         unseen = timed("scan", base, folder)[1]["verdict"]["not_measured"]

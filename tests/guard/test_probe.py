@@ -10,7 +10,7 @@ import torch
 
 from vocabguard import ConfigError, VocabGuard
 from vocabguard.config import ProbeConfig
-from vocabguard.guard.probe import Population, Prober, build_prober
+from vocabguard.guard.probe import FREQUENT, Population, Prober, build_prober
 from vocabguard.guard.words import watched_ids, watched_words
 from vocabguard.results import NotApplicable, Preflight
 from vocabguard.vocabulary.table import build_table
@@ -85,7 +85,7 @@ def flight_of(counts: torch.Tensor, *, batches: int = 10, tokens: int = 1000) ->
 
 def test_the_sample_is_of_live_tokens_and_holds_every_class(table: Any) -> None:
     counts = torch.zeros(8192, dtype=torch.int64)
-    counts[table.live.nonzero().flatten()[::50]] = 7
+    counts[table.live.nonzero().flatten()[::50]] = 4
     population = Population.of(table, flight_of(counts), whole=False)
     ids = population.draw(256, 0)
     assert len(ids) == 256
@@ -95,7 +95,18 @@ def test_the_sample_is_of_live_tokens_and_holds_every_class(table: Any) -> None:
     assert set(table.group[ids].tolist()) == set(table.group[table.live].tolist())
     assert torch.equal(ids, population.draw(256, 0))
     assert not torch.equal(ids, population.draw(256, 1))
-    assert not len(population.frequent), "7 targets are not often"
+    assert not len(population.frequent), "4 targets are not often"
+
+
+def test_in_a_short_run_those_of_five_targets_fill_up_the_frequent_ones(table: Any) -> None:
+    counts = torch.zeros(8192, dtype=torch.int64)
+    live = table.live.nonzero().flatten()
+    counts[live[:10]], counts[live[100:200]], counts[live[300:400]] = 30, torch.arange(100) % 15 + 5, 4
+    found = counts[Population.of(table, flight_of(counts), whole=False).frequent]
+    assert len(found) == FREQUENT
+    assert int((found == 30).sum()) == 10
+    assert found.tolist() == sorted(counts.tolist(), reverse=True)[:FREQUENT]
+    assert int(found.min()) >= 5
 
 
 def test_the_whole_vocabulary(table: Any) -> None:
