@@ -19,9 +19,6 @@ body, what ``vocabguard probe`` and ``scan --probe`` say with their intervals, a
 A scan without ``--probe`` says that behaviour was not looked at. Asked in bfloat16, 3.6 times as fast on a CPU that
 computes in it; `probe` asks rounded copies in float32, since bfloat16 would round away what is looked for. `repair` is
 the adapter once more, given to ``vocabguard repair --method auto``: it comes back as an adapter.
-
-``known_damage.json`` has the pairs that were run to an end so far; of "one row grown" and "one MLP damaged" 64 tokens
-were asked once (``--sample 64 --asks 1 --text-tokens 1024``).
 """
 
 from __future__ import annotations
