@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ LONGEST = (
 )
 """What takes longest begins first, so that no worker is left alone with it in the end."""
 
+EXAMPLES_NEED = {"token_languages.py": "lingua"}
+"""Modules whose examples need a package of an extra."""
+
 
 class ByFile(LoadFileScheduling):
     """Gives each file to one worker, which keeps its fixtures, and all of `SEVERAL_PROCESSES` to the same.
@@ -80,7 +84,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In workers, what takes longest first; all else keeps its order."""
+    """In workers, what takes longest first; all else keeps its order. Examples that lack an extra are skipped."""
+    for item in items:
+        package = EXAMPLES_NEED.get(item.path.name) if isinstance(item, pytest.DoctestItem) else None
+        if package is not None and find_spec(package) is None:
+            item.add_marker(pytest.mark.skip(reason=f"needs {package}"))
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: next((n for n, name in enumerate(LONGEST) if item.nodeid.startswith(name)), 99))
 
