@@ -15,8 +15,8 @@ tokens in two ways that nothing else uses (`real.recall`); ``--percent`` asks ea
 `real.train`. ``replay`` runs the guard over a run's saved weights (`real.replay`). On 2 cores a run of ``tied`` takes 6
 to 10 minutes, a judgement 2. ``summary`` writes the tables of ``tests/README.md`` from the files in ``real/``:
 ``results.json`` of ``judge``, ``replays.json`` of ``replay constant tied untied gemma lora --arms control --looks 2``
-and, from before, of other arms of ``tied``, ``constant`` and ``full1e-4``, where those of ``tied`` and ``full1e-4`` were
-replayed with ``--set probe.budget=1``; ``probing.json`` there is of ``probe --seeds 0,1 --tokens 128``.
+and, from before, of other arms of ``tied``, ``constant`` and ``full1e-4``, where those of ``tied`` and ``full1e-4``
+were replayed with ``--set probe.budget=1``; ``probing.json`` there is of ``probe --seeds 0,1 --tokens 128``.
 """
 
 from __future__ import annotations
