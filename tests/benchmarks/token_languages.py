@@ -15,14 +15,18 @@ import argparse
 import gettext
 import json
 import re
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1] / "kits"))
+
 import django
 import torch
+from documents import language_table
 from transformers import AutoTokenizer
 
 from vocabguard.data.token_languages import COMMON, UNCLEAR, token_languages
@@ -85,19 +89,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     found = []
-    print("| tokenizer | languages to choose from | words | judged | given to a language | of these right | CPU s |")
-    print("|---|---|---|---|---|---|---|")
     for languages in (("en", "de", "fr", "es"), COMMON, WIDER):
         right = truth(languages)
-        for name in arguments.tokenizers:
-            row = judged(name, languages, right)
-            found.append(row)
-            low, high = row["interval"]
-            cells = (
-                row["tokenizer"], row["languages"], f"{row['words']:,}", f"{row['judged']:,}", f"{row['told']:.0%}",
-                f"{row['right']:.1%} ({low:.1%} to {high:.1%})", f"{row['cpu_seconds']:.1f}",
-            )  # fmt: skip
-            print(f"| {' | '.join(map(str, cells))} |")
+        found += [judged(name, languages, right) for name in arguments.tokenizers]
+    print("\n".join(language_table(found)))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -129,7 +129,7 @@ def measures_of_rows() -> Iterator[str]:
     """AUROC of lost against kept tokens by measure, a column a run."""
     runs = json.loads((ROOT / "tests/benchmarks/real/rows.json").read_text(encoding="utf-8"))
     heads = (f"{one['run']} ({one['part']}; {one['lost']} of {one['known']} lost)" for one in runs)
-    yield from (f"| measure | {' | '.join(heads)} |", "|---" * (len(runs) + 1) + "|")
+    yield from _head(("measure", *heads))
     for name in SHOWN:
         cells = []
         for one in runs:
@@ -251,7 +251,11 @@ def forecast_on_other_models() -> Iterator[str]:
 
 def words_by_language() -> Iterator[str]:
     """How often the language that ``coverage --languages`` tells of a token is right."""
-    found = json.loads((ROOT / "tests/benchmarks/token_languages.json").read_text(encoding="utf-8"))
+    return language_table(json.loads((ROOT / "tests/benchmarks/token_languages.json").read_text(encoding="utf-8")))
+
+
+def language_table(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What ``benchmarks/token_languages.py`` measures, a line for each tokenizer and number of languages."""
     heads = ("tokenizer", "languages to choose from", "words", "judged", "given to a language", "of these right (95 %)")
     yield from _head((*heads, "CPU s"))
     for one in found:

@@ -21,7 +21,7 @@ from vocabguard.compare.options import Bars
 from vocabguard.files import one_line, plain
 from vocabguard.report.commands import Next, after_scan
 from vocabguard.text import listed, number, percent, visible
-from vocabguard.vocabulary.labels import label_of
+from vocabguard.vocabulary.labels import ROW_KINDS, label_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 _BARS = " ▁▂▃▄▅▆▇█"
 _UNMOVED = 0.9999
 _LABELS = {"head": "head", "embedding": "input embedding"}
-_KINDS = {"head": "output", "embedding": "input"}
 
 
 def _verdict(found: Mapping[str, Any]) -> str:
@@ -41,9 +40,9 @@ def _verdict(found: Mapping[str, Any]) -> str:
         return f"Not applicable: {found['head']['not_applicable']}."
     numbers, live = found[judged], found["tokens"]["live"]
     if "cosine_mean" not in numbers:
-        return f"No live {_KINDS[judged]} row could be measured."
+        return f"No live {ROW_KINDS[judged]} row could be measured."
     return (
-        f"{percent(numbers['below_0.95'])} of {live:,} live {_KINDS[judged]} rows are below cosine 0.95, "
+        f"{percent(numbers['below_0.95'])} of {live:,} live {ROW_KINDS[judged]} rows are below cosine 0.95, "
         f"{percent(numbers['below_0.90'])} below 0.90; mean {number(numbers['cosine_mean'])}, "
         f"min {number(numbers['cosine_min'])}."
     )
@@ -334,9 +333,9 @@ def _broken_rows(told: Mapping[str, Any]) -> list[str]:
         numbers = told[name]
         if zeroed := numbers.get("zeroed_rows", {}).get("count"):
             named = listed([visible(text, 24) for text in numbers["zeroed_rows"]["texts"]], zeroed)
-            said.append(f"{zeroed:,} live {_KINDS[name]} rows are zero now and were not at the base: {named}")
+            said.append(f"{zeroed:,} live {ROW_KINDS[name]} rows are zero now and were not at the base: {named}")
         if numbers.get("nonfinite_rows"):
-            said.append(f"{int(numbers['nonfinite_rows']):,} live {_KINDS[name]} rows hold NaN or Inf")
+            said.append(f"{int(numbers['nonfinite_rows']):,} live {ROW_KINDS[name]} rows hold NaN or Inf")
     return said
 
 
@@ -349,7 +348,7 @@ def _twofold_rows(told: Mapping[str, Any]) -> list[str]:
             named = [f"{visible(text, 24)} ({ratio:.2g} times)"
                      for text, ratio in zip(found["texts"], found["ratios"], strict=True)]  # fmt: skip
             count = found["count"]
-            rows = f"1 live {_KINDS[name]} row" if count == 1 else f"{count:,} live {_KINDS[name]} rows"
+            rows = f"1 live {ROW_KINDS[name]} row" if count == 1 else f"{count:,} live {ROW_KINDS[name]} rows"
             said.append(f"the norm of {rows} doubled or halved: {listed(named, count)}")
     return said
 

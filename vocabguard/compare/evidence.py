@@ -21,6 +21,7 @@ from vocabguard.rows.checkpoints import Checkpoint
 from vocabguard.rows.fingerprint import SAMPLED, differ, fingerprint
 from vocabguard.rows.tensors import ADAPTER_CONFIG, TensorStore, open_adapter_store, open_store
 from vocabguard.runlog import versions
+from vocabguard.vocabulary.labels import ROW_KINDS
 
 COVERED = (
     "names, shapes and types of all tensors; every byte of the vocabulary rows; of each other tensor 2 KiB at 8 evenly "
@@ -35,7 +36,6 @@ COVERED_OF_RUN = (
 """What the hashes of a run are of: a run must begin at once."""
 
 _PLACES, _BYTES, _PIECE = 8, 256, 2**20
-_ROWS = {"head": "output", "embedding": "input"}
 
 
 def evidence_of(
@@ -138,7 +138,7 @@ def unequal(first: Mapping[str, Any], second: Mapping[str, Any], what: str) -> s
     if not odd:
         return ""
     left, right = (str(side.get("sha256"))[:12] for side in pairs[odd[0]])
-    return f"another {what} ({_ROWS.get(odd[0], odd[0])} rows {left} and {right})"
+    return f"another {what} ({ROW_KINDS.get(odd[0], odd[0])} rows {left} and {right})"
 
 
 def identity_of(told: Mapping[str, Any], what: str) -> str | None:
@@ -177,7 +177,7 @@ def evidence_sentences(told: Mapping[str, Any]) -> tuple[str, ...]:
             said.append(f"Weights of the {side}: no hash, {one['error']}.")
         elif isinstance(one, Mapping):
             said += [
-                f"{_ROWS.get(name, name).capitalize()} rows of the {side}: SHA-256 {sample.get('sha256')}, of "
+                f"{ROW_KINDS.get(name, name).capitalize()} rows of the {side}: SHA-256 {sample.get('sha256')}, of "
                 f"{sample.get('sampled')} of {sample.get('rows')} rows."
                 for name, sample in _samples(one).items()
             ]

@@ -28,7 +28,9 @@ USUAL_NEVER = (0.85, 0.97)
 KINDS = ("word", "capitalised word", "piece", "other")
 """Finer than a script: a word with the space before it, the same with a capital, what continues a word, the rest."""
 
-_WORD = regex.compile(r" \p{L}[\p{L}\p{M}'’-]*")
+WORD = regex.compile(r" \p{L}[\p{L}\p{M}'’-]*")
+"""A token that is a word, with the space before it."""
+
 _PIECE = regex.compile(r"[\p{L}\p{M}'’-]+")
 _CONTENT = "0vocabguard0"
 
@@ -101,7 +103,7 @@ def kinds_of(table: VocabTable) -> NDArray[np.uint8]:
     """(V,) uint8, index into `KINDS`, of each token's text."""
     found = np.full(len(table), KINDS.index("other"), dtype=np.uint8)
     for index, text in enumerate(table.texts):
-        if _WORD.fullmatch(text):
+        if WORD.fullmatch(text):
             found[index] = text[1].isupper()
         elif _PIECE.fullmatch(text):
             found[index] = KINDS.index("piece")

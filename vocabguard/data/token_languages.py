@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import regex
 import torch
 
+from vocabguard.data.ranking import WORD
 from vocabguard.results import EXPOSURE_CLASSES
 from vocabguard.vocabulary.table import VocabTable
 
@@ -33,7 +33,7 @@ UNCLEAR = "unclear"
 SURE = 0.5
 """Probability from which on a language is told; see ``tests/README.md`` for how often it is the right one."""
 
-_WORD = regex.compile(r" \p{L}[\p{L}\p{M}'’-]{3,}")
+_FEWEST_LETTERS = 4
 
 
 def token_languages(table: VocabTable, languages: Sequence[str]) -> list[str]:
@@ -63,8 +63,11 @@ def token_languages(table: VocabTable, languages: Sequence[str]) -> list[str]:
     code_of = {language: code for code, language in by_code.items()}
     detector = _lingua().LanguageDetectorBuilder.from_languages(*by_code.values()).build()
     many = torch.stack([table.mask(name) for name in SCRIPTS_OF_MANY]).any(dim=0) & table.live
-    chosen = [i for i in many.nonzero().flatten().tolist() if _WORD.fullmatch(table.texts[i])]
-    words = [table.texts[i].strip().lower() for i in chosen]
+    texts = table.texts
+    chosen = [
+        i for i in many.nonzero().flatten().tolist() if len(texts[i]) > _FEWEST_LETTERS and WORD.fullmatch(texts[i])
+    ]
+    words = [texts[i].strip().lower() for i in chosen]
     distinct = list(dict.fromkeys(words))
     told = detector.compute_language_confidence_values_in_parallel(distinct)
     of = {word: _sure(values, code_of) for word, values in zip(distinct, told, strict=True)}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+ROW_KINDS = {"head": "output", "embedding": "input"}
+"""What the rows of each matrix are called."""
+
 _SCRIPTS = (
     "arabic", "armenian", "bengali", "cyrillic", "devanagari", "ethiopic", "georgian", "greek", "gujarati", "gurmukhi",
     "hebrew", "kannada", "khmer", "lao", "latin", "malayalam", "myanmar", "sinhala", "tamil", "telugu", "thai",
